@@ -50,7 +50,5 @@ def attention(
     score_HTT = torch.einsum("ihd,jhd->hij", q_THD, k_THD) * softmax_scale
     if softcap is not None:
         score_HTT = softcap * torch.tanh(score_HTT / softcap)
-    score_HTT = score_HTT.masked_fill(
-        ~visible_pairs(cu_seqlens, window=window, causal=causal), float("-inf")
-    )
+    score_HTT = score_HTT.masked_fill(~visible_pairs(cu_seqlens, window=window, causal=causal), float("-inf"))
     return torch.einsum("hij,jhd->ihd", score_HTT.softmax(-1), v_THD)

@@ -57,16 +57,12 @@ def torch_attention(
                 enable_gqa=q_THD.shape[1] != k_THD.shape[1],
             )
         else:
-            out_NHLD = _softcapped(
-                q_NHLD, k_NHLD, v_NHLD, mask_LL, softmax_scale, softcap, dropout_p, causal
-            )
+            out_NHLD = _softcapped(q_NHLD, k_NHLD, v_NHLD, mask_LL, softmax_scale, softcap, dropout_p, causal)
         outputs.append(out_NHLD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if outputs else torch.zeros_like(q_THD)
 
 
-def _window_mask(
-    length: int, window: int | None, causal: bool, device: torch.device
-) -> torch.Tensor | None:
+def _window_mask(length: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
     """`[L, L]` bool for a window that is shorter than the text; None where every key is in reach."""
     if window is None or window >= length - 1:
         return None

@@ -1,0 +1,24 @@
+"""`python -m llm2vec_ds` and the `llm2vec-ds` command: a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+from llm2vec_ds.errors import UserError
+
+
+def main() -> None:
+    from llm2vec_ds.cli import app
+
+    try:
+        app()
+    except UserError as error:
+        print(f"llm2vec-ds: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("llm2vec-ds: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Recipes: what one training run does. Typed, validated on load, unknown keys refused with the nearest.
+
+Precedence: command-line `key=value` over recipe file over default. The DeepSpeed JSON that `deepspeed`
+names holds ZeRO, offload and communication only; the trainer adds the rest from the recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llm2vec_ds.errors import UserError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+PositiveShare = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, docstrings below fields are their documentation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The decoder-only LLM to start from, and how its trunk is run."""
+
+    path: str
+    """Folder or hub id of the model: the LLM itself, or the `encoder/` of an earlier stage."""
+    causal: bool = False
+    """True keeps the decoder's causal attention (a baseline); False makes it bidirectional."""
+    attention: Literal["auto", "torch"] = "auto"
+    """Attention backend; `auto` picks by device and says what it picked."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Trunk weights and activations. `auto`: bf16 on CUDA, fp32 on CPU (where bf16 is very slow)."""
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in backward: less memory, about a third more time."""
+
+
+class AdapterConfig(Section):
+    """LoRA (Hu et al., 2021, arXiv 2106.09685). Defaults are those of LLM2Vec."""
+
+    rank: Positive = 16
+    """Rank r of the update B·A."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Share = 0.05
+    """Dropout on the input of A."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Which linear layers get an adapter; names as they end in the model, or all of the trunk."""
+    zero_init: bool = True
+    """B starts at zero, so that training starts at the model itself. False draws B at random: a test
+    of gradients needs it, training does not."""
+
+
+class DataConfig(Section):
+    """Where the training texts come from."""
+
+    path: str | list[str]
+    """A file or several: .txt (a text a line), .jsonl, .csv or .parquet."""
+    text_column: str = "text"
+    """Column that holds the text, in .jsonl, .csv and .parquet."""
+    max_tokens: Annotated[int, Field(ge=4)] = 128
+    """A text's longest length in tokens, special tokens and instruction counted."""
+    long_texts: Literal["truncate", "split"] = "truncate"
+    """What becomes of a longer text: its head is kept, or it is cut into blocks of `max_tokens`."""
+    instruction: str | None = None
+    """Put before each text; attended, but not pooled."""
+    held_out_path: str | list[str] | None = None
+    """Texts that measure and never train, in the same format as `path`."""
+    prepared_dir: str | None = None
+    """Where tokenised texts are kept; null: `prepared/` in the cache folder of this user."""
+
+
+class BatchConfig(Section):
+    """How much goes into a step, and into one forward pass."""
+
+    global_batch_size: Positive = 32
+    """Texts a step, over all ranks. The result does not depend on how ranks share them."""
+    max_tokens_per_micro_batch: Positive = 4096
+    """Tokens of one forward pass on one rank; texts are packed into it without padding."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up, then constant or linear decay to zero."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-5
+    """Peak learning rate."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Adam's decay of first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's denominator floor."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay (AdamW)."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """The learning rate rises linearly over these steps."""
+    schedule: Literal["constant", "linear"] = "linear"
+    """After warm-up: stay, or fall linearly to zero at `max_steps`."""
+
+
+class MntpConfig(Section):
+    """Masked next token prediction (BehnamGhader et al., 2024, arXiv 2404.05961, section 2)."""
+
+    mask_token: str = "_"
+    """What replaces a masked token; must be one token of the tokenizer."""
+    mask_rate: PositiveShare = 0.2
+    """Share of a text's ordinary tokens that are predicted."""
+    masking: Literal["bert", "all"] = "bert"
+    """`bert`: of the predicted tokens 80 % become the mask token, 10 % a random one, 10 % stay.
+    `all`: every one becomes the mask token."""
+    attention_dropout: Share = 0.0
+    """Dropout on attention weights."""
+    head_chunk_tokens: Positive = 1024
+    """Masked tokens whose logits are held at once."""
+
+
+class SimcseConfig(Section):
+    """Unsupervised SimCSE (Gao et al., 2021, arXiv 2104.08821): a text's two dropout passes agree."""
+
+    attention_dropout: Share = 0.3
+    """Dropout on attention weights: what makes the two passes differ (LLM2Vec: 0.3)."""
+    scale: Annotated[float, Field(gt=0)] = 20.0
+    """Factor on cosine similarities, the inverse of the temperature."""
+
+
+class Recipe(Section):
+    """One training run: a stage, its model, its data."""
+
+    stage: Literal["mntp", "simcse"]
+    """Which objective trains the model."""
+    model: ModelConfig
+    data: DataConfig
+    output_dir: str
+    """The run's folder: recipe.yaml, metrics.jsonl and, at the end, encoder/."""
+    overwrite: bool = False
+    """Start again in an `output_dir` that holds a run."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    """Fixes data order, masking, dropout and adapter initialisation."""
+    max_steps: Positive = 1000
+    """Optimizer steps."""
+    deepspeed: str | None = None
+    """Path of a DeepSpeed JSON (see ds_configs/); null: one process or plain data parallelism."""
+    held_out_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Measure on `data.held_out_path` this often; 0: at the start and at the end only."""
+    pooling: Literal["mean"] = "mean"
+    """How token vectors become the text's vector."""
+    adapter: AdapterConfig | None = AdapterConfig()
+    """LoRA; null trains every weight of the trunk."""
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mntp: MntpConfig | None = None
+    simcse: SimcseConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_the_own_stage_section(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        stage = values.get("stage")
+        others = [name for name in ("mntp", "simcse") if name != stage and values.get(name) is not None]
+        if stage in ("mntp", "simcse"):
+            if others:
+                raise ValueError(f"section `{others[0]}` has no effect in stage `{stage}`: remove it")
+            values = {**values, stage: values.get(stage) or {}}
+        return values
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe file, applies `key=value` overrides (dotted keys), validates.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a key is unknown or a value is invalid.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"recipe {path} not found: give the path of a YAML file, e.g. recipes/smoke_mntp.yaml"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_recipe(values, source=str(path))
+
+
+def parse_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Validates; all mistakes in one UserError line."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        mistakes = "; ".join(_explain(mistake) for mistake in error.errors())
+        raise UserError(f"{source}: {mistakes}") from None
+
+
+def dump_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the resolved recipe, every default filled in, so that the run can be repeated."""
+    values = recipe.model_dump(mode="json")
+    values = {k: v for k, v in values.items() if k not in ("mntp", "simcse") or v is not None}
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not key=value, e.g. optimizer.lr=1e-4")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if child is None:
+            child = values[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: `{parent}` is a single value, not a section")
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[last] = text
+
+
+def _explain(mistake: Any) -> str:
+    key = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        return _unknown_key(key, [str(part) for part in mistake["loc"]])
+    if mistake["type"] == "missing":
+        return f"`{key}` is missing"
+    message = mistake["msg"].removeprefix("Value error, ")
+    return f"`{key}`: {message} (got {mistake['input']!r})" if key else message
+
+
+def _unknown_key(key: str, location: list[str]) -> str:
+    section = _section_at(location[:-1])
+    names = list(section.model_fields) if section else []
+    prefix = key.rpartition(".")[0]
+    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.0)
+    if not near:
+        return f"unknown key `{key}`"
+    suggestion = f"{prefix}.{near[0]}" if prefix else near[0]
+    return f"unknown key `{key}`: did you mean `{suggestion}`?"
+
+
+def _section_at(location: list[str]) -> type[Section] | None:
+    section: type[Section] = Recipe
+    for name in location:
+        field = section.model_fields.get(name)
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+        if not found:
+            return None
+        section = found[0]
+    return section

@@ -1,0 +1,159 @@
+"""DeepSpeed around a stage's model: its configuration, and the few places where ZeRO shows.
+
+Only this folder imports deepspeed, and only when a run starts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm2vec_ds.config import Recipe
+from llm2vec_ds.distributed import Ranks
+from llm2vec_ds.errors import UserError
+
+log = logging.getLogger(__name__)
+
+OWNED_BY_RECIPE = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+)
+
+
+def start_process_group(ranks: Ranks) -> torch.device:
+    """Joins this process to the others (NCCL on CUDA, gloo elsewhere); returns its device."""
+    on_cuda = torch.cuda.is_available()
+    if not on_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # Without it the first run on a CPU compiles a shared-memory collective, about a minute, for ranks of
+    # one node; gloo serves them as they are.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    if on_cuda:
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {ranks.local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): "
+                "start as many processes as there are GPUs"
+            )
+        torch.cuda.set_device(ranks.local_rank)
+    deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
+    return torch.device("cuda", ranks.local_rank) if on_cuda else torch.device("cpu")
+
+
+def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The JSON that the recipe names, with what the recipe owns filled in.
+
+    Raises:
+        UserError: the file is missing, no JSON object, or holds "auto" (which only the Hugging Face
+            Trainer resolves; DeepSpeed drops such values silently).
+    """
+    config = _read_json(recipe.deepspeed) if recipe.deepspeed else {}
+    if overruled := [key for key in OWNED_BY_RECIPE if key in config]:
+        log.warning("%s: the recipe sets %s; these keys are not used", recipe.deepspeed, ", ".join(overruled))
+    optimizer = recipe.optimizer
+    return {
+        **config,
+        # Micro-batches are cut by tokens and counted by the stage, so DeepSpeed sees one a step; it
+        # demands that the product of these three holds.
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Explicit, because the default became 1.0 in DeepSpeed 0.19.3.
+        "gradient_clipping": optimizer.max_grad_norm,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optimizer.lr,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 2**62,
+    }
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise UserError(f"DeepSpeed config {path} not found: see ds_configs/ for ready ones")
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"DeepSpeed config {path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"DeepSpeed config {path} must be a JSON object")
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    if key := _auto_key({k: v for k, v in config.items() if k not in OWNED_BY_RECIPE}):
+        raise UserError(f'DeepSpeed config {path}: `{key}` is "auto", give a value (or leave the key out)')
+    return config
+
+
+def _auto_key(value: Any, prefix: str = "") -> str | None:
+    if isinstance(value, dict):
+        found = (_auto_key(child, f"{prefix}.{key}" if prefix else key) for key, child in value.items())
+        return next((key for key in found if key), None)
+    return prefix if value == "auto" else None
+
+
+class Engine:
+    """A model under DeepSpeed: forward, backward with a chosen boundary, step, whole parameters."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
+        import deepspeed
+
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
+        self.zero_stage = int(self._engine.zero_optimization_stage())
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Adds the gradient of `loss`, averaged over ranks when the step's `last` call is through."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> float:
+        """One optimizer step at `lr`; returns the global gradient norm before clipping.
+
+        Raises:
+            RuntimeError: DeepSpeed skipped the step, which the check for finite gradients should have
+                made impossible.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        skipped_before = self._engine.skipped_steps
+        self._engine.step()
+        if self._engine.skipped_steps != skipped_before:
+            raise RuntimeError("DeepSpeed skipped an optimizer step although every gradient was finite")
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def gather(self) -> Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]:
+        """Context maker that makes partitioned parameters whole; a no-op below ZeRO-3."""
+        if self.zero_stage < 3:
+            return lambda parameters: nullcontext()
+        import deepspeed
+
+        return lambda parameters: deepspeed.zero.GatheredParameters(list(parameters))

@@ -1,0 +1,151 @@
+"""A recipe → a finished run folder: puts data, model, stage and engine together."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2vec_ds.config import Recipe, dump_recipe
+from llm2vec_ds.data.masking import Masking
+from llm2vec_ds.data.prepare import PreparedTexts, load_prepared, prepare
+from llm2vec_ds.distributed import (
+    Ranks,
+    all_gather_object,
+    export_ranks,
+    rank,
+    ranks_from_environment,
+    world_size,
+)
+from llm2vec_ds.encoder import Encoder, EncoderSettings
+from llm2vec_ds.engine.deepspeed_engine import Engine, deepspeed_config, start_process_group
+from llm2vec_ds.engine.trainer import Trainer
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
+from llm2vec_ds.model.adapters import add_lora
+from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
+from llm2vec_ds.stages.base import Stage
+from llm2vec_ds.stages.mntp import MntpStage
+from llm2vec_ds.stages.simcse import SimcseStage
+
+log = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe) -> Path:
+    """Runs a recipe on this process and, under a launcher, its peers; returns the run's folder.
+
+    Raises:
+        UserError: anything the user can mend, before training where it can be known then.
+    """
+    ranks = ranks_from_environment()
+    _check_batch(recipe, ranks)
+    folder = Path(recipe.output_dir)
+    if ranks.rank == 0:
+        _open_run_folder(recipe, folder)
+    export_ranks(ranks)
+    device = start_process_group(ranks)
+    torch.manual_seed(recipe.seed)
+    stage = build_stage(recipe, device)
+    dtype = next(stage.encoder.trunk.parameters()).dtype
+    config = deepspeed_config(recipe, ranks.world_size, dtype)
+    if ranks.rank == 0:
+        dump_recipe(recipe, folder / "recipe.yaml")
+        log.info("%s: %s rows, %s ranks", recipe.stage, len(stage.texts), ranks.world_size)
+    Trainer(recipe, stage, Engine(stage.model, config), folder).run()
+    return folder
+
+
+def build_stage(recipe: Recipe, device: torch.device) -> Stage:
+    """Model with adapters, prepared texts, and the objective over both."""
+    tokenizer = load_tokenizer(recipe.model.path)
+    texts = _prepared(recipe, recipe.data.path, tokenizer)
+    if len(texts) < recipe.batch.global_batch_size:
+        raise UserError(
+            f"{len(texts)} texts do not fill one batch of {recipe.batch.global_batch_size}: "
+            "lower batch.global_batch_size or give more data"
+        )
+    budget = recipe.batch.max_tokens_per_micro_batch
+    settings = EncoderSettings(recipe.pooling)
+    if recipe.mntp is not None:
+        options = _trunk_options(recipe, recipe.mntp.attention_dropout, device)
+        trunk, linear = load_trunk_and_head(recipe.model.path, options)
+        head = MaskedTokenHead(linear, trunk.config, recipe.mntp.head_chunk_tokens)
+        _make_trainable(recipe, trunk)
+        held_out = recipe.data.held_out_path and _prepared(recipe, recipe.data.held_out_path, tokenizer)
+        return MntpStage(
+            MntpModel(Encoder(trunk, tokenizer, settings), head),
+            texts,
+            held_out or None,
+            Masking.for_tokenizer(tokenizer, recipe.mntp),
+            seed=recipe.seed,
+            max_tokens_per_micro_batch=budget,
+        )
+    assert recipe.simcse is not None
+    trunk = load_trunk(recipe.model.path, _trunk_options(recipe, recipe.simcse.attention_dropout, device))
+    _make_trainable(recipe, trunk)
+    return SimcseStage(
+        Encoder(trunk, tokenizer, settings),
+        texts,
+        recipe.simcse,
+        seed=recipe.seed,
+        max_tokens_per_micro_batch=budget,
+    )
+
+
+def _trunk_options(recipe: Recipe, attention_dropout: float, device: torch.device) -> TrunkOptions:
+    model = recipe.model
+    # None keeps a config without the attribute usable when no dropout is asked for.
+    return TrunkOptions(model.causal, model.attention, model.precision, attention_dropout or None, device)
+
+
+def _make_trainable(recipe: Recipe, trunk: Any) -> None:
+    if recipe.adapter is not None:
+        names = add_lora(trunk, recipe.adapter)
+        log.info("LoRA rank %s on %s linear layers", recipe.adapter.rank, len(names))
+    if recipe.model.activation_checkpointing:
+        trunk.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _prepared(recipe: Recipe, path: str | list[str], tokenizer: Any) -> PreparedTexts:
+    """Rank 0 prepares while the others wait, and its failure is everyone's."""
+    outcome: tuple[str, str] = ("", "")
+    if rank() == 0:
+        try:
+            outcome = (str(prepare(recipe.data, path, tokenizer)), "")
+        except UserError as error:
+            outcome = ("", str(error))
+    folder, mistake = all_gather_object(outcome)[0]
+    if mistake:
+        raise UserError(mistake)
+    return load_prepared(Path(folder))
+
+
+def _check_batch(recipe: Recipe, ranks: Ranks) -> None:
+    if recipe.batch.global_batch_size < ranks.world_size:
+        raise UserError(
+            f"batch.global_batch_size={recipe.batch.global_batch_size} gives nothing to some of "
+            f"{ranks.world_size} ranks: raise it"
+        )
+    needed = recipe.data.max_tokens * (2 if recipe.stage == "simcse" else 1)
+    if recipe.batch.max_tokens_per_micro_batch < needed:
+        raise UserError(
+            f"batch.max_tokens_per_micro_batch={recipe.batch.max_tokens_per_micro_batch} cannot hold a text of "
+            f"data.max_tokens={recipe.data.max_tokens}: raise it to at least {needed}"
+        )
+
+
+def _open_run_folder(recipe: Recipe, folder: Path) -> None:
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists() and not recipe.overwrite:
+        raise UserError(f"{folder} already holds a run: choose another output_dir, or pass overwrite=true")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "held_out.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output_dir {folder} cannot be written")

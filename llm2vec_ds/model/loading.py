@@ -1,0 +1,120 @@
+"""A folder or hub id → the trunk of a decoder-only LLM, ready for packed input; and its language head."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from llm2vec_kernels import choose_attention_backend
+from torch import nn
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.attention import register
+from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, set_causal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrunkOptions:
+    """How a trunk is built. `causal=None` keeps what the folder says (an LLM: bidirectional)."""
+
+    causal: bool | None = False
+    attention: str = "auto"
+    precision: str = "auto"
+    attention_dropout: float | None = None
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.precision == "auto":
+            return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
+
+
+def load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, path)
+
+
+def load_trunk(path: str, options: TrunkOptions) -> nn.Module:
+    """The bare trunk (`LlamaModel` …), in evaluation mode, on `options.device`.
+
+    Raises:
+        UserError: no such model, or a type that cannot be made bidirectional.
+    """
+    from transformers import AutoModel
+
+    trunk = _load(AutoModel, path, options)
+    _check(trunk, trunk, options)
+    return trunk
+
+
+def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[nn.Module, nn.Linear]:
+    """Trunk and language head (tied or not).
+
+    Raises:
+        UserError: as `load_trunk`; or the folder holds no head and the model ties none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = _load(AutoModelForCausalLM, path, options)
+    trunk, head = model.base_model, model.get_output_embeddings()
+    if trunk is model or not isinstance(head, nn.Linear):
+        raise UserError(
+            f"{path}: {type(model).__name__} has no linear language head over a trunk, MNTP needs one"
+        )
+    _check(trunk, model, options)
+    return trunk, head
+
+
+def _check(trunk: nn.Module, model: nn.Module, options: TrunkOptions) -> None:
+    if not trunk.config.is_causal:
+        check_can_be_bidirectional(trunk)
+    model.to(options.device).eval()
+
+
+def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, path)
+    causal = getattr(config, "is_causal", False) if options.causal is None else options.causal
+    set_causal(config, causal)
+    if options.attention_dropout is not None:
+        if not hasattr(config, "attention_dropout"):
+            raise UserError(
+                f"model type {config.model_type!r} has no attention dropout: set attention_dropout: 0"
+            )
+        config.attention_dropout = options.attention_dropout
+    backend = choose_attention_backend(options.attention)
+    log.info(
+        "%s: %s attention by %s (%s), %s on %s",
+        path,
+        "causal" if causal else "bidirectional",
+        backend.name,
+        backend.reason,
+        str(options.dtype).removeprefix("torch."),
+        options.device,
+    )
+    model, info = _from_pretrained(
+        auto_class,
+        path,
+        config=config,
+        dtype=options.dtype,
+        attn_implementation=register(backend),
+        output_loading_info=True,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{path} lacks weights: {', '.join(missing[:5])}; start from the full language model")
+    return model
+
+
+def _from_pretrained(auto_class: Any, path: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[:240]
+        raise UserError(f"model {path!r} cannot be loaded: {cause}") from None

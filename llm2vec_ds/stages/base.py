@@ -1,0 +1,64 @@
+"""What a stage is: its batches, its loss, its metrics. The trainer sees only this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from llm2vec_ds.batch import PackedBatch
+from llm2vec_ds.data.prepare import PreparedTexts
+from llm2vec_ds.distributed import all_reduce_max_int
+from llm2vec_ds.encoder import Encoder
+
+Forward = Callable[[PackedBatch], Any]
+
+
+class Backward(Protocol):
+    """Adds the gradient of this rank's share of the global loss (shares add up to the loss)."""
+
+    def __call__(self, share: torch.Tensor, *, rows: Sequence[int], last: bool) -> None:
+        """`rows`: the texts behind `share`, for error messages. `last`: the step's last call."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step's outcome before the optimizer moves. `loss` is global, `n_tokens` this rank's."""
+
+    loss: float
+    n_tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    bad_rows: list[int] = field(default_factory=list)
+    """Texts of this rank with a non-finite loss or vector."""
+
+
+class Stage(Protocol):
+    """An objective with its data. Knows nothing of DeepSpeed, optimizers or schedules."""
+
+    model: nn.Module
+    """What the engine trains."""
+    encoder: Encoder
+    """The part of it that is the result."""
+    texts: PreparedTexts
+    """The training texts; a step gets row numbers of it."""
+
+    def step(self, step: int, rows: np.ndarray, forward: Forward, backward: Backward) -> StepResult:
+        """Forward and backward for this rank's `rows` of the global batch."""
+
+    def held_out(self, forward: Forward) -> dict[str, float] | None:
+        """Metrics on texts that do not train, the same on every rank; None without such texts."""
+
+
+def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
+    """Keys dropout by what is computed and not by history, so that a pass can be replayed."""
+    return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def equal_count(micro_batches: list[np.ndarray], device: torch.device) -> int:
+    """Micro-batches that every rank must run: the most that any has. Under ZeRO-3 a rank that runs its
+    modules less often leaves the others waiting."""
+    return all_reduce_max_int(len(micro_batches), device)
