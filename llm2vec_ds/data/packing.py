@@ -24,7 +24,7 @@ def plan_micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> 
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.max() > max_tokens:
         raise UserError(
-            f"a text of {lengths.max()} tokens is over batch.max_tokens_per_micro_batch={max_tokens}: raise it"
+            f"a text of {lengths.max()} tokens is over max_tokens_per_micro_batch={max_tokens}: raise it"
         )
     groups: list[list[int]] = []
     filled = max_tokens

@@ -141,11 +141,19 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
+        norm_before_clipping = self._whole_gradient_norm()
         self._engine.step()
         if self._engine.skipped_steps != skipped_before:
             raise RuntimeError("DeepSpeed skipped an optimizer step although every gradient was finite")
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float(norm_before_clipping or self._engine.get_global_grad_norm() or 0.0)
+
+    def _whole_gradient_norm(self) -> torch.Tensor | None:
+        """Norm of gradients that stand whole in the parameters; None where an optimizer of DeepSpeed's
+        own (ZeRO, bf16) holds them and reports the norm after its step."""
+        if self.zero_stage > 0 or self._engine.bfloat16_enabled():
+            return None
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)

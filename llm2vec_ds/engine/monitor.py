@@ -70,8 +70,8 @@ class FiniteCheck:
         sure = any(certain for certain, _, _ in everyone)
         places = [place for certain, found, place in everyone if (certain if sure else found)]
         raise NonFiniteError(
-            f"step {step}: loss or gradient is not finite ({'; '.join(places)}). The weights are those of the "
-            "step before: lower optimizer.lr, or look at these texts"
+            f"step {step}: loss or gradient is not finite ({'; '.join(places)}). The weights have not moved in "
+            "this step: lower optimizer.lr, or look at these texts"
         )
 
 
@@ -93,7 +93,7 @@ class MetricsLog:
         self._file.flush()
         self._bar.update()
         self._bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, {values['tokens_per_s']:.0f} tokens/s, peak {values['peak_mib']:.0f} MiB"
+            "loss {loss:.4f}, {tokens_per_s:.0f} tokens/s, peak {peak_mib:.0f} MiB".format(**values)
         )
 
     def held_out(self, values: dict[str, Any]) -> None:

@@ -18,7 +18,6 @@ from llm2vec_ds.distributed import (
     export_ranks,
     rank,
     ranks_from_environment,
-    world_size,
 )
 from llm2vec_ds.encoder import Encoder, EncoderSettings
 from llm2vec_ds.engine.deepspeed_engine import Engine, deepspeed_config, start_process_group
@@ -132,8 +131,8 @@ def _check_batch(recipe: Recipe, ranks: Ranks) -> None:
     needed = recipe.data.max_tokens * (2 if recipe.stage == "simcse" else 1)
     if recipe.batch.max_tokens_per_micro_batch < needed:
         raise UserError(
-            f"batch.max_tokens_per_micro_batch={recipe.batch.max_tokens_per_micro_batch} cannot hold a text of "
-            f"data.max_tokens={recipe.data.max_tokens}: raise it to at least {needed}"
+            f"batch.max_tokens_per_micro_batch={recipe.batch.max_tokens_per_micro_batch} cannot hold "
+            f"a text of data.max_tokens={recipe.data.max_tokens}: raise it to at least {needed}"
         )
 
 

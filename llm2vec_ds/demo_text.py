@@ -1,0 +1,100 @@
+"""English text for the demo: Python's own help topics, or a file of the user's."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.evaluate.retrieval import RetrievalSet
+
+HELD_OUT_EVERY = 4
+PASSAGES_A_TOPIC = 6
+PASSAGE_WORDS = 70
+SENTENCE_CHARACTERS = (25, 90)
+
+
+@dataclass(frozen=True)
+class DemoText:
+    """Paragraphs for MNTP, some held out; short sentences for SimCSE."""
+
+    paragraphs: list[str]
+    held_out_paragraphs: list[str]
+    sentences: list[str]
+
+
+def training_text(file: Path | None) -> DemoText:
+    """From `file`, or from the help topics that retrieval does not hold out.
+
+    Raises:
+        UserError: the file is missing, no UTF-8, or holds too little text.
+    """
+    documents = _read(file) if file else [body for _, body in _topics(held_out=False)]
+    paragraphs = [p for document in documents for p in _paragraphs(document)]
+    held_out = paragraphs[::20][:24]
+    train = [p for i, p in enumerate(paragraphs) if i % 20 or i // 20 >= 24]
+    sentences = list(dict.fromkeys(s for p in paragraphs for s in _sentences(p)))
+    if len(train) < 20 or len(sentences) < 64:
+        raise UserError(
+            f"{file}: {len(train)} paragraphs and {len(sentences)} sentences of 25 to 90 characters are too "
+            "few, the demo needs 20 and 64"
+        )
+    return DemoText(train, held_out, sentences)
+
+
+def held_out_retrieval() -> RetrievalSet:
+    """Queries: headings of help topics that never train. Passages: pieces of their bodies."""
+    queries, passages, owner = [], [], []
+    for heading, body in _topics(held_out=True):
+        words = " ".join(_paragraphs(body)).split()
+        pieces = [words[i : i + PASSAGE_WORDS] for i in range(0, len(words), PASSAGE_WORDS)][
+            :PASSAGES_A_TOPIC
+        ]
+        if not pieces:
+            continue
+        owner += [len(queries)] * len(pieces)
+        queries.append(heading)
+        passages += [" ".join(piece) for piece in pieces]
+    return RetrievalSet(queries, passages, np.arange(len(queries))[:, None] == np.asarray(owner)[None, :])
+
+
+def _topics(held_out: bool) -> list[tuple[str, str]]:
+    """(heading, body) of every fourth help topic, or of the others."""
+    from pydoc_data.topics import topics
+
+    chosen = [
+        text.strip()
+        for i, (_, text) in enumerate(sorted(topics.items()))
+        if (i % HELD_OUT_EVERY == 0) == held_out
+    ]
+    return [(heading, body) for heading, _, body in (text.partition("\n") for text in chosen) if body]
+
+
+def _read(file: Path) -> list[str]:
+    try:
+        return [file.read_text(encoding="utf-8")]
+    except OSError as error:
+        raise UserError(f"--text {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--text {file} is not UTF-8 text") from None
+
+
+def _paragraphs(document: str) -> list[str]:
+    """Blocks between blank lines as single lines; headings, rules and fragments left out."""
+    blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", document))
+    return [block for block in blocks if len(block) >= 80 and not block.startswith(("=", "*", "-"))]
+
+
+def _sentences(paragraph: str) -> list[str]:
+    """Sentences that are words rather than code, of a length like that of a caption or headline."""
+    shortest, longest = SENTENCE_CHARACTERS
+    return [
+        sentence
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z\"'])", paragraph)
+        if shortest <= len(sentence) <= longest
+        and "<unk>" not in sentence
+        and sum(c.isalpha() or c == " " for c in sentence) >= 0.85 * len(sentence)
+    ]

@@ -1,0 +1,27 @@
+"""Retrieval: are the passages that answer a query near the top of the whole collection?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm2vec_ds.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Queries, passages, and which passages are right: `relevant [queries, passages]` bool."""
+
+    queries: list[str]
+    passages: list[str]
+    relevant: np.ndarray
+
+
+def ndcg_at_10(encoder: Encoder, data: RetrievalSet, *, progress: bool = False) -> float:
+    """Mean nDCG@10 (Järvelin & Kekäläinen, 2002) with cosine similarity as the score."""
+    from sklearn.metrics import ndcg_score
+
+    queries = encoder.encode(data.queries, normalize=True, progress=progress)
+    passages = encoder.encode(data.passages, normalize=True, progress=progress)
+    return float(ndcg_score(data.relevant.astype(int), queries @ passages.T, k=10))

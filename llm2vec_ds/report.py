@@ -1,0 +1,32 @@
+"""Pictures of what a run measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+STAGES = {
+    "causal": "causal\nbaseline",
+    "bidirectional": "+ bidirectional\nattention",
+    "mntp": "+ MNTP",
+    "simcse": "+ SimCSE",
+}
+METRICS = {"sts_spearman": "Similarity (Spearman's ρ)", "retrieval_ndcg_at_10": "Retrieval (nDCG@10)"}
+
+
+def plot_stages(metrics: dict[str, dict[str, float]], path: Path, title: str) -> None:
+    """One panel a metric, one bar for each LLM2Vec stage, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    for axes, (metric, label) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
+        values = [metrics[stage][metric] for stage in STAGES]
+        bars = axes.bar(list(STAGES.values()), values, color=["#9aa5b1", "#9aa5b1", "#5b8db8", "#1f5f99"])
+        axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=9)
+        axes.set_title(label, fontsize=10)
+        axes.set_ylim(min(0.0, *values) * 1.15, max(0.1, *values) * 1.15)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
