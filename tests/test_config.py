@@ -1,0 +1,89 @@
+"""Recipes: precedence, and mistakes that name their mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm2vec_ds.config import Recipe, dump_recipe, load_recipe, parse_recipe
+from llm2vec_ds.errors import UserError
+
+MINIMAL = {"stage": "mntp", "model": {"path": "m"}, "data": {"path": "t.txt"}, "output_dir": "o"}
+
+
+def write(tmp_path: Path, values: object) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_override_beats_recipe_beats_default(tmp_path: Path) -> None:
+    path = write(tmp_path, {**MINIMAL, "seed": 7, "optimizer": {"lr": 1e-3}})
+    recipe = load_recipe(path, ["optimizer.lr=3e-5", "adapter=null", "batch.global_batch_size=64"])
+    assert (recipe.seed, recipe.optimizer.lr, recipe.adapter) == (7, 3e-5, None)
+    assert recipe.batch.global_batch_size == 64
+    assert recipe.optimizer.max_grad_norm == 1.0
+
+
+def test_override_reaches_into_a_section_that_the_recipe_leaves_out(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, MINIMAL), ["mntp.mask_rate=0.3"]).mntp.mask_rate == 0.3  # type: ignore[union-attr]
+
+
+def test_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    recipe = parse_recipe({**MINIMAL, "stage": "simcse", "simcse": {"scale": 30}})
+    dump_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sede=1", "unknown key `sede`: did you mean `seed`?"),
+        ("optimizer.learning_rate=1", "did you mean `optimizer."),
+        ("adapter.rnk=4", "unknown key `adapter.rnk`: did you mean `adapter.rank`?"),
+        ("max_steps=0", "`max_steps`"),
+        ("stage=mtnp", "`stage`"),
+        ("batch.global_batch_size=many", "`batch.global_batch_size`"),
+        ("simcse.scale=20", "section `simcse` has no effect in stage `mntp`"),
+        ("seed", "is not key=value"),
+        ("seed.x=1", "`seed` is a single value"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, override: str, message: str) -> None:
+    path = write(tmp_path, {**MINIMAL, "seed": 1})
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["- a list", "{unclosed", "just words", ""])
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match="recipe"):
+        load_recipe(path)
+
+
+def test_missing_file_and_missing_keys(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="`model` is missing; `data` is missing"):
+        load_recipe(write(tmp_path, {"stage": "mntp", "output_dir": "o"}))
+
+
+def test_every_field_is_documented() -> None:
+    def undocumented(section: type) -> list[str]:
+        return [name for name, field in section.model_fields.items() if not field.description]  # type: ignore[attr-defined]
+
+    from llm2vec_ds import config
+
+    sections = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, config.Section)]
+    missing = {c.__name__: undocumented(c) for c in sections}
+    own_name_says_it = {"model", "data", "batch", "optimizer", "adapter", "mntp", "simcse", "path"}
+    assert not {
+        c: set(names) - own_name_says_it for c, names in missing.items() if set(names) - own_name_says_it
+    }
+    assert Recipe in sections

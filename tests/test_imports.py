@@ -1,0 +1,112 @@
+"""Imports point one way, and importing the package costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "llm2vec_ds"
+
+# Earlier entries know nothing of later ones.
+FLOW = [
+    "errors",
+    "batch",
+    "config",
+    "distributed",
+    "data.sources",
+    "data.prompts",
+    "data.prepare",
+    "data.batches",
+    "data.packing",
+    "data.masking",
+    "model.bidirectional",
+    "model.attention",
+    "model.loading",
+    "model.pooling",
+    "model.adapters",
+    "encoder",
+    "loss.mntp",
+    "loss.contrastive",
+    "loss.embedding_cache",
+    "stages.base",
+    "stages.mntp",
+    "stages.simcse",
+    "engine.deepspeed_engine",
+    "engine.monitor",
+    "engine.trainer",
+    "engine.run",
+    "evaluate.sts",
+    "evaluate.retrieval",
+    "report",
+    "demo_model",
+    "demo_text",
+    "demo",
+    "cli",
+    "__main__",
+]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return names
+
+
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+
+
+def test_every_module_has_its_place_in_the_flow() -> None:
+    assert sorted(map(module_name, MODULES)) == sorted(FLOW)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_back_to_nothing(path: Path) -> None:
+    place = FLOW.index(module_name(path))
+    own = [name.removeprefix("llm2vec_ds.") for name in imported(path) if name.startswith("llm2vec_ds.")]
+    later = [name for name in own if name in FLOW and FLOW.index(name) >= place]
+    assert not later
+    folder = module_name(path).partition(".")[0]
+    other = {"data": "model.", "model": "data."}.get(folder)
+    assert not [name for name in own if other and name.startswith(other)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_the_engine_imports_deepspeed(path: Path) -> None:
+    if "deepspeed" in {name.partition(".")[0] for name in imported(path)}:
+        assert path.parent.name == "engine"
+
+
+def test_kernels_know_nothing_of_the_toolkit() -> None:
+    for path in (ROOT / "kernels" / "llm2vec_kernels").glob("*.py"):
+        assert not [name for name in imported(path) if name.startswith(("llm2vec_ds", "transformers"))]
+
+
+def test_import_is_quick_and_pulls_in_nothing_heavy() -> None:
+    code = (
+        "import sys, time; t = time.perf_counter(); import llm2vec_ds; s = time.perf_counter() - t;"
+        "print(s, [m for m in ('torch', 'transformers', 'deepspeed', 'mteb', 'bitsandbytes') if m in sys.modules])"
+    )
+    seconds, loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split(maxsplit=1)
+    assert float(seconds) < 0.5
+    assert loaded.strip() == "[]"
+
+
+def test_encoder_needs_neither_deepspeed_nor_mteb_nor_bitsandbytes() -> None:
+    code = (
+        "import sys; from llm2vec_ds import Encoder;"
+        "print([m for m in ('deepspeed', 'mteb', 'bitsandbytes') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
