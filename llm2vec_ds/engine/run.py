@@ -105,7 +105,7 @@ def _make_trainable(recipe: Recipe, trunk: Any) -> None:
         names = add_lora(trunk, recipe.adapter)
         log.info("LoRA rank %s on %s linear layers", recipe.adapter.rank, len(names))
     if recipe.model.activation_checkpointing:
-        trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        trunk.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _prepared(recipe: Recipe, path: str | list[str], tokenizer: Any) -> PreparedTexts:

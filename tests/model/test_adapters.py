@@ -1,0 +1,48 @@
+"""LoRA: what trains, and that merging changes no vector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm2vec_ds.config import AdapterConfig
+from llm2vec_ds.data.packing import pack
+from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.adapters import add_lora, merged_state_dict
+from tests.model.test_equalities import texts, trunk
+from tests.support.tiny import tiny_tokenizer
+
+
+def test_only_adapters_train_and_a_zero_b_changes_nothing() -> None:
+    model = trunk()
+    before = Encoder(model, tiny_tokenizer())(pack(texts())).detach()
+    names = add_lora(model, AdapterConfig(rank=4))
+    assert len(names) == 2 * 7  # two layers of q, k, v, o, gate, up, down
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * len(names)
+    assert all("lora_" in name for name in trainable)
+    after = Encoder(model, tiny_tokenizer())(pack(texts())).detach()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_merged_weights_give_the_vectors_of_the_adapted_model(tmp_path: Path) -> None:
+    model = trunk()
+    plain_names = set(model.state_dict())
+    before = Encoder(model, tiny_tokenizer())(pack(texts())).detach()
+    add_lora(model, AdapterConfig(rank=4, zero_init=False))
+    encoder = Encoder(model, tiny_tokenizer()).eval()
+    adapted = encoder(pack(texts())).detach()
+    assert (adapted - before).abs().max() > 1e-2
+    state = merged_state_dict(model)
+    assert set(state) == plain_names
+    encoder.save(tmp_path / "encoder", state)
+    loaded = Encoder.from_pretrained(tmp_path / "encoder")(pack(texts())).detach()
+    torch.testing.assert_close(loaded, adapted, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_targets_name_the_layers_there_are() -> None:
+    with pytest.raises(UserError, match="linear layers here: down_proj, gate_proj"):
+        add_lora(trunk(), AdapterConfig(target_modules=["query_proj"]))

@@ -1,0 +1,37 @@
+"""Functions on several gloo ranks of this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _enter(rank: int, world: int, port: int, function: Callable[[int, int], Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        torch.save(function(rank, world), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def run_ranks(function: Callable[[int, int], Any], world: int) -> list[Any]:
+    """`function(rank, world)` on each rank, at module level of a test file; results in rank order."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_enter, args=(world, free_port(), function, folder), nprocs=world)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
