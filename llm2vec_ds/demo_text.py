@@ -47,7 +47,9 @@ def training_text(file: Path | None) -> DemoText:
 
 def held_out_retrieval() -> RetrievalSet:
     """Queries: headings of help topics that never train. Passages: pieces of their bodies."""
-    queries, passages, owner = [], [], []
+    queries: list[str] = []
+    passages: list[str] = []
+    owner: list[int] = []
     for heading, body in _topics(held_out=True):
         words = " ".join(_paragraphs(body)).split()
         pieces = [words[i : i + PASSAGE_WORDS] for i in range(0, len(words), PASSAGE_WORDS)][

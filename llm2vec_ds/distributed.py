@@ -120,7 +120,7 @@ def gather_rows(x_ND: torch.Tensor) -> torch.Tensor:
     """
     if world_size() == 1:
         return x_ND
-    return _GatherRows.apply(x_ND)  # type: ignore[no-any-return]
+    return _GatherRows.apply(x_ND)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -44,7 +44,7 @@ class Encoder(nn.Module):
     def __init__(self, trunk: nn.Module, tokenizer: Any, settings: EncoderSettings | None = None) -> None:
         super().__init__()
         check_tokenizer(tokenizer)
-        self.trunk = trunk
+        self.trunk: Any = trunk
         self.tokenizer = tokenizer
         self.settings = settings or EncoderSettings()
 

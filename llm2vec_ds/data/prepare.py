@@ -119,7 +119,7 @@ def _write(data: DataConfig, files: list[Path], tokenizer: Any, folder: Path) ->
 
 
 def _tokenized(
-    data: DataConfig, texts: Iterator[str], tokenizer: Any, counts: dict[str, int]
+    data: DataConfig, texts: Iterable[str], tokenizer: Any, counts: dict[str, int]
 ) -> Iterator[TokenizedText]:
     for block in _blocks(texts):
         prompts = [Prompt(data.instruction, text) for text in block]

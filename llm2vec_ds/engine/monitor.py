@@ -70,8 +70,8 @@ class FiniteCheck:
         sure = any(certain for certain, _, _ in everyone)
         places = [place for certain, found, place in everyone if (certain if sure else found)]
         raise NonFiniteError(
-            f"step {step}: loss or gradient is not finite ({'; '.join(places)}). The weights have not moved in "
-            "this step: lower optimizer.lr, or look at these texts"
+            f"step {step}: loss or gradient is not finite ({'; '.join(places)}). The weights have not "
+            "moved in this step: lower optimizer.lr, or look at these texts"
         )
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from llm2vec_ds.errors import UserError
 
 HOOK = "merge_with_config_defaults"
@@ -22,7 +20,7 @@ def set_causal(config: Any, causal: bool) -> None:
     config.is_causal = causal
 
 
-def check_can_be_bidirectional(trunk: nn.Module) -> None:
+def check_can_be_bidirectional(trunk: Any) -> None:
     """Refuses a trunk whose attention cannot be switched.
 
     Raises:

@@ -40,7 +40,7 @@ def load_tokenizer(path: str) -> Any:
     return _from_pretrained(AutoTokenizer, path)
 
 
-def load_trunk(path: str, options: TrunkOptions) -> nn.Module:
+def load_trunk(path: str, options: TrunkOptions) -> Any:
     """The bare trunk (`LlamaModel` …), in evaluation mode, on `options.device`.
 
     Raises:
@@ -53,7 +53,7 @@ def load_trunk(path: str, options: TrunkOptions) -> nn.Module:
     return trunk
 
 
-def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[nn.Module, nn.Linear]:
+def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[Any, nn.Linear]:
     """Trunk and language head (tied or not).
 
     Raises:
@@ -71,7 +71,7 @@ def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[nn.Module, nn
     return trunk, head
 
 
-def _check(trunk: nn.Module, model: nn.Module, options: TrunkOptions) -> None:
+def _check(trunk: Any, model: nn.Module, options: TrunkOptions) -> None:
     if not trunk.config.is_causal:
         check_can_be_bidirectional(trunk)
     model.to(options.device).eval()

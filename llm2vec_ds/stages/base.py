@@ -39,12 +39,17 @@ class StepResult:
 class Stage(Protocol):
     """An objective with its data. Knows nothing of DeepSpeed, optimizers or schedules."""
 
-    model: nn.Module
-    """What the engine trains."""
-    encoder: Encoder
-    """The part of it that is the result."""
-    texts: PreparedTexts
-    """The training texts; a step gets row numbers of it."""
+    @property
+    def model(self) -> nn.Module:
+        """What the engine trains."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """The part of it that is the result."""
+
+    @property
+    def texts(self) -> PreparedTexts:
+        """The training texts; a step gets row numbers of it."""
 
     def step(self, step: int, rows: np.ndarray, forward: Forward, backward: Backward) -> StepResult:
         """Forward and backward for this rank's `rows` of the global batch."""

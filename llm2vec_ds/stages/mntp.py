@@ -45,7 +45,7 @@ class MntpStage:
     def step(self, step: int, rows: np.ndarray, forward: Forward, backward: Backward) -> StepResult:
         batches, groups = self._masked_batches(self.texts, rows, step)
         device = self.encoder.device
-        n_masked = sum(int((batch.labels != NOT_PREDICTED).sum()) for batch in batches)  # type: ignore[union-attr]
+        n_masked = sum(_n_masked(batch) for batch in batches)
         n_masked_global = max(float(all_reduce_sum(torch.tensor(float(n_masked), device=device))), 1.0)
         n_passes = equal_count(groups, device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -101,3 +101,8 @@ class MntpStage:
             masked.append(TokenizedText(ids, text.pool_start, text.pool_end, text.text_hash))  # type: ignore[arg-type]
             labels.append(label)
         return masked, labels
+
+
+def _n_masked(batch: PackedBatch) -> int:
+    assert batch.labels is not None
+    return int((batch.labels != NOT_PREDICTED).sum())

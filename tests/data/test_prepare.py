@@ -33,7 +33,7 @@ def write(path: Path, texts: list[str], column: str = "text") -> Path:
     return path
 
 
-def prepared(path: Path | list[str], **config: object):  # noqa: ANN201
+def prepared(path: Path | list[str], **config: object):
     where = path if isinstance(path, list) else str(path)
     data = DataConfig(path=where, **config)  # type: ignore[arg-type]
     return load_prepared(prepare(data, data.path, TOKENIZER))
@@ -64,7 +64,7 @@ def test_second_time_reads_what_the_first_wrote(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_stopped_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object):  # noqa: ANN202
+    def broken(*_: object):
         yield "the river"
         raise KeyboardInterrupt
 

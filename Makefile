@@ -1,0 +1,44 @@
+# `make demo` and `make test` set everything up by themselves: a virtual environment in .venv, all packages.
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= demo-output
+BUDGET ?= default
+INSTALLED := $(VENV)/installed
+BIN := $(CURDIR)/$(VENV)/bin
+# Ranks and DataLoader-like helpers of the tests share the machine; ninja and deepspeed are found on PATH.
+export PATH := $(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test test-slow lint install clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## the virtual environment with everything that tests and demo need
+
+# torch first and alone: DeepSpeed's build looks for it.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11: make PYTHON=python3.11 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## a real 135M LLM through LLM2Vec, measured after every step (BUDGET=quick|default|full)
+	$(BIN)/llm2vec-ds demo --output $(OUTPUT) --budget $(BUDGET)
+
+test: $(INSTALLED)  ## the tests, at most 15 minutes on two cores
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(INSTALLED)  ## what takes longer: the real model, the README's commands
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the environment and what runs left here
+	rm -rf $(VENV) build runs demo-output

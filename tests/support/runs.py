@@ -1,0 +1,65 @@
+"""Training runs as a user starts them: the command in a process of its own, or under the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.support.ranks import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NO_DROPOUT = {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.0, "zero_init": False}}
+"""For equalities: nothing random in the forward pass, and gradients that a zero B would hide."""
+
+
+def recipe(stage: str, model: Path, texts: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe for tiny models; 16 texts a step in micro-batches of a few texts."""
+    own = {"mntp": {"mask_rate": 0.3}, "simcse": {"attention_dropout": 0.0, "scale": 5.0}}[stage]
+    return {
+        "stage": stage,
+        "model": {"path": str(model)},
+        "data": {"path": str(texts), "max_tokens": 64},
+        "output_dir": str(output),
+        "max_steps": 6,
+        "batch": {"global_batch_size": 16, "max_tokens_per_micro_batch": 160},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+        stage: own,
+        **changes,
+    }
+
+
+def write_recipe(values: dict[str, Any], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def command(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """`llm2vec-ds ARGUMENTS`, or the same under `deepspeed --num_gpus RANKS`."""
+    if ranks == 1:
+        line = [sys.executable, "-m", "llm2vec_ds", *arguments]
+    else:
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        port = ["--master_port", str(free_port())]
+        line = [launcher, "--num_gpus", str(ranks), *port, "--module", "llm2vec_ds", *arguments]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False
+    )
+
+
+def trained(values: dict[str, Any], ranks: int = 1) -> list[dict[str, Any]]:
+    """Runs the recipe, which must succeed; the rows of its metrics.jsonl."""
+    output = Path(values["output_dir"])
+    path = write_recipe(values, output.with_suffix(".yaml"))
+    outcome = command(["train", str(path)], ranks)
+    assert outcome.returncode == 0, outcome.stderr[-3000:] + outcome.stdout[-3000:]
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
