@@ -5,7 +5,7 @@ OUTPUT ?= demo-output
 BUDGET ?= default
 INSTALLED := $(VENV)/installed
 BIN := $(CURDIR)/$(VENV)/bin
-# Ranks and DataLoader-like helpers of the tests share the machine; ninja and deepspeed are found on PATH.
+# Ninja and the deepspeed launcher are found on PATH.
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	  { echo "error: $(PYTHON) is older than 3.11: make PYTHON=python3.11 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet "$$(grep ^torch== constraints.txt)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev]'
 	@touch $@
 

@@ -7,6 +7,7 @@ names holds ZeRO, offload and communication only; the trainer adds the rest from
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -248,8 +249,8 @@ def _unknown_key(key: str, location: list[str]) -> str:
     return f"unknown key `{key}`: did you mean `{suggestion}`?"
 
 
-def _section_at(location: list[str]) -> type[Section] | None:
-    section: type[Section] = Recipe
+def _section_at(location: list[str], start: type[Section] | None = None) -> type[Section] | None:
+    section = start or Recipe
     for name in location:
         field = section.model_fields.get(name)
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
@@ -258,3 +259,16 @@ def _section_at(location: list[str]) -> type[Section] | None:
             return None
         section = found[0]
     return section
+
+
+def documented_keys(section: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted key, default or type, meaning) of every recipe key, from the docstrings of the fields."""
+    rows = []
+    for name, field in section.model_fields.items():
+        inner = _section_at(location=[name], start=section)
+        if inner is not None:
+            rows += documented_keys(inner, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else json.dumps(field.default)
+        rows.append((prefix + name, default, " ".join((field.description or "").split())))
+    return rows

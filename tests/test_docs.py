@@ -1,0 +1,76 @@
+"""Documents tell the truth: their tables come from the code, their links lead somewhere, their commands run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm2vec_ds.config import documented_keys
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_table_of_recipe_keys_is_that_of_the_code() -> None:
+    """`UPDATE_DOCS=1 pytest tests/test_docs.py` writes it."""
+    path = ROOT / "docs" / "recipe.md"
+    table = "\n".join(f"| `{key}` | `{default}` | {meaning} |" for key, default, meaning in documented_keys())
+    text = path.read_text()
+    written = re.search(r"\| key \| default \| meaning \|\n\|---\|---\|---\|\n((?:.+\n)*)", text)
+    assert written is not None
+    if os.environ.get("UPDATE_DOCS"):
+        path.write_text(text.replace(written.group(1), table + "\n"))
+    else:
+        assert written.group(1).strip() == table
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+def test_the_readme_starts_with_the_two_commands() -> None:
+    first = blocks(ROOT / "README.md", "bash")[0]
+    assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
+
+
+@pytest.mark.slow
+def test_commands_of_the_documents_run(tmp_path: Path) -> None:
+    """Every bash and Python block of every document, in order, as they stand; `make …` is what CI itself calls."""
+    for name in ("recipes", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment["LLM2VEC_DS_CACHE"] = str(Path.home() / ".cache" / "llm2vec-ds")
+    environment.pop("HF_HUB_OFFLINE", None)
+    ran = 0
+    for path in DOCUMENTS:
+        for language, shell in (
+            ("bash", ["bash", "-euo", "pipefail", "-c"]),
+            ("python", [sys.executable, "-c"]),
+        ):
+            for block in blocks(path, language):
+                if block.lstrip().startswith("make "):
+                    continue
+                outcome = subprocess.run(
+                    [*shell, block],
+                    cwd=tmp_path,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                assert outcome.returncode == 0, f"{path.name}:\n{block}\n{outcome.stderr[-3000:]}"
+                ran += 1
+    assert ran >= 3
+    assert (tmp_path / "runs" / "vectors.npy").exists()
