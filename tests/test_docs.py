@@ -1,4 +1,4 @@
-"""Documents tell the truth: their tables come from the code, their links lead somewhere, their commands run."""
+"""Documents tell the truth: their tables come from the code, links lead somewhere, commands run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_readme_starts_with_the_two_commands() -> None:
 
 @pytest.mark.slow
 def test_commands_of_the_documents_run(tmp_path: Path) -> None:
-    """Every bash and Python block of every document, in order, as they stand; `make …` is what CI itself calls."""
+    """Every bash and Python block of every document, in order; `make …` is what CI itself calls."""
     for name in ("recipes", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
