@@ -19,7 +19,8 @@ class MaskedTokenHead(nn.Module):
 
     The weight is the model's own (frozen or tied as it comes) and belongs to this module directly, so
     that ZeRO-3 gathers it once a call however many chunks a rank has. Honours
-    `final_logit_softcapping` (Gemma 2) and `logits_scaling` (Granite) of the config.
+    `final_logit_softcapping` (Gemma 2), `logits_scaling` (Granite, a divisor) and `logit_scale` (Cohere, a
+    factor) of the config.
     """
 
     def __init__(self, head: nn.Linear, config: Any, chunk_tokens: int) -> None:
@@ -27,7 +28,8 @@ class MaskedTokenHead(nn.Module):
         self.weight = head.weight
         self.bias = head.bias
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.divisor: float = getattr(config, "logits_scaling", None) or 1.0
+        factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+        self.factor: float = (factor or 1.0) / (divisor or 1.0)
         self.chunk_tokens = chunk_tokens
 
     def forward(self, hidden_MD: torch.Tensor, label_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +44,7 @@ class MaskedTokenHead(nn.Module):
         return torch.cat(losses), torch.cat(hits)
 
     def _chunk(self, hidden: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = F.linear(hidden, self.weight, self.bias).float() / self.divisor
+        logits = F.linear(hidden, self.weight, self.bias).float() * self.factor
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return F.cross_entropy(logits, label, reduction="none"), logits.detach().argmax(-1) == label

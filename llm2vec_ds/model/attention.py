@@ -57,7 +57,8 @@ def _attend(
     """`[B, L, H, D]`, the layout that transformers expects back. `cu_seq_lens_q` marks a packed stream."""
     if ignored.get("s_aux") is not None:
         raise ValueError("attention sinks (s_aux) are not supported by the llm2vec attention")
-    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    by_config = is_causal is not None
+    causal = bool(is_causal) if by_config else bool(getattr(module, "is_causal", True))
     n_rows, _, length, head_dim = query_BHLD.shape
     q_THD, k_THD, v_THD = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHLD, key_BHLD, value_BHLD))
     real_T = None
@@ -76,7 +77,7 @@ def _attend(
         v_THD,
         cu_seqlens,
         softmax_scale=head_dim**-0.5 if scaling is None else scaling,
-        window=_reach(sliding_window, causal),
+        window=_reach(sliding_window, inclusive=by_config and not causal),
         softcap=softcap,
         dropout_p=dropout,
         causal=causal,
@@ -88,8 +89,12 @@ def _attend(
     return out_THD.unflatten(0, (n_rows, length))
 
 
-def _reach(sliding_window: int | None, causal: bool) -> int | None:
-    """transformers' window w as our inclusive reach: causal keeps i − j < w, bidirectional |i − j| ≤ w."""
+def _reach(sliding_window: int | None, inclusive: bool) -> int | None:
+    """transformers' window w as our inclusive reach.
+
+    Bidirectional by `config.is_causal` keeps |i − j| ≤ w; causal keeps i − j < w, and a module that is
+    bidirectional by a flag of its own (Gemma 3) |i − j| < w.
+    """
     if sliding_window is None:
         return None
-    return sliding_window - 1 if causal else sliding_window
+    return sliding_window if inclusive else sliding_window - 1

@@ -13,11 +13,39 @@ from typing import Any
 from llm2vec_ds.errors import UserError
 
 HOOK = "merge_with_config_defaults"
+OWN_FLAG = "use_bidirectional_attention"
 
 
-def set_causal(config: Any, causal: bool) -> None:
-    """Makes the model that is built from `config`, or that holds it, causal or bidirectional."""
+def with_causal(config: Any, causal: bool) -> Any:
+    """The config of the same model, causal or bidirectional; build the model from what is returned.
+
+    A config that narrows its sliding window under a flag of its own (Gemma 3's
+    `use_bidirectional_attention`) gets that flag and no other: it is what servers of such models read, and
+    with both flags the window would differ by one from theirs.
+    """
+    if _narrows_its_window(config):
+        return _flagged(config, not causal)
     config.is_causal = causal
+    return config
+
+
+def is_causal(config: Any) -> bool | None:
+    """What a config says; None where it says nothing, which transformers takes for causal."""
+    if _narrows_its_window(config):
+        return not getattr(config, OWN_FLAG)
+    said: bool | None = getattr(config, "is_causal", None)
+    return said
+
+
+def _narrows_its_window(config: Any) -> bool:
+    """Found by trying: Gemma and Gemma 2 have the flag too, but there it moves neither window nor mask."""
+    if not hasattr(config, OWN_FLAG) or getattr(config, "sliding_window", None) is None:
+        return False
+    return bool(_flagged(config, True).sliding_window != _flagged(config, False).sliding_window)
+
+
+def _flagged(config: Any, bidirectional: bool) -> Any:
+    return type(config).from_dict({**config.to_dict(), OWN_FLAG: bidirectional})
 
 
 def check_can_be_bidirectional(trunk: Any) -> None:

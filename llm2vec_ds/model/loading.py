@@ -12,7 +12,7 @@ from torch import nn
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.attention import register
-from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, set_causal
+from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, is_causal, with_causal
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[Any, nn.Linea
 
 
 def _check(trunk: Any, model: nn.Module, options: TrunkOptions) -> None:
-    if not trunk.config.is_causal:
+    if not is_causal(trunk.config):
         check_can_be_bidirectional(trunk)
     model.to(options.device).eval()
 
@@ -81,8 +81,8 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, path)
-    causal = getattr(config, "is_causal", False) if options.causal is None else options.causal
-    set_causal(config, causal)
+    causal = bool(is_causal(config)) if options.causal is None else options.causal
+    config = with_causal(config, causal)
     if options.attention_dropout is not None:
         if not hasattr(config, "attention_dropout"):
             raise UserError(

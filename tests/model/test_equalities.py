@@ -14,7 +14,7 @@ from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.attention import register
-from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, set_causal
+from llm2vec_ds.model.bidirectional import check_can_be_bidirectional
 from llm2vec_ds.model.pooling import mean_pool
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
@@ -30,7 +30,7 @@ def texts(lengths: tuple[int, ...] = LENGTHS) -> list[TokenizedText]:
 
 def trunk(causal: bool = False, attention: str = ATTENTION, **changes: object) -> torch.nn.Module:
     model = tiny_llama(**changes).model
-    set_causal(model.config, causal)
+    model.config.is_causal = causal
     model.set_attn_implementation(attention)
     return model.eval()
 
