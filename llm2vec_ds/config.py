@@ -62,7 +62,8 @@ class DataConfig(Section):
     """Where the training texts come from."""
 
     path: str | list[str]
-    """A file or several: .txt (a text a line), .jsonl, .csv or .parquet."""
+    """A file, several, or a folder of them: .txt (a text a line), .jsonl, .csv (these also .gz, .bz2, .xz) or
+    .parquet; or a hub data set, `hub:owner/name`, `hub:owner/name:config@split`."""
     text_column: str = "text"
     """Column that holds the text, in .jsonl, .csv and .parquet."""
     max_tokens: Annotated[int, Field(ge=4)] = 128
@@ -71,6 +72,9 @@ class DataConfig(Section):
     """What becomes of a longer text: its head is kept, or it is cut into blocks of `max_tokens`."""
     instruction: str | None = None
     """Put before each text; attended, but not pooled."""
+    template: str | None = None
+    """What stands around instruction and text: a form such as `Instruct: {instruction} Text: {text}`, or
+    `chat` for the tokenizer's own chat template; null: instruction, a blank, text."""
     held_out_path: str | list[str] | None = None
     """Texts that measure and never train, in the same format as `path`."""
     prepared_dir: str | None = None
@@ -149,8 +153,9 @@ class Recipe(Section):
     """Path of a DeepSpeed JSON (see ds_configs/); null: one process or plain data parallelism."""
     held_out_every_steps: Annotated[int, Field(ge=0)] = 0
     """Measure on `data.held_out_path` this often; 0: at the start and at the end only."""
-    pooling: Literal["mean"] = "mean"
-    """How token vectors become the text's vector."""
+    pooling: Literal["mean", "weighted_mean", "last", "eos", "bos"] = "mean"
+    """How token vectors become the text's vector: mean of its tokens (weighted: by position), its last token,
+    or the end or beginning of the sequence (`eos` is added to each text)."""
     adapter: AdapterConfig | None = AdapterConfig()
     """LoRA; null trains every weight of the trunk."""
     batch: BatchConfig = BatchConfig()

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from llm2vec_ds import __version__
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack, plan_micro_batches
-from llm2vec_ds.data.prompts import Prompt, check_tokenizer, tokenize, truncate
+from llm2vec_ds.data.prompts import PLAIN, Prompt, Template, check_tokenizer, tokenize, truncate
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
-from llm2vec_ds.model.pooling import mean_pool
+from llm2vec_ds.model.pooling import POOLINGS
 
 SETTINGS_FILE = "llm2vec_ds.json"
 
@@ -32,6 +32,8 @@ class EncoderSettings:
 
     pooling: str = "mean"
     max_tokens: int = 512
+    template: str = PLAIN
+    special_tokens: bool = True
 
 
 class Encoder(nn.Module):
@@ -98,7 +100,7 @@ class Encoder(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """One vector a text, `[S, D]` fp32, not normalised."""
-        return mean_pool(self.hidden_states(batch), batch)
+        return POOLINGS[self.settings.pooling](self.hidden_states(batch), batch)
 
     @torch.no_grad()
     def encode(
@@ -120,7 +122,12 @@ class Encoder(nn.Module):
         """
         tokenized = [
             truncate(text, self.settings.max_tokens)
-            for text in tokenize(self.tokenizer, [Prompt(instruction, text) for text in texts])
+            for text in tokenize(
+                self.tokenizer,
+                [Prompt(instruction, text) for text in texts],
+                Template(self.settings.template, self.settings.special_tokens),
+                end_with_eos=self.settings.pooling == "eos",
+            )
         ]
         empty = [i for i, text in enumerate(tokenized) if text.pool_start == text.pool_end]
         if empty:

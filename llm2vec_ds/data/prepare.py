@@ -1,15 +1,20 @@
-"""Tokenises a source once into a memory-mapped Arrow file that every rank and every later run reads."""
+"""Tokenises a source once into memory-mapped Arrow files that every rank and every later run reads.
+
+A folder of prepared texts is keyed by the source (paths, sizes, times of change), the tokenizer and the
+settings. It is filled part by part under another name, each part with a note of how far it got, so that a
+killed preparation goes on where it stopped; it gets its name by a rename, so it is complete or absent.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,25 @@ import numpy as np
 from tqdm import tqdm
 
 from llm2vec_ds.config import DataConfig
-from llm2vec_ds.data.prompts import Prompt, TokenizedText, check_tokenizer, split, tokenize, truncate
-from llm2vec_ds.data.sources import source_files, stream_texts
+from llm2vec_ds.data.prompts import (
+    CHAT,
+    Prompt,
+    Template,
+    TokenizedText,
+    check_tokenizer,
+    split,
+    template_for,
+    tokenize,
+)
+from llm2vec_ds.data.sources import Source, find_source, stream_texts
 from llm2vec_ds.errors import UserError
 
-TEXTS_PER_BLOCK = 1000
+log = logging.getLogger(__name__)
+
+TEXTS_A_BLOCK = 500
+CHARACTERS_A_BLOCK = 2**20
+TEXTS_A_PART = 200_000
+CHARACTERS_A_PART = 2**26
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,7 @@ class PreparedTexts:
     rows: Any
     fingerprint: str
     lengths: np.ndarray
+    counts: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -48,100 +68,206 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2vec-ds"
 
 
-def prepare(data: DataConfig, path: str | list[str], tokenizer: Any) -> Path:
+def prepare(data: DataConfig, path: str | list[str], tokenizer: Any, *, end_with_eos: bool = False) -> Path:
     """Makes the folder of prepared texts if it is not there yet; returns it.
 
-    One process does this while the others wait. The folder appears by a rename, so it is complete or
-    absent. It is keyed by the files (path, size, time of change), the tokenizer and the settings.
+    One process does this while the others wait (ranks by the caller, other runs by a lock file).
+
+    Raises:
+        UserError: the source cannot be read, or holds no text.
     """
+    from filelock import FileLock
+
     check_tokenizer(tokenizer)
-    files = source_files(path)
+    source = find_source(path)
+    template = template_for(data.template, tokenizer)
     root = Path(data.prepared_dir) if data.prepared_dir else cache_root() / "prepared"
-    folder = root / _key(data, files, tokenizer)
+    folder = root / _key(data, source, tokenizer, end_with_eos)
     if folder.is_dir():
         return folder
-    root.mkdir(parents=True, exist_ok=True)
-    unfinished = root / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-    unfinished.mkdir()
     try:
-        _write(data, files, tokenizer, unfinished)
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another run has just finished the same texts
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{folder.name}.lock"):
+            if not folder.is_dir():
+                _Preparation(data, source, tokenizer, template, end_with_eos, folder).run()
+    except OSError as error:
+        raise UserError(f"prepared texts cannot be written to {root}: {error.strerror or error}") from None
     return folder
 
 
 def load_prepared(folder: Path) -> PreparedTexts:
     """Opens a folder that `prepare` made; nothing but the lengths is read into memory."""
-    import datasets
-
     manifest = json.loads((folder / "manifest.json").read_text())
-    rows = datasets.Dataset.from_file(str(folder / "texts.arrow"))
+    rows = _memory_mapped(folder, manifest["parts"])
     lengths = rows.data.column("n_tokens").to_numpy()
-    return PreparedTexts(rows, manifest["fingerprint"], lengths)
+    return PreparedTexts(rows, manifest["fingerprint"], lengths, manifest["counts"])
 
 
-def _write(data: DataConfig, files: list[Path], tokenizer: Any, folder: Path) -> None:
-    import pyarrow as pa
+@dataclass
+class _Progress:
+    """How far the finished parts go. `counts` holds rows, tokens, and what was left out and why."""
 
-    schema = pa.schema(
-        [
-            ("input_ids", pa.list_(pa.int32())),
-            ("pool_start", pa.int32()),
-            ("pool_end", pa.int32()),
-            ("text_hash", pa.int64()),
-            ("n_tokens", pa.int32()),
-        ]
-    )
-    counts = {"blank": 0, "shortened": 0, "rows": 0, "tokens": 0}
-    with pa.OSFile(str(folder / "texts.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        texts = tqdm(stream_texts(files, data.text_column), desc="tokenise", unit=" texts", disable=None)
-        for block in _blocks(_tokenized(data, texts, tokenizer, counts)):
-            columns = {
-                "input_ids": [list(t.input_ids) for t in block],
-                "pool_start": [t.pool_start for t in block],
-                "pool_end": [t.pool_end for t in block],
-                "text_hash": [t.text_hash for t in block],
-                "n_tokens": [len(t) for t in block],
-            }
-            counts["rows"] += len(block)
-            counts["tokens"] += sum(columns["n_tokens"])
-            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema))
-    if not counts["rows"]:
-        raise UserError(f"{', '.join(map(str, files))}: no text in it, only blank lines")
-    with (folder / "texts.arrow").open("rb") as written:
-        fingerprint = hashlib.file_digest(written, "sha256").hexdigest()
-    manifest = {"fingerprint": fingerprint, "files": [str(f) for f in files], **counts}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    n_texts_read: int = 0
+    parts: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
-def _tokenized(
-    data: DataConfig, texts: Iterable[str], tokenizer: Any, counts: dict[str, int]
-) -> Iterator[TokenizedText]:
-    for block in _blocks(texts):
-        prompts = [Prompt(data.instruction, text) for text in block]
-        for text in tokenize(tokenizer, prompts):
+class _Preparation:
+    """One folder in the making."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        source: Source,
+        tokenizer: Any,
+        template: Template,
+        end_with_eos: bool,
+        folder: Path,
+    ) -> None:
+        self.data = data
+        self.source = source
+        self.tokenizer = tokenizer
+        self.template = template
+        self.end_with_eos = end_with_eos
+        self.folder = folder
+        self.unfinished = folder.with_name(f".{folder.name}.unfinished")
+        self.note = self.unfinished / "progress.json"
+
+    def run(self) -> None:
+        self.unfinished.mkdir(exist_ok=True)
+        progress = _Progress()
+        if self.note.exists():
+            progress = _Progress(**json.loads(self.note.read_text()))
+            log.info("preparing %s goes on after %s texts", self.source, progress.n_texts_read)
+        left_out: Counter[str] = Counter()
+        whole = self.data.long_texts == "split"
+        texts = stream_texts(self.source, self.data.text_column, left_out, whole=whole)
+        with tqdm(desc="tokenise", unit=" texts", unit_scale=True, disable=None) as bar:
+            # What is left out is counted anew while the texts of finished parts are read over.
+            bar.update(sum(1 for _ in islice(texts, progress.n_texts_read)))
+            for text in texts:
+                n_read = self._write_part(chain([text], texts), progress, bar)
+                progress.n_texts_read += n_read
+                progress.counts |= left_out
+                self._write_note(progress)
+        progress.counts |= left_out
+        self._finish(progress)
+
+    def _write_part(self, texts: Iterator[str], progress: _Progress, bar: Any) -> int:
+        """Tokenises the next texts into one Arrow file; returns how many were read."""
+        import pyarrow as pa
+
+        name = f"part-{len(progress.parts):05d}.arrow"
+        counts = Counter(progress.counts)
+        n_read = n_characters = 0
+        schema = pa.schema([pa.field(column, kind) for column, kind in _columns().items()])
+        with pa.OSFile(str(self.unfinished / name), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            while n_read < TEXTS_A_PART and n_characters < CHARACTERS_A_PART:
+                block = _block(texts)
+                if not block:
+                    break
+                rows = list(self._rows(block, counts))
+                if rows:
+                    writer.write_batch(pa.RecordBatch.from_pydict(_as_columns(rows), schema))
+                n_read += len(block)
+                n_characters += sum(map(len, block))
+                bar.update(len(block))
+        progress.parts.append(name)
+        progress.counts = dict(counts)
+        return n_read
+
+    def _rows(self, block: list[str], counts: Counter[str]) -> Iterator[TokenizedText]:
+        prompts = [Prompt(self.data.instruction, text) for text in block]
+        for text in tokenize(self.tokenizer, prompts, self.template, end_with_eos=self.end_with_eos):
             if text.pool_start == text.pool_end:
                 counts["blank"] += 1
                 continue
-            counts["shortened"] += len(text) > data.max_tokens
-            if data.long_texts == "split":
-                yield from split(text, data.max_tokens)
-            else:
-                yield truncate(text, data.max_tokens)
+            counts["shortened"] += len(text) > self.data.max_tokens
+            parts = split(text, self.data.max_tokens)
+            for row in parts if self.data.long_texts == "split" else islice(parts, 1):
+                counts["rows"] += 1
+                counts["tokens"] += len(row)
+                yield row
+
+    def _write_note(self, progress: _Progress) -> None:
+        """How far the finished parts go; replaced in one move."""
+        new = self.note.with_suffix(".new")
+        new.write_text(json.dumps(asdict(progress)))
+        new.rename(self.note)
+
+    def _finish(self, progress: _Progress) -> None:
+        counts = progress.counts
+        left_out = {name: n for name, n in counts.items() if n and name not in ("rows", "tokens")}
+        if not counts.get("rows"):
+            reasons = ", ".join(f"{n} {name}" for name, n in left_out.items()) or "it is empty"
+            raise UserError(f"{self.source}: no text in it ({reasons})")
+        digest = hashlib.sha256()
+        for name in progress.parts:
+            with (self.unfinished / name).open("rb") as part:
+                digest.update(hashlib.file_digest(part, "sha256").digest())
+        counts["duplicates"] = left_out["duplicates"] = _n_duplicates(self.unfinished, progress.parts)
+        manifest = {"fingerprint": digest.hexdigest(), "source": str(self.source), **asdict(progress)}
+        self.note.with_name("manifest.json").write_text(json.dumps(manifest, indent=1))
+        self.note.unlink(missing_ok=True)
+        self.unfinished.rename(self.folder)
+        log.info(
+            "prepared %s: %s rows, %s tokens; %s",
+            self.source,
+            counts["rows"],
+            counts["tokens"],
+            ", ".join(f"{n} {name}" for name, n in left_out.items() if n) or "nothing left out",
+        )
 
 
-def _blocks(items: Iterable[Any]) -> Iterator[list[Any]]:
-    items = iter(items)
-    while block := list(islice(items, TEXTS_PER_BLOCK)):
-        yield block
+def _columns() -> dict[str, Any]:
+    import pyarrow as pa
+
+    small = pa.int32()
+    return {
+        "input_ids": pa.list_(small),
+        "pool_start": small,
+        "pool_end": small,
+        "text_hash": pa.int64(),
+        "n_tokens": small,
+    }
 
 
-def _key(data: DataConfig, files: list[Path], tokenizer: Any) -> str:
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+def _as_columns(rows: list[TokenizedText]) -> dict[str, list[Any]]:
+    return {
+        "input_ids": [list(row.input_ids) for row in rows],
+        "pool_start": [row.pool_start for row in rows],
+        "pool_end": [row.pool_end for row in rows],
+        "text_hash": [row.text_hash for row in rows],
+        "n_tokens": [len(row) for row in rows],
+    }
+
+
+def _block(texts: Iterator[str]) -> list[str]:
+    """The next texts, few enough for the tokenizer's memory."""
+    block: list[str] = []
+    n_characters = 0
+    for text in texts:
+        block.append(text)
+        n_characters += len(text)
+        if len(block) == TEXTS_A_BLOCK or n_characters >= CHARACTERS_A_BLOCK:
+            break
+    return block
+
+
+def _memory_mapped(folder: Path, parts: list[str]) -> Any:
+    import datasets
+
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(folder / name)) for name in parts])
+
+
+def _n_duplicates(folder: Path, parts: list[str]) -> int:
+    """Rows whose text stands in an earlier row too."""
+    hashes = _memory_mapped(folder, parts).data.column("text_hash").to_numpy()
+    return len(hashes) - len(np.unique(hashes))
+
+
+def _key(data: DataConfig, source: Source, tokenizer: Any, end_with_eos: bool) -> str:
     settings = data.model_dump(exclude={"path", "held_out_path", "prepared_dir"})
-    parts = json.dumps([stats, settings, tokenizer.backend_tokenizer.to_str()], sort_keys=True)
-    return hashlib.sha256(parts.encode()).hexdigest()[:24]
+    chat = getattr(tokenizer, "chat_template", None) if data.template == CHAT else None
+    parts = [source.identity(), settings, end_with_eos, chat, tokenizer.backend_tokenizer.to_str()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

@@ -9,6 +9,59 @@ from typing import Any
 
 from llm2vec_ds.errors import UserError
 
+PLAIN = "{instruction} {text}"
+CHAT = "chat"
+_PROBE = "\ue000"  # a private-use character that no chat template contains
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands around instruction and text.
+
+    `form` holds `{text}` once and `{instruction}` at most once, before it. Where a text has no instruction,
+    `{instruction}` and one blank after it vanish. `special_tokens` says whether the tokenizer adds its own
+    (a chat template spells them out itself).
+    """
+
+    form: str = PLAIN
+    special_tokens: bool = True
+
+    def render(self, instruction: str | None, text: str) -> tuple[str, int, int]:
+        """The one string that is tokenised, and where the text begins and ends in it, in characters."""
+        head, _, tail = self.form.partition("{text}")
+        if instruction:
+            head = head.replace("{instruction}", instruction.strip())
+        else:
+            head = head.replace("{instruction} ", "").replace("{instruction}", "")
+        return head + text + tail, len(head), len(head) + len(text)
+
+
+def template_for(choice: str | None, tokenizer: Any) -> Template:
+    """A recipe's `data.template`: null (plain), `chat` (the tokenizer's own), or a form.
+
+    Raises:
+        UserError: the form lacks `{text}`, or the tokenizer has no chat template.
+    """
+    if choice is None:
+        return Template()
+    if choice != CHAT:
+        if choice.count("{text}") != 1 or choice.count("{instruction}") > 1:
+            raise UserError(
+                f"data.template {choice!r} must hold {{text}} once and {{instruction}} at most once"
+            )
+        if "{instruction}" in choice.partition("{text}")[2]:
+            raise UserError(f"data.template {choice!r}: {{instruction}} must stand before {{text}}")
+        return Template(choice)
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("data.template is `chat`, but the tokenizer has no chat template: write the form out")
+    message = [{"role": "user", "content": _PROBE}]
+    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=False)
+    if rendered.count(_PROBE) != 1:
+        raise UserError(
+            "the tokenizer's chat template does not hold a user's message just once: write the form out"
+        )
+    return Template(rendered.replace(_PROBE, PLAIN), special_tokens=False)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -16,11 +69,6 @@ class Prompt:
 
     instruction: str | None
     text: str
-
-    def render(self) -> tuple[str, int]:
-        """The one string that is tokenised, and the character where the text begins in it."""
-        prefix = f"{self.instruction.strip()} " if self.instruction else ""
-        return prefix + self.text, len(prefix)
 
     def hash(self) -> int:
         """63 bits of SHA-256: equal for equal texts on every machine."""
@@ -30,7 +78,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Ids of one text with its special tokens; tokens `pool_start:pool_end` are the text itself."""
+    """Ids of one text with what stands around it; tokens `pool_start:pool_end` are the text itself."""
 
     input_ids: Sequence[int]
     pool_start: int
@@ -50,44 +98,73 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[Prompt]) -> list[TokenizedText]:
+def tokenize(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    template: Template | None = None,
+    *,
+    end_with_eos: bool = False,
+) -> list[TokenizedText]:
     """Instruction and text as one string each; the boundary from the tokenizer's offsets.
 
     A token that begins before the boundary and ends after it (the space of " word") belongs to the
     text. Special tokens that the tokenizer adds are never pooled. A text without tokens has
     `pool_start == pool_end`.
+
+    Args:
+        end_with_eos: the end-of-sequence token stands last (for `eos` pooling).
+
+    Raises:
+        UserError: `end_with_eos` with a tokenizer that has no such token.
     """
-    rendered = [prompt.render() for prompt in prompts]
+    template = template or Template()
+    if end_with_eos and tokenizer.eos_token_id is None:
+        raise UserError(
+            "pooling `eos` needs a tokenizer with an end-of-sequence token: choose another pooling"
+        )
+    rendered = [template.render(prompt.instruction, prompt.text) for prompt in prompts]
     encoded = tokenizer(
-        [string for string, _ in rendered],
+        [string for string, _, _ in rendered],
+        add_special_tokens=template.special_tokens,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
         return_attention_mask=False,
         verbose=False,
     )
     texts = []
-    for row, (prompt, (_, boundary)) in enumerate(zip(prompts, rendered, strict=True)):
-        special = encoded["special_tokens_mask"][row]
-        own = [
-            i
-            for i, (_, end) in enumerate(encoded["offset_mapping"][row])
-            if end > boundary and not special[i]
-        ]
-        start, end = (own[0], own[-1] + 1) if own and prompt.text.strip() else (0, 0)
-        texts.append(TokenizedText(encoded["input_ids"][row], start, end, prompt.hash()))
+    for row, (prompt, (_, begin, finish)) in enumerate(zip(prompts, rendered, strict=True)):
+        input_ids = encoded["input_ids"][row]
+        start, end = 0, 0
+        if prompt.text.strip():
+            start, end = _span(
+                encoded["offset_mapping"][row], encoded["special_tokens_mask"][row], begin, finish
+            )
+        if end_with_eos and (not input_ids or input_ids[-1] != tokenizer.eos_token_id):
+            input_ids = [*input_ids, tokenizer.eos_token_id]
+        texts.append(TokenizedText(input_ids, start, end, prompt.hash()))
     return texts
 
 
+def _span(offsets: list[tuple[int, int]], special: list[int], begin: int, finish: int) -> tuple[int, int]:
+    """First and one past the last token that holds characters of `begin:finish`, looking from both ends."""
+    start, end = 0, len(offsets)
+    while start < end and (special[start] or offsets[start][1] <= begin):
+        start += 1
+    while end > start and (special[end - 1] or offsets[end - 1][0] >= finish):
+        end -= 1
+    return start, end
+
+
 def truncate(text: TokenizedText, max_tokens: int) -> TokenizedText:
-    """Cuts the end of the text itself; instruction and special tokens stay whole."""
+    """Cuts the end of the text itself; what stands around it stays whole."""
     return next(split(text, max_tokens))
 
 
 def split(text: TokenizedText, max_tokens: int) -> Iterator[TokenizedText]:
-    """Blocks of at most `max_tokens`, each with the instruction and special tokens around it.
+    """Blocks of at most `max_tokens`, each with what stands around the text.
 
     Raises:
-        UserError: instruction and special tokens leave no room for text.
+        UserError: instruction, template and special tokens leave no room for text.
     """
     if len(text) <= max_tokens:
         yield text

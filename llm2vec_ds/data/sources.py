@@ -1,55 +1,232 @@
-"""Files of texts → a stream of strings, read by `datasets` and never held as a whole."""
+"""Files of texts, or a hub data set → a stream of strings that is never held as a whole.
+
+What becomes of a bad line of a `.txt` file: blank lines, lines with NUL bytes (binary) and lines that are
+not UTF-8 are left out and counted. A text over `LONGEST_TEXT_CHARACTERS` comes in pieces of that size, cut
+at a blank. Duplicates stay. In the structured formats a row that cannot be read is an error with its place.
+"""
 
 from __future__ import annotations
 
-import glob
+import csv
+import json
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from llm2vec_ds.errors import UserError
 
-BUILDER_OF_SUFFIX = {".txt": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+log = logging.getLogger(__name__)
+
+FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
+COMPRESSIONS = (".gz", ".bz2", ".xz")
+LONGEST_TEXT_CHARACTERS = 2**20
+LONGEST_LINE_BYTES = 2**26
+HUB_PREFIX = "hub:"
 
 
-def source_files(path: str | Sequence[str]) -> list[Path]:
-    """The files that a recipe names, in its order.
+@dataclass(frozen=True)
+class Source:
+    """Where texts come from: files of one format, or one hub data set (`hub:name[:config]@split`)."""
+
+    files: tuple[Path, ...] = ()
+    hub: str | None = None
+
+    def identity(self) -> list[Any]:
+        """What changes when the texts may have changed: path, size and time of each file."""
+        stats = [(str(file.resolve()), file.stat()) for file in self.files]
+        return [self.hub, *([path, stat.st_size, stat.st_mtime_ns] for path, stat in stats)]
+
+    def __str__(self) -> str:
+        shown = [str(file) for file in self.files[:3]]
+        return self.hub or ", ".join(shown) + (" …" if len(self.files) > 3 else "")
+
+
+def find_source(path: str | Sequence[str]) -> Source:
+    """What a recipe's `data.path` names: a file, several, a folder of them, or a hub data set.
 
     Raises:
         UserError: a file is missing, or they are not all of one known format.
     """
-    files = [Path(p) for p in ([path] if isinstance(path, str) else path)]
+    paths = [path] if isinstance(path, str) else list(path)
+    if len(paths) == 1 and paths[0].startswith(HUB_PREFIX):
+        return Source(hub=paths[0])
+    files = [file for name in paths for file in _files(Path(name))]
     if not files:
-        raise UserError("data.path names no file")
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"data file {file} not found (relative paths start at {Path.cwd()})")
-        if file.suffix not in BUILDER_OF_SUFFIX:
-            known = ", ".join(BUILDER_OF_SUFFIX)
-            raise UserError(f"data file {file}: unknown format {file.suffix!r}, use one of {known}")
-    suffixes = sorted({file.suffix for file in files})
-    if len(suffixes) > 1:
-        raise UserError(f"data files of several formats ({', '.join(suffixes)}): use one format a recipe")
-    return files
+        raise UserError(f"data.path {path!r} names no file of a known format ({', '.join(FORMATS)})")
+    formats = sorted({_format(file) for file in files})
+    if len(formats) > 1:
+        raise UserError(f"data files of several formats ({', '.join(formats)}): use one format a recipe")
+    return Source(tuple(files))
 
 
-def stream_texts(files: Sequence[Path], text_column: str) -> Iterator[str]:
-    """Texts in file order; .txt gives its lines.
+def stream_texts(source: Source, text_column: str, counts: Counter[str], *, whole: bool) -> Iterator[str]:
+    """Texts in order, blank ones included; adds to `counts` what was left out and why.
+
+    Args:
+        whole: False keeps only the first piece of an oversized text (enough where texts are truncated).
 
     Raises:
-        UserError: the column is missing or a file cannot be read as its format.
+        UserError: the column is missing or a row cannot be read.
     """
+    rows = _hub(source.hub, text_column) if source.hub else _rows(source.files, text_column, counts)
+    for text in rows:
+        if len(text) <= LONGEST_TEXT_CHARACTERS:
+            yield text
+            continue
+        counts["oversized"] += 1
+        yield from _pieces(text) if whole else [next(_pieces(text))]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(f for f in path.rglob("*") if f.is_file() and _format_or_none(f) and f.name[0] != ".")
+    if not path.is_file():
+        raise UserError(f"data file {path} not found (relative paths start at {Path.cwd()})")
+    return [path]
+
+
+def _format_or_none(file: Path) -> str | None:
+    suffixes = file.suffixes
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes = suffixes[:-1]
+    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+
+
+def _format(file: Path) -> str:
+    found = _format_or_none(file)
+    if found is None:
+        raise UserError(
+            f"data file {file}: unknown format {''.join(file.suffixes[-2:])!r}, "
+            f"use one of {', '.join(FORMATS)}, plain or with {', '.join(COMPRESSIONS)}"
+        )
+    return found
+
+
+def _rows(files: Sequence[Path], column: str, counts: Counter[str]) -> Iterator[str]:
+    readers = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    for file in files:
+        try:
+            yield from readers[_format(file)](file, column, counts)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _open(file: Path) -> IO[bytes]:
+    import fsspec
+
+    opened: IO[bytes] = fsspec.open(str(file), "rb", compression="infer").open()
+    return opened
+
+
+def _text_lines(file: Path, _: str, counts: Counter[str]) -> Iterator[str]:
+    with _open(file) as opened:
+        for number, line in enumerate(_bounded_lines(opened)):
+            if number == 0:
+                if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise UserError(f"{file} is UTF-16: convert it first, iconv -f UTF-16 -t UTF-8")
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if b"\0" in line:
+                counts["binary"] += 1
+                continue
+            try:
+                yield line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                counts["not UTF-8"] += 1
+
+
+def _bounded_lines(opened: IO[bytes]) -> Iterator[bytes]:
+    """Lines; one over LONGEST_LINE_BYTES comes in parts cut at blanks, so that no line fills the memory."""
+    rest = b""
+    while chunk := opened.readline(LONGEST_LINE_BYTES):
+        line, rest = rest + chunk, b""
+        if len(chunk) == LONGEST_LINE_BYTES and not chunk.endswith(b"\n"):
+            cut = line.rfind(b" ") + 1 or len(line)
+            line, rest = line[:cut], line[cut:]
+        yield line
+    if rest:
+        yield rest
+
+
+def _json_lines(file: Path, column: str, _: Counter[str]) -> Iterator[str]:
+    with _open(file) as opened:
+        for number, line in enumerate(opened, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file}, line {number}: not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{file}, line {number}: expected a JSON object, one a line")
+            yield _value(row, column, f"{file}, line {number}")
+
+
+def _csv_rows(file: Path, column: str, _: Counter[str]) -> Iterator[str]:
+    import io
+
+    csv.field_size_limit(2**30)
+    with _open(file) as opened:
+        reader = csv.DictReader(io.TextIOWrapper(opened, encoding="utf-8-sig", newline=""))
+        try:
+            for row in reader:
+                yield _value(row, column, f"{file}, line {reader.line_num}")
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{file}, after line {reader.line_num}: not a CSV file in UTF-8: {error}"
+            ) from None
+
+
+def _parquet_rows(file: Path, column: str, _: Counter[str]) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            if column not in table.schema_arrow.names:
+                _value(dict.fromkeys(table.schema_arrow.names), column, str(file))
+            for batch in table.iter_batches(1024, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    yield "" if value is None else str(value)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{file}: not a Parquet file: {' '.join(str(error).split())[:160]}") from None
+
+
+def _value(row: dict[str, Any], column: str, place: str) -> str:
+    if column not in row:
+        found = ", ".join(str(name) for name in row)
+        raise UserError(f"{place}: no column {column!r}; set data.text_column to one of: {found}")
+    return "" if row[column] is None else str(row[column])
+
+
+def _hub(name: str, column: str) -> Iterator[str]:
+    """`hub:owner/name`, `hub:owner/name:config`, each with `@split` (default train), streamed."""
     import datasets
 
-    builder = BUILDER_OF_SUFFIX[files[0].suffix]
-    column = "text" if builder == "text" else text_column
-    patterns = [glob.escape(str(file.resolve())) for file in files]
+    address, _, split = name.removeprefix(HUB_PREFIX).partition("@")
+    owner, _, config = address.partition(":")
     try:
-        rows = datasets.load_dataset(builder, data_files=patterns, split="train", streaming=True)
-        for row in rows:
-            if column not in row:
-                found = ", ".join(row)
-                raise UserError(f"{files[0]}: no column {column!r}; set data.text_column to one of: {found}")
-            yield "" if row[column] is None else str(row[column])
-    except (UnicodeDecodeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{', '.join(map(str, files))}: not readable as {builder}: {reason}") from None
+        rows = datasets.load_dataset(owner, config or None, split=split or "train", streaming=True)
+        for number, row in enumerate(rows):
+            yield _value(row, column, f"{name}, row {number}")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the hub's client raises, the user sees one line
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"hub data set {name} cannot be streamed ({cause}): check name, split and network"
+        ) from None
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Parts of at most LONGEST_TEXT_CHARACTERS characters, cut at the last blank where there is one."""
+    start = 0
+    while start < len(text):
+        stop = start + LONGEST_TEXT_CHARACTERS
+        if stop < len(text):
+            blank = text.rfind(" ", start, stop)
+            stop = blank + 1 if blank > start else stop
+        yield text[start:stop]
+        start = stop

@@ -12,6 +12,7 @@ import torch
 from llm2vec_ds.config import Recipe, dump_recipe
 from llm2vec_ds.data.masking import Masking
 from llm2vec_ds.data.prepare import PreparedTexts, load_prepared, prepare
+from llm2vec_ds.data.prompts import template_for
 from llm2vec_ds.distributed import (
     Ranks,
     all_gather_object,
@@ -67,7 +68,8 @@ def build_stage(recipe: Recipe, device: torch.device) -> Stage:
             "lower batch.global_batch_size or give more data"
         )
     budget = recipe.batch.max_tokens_per_micro_batch
-    settings = EncoderSettings(recipe.pooling)
+    template = template_for(recipe.data.template, tokenizer)
+    settings = EncoderSettings(recipe.pooling, template=template.form, special_tokens=template.special_tokens)
     if recipe.mntp is not None:
         options = _trunk_options(recipe, recipe.mntp.attention_dropout, device)
         trunk, linear = load_trunk_and_head(recipe.model.path, options)
@@ -113,13 +115,14 @@ def _prepared(recipe: Recipe, path: str | list[str], tokenizer: Any) -> Prepared
     outcome: tuple[str, str] = ("", "")
     if rank() == 0:
         try:
-            outcome = (str(prepare(recipe.data, path, tokenizer)), "")
+            folder = prepare(recipe.data, path, tokenizer, end_with_eos=recipe.pooling == "eos")
+            outcome = (str(folder), "")
         except UserError as error:
             outcome = ("", str(error))
-    folder, mistake = all_gather_object(outcome)[0]
+    prepared, mistake = all_gather_object(outcome)[0]
     if mistake:
         raise UserError(mistake)
-    return load_prepared(Path(folder))
+    return load_prepared(Path(prepared))
 
 
 def _check_batch(recipe: Recipe, ranks: Ranks) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llm2vec_ds.config import DataConfig
+from llm2vec_ds.data import prepare as prepare_module
 from llm2vec_ds.data.prepare import load_prepared, prepare
+from llm2vec_ds.data.prompts import tokenize
 from llm2vec_ds.errors import UserError
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import sentences, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["the river runs", 'an old mill, quoted "so"', "bread is baked on sundays"]
@@ -58,23 +65,100 @@ def test_second_time_reads_what_the_first_wrote(tmp_path: Path, monkeypatch: pyt
     path = write(tmp_path / "a.txt", TEXTS)
     prepared(path)
     monkeypatch.setattr(
-        "llm2vec_ds.data.prepare.stream_texts", lambda *_: pytest.fail("read the source again")
+        "llm2vec_ds.data.prepare.stream_texts", lambda *_, **__: pytest.fail("read the source again")
     )
     prepared(path)
 
 
-def test_a_stopped_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object):
-        yield "the river"
-        raise KeyboardInterrupt
+def test_a_killed_preparation_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="llm2vec_ds")
+    monkeypatch.setattr(prepare_module, "TEXTS_A_PART", 10)
+    monkeypatch.setattr(prepare_module, "TEXTS_A_BLOCK", 5)
+    lines = sentences(50)
+    lines[7:7] = ["", lines[0]]
+    path = write(tmp_path / "a.txt", lines)
+    whole = prepared(path, prepared_dir=str(tmp_path / "whole"))
 
-    path = write(tmp_path / "a.txt", TEXTS)
+    calls = []
+
+    def killed(*arguments: object, **options: object):
+        calls.append(1)
+        if len(calls) == 6:  # in the middle of the third part
+            raise KeyboardInterrupt
+        return tokenize(*arguments, **options)  # type: ignore[arg-type]
+
     with monkeypatch.context() as patch:
-        patch.setattr("llm2vec_ds.data.prepare.stream_texts", broken)
+        patch.setattr(prepare_module, "tokenize", killed)
         with pytest.raises(KeyboardInterrupt):
             prepared(path, prepared_dir=str(tmp_path / "out"))
-    assert list((tmp_path / "out").iterdir()) == []
-    assert len(prepared(path, prepared_dir=str(tmp_path / "out"))) == 3
+    assert not [p for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")]
+    resumed = prepared(path, prepared_dir=str(tmp_path / "out"))
+    assert "goes on after 20 texts" in caplog.text
+    assert resumed.fingerprint == whole.fingerprint
+    assert resumed.counts == whole.counts
+    assert len(resumed) == 51
+    assert (resumed.counts["blank"], resumed.counts["duplicates"]) == (1, 1)
+    assert len(whole.rows.data.column("n_tokens").chunks) > 1
+
+
+def test_bad_lines_are_left_out_and_counted(tmp_path: Path) -> None:
+    good = "the river runs"
+    lines = [
+        b"\xef\xbb\xbf" + good.encode(),
+        b"",
+        b"  \t",
+        b"binary\0data",
+        b"caf\xe9 latin-1",
+        "bread é".encode(),
+    ]
+    (tmp_path / "a.txt").write_bytes(b"\r\n".join([*lines, good.encode()]))
+    texts = prepared(tmp_path / "a.txt")
+    assert len(texts) == 3
+    assert texts.counts | {"tokens": 0} == {
+        "rows": 3, "tokens": 0, "blank": 2, "binary": 1, "not UTF-8": 1, "duplicates": 1, "shortened": 0
+    }  # fmt: skip
+    assert TOKENIZER.decode(texts[[0]][0].input_ids, skip_special_tokens=True) == good
+
+
+@pytest.mark.parametrize("long_texts", ["truncate", "split"])
+def test_an_enormous_line_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_texts: str
+) -> None:
+    monkeypatch.setattr("llm2vec_ds.data.sources.LONGEST_LINE_BYTES", 2000)
+    monkeypatch.setattr("llm2vec_ds.data.sources.LONGEST_TEXT_CHARACTERS", 500)
+    words = [f"w{i}" for i in range(2000)]
+    texts = prepared(
+        write(tmp_path / "a.txt", [" ".join(words), "bread"]), max_tokens=64, long_texts=long_texts
+    )
+    body = " ".join(TOKENIZER.decode(t.input_ids, skip_special_tokens=True) for t in texts[range(len(texts))])
+    assert texts.counts["oversized"] >= 1
+    if long_texts == "split":
+        assert body.replace(" ", "") == "".join(words) + "bread"
+    assert texts.lengths.max() == 64
+
+
+@pytest.mark.parametrize(("suffix", "opener"), [(".gz", gzip.open), (".bz2", bz2.open), (".xz", lzma.open)])
+def test_compressed_files_and_folders(tmp_path: Path, suffix: str, opener: Callable[..., Any]) -> None:
+    (tmp_path / "in" / "deeper").mkdir(parents=True)
+    with opener(tmp_path / "in" / "deeper" / f"b.txt{suffix}", "wt") as file:
+        file.write("\n".join(TEXTS[2:]))
+    write(tmp_path / "in" / "a.txt", TEXTS[:2])
+    (tmp_path / "in" / "notes.md").write_text("not data")
+    assert prepared(tmp_path / "in").fingerprint == prepared(write(tmp_path / "c.txt", TEXTS)).fingerprint
+
+
+def test_end_of_sequence_and_template_are_part_of_the_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", TEXTS)
+    data = DataConfig(path=str(path), template="Text: {text}!", max_tokens=12)
+    texts = load_prepared(prepare(data, data.path, TOKENIZER, end_with_eos=True))
+    for row in texts[[0, 1, 2]]:
+        assert row.input_ids[-1] == TOKENIZER.eos_token_id
+        whole = TOKENIZER.decode(row.input_ids)
+        assert whole.startswith("<s>Text: ")
+        assert whole.endswith("!</s>")
+        assert len(row) <= 12
 
 
 def test_blank_lines_are_left_out_and_long_texts_cut_or_split(tmp_path: Path) -> None:
@@ -92,7 +176,14 @@ def test_blank_lines_are_left_out_and_long_texts_cut_or_split(tmp_path: Path) ->
     ("name", "texts", "config", "message"),
     [
         ("a.txt", ["", " "], {}, "no text in it"),
-        ("a.jsonl", TEXTS, {"text_column": "body"}, "no column 'body'; set data.text_column to one of: text"),
+        (
+            "a.jsonl",
+            TEXTS,
+            {"text_column": "body"},
+            "line 1: no column 'body'; set data.text_column to one of",
+        ),
+        ("a.csv", TEXTS, {"text_column": "body"}, "line 2: no column 'body'"),
+        ("a.parquet", TEXTS, {"text_column": "body"}, "no column 'body'"),
     ],
 )
 def test_unusable_sources(
@@ -113,5 +204,44 @@ def test_unreadable_sources(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="several formats"):
         prepared([str(tmp_path / "a.txt"), str(tmp_path / "a.csv")])
     (tmp_path / "b.txt").write_bytes(b"caf\xe9 au lait\n" * 3)
-    with pytest.raises(UserError, match="not readable as text"):
+    with pytest.raises(UserError, match=r"no text in it \(3 not UTF-8\)"):
         prepared(tmp_path / "b.txt")
+    for name, content, message in (
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', "line 2: not valid JSON"),
+        ("b.jsonl", b'["one"]\n', "expected a JSON object"),
+        ("c.csv", b"text\ncaf\xe9\n", "not a CSV file in UTF-8"),
+        ("d.parquet", b"PAR1 nothing", "not a Parquet file"),
+        ("e.txt.gz", b"not gzip", "cannot be read"),
+        ("f.txt", "the river".encode("utf-16"), "is UTF-16: convert it first"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message) as caught:
+            prepared(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_hub_data_set_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def no_network(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach\nthe hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    with pytest.raises(
+        UserError, match="hub data set hub:some/set@test cannot be streamed .*check name, split and network"
+    ):
+        prepared(["hub:some/set@test"])
+
+
+def test_a_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load(*arguments: object, **options: object) -> Any:
+        asked.append((arguments, options))
+        return iter({"body": text} for text in TEXTS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(prepared(["hub:some/set:part@test"], text_column="body")) == 3
+    assert asked == [(("some/set", "part"), {"split": "test", "streaming": True})]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm2vec_ds.data.prompts import Prompt, check_tokenizer, split, tokenize, truncate
+from llm2vec_ds.data.prompts import Prompt, check_tokenizer, split, template_for, tokenize, truncate
 from llm2vec_ds.errors import UserError
 from tests.support.tiny import tiny_tokenizer
 
@@ -36,6 +36,46 @@ def test_without_instruction_all_but_specials_is_pooled() -> None:
 def test_blank_text_has_an_empty_span(text: str, instruction: str | None) -> None:
     (tokens,) = tokenize(TOKENIZER, [Prompt(instruction, text)])
     assert tokens.pool_start == tokens.pool_end
+
+
+@given(instruction=st.one_of(st.none(), words), text=words)
+def test_a_template_is_attended_and_not_pooled(instruction: str | None, text: str) -> None:
+    template = template_for("Say: {instruction} [{text}] now", TOKENIZER)
+    (tokens,) = tokenize(TOKENIZER, [Prompt(instruction, text)], template, end_with_eos=True)
+    head = f"Say: {instruction.strip()} [" if instruction else "Say: ["
+    assert TOKENIZER.decode(tokens.input_ids) == f"<s>{head}{text}] now</s>"
+    pooled = TOKENIZER.decode(tokens.input_ids[tokens.pool_start : tokens.pool_end])
+    assert text.strip() in pooled
+    assert len(pooled) <= len(text) + 2  # a token may hold the bracket next to the text
+
+
+def test_the_tokenizers_own_chat_template() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>[{{ m.role }}] {{ m.content | trim }} [end]{% endfor %}"
+    )
+    template = template_for("chat", tokenizer)
+    for instruction, rendered in (
+        ("bread", "<s>[user] bread rain falls [end]"),
+        (None, "<s>[user] rain falls [end]"),
+    ):
+        (tokens,) = tokenize(tokenizer, [Prompt(instruction, "rain falls")], template)
+        assert tokenizer.decode(tokens.input_ids) == rendered
+        assert tokenizer.decode(tokens.input_ids[tokens.pool_start : tokens.pool_end]).strip() == "rain falls"
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("no place", "must hold {text} once"),
+        ("{text} {text}", "must hold {text} once"),
+        ("{text} {instruction}", "must stand before"),
+        ("chat", "the tokenizer has no chat template"),
+    ],
+)
+def test_unusable_templates(form: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        template_for(form, TOKENIZER)
 
 
 def test_truncation_keeps_instruction_and_specials() -> None:

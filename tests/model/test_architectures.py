@@ -163,7 +163,7 @@ def test_mntp_and_simcse_take_a_step_that_helps(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_head_equals_the_models_own_logits(model_type: str) -> None:
-    """Softcap, scaling and tying as the model has them: the loss of the model's own forward, one text at a time."""
+    """Softcap, scaling and tying as the model has them."""
     model, row = build(model_type), texts()[2]
     label = np.where(np.arange(len(row)) % 2 == 1, row.input_ids, -100)
     mntp = MntpModel(

@@ -8,14 +8,12 @@ import pytest
 import torch
 from llm2vec_kernels import choose_attention_backend
 
-from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional
-from llm2vec_ds.model.pooling import mean_pool
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 LENGTHS = (7, 1, 12, 7, 3)
@@ -106,21 +104,6 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     assert_same(with_gradients(model, packed_vectors(model, texts())), expected)
-
-
-def test_mean_pool_is_the_mean_of_pooled_tokens() -> None:
-    hidden = torch.randn(6, 4, dtype=torch.bfloat16)
-    batch = PackedBatch(
-        input_ids=torch.zeros(6, dtype=torch.long),
-        position_ids=torch.zeros(6, dtype=torch.long),
-        cu_seqlens=torch.tensor([0, 2, 2, 6]).int(),
-        max_seqlen=4,
-        pool_mask=torch.tensor([False, True, True, False, True, True]),
-    )
-    pooled = mean_pool(hidden, batch)
-    assert pooled.dtype == torch.float32
-    expected = torch.stack([hidden[1].float(), torch.zeros(4), hidden[[2, 4, 5]].float().mean(0)])
-    torch.testing.assert_close(pooled, expected)
 
 
 @pytest.mark.parametrize("model_type", ["gptj", "falcon", "bloom", "mpt", "codegen"])
