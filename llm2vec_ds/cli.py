@@ -70,6 +70,27 @@ def train(
     logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
 
 
+@app.command(epilog="Example: `llm2vec-ds prepare recipes/smoke_mntp.yaml data.prepared_dir=prepared`")
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, see recipes/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
+    ] = None,
+) -> None:
+    """Tokenise a recipe's texts now, so that training starts at once and its nodes need no network.
+
+    Killed, it goes on where it stopped. Training with the same keys finds the result by itself.
+    """
+    from llm2vec_ds.config import load_recipe
+    from llm2vec_ds.data.prepare import load_prepared, prepare_all
+    from llm2vec_ds.model.loading import load_tokenizer
+
+    resolved = load_recipe(recipe, overrides)
+    for folder in prepare_all(resolved, load_tokenizer(resolved.model.path)):
+        counts = load_prepared(folder).counts
+        print(f"{folder}: {counts['rows']} rows, {counts['tokens']} tokens")
+
+
 @app.command(
     epilog="Example: `llm2vec-ds encode --model runs/simcse/encoder --input texts.txt --output vectors.npy`"
 )

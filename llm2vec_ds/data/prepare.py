@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llm2vec_ds.config import DataConfig
+from llm2vec_ds.config import DataConfig, Recipe
 from llm2vec_ds.data.prompts import (
     CHAT,
     Prompt,
@@ -93,6 +93,13 @@ def prepare(data: DataConfig, path: str | list[str], tokenizer: Any, *, end_with
     except OSError as error:
         raise UserError(f"prepared texts cannot be written to {root}: {error.strerror or error}") from None
     return folder
+
+
+def prepare_all(recipe: Recipe, tokenizer: Any) -> list[Path]:
+    """Folders of the training texts and, where the recipe names them, of the held-out ones."""
+    paths = [recipe.data.path, recipe.data.held_out_path]
+    end_with_eos = recipe.pooling == "eos"
+    return [prepare(recipe.data, p, tokenizer, end_with_eos=end_with_eos) for p in paths if p is not None]
 
 
 def load_prepared(folder: Path) -> PreparedTexts:

@@ -11,7 +11,7 @@ import torch
 
 from llm2vec_ds.config import Recipe, dump_recipe
 from llm2vec_ds.data.masking import Masking
-from llm2vec_ds.data.prepare import PreparedTexts, load_prepared, prepare
+from llm2vec_ds.data.prepare import PreparedTexts, load_prepared, prepare_all
 from llm2vec_ds.data.prompts import template_for
 from llm2vec_ds.distributed import (
     Ranks,
@@ -61,7 +61,7 @@ def train(recipe: Recipe) -> Path:
 def build_stage(recipe: Recipe, device: torch.device) -> Stage:
     """Model with adapters, prepared texts, and the objective over both."""
     tokenizer = load_tokenizer(recipe.model.path)
-    texts = _prepared(recipe, recipe.data.path, tokenizer)
+    texts, *held_out = _prepared(recipe, tokenizer)
     if len(texts) < recipe.batch.global_batch_size:
         raise UserError(
             f"{len(texts)} texts do not fill one batch of {recipe.batch.global_batch_size}: "
@@ -75,11 +75,10 @@ def build_stage(recipe: Recipe, device: torch.device) -> Stage:
         trunk, linear = load_trunk_and_head(recipe.model.path, options)
         head = MaskedTokenHead(linear, trunk.config, recipe.mntp.head_chunk_tokens)
         _make_trainable(recipe, trunk)
-        held_out = recipe.data.held_out_path and _prepared(recipe, recipe.data.held_out_path, tokenizer)
         return MntpStage(
             MntpModel(Encoder(trunk, tokenizer, settings), head),
             texts,
-            held_out or None,
+            held_out[0] if held_out else None,
             Masking.for_tokenizer(tokenizer, recipe.mntp),
             seed=recipe.seed,
             max_tokens_per_micro_batch=budget,
@@ -110,19 +109,19 @@ def _make_trainable(recipe: Recipe, trunk: Any) -> None:
         trunk.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def _prepared(recipe: Recipe, path: str | list[str], tokenizer: Any) -> PreparedTexts:
-    """Rank 0 prepares while the others wait, and its failure is everyone's."""
-    outcome: tuple[str, str] = ("", "")
+def _prepared(recipe: Recipe, tokenizer: Any) -> list[PreparedTexts]:
+    """Training and held-out texts. Rank 0 prepares while the others wait; its failure is everyone's."""
+    folders: list[str] = []
+    mistake = ""
     if rank() == 0:
         try:
-            folder = prepare(recipe.data, path, tokenizer, end_with_eos=recipe.pooling == "eos")
-            outcome = (str(folder), "")
+            folders = [str(folder) for folder in prepare_all(recipe, tokenizer)]
         except UserError as error:
-            outcome = ("", str(error))
-    prepared, mistake = all_gather_object(outcome)[0]
+            mistake = str(error)
+    folders, mistake = all_gather_object((folders, mistake))[0]
     if mistake:
         raise UserError(mistake)
-    return load_prepared(Path(prepared))
+    return [load_prepared(Path(folder)) for folder in folders]
 
 
 def _check_batch(recipe: Recipe, ranks: Ranks) -> None:
