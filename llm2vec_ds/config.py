@@ -153,9 +153,11 @@ class Recipe(Section):
     """Path of a DeepSpeed JSON (see ds_configs/); null: one process or plain data parallelism."""
     held_out_every_steps: Annotated[int, Field(ge=0)] = 0
     """Measure on `data.held_out_path` this often; 0: at the start and at the end only."""
+    monitor: list[Literal["tensorboard", "wandb", "csv"]] = []
+    """Where metrics go beside metrics.jsonl, through DeepSpeed's monitor; files under `monitor/` of the run."""
     pooling: Literal["mean", "weighted_mean", "last", "eos", "bos"] = "mean"
-    """How token vectors become the text's vector: mean of its tokens (weighted: by position), its last token,
-    or the end or beginning of the sequence (`eos` is added to each text)."""
+    """How token vectors become the text's vector: mean of its tokens (weighted: by position), its last
+    token, or the end or beginning of the sequence (`eos` is added to each text)."""
     adapter: AdapterConfig | None = AdapterConfig()
     """LoRA; null trains every weight of the trunk."""
     batch: BatchConfig = BatchConfig()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from llm2vec_ds.__main__ import main
 from llm2vec_ds.encoder import Encoder
@@ -126,12 +125,3 @@ def test_mistakes_in_encode(
     assert run(monkeypatch, "encode", *arguments) == 2
     assert message in one_line(capsys)
     assert not (tmp_path / output).exists()
-
-
-def test_every_shipped_recipe_is_valid() -> None:
-    from llm2vec_ds.config import parse_recipe
-
-    paths = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
-    assert paths
-    for path in paths:
-        parse_recipe(yaml.safe_load(path.read_text()), source=path.name)

@@ -5,10 +5,11 @@ Only this folder imports deepspeed, and only when a run starts.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,29 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
         },
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 2**62,
+        **_monitors(recipe),
     }
+
+
+def _monitors(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's sections for the monitors that the recipe asks for.
+
+    Raises:
+        UserError: the package that a monitor needs is not installed.
+    """
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb"}
+    for name in recipe.monitor:
+        if name in packages and importlib.util.find_spec(packages[name]) is None:
+            raise UserError(
+                f"monitor {name} needs the package {packages[name]}: pip install {packages[name]}"
+            )
+    files = {"enabled": True, "output_path": str(Path(recipe.output_dir) / "monitor")}
+    sections: dict[str, dict[str, Any]] = {
+        "tensorboard": {**files, "job_name": "tensorboard"},
+        "csv": {**files, "job_name": "csv"},
+        "wandb": {"enabled": True, "project": "llm2vec-ds", "group": Path(recipe.output_dir).name},
+    }
+    return {"csv_monitor" if name == "csv" else name: sections[name] for name in recipe.monitor}
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -154,6 +177,11 @@ class Engine:
             return None
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
+
+    def write_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """To the monitors that the configuration names; rank 0 writes."""
+        if self._engine.monitor.enabled:
+            self._engine.monitor.write_events([(name, value, step) for name, value in values.items()])
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)

@@ -43,8 +43,8 @@ def train(recipe: Recipe) -> Path:
     ranks = ranks_from_environment()
     _check_batch(recipe, ranks)
     folder = Path(recipe.output_dir)
-    if ranks.rank == 0:
-        _open_run_folder(recipe, folder)
+    # On every rank, before any waits for another: rank 0 alone would leave the others waiting.
+    _check_run_folder(recipe, folder)
     export_ranks(ranks)
     device = start_process_group(ranks)
     torch.manual_seed(recipe.seed)
@@ -52,6 +52,8 @@ def train(recipe: Recipe) -> Path:
     dtype = next(stage.encoder.trunk.parameters()).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     if ranks.rank == 0:
+        for name in ("metrics.jsonl", "held_out.jsonl"):
+            (folder / name).unlink(missing_ok=True)
         dump_recipe(recipe, folder / "recipe.yaml")
         log.info("%s: %s rows, %s ranks", recipe.stage, len(stage.texts), ranks.world_size)
     Trainer(recipe, stage, Engine(stage.model, config), folder).run()
@@ -73,6 +75,8 @@ def build_stage(recipe: Recipe, device: torch.device) -> Stage:
     if recipe.mntp is not None:
         options = _trunk_options(recipe, recipe.mntp.attention_dropout, device)
         trunk, linear = load_trunk_and_head(recipe.model.path, options)
+        if recipe.adapter is not None:
+            linear.requires_grad_(False)  # adapters alone train; an untied head would otherwise, for nothing
         head = MaskedTokenHead(linear, trunk.config, recipe.mntp.head_chunk_tokens)
         _make_trainable(recipe, trunk)
         return MntpStage(
@@ -138,15 +142,12 @@ def _check_batch(recipe: Recipe, ranks: Ranks) -> None:
         )
 
 
-def _open_run_folder(recipe: Recipe, folder: Path) -> None:
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists() and not recipe.overwrite:
+def _check_run_folder(recipe: Recipe, folder: Path) -> None:
+    if (folder / "metrics.jsonl").exists() and not recipe.overwrite:
         raise UserError(f"{folder} already holds a run: choose another output_dir, or pass overwrite=true")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "held_out.jsonl"):
-            (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
+        raise UserError(f"output_dir {folder} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"output_dir {folder} cannot be written")

@@ -47,7 +47,9 @@ class Trainer:
         try:
             self._measure(0, log)
             for step in range(self.recipe.max_steps):
-                log.step(self._step(step))
+                metrics = self._step(step)
+                log.step(metrics)
+                self.engine.write_metrics({f"train/{k}": v for k, v in metrics.items()}, step + 1)
                 if self._held_out_is_due(step + 1):
                     self._measure(step + 1, log)
         finally:
@@ -91,6 +93,7 @@ class Trainer:
         metrics = self.stage.held_out(self.engine.forward)
         if metrics is not None:
             log.held_out({"step": step, **metrics})
+            self.engine.write_metrics({f"held_out/{k}": v for k, v in metrics.items()}, step)
 
     def _describe(self, row: int) -> str:
         (text,) = self.stage.texts[[row]]

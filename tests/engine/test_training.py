@@ -11,6 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from llm2vec_ds.config import parse_recipe
+from llm2vec_ds.engine.run import build_stage
 from tests.support.runs import NO_DROPOUT, recipe, trained
 
 
@@ -90,6 +92,22 @@ def test_activation_checkpointing_changes_no_loss(
     values["model"]["activation_checkpointing"] = True
     losses = [row["loss"] for row in trained(values)]
     assert losses == pytest.approx([row["loss"] for row in one_process["mntp"][0]], rel=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [{"rank": 4}, None], ids=["lora", "full"])
+def test_what_trains(
+    adapter: dict[str, int] | None, tmp_path: Path, tiny_model_dir: Path, texts_file: Path
+) -> None:
+    """With adapters nothing else moves, not even a head of its own; without them everything does."""
+    recipe_ = parse_recipe(recipe("mntp", tiny_model_dir, texts_file, tmp_path / "run", adapter=adapter))
+    stage = build_stage(recipe_, torch.device("cpu"))
+    trainable = {name for name, p in stage.model.named_parameters() if p.requires_grad}
+    if adapter:
+        assert trainable == {name for name in trainable if "lora_" in name}
+        assert len(trainable) == 2 * 2 * 7
+    else:
+        assert trainable == {name for name, _ in stage.model.named_parameters()}
+        assert "head.weight" in trainable
 
 
 def test_same_seed_same_losses_with_dropout(tmp_path: Path, tiny_model_dir: Path, texts_file: Path) -> None:
