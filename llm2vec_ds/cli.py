@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -16,7 +17,6 @@ app = typer.Typer(
     name="llm2vec-ds",
     help="Turn a decoder-only LLM into a text encoder: bidirectional attention, MNTP, contrastive training.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -143,6 +143,24 @@ def _lines(path: Path) -> list[str]:
     if not texts:
         raise UserError(f"--input {path} is empty")
     return texts
+
+
+@app.command(epilog="Example: `llm2vec-ds doctor`")
+def doctor(
+    check: Annotated[
+        bool, typer.Option(help="Also train one step on a tiny model, about ten seconds.")
+    ] = True,
+) -> None:
+    """Say what this machine has, what a run would use, and what is missing and how to get it."""
+    from llm2vec_ds.doctor import examine, training_check
+
+    blocked = False
+    for finding in itertools.chain(examine(), (run() for run in [training_check] if check)):
+        mark = "✗" if finding.blocks else "!" if finding.mend else "✓"
+        print(f"{mark} {finding.name:15} {finding.value}" + (f"  → {finding.mend}" if finding.mend else ""))
+        blocked |= finding.blocks
+    if blocked:
+        raise UserError("no run is possible here yet: see the lines marked ✗")
 
 
 @app.command(epilog="Example: `llm2vec-ds demo --budget quick --output demo-output`")

@@ -154,7 +154,7 @@ class Recipe(Section):
     held_out_every_steps: Annotated[int, Field(ge=0)] = 0
     """Measure on `data.held_out_path` this often; 0: at the start and at the end only."""
     monitor: list[Literal["tensorboard", "wandb", "csv"]] = []
-    """Where metrics go beside metrics.jsonl, through DeepSpeed's monitor; files under `monitor/` of the run."""
+    """Where metrics go beside metrics.jsonl, by DeepSpeed's monitor; files under `monitor/` of the run."""
     pooling: Literal["mean", "weighted_mean", "last", "eos", "bos"] = "mean"
     """How token vectors become the text's vector: mean of its tokens (weighted: by position), its last
     token, or the end or beginning of the sequence (`eos` is added to each text)."""

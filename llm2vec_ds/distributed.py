@@ -53,25 +53,16 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
 def export_ranks(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:
     """Writes the variables that torch.distributed and DeepSpeed read.
 
-    Without them a plain process makes DeepSpeed look for MPI. The address is only defaulted for one
-    process: several need a launcher that says where rank 0 is.
+    Without them a plain process makes DeepSpeed look for MPI.
+
+    Raises:
+        UserError: several ranks, and no launcher has said where rank 0 is.
     """
     environment["RANK"] = str(ranks.rank)
     environment["WORLD_SIZE"] = str(ranks.world_size)
     environment["LOCAL_RANK"] = str(ranks.local_rank)
-    if ranks.world_size == 1:
-        environment.setdefault("MASTER_ADDR", "127.0.0.1")
-        environment.setdefault("MASTER_PORT", str(_free_port()))
-    elif "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
+    if ranks.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         raise UserError("several ranks need MASTER_ADDR and MASTER_PORT: the node and port of rank 0")
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def world_size() -> int:

@@ -43,6 +43,7 @@ FLOW = [
     "evaluate.sts",
     "evaluate.retrieval",
     "report",
+    "doctor",
     "demo_model",
     "demo_text",
     "demo",

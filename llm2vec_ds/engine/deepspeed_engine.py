@@ -53,7 +53,13 @@ def start_process_group(ranks: Ranks) -> torch.device:
                 "start as many processes as there are GPUs"
             )
         torch.cuda.set_device(ranks.local_rank)
-    deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
+    backend = "nccl" if on_cuda else "gloo"
+    if ranks.world_size == 1:
+        # A store in memory: one process needs no port, so none can be taken by another program.
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    deepspeed.init_distributed(backend, verbose=False)
     return torch.device("cuda", ranks.local_rank) if on_cuda else torch.device("cpu")
 
 

@@ -1,0 +1,161 @@
+"""`llm2vec-ds doctor`: what this machine has, what a run would use, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from llm2vec_ds.data.prepare import cache_root
+
+GIB = 2**30
+LEAST_FREE_GIB = 5.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `mend` is empty where nothing is missing; `blocks` where no run is possible."""
+
+    name: str
+    value: str
+    mend: str = ""
+    blocks: bool = False
+
+
+def examine() -> Iterator[Finding]:
+    """Everything but the training check, quick and without network."""
+    yield _python()
+    for package in ("torch", "transformers", "peft", "deepspeed", "datasets"):
+        yield _package(package, f"pip install {package}", blocks=True)
+    yield from _devices()
+    yield _tool("g++", "a compiler builds DeepSpeed's CPU optimizer (offload): apt-get install g++")
+    yield _tool("ninja", "pip install ninja, and put the environment's bin folder on PATH")
+    yield _package("triton", "pip install 'llm2vec-ds[gpu]', for GPUs")
+    yield _package("flash_attn", "optional: pip install 'llm2vec-ds[flash]', for GPUs")
+    yield _package("bitsandbytes", "optional: pip install 'llm2vec-ds[qlora]', for quantised LoRA")
+    yield _package("mteb", "optional: pip install 'llm2vec-ds[eval]', for MTEB")
+    yield _cache()
+    yield _launch()
+
+
+def training_check() -> Finding:
+    """One step of MNTP on a model of a few thousand weights: the whole path, engine and file formats."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = _tiny_run(Path(folder))
+        own = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        environment = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("SLURM_")}
+        outcome = subprocess.run(
+            [sys.executable, "-m", "llm2vec_ds", "train", str(recipe)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**environment, "LLM2VEC_DS_CACHE": folder},
+        )
+        if outcome.returncode:
+            last = (outcome.stderr.strip().splitlines() or ["no message"])[-1]
+            return Finding("training check", f"failed: {last}", "the line above says why", blocks=True)
+        row = json.loads((Path(folder) / "run" / "metrics.jsonl").read_text())
+        return Finding("training check", f"one step, loss {row['loss']:.2f}, {row['step_ms']:.0f} ms")
+
+
+def _python() -> Finding:
+    old = sys.version_info < (3, 11)
+    mend = "Python 3.11 or later is needed" if old else ""
+    return Finding("Python", f"{platform.python_version()}, {platform.machine()}", mend, blocks=old)
+
+
+def _package(name: str, mend: str, blocks: bool = False) -> Finding:
+    if importlib.util.find_spec(name) is None:
+        return Finding(name, "not installed", mend, blocks)
+    try:
+        return Finding(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "installed")
+
+
+def _devices() -> Iterator[Finding]:
+    import psutil
+    import torch
+    from llm2vec_kernels import choose_attention_backend
+
+    memory_gib = psutil.virtual_memory().total / GIB
+    yield Finding("CPU", f"{torch.get_num_threads()} threads, {memory_gib:.0f} GiB memory")
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        size = f"{card.total_memory / GIB:.0f} GiB, compute capability {card.major}.{card.minor}"
+        yield Finding(f"GPU {index}", f"{card.name}, {size}")
+    if not torch.cuda.is_available():
+        mend = "a driver, and torch's CUDA build: https://pytorch.org" if shutil.which("nvidia-smi") else ""
+        yield Finding("GPU", "none that torch can use", mend)
+    precision = "bf16" if torch.cuda.is_available() else "fp32"
+    backend = choose_attention_backend()
+    yield Finding("a run uses", f"{precision}, attention by {backend.name} ({backend.reason})")
+
+
+def _tool(name: str, mend: str) -> Finding:
+    where = shutil.which(name)
+    return Finding(name, where or "not found", "" if where else mend)
+
+
+def _cache() -> Finding:
+    root = cache_root()
+    nearest = next(folder for folder in (root, *root.parents) if folder.exists())
+    free_gib = shutil.disk_usage(nearest).free / GIB
+    if not os.access(nearest, os.W_OK):
+        return Finding(
+            "cache", f"{root} cannot be written", "set LLM2VEC_DS_CACHE to a folder of yours", blocks=True
+        )
+    mend = "set LLM2VEC_DS_CACHE to a larger disk" if free_gib < LEAST_FREE_GIB else ""
+    return Finding("cache", f"{root}, {free_gib:.0f} GiB free", mend)
+
+
+def _launch() -> Finding:
+    if "SLURM_JOB_ID" in os.environ:
+        return Finding("launcher", f"SLURM job {os.environ['SLURM_JOB_ID']}: srun, one task a GPU")
+    return Finding("launcher", "deepspeed --num_gpus N" + (", or sbatch" if shutil.which("sbatch") else ""))
+
+
+def _tiny_run(folder: Path) -> Path:
+    """A model, a tokenizer, a text and a recipe for one step."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = "the river runs past an old mill where children fish for trout _ <unk> </s>".split()
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "model")
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=words.index("</s>"),
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "texts.txt").write_text("\n".join(" ".join(words[i : i + 9]) for i in range(4)) + "\n")
+    recipe = {
+        "stage": "mntp",
+        "model": {"path": str(folder / "model")},
+        "data": {"path": str(folder / "texts.txt"), "max_tokens": 16},
+        "output_dir": str(folder / "run"),
+        "max_steps": 1,
+        "batch": {"global_batch_size": 4, "max_tokens_per_micro_batch": 64},
+        "mntp": {"mask_rate": 0.5},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
