@@ -14,7 +14,8 @@ positive, everything follows from g_qd = p_qd − e_qd:
 
 `block_log_sum_exp`, `merge_statistics` and `block_gradients` are the same for documents that come in
 blocks, as in a ring over ranks. The symmetric loss (CLIP) is a second call with roles swapped:
-`info_nce(document_ND, query_QD, query_of_document_N, …)`, on the documents that are some query's positive.
+`info_nce(document_ND[positive_Q], query_QD, torch.arange(Q), query_id_Q=id_Q, document_id_N=id_Q, …)` with
+the ids of the positives, so that a query that has the same positive is no negative.
 
 Shape legend: Q queries, N documents, D width, B queries of one tile.
 """
