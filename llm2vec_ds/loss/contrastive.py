@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
+from llm2vec_kernels.info_nce import info_nce as info_nce_of_products
 
 from llm2vec_ds.distributed import gather_rows, rank
 
@@ -13,21 +16,24 @@ def info_nce(
     document_ND: torch.Tensor,
     positive_Q: torch.Tensor,
     *,
-    scale: float,
-    excluded_QN: torch.Tensor | None = None,
+    scale: float | torch.Tensor,
+    query_id_Q: torch.Tensor | None = None,
+    document_id_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """−log softmax of scale · cosine at each query's positive, `[Q]` fp32 (van den Oord et al., 2018).
 
+    The Q×N scores are never held: `llm2vec_kernels.info_nce`.
+
     Args:
         positive_Q: row of `document_ND` that is right for each query.
-        scale: the inverse temperature.
-        excluded_QN: True where a document is neither positive nor negative for a query.
+        scale: the inverse temperature; a tensor is learned.
+        query_id_Q: id of each query's positive; a document of the same id in `document_id_N` is neither
+            positive nor negative, unless it is the positive itself.
     """
     query_QD, document_ND = F.normalize(query_QD.float(), dim=-1), F.normalize(document_ND.float(), dim=-1)
-    score_QN = scale * query_QD @ document_ND.T
-    if excluded_QN is not None:
-        score_QN = score_QN.masked_fill(excluded_QN, float("-inf"))
-    return F.cross_entropy(score_QN, positive_Q, reduction="none")
+    return info_nce_of_products(
+        query_QD, document_ND, positive_Q, scale=scale, query_id_Q=query_id_Q, document_id_N=document_id_N
+    ).loss_Q
 
 
 def global_info_nce(
@@ -43,6 +49,15 @@ def global_info_nce(
     hash_N = gather_rows(text_hash_Q)
     counts = gather_rows(torch.tensor([len(query_QD)], device=query_QD.device)).tolist()
     positive_Q = sum(counts[: rank()]) + torch.arange(len(query_QD), device=query_QD.device)
-    excluded_QN = text_hash_Q[:, None] == hash_N[None, :]
-    excluded_QN[torch.arange(len(query_QD), device=query_QD.device), positive_Q] = False
-    return info_nce(query_QD, document_ND, positive_Q, scale=scale, excluded_QN=excluded_QN)
+    return info_nce(
+        query_QD, document_ND, positive_Q, scale=scale, query_id_Q=text_hash_Q, document_id_N=hash_N
+    )
+
+
+def matryoshka_prefixes(x_ND: torch.Tensor, widths: Sequence[int]) -> Iterator[torch.Tensor]:
+    """The first `width` components of each vector, at length 1 again (Matryoshka, arXiv 2205.13147).
+
+    The loss over them is the sum of one loss for each width.
+    """
+    for width in widths:
+        yield F.normalize(x_ND[:, :width].float(), dim=-1)
