@@ -33,7 +33,7 @@ from llm2vec_ds.data.prompts import (
     tokenize,
 )
 from llm2vec_ds.data.sources import Source, find_source, stream_texts
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def prepare(data: DataConfig, path: str | list[str], tokenizer: Any, *, end_with
             if not folder.is_dir():
                 _Preparation(data, source, tokenizer, template, end_with_eos, folder).run()
     except OSError as error:
-        raise UserError(f"prepared texts cannot be written to {root}: {error.strerror or error}") from None
+        raise UserError(f"prepared texts in {root} cannot be written: {reason(error)}") from None
     return folder
 
 
