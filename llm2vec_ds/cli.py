@@ -124,12 +124,15 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     resolved = load_recipe(recipe, overrides)
     _quiet_transformers()
-    from llm2vec_ds.data.prepare import load_prepared, prepare_all
+    from llm2vec_ds.data.pairs import prepare_all
+    from llm2vec_ds.data.prepare import load_prepared
     from llm2vec_ds.model.loading import load_tokenizer
 
-    for folder in prepare_all(resolved, load_tokenizer(resolved.model.path)):
-        counts = load_prepared(folder).counts
-        print(f"{folder}: {counts['rows']} rows, {counts['tokens']} tokens")
+    for groups in prepare_all(resolved, load_tokenizer(resolved.model.path)):
+        for name, folders in groups.items():
+            for folder in folders:
+                counts = load_prepared(folder).counts
+                print(f"{name}: {counts['rows']} rows, {counts['tokens']} tokens in {folder}")
 
 
 @app.command(

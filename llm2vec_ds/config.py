@@ -58,6 +58,26 @@ class AdapterConfig(Section):
     of gradients needs it, training does not."""
 
 
+class PairsConfig(Section):
+    """Examples of the supervised stage: a query, its positive, and hard negatives. Each file of
+    `data.path` is a source of its own, named by its file name without endings."""
+
+    query_column: str = "query"
+    """Column that holds the query."""
+    positive_column: str = "positive"
+    """Column that holds the query's right document."""
+    negative_column: str = "negative"
+    """Column that holds a hard negative, or a list of them."""
+    max_negatives: Annotated[int, Field(ge=0)] = 1
+    """Hard negatives of an example that are used, from the first on; 0: the column is not read."""
+    instructions: str | None = None
+    """YAML file, `source: instruction for its queries`, or `source: {query: …, document: …, group: …}`;
+    sources of one group share batches. null: `data.instruction` before every query."""
+    sampling_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """A batch's source is drawn in proportion to (number of its batches)^(1/temperature): 1 is
+    proportional, larger is more even."""
+
+
 class DataConfig(Section):
     """Where the training texts come from."""
 
@@ -77,6 +97,7 @@ class DataConfig(Section):
     `chat` for the tokenizer's own chat template; null: instruction, a blank, text."""
     held_out_path: str | list[str] | None = None
     """Texts that measure and never train, in the same format as `path`."""
+    pairs: PairsConfig | None = None
     prepared_dir: str | None = None
     """Where tokenised texts are kept; null: `prepared/` in the cache folder of this user."""
 
@@ -125,19 +146,50 @@ class MntpConfig(Section):
     """Masked tokens whose logits are held at once."""
 
 
-class SimcseConfig(Section):
+class ContrastiveConfig(Section):
+    """InfoNCE over the global batch: all ranks' queries against all ranks' documents."""
+
+    attention_dropout: Share = 0.0
+    """Dropout on attention weights."""
+    scale: Annotated[float, Field(gt=0)] = 20.0
+    """Factor on cosine similarities, the inverse of the temperature."""
+    learn_scale: bool = False
+    """Trains the scale, starting at `scale` and held at 100 at most (CLIP, arXiv 2103.00020)."""
+    symmetric: bool = False
+    """Adds the loss of each positive against all ranks' queries; the mean of both is the loss."""
+    matryoshka_dims: list[Positive] | None = None
+    """The loss is the mean of one loss for each of these vector lengths (arXiv 2205.13147)."""
+    false_negative_margin: Annotated[float, Field(ge=0)] | None = None
+    """A document whose cosine with a query exceeds the positive's by more than this is no negative for
+    it. null: only documents with the positive's very text are left out."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How ranks see each other's documents: all at once, or one rank's at a time (memory flat in the
+    number of ranks). The numbers are the same."""
+    exchange_precision: Literal["fp32", "bf16"] = "fp32"
+    """What documents are rounded to before ranks exchange them; gradients travel in fp32."""
+
+
+class SimcseConfig(ContrastiveConfig):
     """Unsupervised SimCSE (Gao et al., 2021, arXiv 2104.08821): a text's two dropout passes agree."""
 
     attention_dropout: Share = 0.3
     """Dropout on attention weights: what makes the two passes differ (LLM2Vec: 0.3)."""
-    scale: Annotated[float, Field(gt=0)] = 20.0
-    """Factor on cosine similarities, the inverse of the temperature."""
+
+
+class SupervisedConfig(ContrastiveConfig):
+    """Supervised contrastive learning (arXiv 2404.05961, section 4) on queries, positives and negatives."""
+
+    scale: Annotated[float, Field(gt=0)] = 50.0
+    """Factor on cosine similarities, the inverse of the temperature (LLM2Vec: 50)."""
+
+
+STAGES = ("mntp", "simcse", "supervised")
 
 
 class Recipe(Section):
     """One training run: a stage, its model, its data."""
 
-    stage: Literal["mntp", "simcse"]
+    stage: Literal["mntp", "simcse", "supervised"]
     """Which objective trains the model."""
     model: ModelConfig
     data: DataConfig
@@ -164,6 +216,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     mntp: MntpConfig | None = None
     simcse: SimcseConfig | None = None
+    supervised: SupervisedConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -171,12 +224,30 @@ class Recipe(Section):
         if not isinstance(values, dict):
             return values
         stage = values.get("stage")
-        others = [name for name in ("mntp", "simcse") if name != stage and values.get(name) is not None]
-        if stage in ("mntp", "simcse"):
-            if others:
-                raise ValueError(f"section `{others[0]}` has no effect in stage `{stage}`: remove it")
-            values = {**values, stage: values.get(stage) or {}}
+        if stage not in STAGES:
+            return values
+        others = [name for name in STAGES if name != stage and values.get(name) is not None]
+        if others:
+            raise ValueError(f"section `{others[0]}` has no effect in stage `{stage}`: remove it")
+        values = {**values, stage: values.get(stage) or {}}
+        data = values.get("data")
+        if isinstance(data, dict):
+            if stage == "supervised":
+                values["data"] = {**data, "pairs": data.get("pairs") or {}}
+            elif data.get("pairs") is not None:
+                raise ValueError(f"section `data.pairs` has no effect in stage `{stage}`: remove it")
         return values
+
+    @model_validator(mode="after")
+    def _pairs_are_not_split(self) -> Recipe:
+        if self.stage == "supervised" and self.data.long_texts == "split":
+            raise ValueError("data.long_texts: split would part a query from its positive: use truncate")
+        return self
+
+    @property
+    def contrastive(self) -> ContrastiveConfig | None:
+        """The settings of a contrastive stage; None for MNTP."""
+        return self.simcse or self.supervised
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -213,7 +284,7 @@ def parse_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
 def dump_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the resolved recipe, every default filled in, so that the run can be repeated."""
     values = recipe.model_dump(mode="json")
-    values = {k: v for k, v in values.items() if k not in ("mntp", "simcse") or v is not None}
+    values = {k: v for k, v in values.items() if k not in STAGES or v is not None}
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,10 +79,37 @@ def barrier() -> None:
         dist.barrier()
 
 
+class Traffic:
+    """Bytes that this process has sent in collectives since it started, by kind.
+
+    A statistic of the process, as the memory peak is: it only grows, and whoever wants a step's share takes
+    a difference. With W ranks and a message of n bytes (an all-gather's: the gathered whole; a
+    reduce-scatter's: the whole before), a rank of a ring sends 2n(W−1)/W for an all-reduce, n(W−1)/W for
+    an all-gather or a reduce-scatter, and n for a broadcast or a point-to-point message (Thakur et al.,
+    2005, section 4). A collective library that takes another way sends as much or less.
+    """
+
+    def __init__(self) -> None:
+        self.sent_bytes: Counter[str] = Counter()
+
+    def note(self, kind: str, n_bytes: int, n_ranks: int) -> None:
+        """Adds one collective over `n_ranks` with a message of `n_bytes`."""
+        factor = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}.get(kind)
+        self.sent_bytes[kind] += n_bytes if factor is None else factor * n_bytes * (n_ranks - 1) // n_ranks
+
+
+TRAFFIC = Traffic()
+
+
+def _note(kind: str, *tensors: torch.Tensor) -> None:
+    TRAFFIC.note(kind, sum(t.numel() * t.element_size() for t in tensors), world_size())
+
+
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, without gradient; a new tensor."""
     value = value.detach().clone()
     if world_size() > 1:
+        _note("all_reduce", value)
         dist.all_reduce(value)
     return value
 
@@ -91,6 +119,7 @@ def all_reduce_max_int(value: int, device: torch.device) -> int:
     if world_size() == 1:
         return value
     tensor = torch.tensor(value, device=device)
+    _note("all_reduce", tensor)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
 
@@ -104,29 +133,68 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
-def gather_rows(x_ND: torch.Tensor) -> torch.Tensor:
+def all_gather_counts(value: int, device: torch.device) -> list[int]:
+    """One whole number of each rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    counts = torch.empty(world_size(), 1, dtype=torch.int64, device=device)
+    _note("all_gather", counts)
+    dist.all_gather(list(counts), torch.tensor([value], device=device))
+    return [int(count) for count in counts.flatten().tolist()]
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """The tensor of the rank before, while this rank's goes to the next; of one shape, without gradient."""
+    if world_size() == 1:
+        return x
+    received = torch.empty_like(x)
+    _note("send", x)
+    after, before = (rank() + 1) % world_size(), (rank() - 1) % world_size()
+    requests = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, x.contiguous(), after), dist.P2POp(dist.irecv, received, before)]
+    )
+    for request in requests:
+        request.wait()
+    return received
+
+
+def gather_rows(x_ND: torch.Tensor, wire_dtype: torch.dtype | None = None) -> torch.Tensor:
     """Rows of all ranks in rank order, `[N_all, ...]`; ranks may hold different numbers of rows.
 
     Differentiable: a rank's rows receive the sum of the gradients that all ranks have for them.
+
+    Args:
+        wire_dtype: rows are rounded to it, with one rank too, so that the result does not depend on their
+            number; gradients are summed in `x_ND`'s own dtype.
     """
-    if world_size() == 1:
-        return x_ND
-    return _GatherRows.apply(x_ND)
+    gathered: torch.Tensor = _GatherRows.apply(x_ND, wire_dtype or x_ND.dtype)
+    return gathered
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: torch.Tensor) -> torch.Tensor:
-        counts = [int(n) for n in all_gather_object(len(x_ND))]
-        padded = x_ND.new_zeros(max(counts), *x_ND.shape[1:])
-        padded[: len(x_ND)] = x_ND
-        blocks = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(blocks, padded)
-        ctx.first_row, ctx.n_rows = sum(counts[: rank()]), len(x_ND)
-        return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
+    def forward(ctx: Any, x_ND: torch.Tensor, wire_dtype: torch.dtype) -> torch.Tensor:
+        ctx.n_rows = len(x_ND)
+        rounded = x_ND.to(wire_dtype)
+        if world_size() == 1:
+            return rounded.to(x_ND.dtype, copy=True)
+        ctx.counts = counts = all_gather_counts(len(x_ND), x_ND.device)
+        padded = rounded.new_zeros(max(counts), *x_ND.shape[1:])
+        padded[: len(x_ND)] = rounded
+        whole = padded.new_empty(len(counts), *padded.shape)
+        _note("all_gather", whole)
+        dist.all_gather(list(whole), padded)
+        return torch.cat([block[:count] for block, count in zip(whole, counts, strict=True)]).to(x_ND.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total[ctx.first_row : ctx.first_row + ctx.n_rows]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if world_size() == 1:
+            return gradient, None
+        n_most = max(ctx.counts)
+        padded = gradient.new_zeros(len(ctx.counts), n_most, *gradient.shape[1:])
+        for block, rows in zip(padded, gradient.split(ctx.counts), strict=True):
+            block[: len(rows)] = rows
+        own = torch.empty_like(padded[0])
+        _note("reduce_scatter", padded)
+        dist.reduce_scatter(own, list(padded))
+        return own[: ctx.n_rows], None

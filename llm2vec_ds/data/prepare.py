@@ -13,7 +13,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llm2vec_ds.config import DataConfig, Recipe
+from llm2vec_ds.config import DataConfig
 from llm2vec_ds.data.prompts import (
     CHAT,
     Prompt,
@@ -32,7 +32,7 @@ from llm2vec_ds.data.prompts import (
     template_for,
     tokenize,
 )
-from llm2vec_ds.data.sources import Source, find_source, stream_texts
+from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
 from llm2vec_ds.errors import UserError, reason
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,12 @@ TEXTS_A_BLOCK = 500
 CHARACTERS_A_BLOCK = 2**20
 TEXTS_A_PART = 200_000
 CHARACTERS_A_PART = 2**26
+
+QUERY, POSITIVE, NEGATIVE = 0, 1, 2
+"""Role of a row. A query begins an example, and every text that is no part of pairs is one."""
+
+Item = tuple[str, ...]
+"""A text, or the texts of one example: query, positive, negatives."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,14 @@ class PreparedTexts:
         return [TokenizedText(*values) for values in zip(*columns, strict=True)]
 
 
+@dataclass(frozen=True)
+class Instructions:
+    """What is put before texts: of pairs, before queries and before documents."""
+
+    query: str | None = None
+    document: str | None = None
+
+
 def cache_root() -> Path:
     """LLM2VEC_DS_CACHE, else `llm2vec-ds` in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
     if own := os.environ.get("LLM2VEC_DS_CACHE"):
@@ -68,10 +82,20 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2vec-ds"
 
 
-def prepare(data: DataConfig, path: str | list[str], tokenizer: Any, *, end_with_eos: bool = False) -> Path:
+def prepare(
+    data: DataConfig,
+    path: str | list[str],
+    tokenizer: Any,
+    *,
+    end_with_eos: bool = False,
+    instructions: Instructions | None = None,
+) -> Path:
     """Makes the folder of prepared texts if it is not there yet; returns it.
 
     One process does this while the others wait (ranks by the caller, other runs by a lock file).
+
+    Args:
+        instructions: of the pairs' queries and documents; null: `data.instruction` for texts and queries.
 
     Raises:
         UserError: the source cannot be read, or holds no text.
@@ -81,25 +105,20 @@ def prepare(data: DataConfig, path: str | list[str], tokenizer: Any, *, end_with
     check_tokenizer(tokenizer)
     source = find_source(path)
     template = template_for(data.template, tokenizer)
+    instructions = instructions or Instructions(data.instruction)
     root = Path(data.prepared_dir) if data.prepared_dir else cache_root() / "prepared"
-    folder = root / _key(data, source, tokenizer, end_with_eos)
+    folder = root / _key(data, source, tokenizer, end_with_eos, instructions)
     if folder.is_dir():
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{folder.name}.lock"):
             if not folder.is_dir():
-                _Preparation(data, source, tokenizer, template, end_with_eos, folder).run()
+                to_rows = _ToRows(data, tokenizer, template, end_with_eos, instructions)
+                _Preparation(data, source, to_rows, folder).run()
     except OSError as error:
         raise UserError(f"prepared texts in {root} cannot be written: {reason(error)}") from None
     return folder
-
-
-def prepare_all(recipe: Recipe, tokenizer: Any) -> list[Path]:
-    """Folders of the training texts and, where the recipe names them, of the held-out ones."""
-    paths = [recipe.data.path, recipe.data.held_out_path]
-    end_with_eos = recipe.pooling == "eos"
-    return [prepare(recipe.data, p, tokenizer, end_with_eos=end_with_eos) for p in paths if p is not None]
 
 
 def load_prepared(folder: Path) -> PreparedTexts:
@@ -119,23 +138,48 @@ class _Progress:
     counts: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _ToRows:
+    """Items of a source, a text or the texts of one example, → tokenised rows with their roles."""
+
+    data: DataConfig
+    tokenizer: Any
+    template: Template
+    end_with_eos: bool
+    instructions: Instructions
+
+    def __call__(self, block: list[Item], counts: Counter[str]) -> Iterator[tuple[int, TokenizedText]]:
+        roles = [min(place, NEGATIVE) for item in block for place in range(len(item))]
+        prompts = [
+            Prompt(self.instructions.query if role == QUERY else self.instructions.document, text)
+            for role, text in zip(roles, chain.from_iterable(block), strict=True)
+        ]
+        texts = tokenize(self.tokenizer, prompts, self.template, end_with_eos=self.end_with_eos)
+        pairs = iter(zip(roles, texts, strict=True))
+        for item in block:
+            own = list(islice(pairs, len(item)))
+            if any(text.pool_start == text.pool_end for _, text in own):
+                counts["blank"] += 1
+                continue
+            for role, text in own:
+                for row in self._cut(text, counts):
+                    counts["rows"] += 1
+                    counts["tokens"] += len(row)
+                    yield role, row
+
+    def _cut(self, text: TokenizedText, counts: Counter[str]) -> Iterator[TokenizedText]:
+        counts["shortened"] += len(text) > self.data.max_tokens
+        parts = split(text, self.data.max_tokens)
+        return parts if self.data.long_texts == "split" else islice(parts, 1)
+
+
 class _Preparation:
     """One folder in the making."""
 
-    def __init__(
-        self,
-        data: DataConfig,
-        source: Source,
-        tokenizer: Any,
-        template: Template,
-        end_with_eos: bool,
-        folder: Path,
-    ) -> None:
+    def __init__(self, data: DataConfig, source: Source, to_rows: _ToRows, folder: Path) -> None:
         self.data = data
         self.source = source
-        self.tokenizer = tokenizer
-        self.template = template
-        self.end_with_eos = end_with_eos
+        self.to_rows = to_rows
         self.folder = folder
         self.unfinished = folder.with_name(f".{folder.name}.unfinished")
         self.note = self.unfinished / "progress.json"
@@ -147,8 +191,7 @@ class _Preparation:
             progress = _Progress(**json.loads(self.note.read_text()))
             log.info("preparing %s goes on after %s texts", self.source, progress.n_texts_read)
         left_out: Counter[str] = Counter()
-        whole = self.data.long_texts == "split"
-        texts = stream_texts(self.source, self.data.text_column, left_out, whole=whole)
+        texts = self._stream(left_out)
         with tqdm(desc="tokenise", unit=" texts", unit_scale=True, disable=None) as bar:
             # What is left out is counted anew while the texts of finished parts are read over.
             bar.update(sum(1 for _ in islice(texts, progress.n_texts_read)))
@@ -160,7 +203,13 @@ class _Preparation:
         progress.counts |= left_out
         self._finish(progress)
 
-    def _write_part(self, texts: Iterator[str], progress: _Progress, bar: Any) -> int:
+    def _stream(self, left_out: Counter[str]) -> Iterator[Item]:
+        if self.data.pairs is not None:
+            return stream_pairs(self.source, self.data.pairs, left_out)
+        whole = self.data.long_texts == "split"
+        return ((t,) for t in stream_texts(self.source, self.data.text_column, left_out, whole=whole))
+
+    def _write_part(self, texts: Iterator[Item], progress: _Progress, bar: Any) -> int:
         """Tokenises the next texts into one Arrow file; returns how many were read."""
         import pyarrow as pa
 
@@ -173,28 +222,15 @@ class _Preparation:
                 block = _block(texts)
                 if not block:
                     break
-                rows = list(self._rows(block, counts))
+                rows = list(self.to_rows(block, counts))
                 if rows:
                     writer.write_batch(pa.RecordBatch.from_pydict(_as_columns(rows), schema))
                 n_read += len(block)
-                n_characters += sum(map(len, block))
+                n_characters += sum(map(_n_characters, block))
                 bar.update(len(block))
         progress.parts.append(name)
         progress.counts = dict(counts)
         return n_read
-
-    def _rows(self, block: list[str], counts: Counter[str]) -> Iterator[TokenizedText]:
-        prompts = [Prompt(self.data.instruction, text) for text in block]
-        for text in tokenize(self.tokenizer, prompts, self.template, end_with_eos=self.end_with_eos):
-            if text.pool_start == text.pool_end:
-                counts["blank"] += 1
-                continue
-            counts["shortened"] += len(text) > self.data.max_tokens
-            parts = split(text, self.data.max_tokens)
-            for row in parts if self.data.long_texts == "split" else islice(parts, 1):
-                counts["rows"] += 1
-                counts["tokens"] += len(row)
-                yield row
 
     def _write_note(self, progress: _Progress) -> None:
         """How far the finished parts go; replaced in one move."""
@@ -236,29 +272,35 @@ def _columns() -> dict[str, Any]:
         "pool_end": small,
         "text_hash": pa.int64(),
         "n_tokens": small,
+        "role": pa.int8(),
     }
 
 
-def _as_columns(rows: list[TokenizedText]) -> dict[str, list[Any]]:
+def _as_columns(rows: list[tuple[int, TokenizedText]]) -> dict[str, list[Any]]:
     return {
-        "input_ids": [list(row.input_ids) for row in rows],
-        "pool_start": [row.pool_start for row in rows],
-        "pool_end": [row.pool_end for row in rows],
-        "text_hash": [row.text_hash for row in rows],
-        "n_tokens": [len(row) for row in rows],
+        "input_ids": [list(row.input_ids) for _, row in rows],
+        "pool_start": [row.pool_start for _, row in rows],
+        "pool_end": [row.pool_end for _, row in rows],
+        "text_hash": [row.text_hash for _, row in rows],
+        "n_tokens": [len(row) for _, row in rows],
+        "role": [role for role, _ in rows],
     }
 
 
-def _block(texts: Iterator[str]) -> list[str]:
-    """The next texts, few enough for the tokenizer's memory."""
-    block: list[str] = []
+def _block(items: Iterator[Item]) -> list[Item]:
+    """The next items, few enough for the tokenizer's memory."""
+    block: list[Item] = []
     n_characters = 0
-    for text in texts:
-        block.append(text)
-        n_characters += len(text)
+    for item in items:
+        block.append(item)
+        n_characters += _n_characters(item)
         if len(block) == TEXTS_A_BLOCK or n_characters >= CHARACTERS_A_BLOCK:
             break
     return block
+
+
+def _n_characters(item: Item) -> int:
+    return sum(map(len, item))
 
 
 def _memory_mapped(folder: Path, parts: list[str]) -> Any:
@@ -268,13 +310,25 @@ def _memory_mapped(folder: Path, parts: list[str]) -> Any:
 
 
 def _n_duplicates(folder: Path, parts: list[str]) -> int:
-    """Rows whose text stands in an earlier row too."""
-    hashes = _memory_mapped(folder, parts).data.column("text_hash").to_numpy()
+    """Texts (of pairs: queries) that stand in an earlier row too."""
+    columns = _memory_mapped(folder, parts).data
+    hashes = columns.column("text_hash").to_numpy()[columns.column("role").to_numpy() == QUERY]
     return len(hashes) - len(np.unique(hashes))
 
 
-def _key(data: DataConfig, source: Source, tokenizer: Any, end_with_eos: bool) -> str:
-    settings = data.model_dump(exclude={"path", "held_out_path", "prepared_dir"})
+def _key(
+    data: DataConfig, source: Source, tokenizer: Any, end_with_eos: bool, instructions: Instructions
+) -> str:
+    settings = data.model_dump(
+        exclude={
+            "path": True,
+            "held_out_path": True,
+            "prepared_dir": True,
+            "instruction": True,
+            "pairs": {"instructions", "sampling_temperature"},
+        }
+    )
     chat = getattr(tokenizer, "chat_template", None) if data.template == CHAT else None
-    parts = [source.identity(), settings, end_with_eos, chat, tokenizer.backend_tokenizer.to_str()]
+    backend = tokenizer.backend_tokenizer.to_str()
+    parts = [source.identity(), settings, end_with_eos, astuple(instructions), chat, backend]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

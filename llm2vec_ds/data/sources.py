@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from llm2vec_ds.config import PairsConfig
 from llm2vec_ds.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,9 @@ COMPRESSIONS = (".gz", ".bz2", ".xz")
 LONGEST_TEXT_CHARACTERS = 2**20
 LONGEST_LINE_BYTES = 2**26
 HUB_PREFIX = "hub:"
+
+Row = tuple[dict[str, Any], str]
+"""A row's columns, and where it stands, for error messages."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,36 @@ def stream_texts(source: Source, text_column: str, counts: Counter[str], *, whol
     Raises:
         UserError: the column is missing or a row cannot be read.
     """
-    rows = _hub(source.hub, text_column) if source.hub else _rows(source.files, text_column, counts)
-    for text in rows:
+    for row, place in _rows(source, [text_column], counts):
+        text = _text(_value(row, text_column, place, "data.text_column"))
         if len(text) <= LONGEST_TEXT_CHARACTERS:
             yield text
             continue
         counts["oversized"] += 1
         yield from _pieces(text) if whole else [next(_pieces(text))]
+
+
+def stream_pairs(source: Source, pairs: PairsConfig, counts: Counter[str]) -> Iterator[tuple[str, ...]]:
+    """Query, positive and up to `max_negatives` hard negatives of each example, in order.
+
+    A negative column may hold one text or a list of them; blank negatives vanish.
+
+    Raises:
+        UserError: as `stream_texts`; or the source is plain text, which has no columns.
+    """
+    if any(_format(file) == ".txt" for file in source.files):
+        raise UserError(f"{source}: pairs need columns: use .jsonl, .csv or .parquet")
+    columns = [pairs.query_column, pairs.positive_column]
+    if pairs.max_negatives:
+        columns.append(pairs.negative_column)
+    keys = [f"data.pairs.{name}_column" for name in ("query", "positive", "negative")]
+    for row, place in _rows(source, columns, counts):
+        query, positive, *negatives = (
+            _value(row, column, place, key) for column, key in zip(columns, keys, strict=False)
+        )
+        listed = [_text(n) for value in negatives for n in (value if isinstance(value, list) else [value])]
+        given = [text for text in listed if text.strip()][: pairs.max_negatives]
+        yield tuple(text[:LONGEST_TEXT_CHARACTERS] for text in (_text(query), _text(positive), *given))
 
 
 def _files(path: Path) -> list[Path]:
@@ -107,11 +134,15 @@ def _format(file: Path) -> str:
     return found
 
 
-def _rows(files: Sequence[Path], column: str, counts: Counter[str]) -> Iterator[str]:
+def _rows(source: Source, columns: Sequence[str], counts: Counter[str]) -> Iterator[Row]:
+    """Rows in order; a line of a `.txt` file is the first of `columns`."""
+    if source.hub:
+        yield from _hub(source.hub)
+        return
     readers = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    for file in files:
+    for file in source.files:
         try:
-            yield from readers[_format(file)](file, column, counts)
+            yield from readers[_format(file)](file, columns, counts)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
 
@@ -123,7 +154,7 @@ def _open(file: Path) -> IO[bytes]:
     return opened
 
 
-def _text_lines(file: Path, _: str, counts: Counter[str]) -> Iterator[str]:
+def _text_lines(file: Path, columns: Sequence[str], counts: Counter[str]) -> Iterator[Row]:
     with _open(file) as opened:
         for number, line in enumerate(_bounded_lines(opened)):
             if number == 0:
@@ -134,7 +165,7 @@ def _text_lines(file: Path, _: str, counts: Counter[str]) -> Iterator[str]:
                 counts["binary"] += 1
                 continue
             try:
-                yield line.decode("utf-8").rstrip("\r\n")
+                yield {columns[0]: line.decode("utf-8").rstrip("\r\n")}, f"{file}, line {number + 1}"
             except UnicodeDecodeError:
                 counts["not UTF-8"] += 1
 
@@ -152,7 +183,7 @@ def _bounded_lines(opened: IO[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def _json_lines(file: Path, column: str, _: Counter[str]) -> Iterator[str]:
+def _json_lines(file: Path, _: Sequence[str], __: Counter[str]) -> Iterator[Row]:
     with _open(file) as opened:
         for number, line in enumerate(opened, 1):
             if not line.strip():
@@ -163,10 +194,10 @@ def _json_lines(file: Path, column: str, _: Counter[str]) -> Iterator[str]:
                 raise UserError(f"{file}, line {number}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{file}, line {number}: expected a JSON object, one a line")
-            yield _value(row, column, f"{file}, line {number}")
+            yield row, f"{file}, line {number}"
 
 
-def _csv_rows(file: Path, column: str, _: Counter[str]) -> Iterator[str]:
+def _csv_rows(file: Path, _: Sequence[str], __: Counter[str]) -> Iterator[Row]:
     import io
 
     csv.field_size_limit(2**30)
@@ -174,36 +205,42 @@ def _csv_rows(file: Path, column: str, _: Counter[str]) -> Iterator[str]:
         reader = csv.DictReader(io.TextIOWrapper(opened, encoding="utf-8-sig", newline=""))
         try:
             for row in reader:
-                yield _value(row, column, f"{file}, line {reader.line_num}")
+                yield row, f"{file}, line {reader.line_num}"
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(
                 f"{file}, after line {reader.line_num}: not a CSV file in UTF-8: {error}"
             ) from None
 
 
-def _parquet_rows(file: Path, column: str, _: Counter[str]) -> Iterator[str]:
+def _parquet_rows(file: Path, columns: Sequence[str], _: Counter[str]) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file) as table:
-            if column not in table.schema_arrow.names:
-                _value(dict.fromkeys(table.schema_arrow.names), column, str(file))
-            for batch in table.iter_batches(1024, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    yield "" if value is None else str(value)
+            found = table.schema_arrow.names
+            if not set(columns) <= set(found):
+                yield dict.fromkeys(found), str(file)  # whoever looks for a missing column names those there
+                return
+            for batch in table.iter_batches(1024, columns=list(columns)):
+                for row in batch.to_pylist():
+                    yield row, str(file)
     except pa.ArrowInvalid as error:
         raise UserError(f"{file}: not a Parquet file: {' '.join(str(error).split())[:160]}") from None
 
 
-def _value(row: dict[str, Any], column: str, place: str) -> str:
+def _value(row: dict[str, Any], column: str, place: str, key: str) -> Any:
     if column not in row:
         found = ", ".join(str(name) for name in row)
-        raise UserError(f"{place}: no column {column!r}; set data.text_column to one of: {found}")
-    return "" if row[column] is None else str(row[column])
+        raise UserError(f"{place}: no column {column!r}; set {key} to one of: {found}")
+    return row[column]
 
 
-def _hub(name: str, column: str) -> Iterator[str]:
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _hub(name: str) -> Iterator[Row]:
     """`hub:owner/name`, `hub:owner/name:config`, each with `@split` (default train), streamed."""
     import datasets
 
@@ -212,9 +249,7 @@ def _hub(name: str, column: str) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(owner, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(rows):
-            yield _value(row, column, f"{name}, row {number}")
-    except UserError:
-        raise
+            yield row, f"{name}, row {number}"
     except Exception as error:  # whatever the hub's client raises, the user sees one line
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(

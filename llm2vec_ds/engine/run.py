@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from llm2vec_ds.config import Recipe, dump_recipe
+from llm2vec_ds.config import MntpConfig, Recipe, dump_recipe
 from llm2vec_ds.data.masking import Masking
-from llm2vec_ds.data.prepare import PreparedTexts, load_prepared, prepare_all
+from llm2vec_ds.data.pairs import load_prepared_pairs, prepare_all
+from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
 from llm2vec_ds.data.prompts import template_for
 from llm2vec_ds.distributed import (
     Ranks,
@@ -24,12 +25,15 @@ from llm2vec_ds.encoder import Encoder, EncoderSettings
 from llm2vec_ds.engine.deepspeed_engine import Engine, deepspeed_config, start_process_group
 from llm2vec_ds.engine.trainer import Trainer
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.loss.contrastive import check_widths
+from llm2vec_ds.loss.embedding_cache import ContrastiveModel
 from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
 from llm2vec_ds.stages.base import Stage
 from llm2vec_ds.stages.mntp import MntpStage
-from llm2vec_ds.stages.simcse import SimcseStage
+from llm2vec_ds.stages.simcse import simcse_stage
+from llm2vec_ds.stages.supervised import supervised_stage
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +61,8 @@ def train(recipe: Recipe) -> Path:
                 (folder / name).unlink(missing_ok=True)
             dump_recipe(recipe, folder / "recipe.yaml")
         log.info(
-            "%s: %s texts, %s a step, %s steps, %s process(es)",
+            "%s: %s a step, %s steps, %s process(es)",
             recipe.stage,
-            len(stage.texts),
             recipe.batch.global_batch_size,
             recipe.max_steps,
             ranks.world_size,
@@ -71,40 +74,62 @@ def train(recipe: Recipe) -> Path:
 def build_stage(recipe: Recipe, device: torch.device) -> Stage:
     """Model with adapters, prepared texts, and the objective over both."""
     tokenizer = load_tokenizer(recipe.model.path)
-    texts, *held_out = _prepared(recipe, tokenizer)
-    if len(texts) < recipe.batch.global_batch_size:
-        raise UserError(
-            f"{len(texts)} texts do not fill one batch of {recipe.batch.global_batch_size}: "
-            "lower batch.global_batch_size or give more data"
-        )
-    budget = recipe.batch.max_tokens_per_micro_batch
+    prepared = _prepared(recipe, tokenizer)
+    if recipe.mntp is not None:
+        texts, *held_out = (load_prepared(*groups["texts"]) for groups in prepared)
+        return _mntp_stage(recipe, recipe.mntp, tokenizer, texts, held_out[0] if held_out else None, device)
+    config = recipe.contrastive
+    assert config is not None
+    trunk = load_trunk(recipe.model.path, _trunk_options(recipe, config.attention_dropout, device))
+    if mistake := check_widths(config.matryoshka_dims, trunk.config.hidden_size):
+        raise UserError(mistake)
+    _make_trainable(recipe, trunk)
+    model = ContrastiveModel(_encoder(recipe, trunk, tokenizer), config)
+    common = {
+        "seed": recipe.seed,
+        "global_batch_size": recipe.batch.global_batch_size,
+        "max_tokens_per_micro_batch": recipe.batch.max_tokens_per_micro_batch,
+    }
+    if recipe.data.pairs is None:
+        return simcse_stage(model, load_prepared(*prepared[0]["texts"]), config, **common)
+    pairs, *held_out_pairs = (load_prepared_pairs(groups) for groups in prepared)
+    log.info("supervised: %s", ", ".join(f"{n} {size}" for n, size in pairs.group_sizes.items()))
+    temperature = recipe.data.pairs.sampling_temperature
+    held_out_or_none = held_out_pairs[0] if held_out_pairs else None
+    return supervised_stage(
+        model, pairs, held_out_or_none, config, sampling_temperature=temperature, **common
+    )
+
+
+def _mntp_stage(
+    recipe: Recipe,
+    config: MntpConfig,
+    tokenizer: Any,
+    texts: PreparedTexts,
+    held_out: PreparedTexts | None,
+    device: torch.device,
+) -> MntpStage:
+    options = _trunk_options(recipe, config.attention_dropout, device)
+    trunk, linear = load_trunk_and_head(recipe.model.path, options)
+    if recipe.adapter is not None:
+        linear.requires_grad_(False)  # adapters alone train; an untied head would otherwise, for nothing
+    head = MaskedTokenHead(linear, trunk.config, config.head_chunk_tokens)
+    _make_trainable(recipe, trunk)
+    return MntpStage(
+        MntpModel(_encoder(recipe, trunk, tokenizer), head),
+        texts,
+        held_out,
+        Masking.for_tokenizer(tokenizer, config),
+        seed=recipe.seed,
+        global_batch_size=recipe.batch.global_batch_size,
+        max_tokens_per_micro_batch=recipe.batch.max_tokens_per_micro_batch,
+    )
+
+
+def _encoder(recipe: Recipe, trunk: Any, tokenizer: Any) -> Encoder:
     template = template_for(recipe.data.template, tokenizer)
     settings = EncoderSettings(recipe.pooling, template=template.form, special_tokens=template.special_tokens)
-    if recipe.mntp is not None:
-        options = _trunk_options(recipe, recipe.mntp.attention_dropout, device)
-        trunk, linear = load_trunk_and_head(recipe.model.path, options)
-        if recipe.adapter is not None:
-            linear.requires_grad_(False)  # adapters alone train; an untied head would otherwise, for nothing
-        head = MaskedTokenHead(linear, trunk.config, recipe.mntp.head_chunk_tokens)
-        _make_trainable(recipe, trunk)
-        return MntpStage(
-            MntpModel(Encoder(trunk, tokenizer, settings), head),
-            texts,
-            held_out[0] if held_out else None,
-            Masking.for_tokenizer(tokenizer, recipe.mntp),
-            seed=recipe.seed,
-            max_tokens_per_micro_batch=budget,
-        )
-    assert recipe.simcse is not None
-    trunk = load_trunk(recipe.model.path, _trunk_options(recipe, recipe.simcse.attention_dropout, device))
-    _make_trainable(recipe, trunk)
-    return SimcseStage(
-        Encoder(trunk, tokenizer, settings),
-        texts,
-        recipe.simcse,
-        seed=recipe.seed,
-        max_tokens_per_micro_batch=budget,
-    )
+    return Encoder(trunk, tokenizer, settings)
 
 
 def _trunk_options(recipe: Recipe, attention_dropout: float, device: torch.device) -> TrunkOptions:
@@ -121,19 +146,20 @@ def _make_trainable(recipe: Recipe, trunk: Any) -> None:
         trunk.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def _prepared(recipe: Recipe, tokenizer: Any) -> list[PreparedTexts]:
-    """Training and held-out texts. Rank 0 prepares while the others wait; its failure is everyone's."""
-    folders: list[str] = []
+def _prepared(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[Path]]]:
+    """Folders of training and held-out texts by group. Rank 0 prepares while the others wait; its failure
+    is everyone's."""
+    folders: list[dict[str, list[Path]]] = []
     mistake = ""
     if rank() == 0:
         try:
-            folders = [str(folder) for folder in prepare_all(recipe, tokenizer)]
+            folders = prepare_all(recipe, tokenizer)
         except UserError as error:
             mistake = str(error)
     folders, mistake = all_gather_object((folders, mistake))[0]
     if mistake:
         raise UserError(mistake)
-    return [load_prepared(Path(folder)) for folder in folders]
+    return folders
 
 
 def _check_batch(recipe: Recipe, ranks: Ranks) -> None:
@@ -142,7 +168,7 @@ def _check_batch(recipe: Recipe, ranks: Ranks) -> None:
             f"batch.global_batch_size={recipe.batch.global_batch_size} gives nothing to some of "
             f"{ranks.world_size} ranks: raise it"
         )
-    needed = recipe.data.max_tokens * (2 if recipe.stage == "simcse" else 1)
+    needed = recipe.data.max_tokens
     if recipe.batch.max_tokens_per_micro_batch < needed:
         raise UserError(
             f"batch.max_tokens_per_micro_batch={recipe.batch.max_tokens_per_micro_batch} cannot hold "

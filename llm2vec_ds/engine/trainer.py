@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llm2vec_ds.config import OptimizerConfig, Recipe
-from llm2vec_ds.data.batches import global_batch, rank_slice
+from llm2vec_ds.data.batches import rank_slice
 from llm2vec_ds.distributed import all_reduce_sum, barrier, rank, world_size
 from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.monitor import FiniteCheck, MetricsLog, peak_mib
@@ -58,8 +58,7 @@ class Trainer:
 
     def _step(self, step: int) -> dict[str, float]:
         recipe, started = self.recipe, time.perf_counter()
-        batch = global_batch(len(self.stage.texts), recipe.batch.global_batch_size, recipe.seed, step)
-        rows = rank_slice(batch, rank(), world_size())
+        rows = rank_slice(self.stage.global_batch(step), rank(), world_size())
         self.engine.train()
         result = self.stage.step(step, rows, self.engine.forward, self._backward)
         self.check.stop_if_not_finite(step + 1, result.bad_rows, self._describe)
@@ -96,8 +95,7 @@ class Trainer:
             self.engine.write_metrics({f"held_out/{k}": v for k, v in metrics.items()}, step)
 
     def _describe(self, row: int) -> str:
-        (text,) = self.stage.texts[[row]]
-        words = self.stage.encoder.tokenizer.decode(text.input_ids, skip_special_tokens=True)
+        words = self.stage.encoder.tokenizer.decode(self.stage.text(row).input_ids, skip_special_tokens=True)
         return repr(words if len(words) <= 60 else words[:57] + "…")
 
     def _save(self) -> None:

@@ -11,17 +11,44 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from llm2vec_ds.batch import PackedBatch
+from llm2vec_ds.config import ContrastiveConfig
+from llm2vec_ds.encoder import Encoder
 
 Share = torch.Tensor
+LARGEST_SCALE = 100.0
+
+
+class ContrastiveModel(nn.Module):
+    """Encoder and the loss's scale as one module, as the engine trains them.
+
+    The scale comes out of `forward` so that a learned one is whole when it is used (ZeRO-3 gathers a
+    module's parameters for its forward pass).
+    """
+
+    def __init__(self, encoder: Encoder, config: ContrastiveConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.start_scale = config.scale
+        # A gain rather than the scale itself: near zero, bf16 (DeepSpeed's dtype on GPUs) is fine enough.
+        self.log_gain = nn.Parameter(torch.zeros(1, device=encoder.device)) if config.learn_scale else None
+
+    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors `[S, D]` and the scale, a scalar in fp32."""
+        vectors = self.encoder(batch)
+        scale = torch.tensor(self.start_scale, device=vectors.device)
+        if self.log_gain is not None:
+            scale = (scale * self.log_gain[0].float().exp()).clamp(max=LARGEST_SCALE)
+        return vectors, scale
 
 
 def vectors_loss_backward(
-    forward: Callable[[PackedBatch], torch.Tensor],
+    forward: Callable[[PackedBatch], tuple[torch.Tensor, torch.Tensor]],
     micro_batches: Sequence[PackedBatch],
     seeds: Sequence[int],
-    loss_share: Callable[[torch.Tensor], Share],
+    loss_share: Callable[[torch.Tensor, torch.Tensor], Share],
     backward: Callable[[torch.Tensor, int, bool], None],
     *,
     n_passes: int,
@@ -29,10 +56,11 @@ def vectors_loss_backward(
     """Runs one step's forward, loss and backward.
 
     Args:
-        forward: packed batch → vectors `[S, D]`.
+        forward: packed batch → vectors `[S, D]` and the scale.
         micro_batches: this rank's, at least one.
         seeds: one for each pass, `n_passes` of them: dropout's seed.
-        loss_share: vectors of all micro-batches, concatenated in order → this rank's share of the loss.
+        loss_share: vectors of all micro-batches, concatenated in order, and the scale → this rank's share
+            of the loss.
         backward: (scalar, micro-batch number, last) → adds its gradient.
         n_passes: micro-batches that every rank runs; a rank with fewer repeats its first with weight 0.
 
@@ -41,8 +69,8 @@ def vectors_loss_backward(
     """
     if n_passes == 1:
         torch.manual_seed(seeds[0])
-        vectors = forward(micro_batches[0])
-        share = loss_share(vectors)
+        vectors, scale = forward(micro_batches[0])
+        share = loss_share(vectors, scale)
         backward(share, 0, True)
         return vectors.detach(), share.detach()
 
@@ -50,17 +78,19 @@ def vectors_loss_backward(
     with torch.no_grad():
         for index in range(n_passes):
             torch.manual_seed(seeds[index])
-            vectors = forward(micro_batches[index] if index < len(micro_batches) else micro_batches[0])
+            vectors, scale = forward(micro_batches[index if index < len(micro_batches) else 0])
             if index < len(micro_batches):
                 cached.append(vectors)
-    leaf = torch.cat(cached).requires_grad_()
-    share = loss_share(leaf)
-    (gradient,) = torch.autograd.grad(share, leaf)
+    leaf, scale_leaf = torch.cat(cached).requires_grad_(), scale.clone().requires_grad_()
+    share = loss_share(leaf, scale_leaf)
+    gradient, scale_gradient = torch.autograd.grad(share, [leaf, scale_leaf])
     gradients = gradient.split([len(vectors) for vectors in cached])
     for index in range(n_passes):
         torch.manual_seed(seeds[index])
         own = index if index < len(micro_batches) else 0
-        vectors = forward(micro_batches[own])
+        last = index == n_passes - 1
+        vectors, scale = forward(micro_batches[own])
         weight = gradients[own] if own == index else torch.zeros_like(gradients[own])
-        backward((vectors * weight).sum(), own, index == n_passes - 1)
+        surrogate = (vectors * weight).sum() + scale * (scale_gradient if last else 0.0)
+        backward(surrogate, own, last)
     return leaf.detach(), share.detach()

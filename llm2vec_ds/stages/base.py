@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llm2vec_ds.batch import PackedBatch
-from llm2vec_ds.data.prepare import PreparedTexts
+from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.distributed import all_reduce_max_int
 from llm2vec_ds.encoder import Encoder
 
@@ -47,9 +47,11 @@ class Stage(Protocol):
     def encoder(self) -> Encoder:
         """The part of it that is the result."""
 
-    @property
-    def texts(self) -> PreparedTexts:
-        """The training texts; a step gets row numbers of it."""
+    def global_batch(self, step: int) -> np.ndarray:
+        """Rows of a step over all ranks, a pure function of data, seed and step."""
+
+    def text(self, row: int) -> TokenizedText:
+        """What a row is, for error messages."""
 
     def step(self, step: int, rows: np.ndarray, forward: Forward, backward: Backward) -> StepResult:
         """Forward and backward for this rank's `rows` of the global batch."""

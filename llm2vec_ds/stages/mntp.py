@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from llm2vec_ds.batch import PackedBatch
-from llm2vec_ds.data.batches import rank_slice
+from llm2vec_ds.data.batches import EpochBatches, rank_slice
 from llm2vec_ds.data.masking import NOT_PREDICTED, Masking
 from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.prepare import PreparedTexts
@@ -32,15 +32,21 @@ class MntpStage:
         masking: Masking,
         *,
         seed: int,
+        global_batch_size: int,
         max_tokens_per_micro_batch: int,
     ) -> None:
         self.model = model
         self.encoder = model.encoder
         self.texts = texts
+        self.global_batch = EpochBatches(len(texts), global_batch_size, seed)
         self.held_out_texts = held_out_texts
         self.masking = masking
         self.seed = seed
         self.max_tokens = max_tokens_per_micro_batch
+
+    def text(self, row: int) -> TokenizedText:
+        (text,) = self.texts[[row]]
+        return text
 
     def step(self, step: int, rows: np.ndarray, forward: Forward, backward: Backward) -> StepResult:
         batches, groups = self._masked_batches(self.texts, rows, step)

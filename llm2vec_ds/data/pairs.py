@@ -1,0 +1,155 @@
+"""Sources of pairs with their instructions → examples (query, positive, hard negatives) of one row number."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from llm2vec_ds.config import DataConfig, Recipe
+from llm2vec_ds.data.prepare import QUERY, Instructions, PreparedTexts, load_prepared, prepare
+from llm2vec_ds.data.prompts import TokenizedText
+from llm2vec_ds.data.sources import COMPRESSIONS, find_source
+from llm2vec_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """One file (or hub data set) of pairs. Sources of one `group` share batches."""
+
+    name: str
+    path: str
+    group: str
+    instructions: Instructions
+
+
+def find_pair_sources(data: DataConfig, path: str | list[str]) -> list[PairSource]:
+    """The sources that `path` names, in the order of their names.
+
+    Raises:
+        UserError: a file is missing; the instructions are no mapping, or leave a source out.
+    """
+    found = find_source(path)
+    places = {found.hub: found.hub} if found.hub else {_name(file): str(file) for file in found.files}
+    if not found.hub and len(places) < len(found.files):
+        raise UserError(f"data.path {path!r}: two files have the same name, which names their source")
+    pairs = data.pairs
+    if pairs is None or pairs.instructions is None:
+        own = Instructions(data.instruction)
+        return [PairSource(name, place, name, own) for name, place in sorted(places.items())]
+    given = _read_instructions(Path(pairs.instructions))
+    if missing := sorted(set(places) - set(given)):
+        raise UserError(
+            f"{pairs.instructions} says nothing of {', '.join(missing[:5])}: add a line `{missing[0]}: …` "
+            "(null for no instruction)"
+        )
+    return [PairSource(name, places[name], *given[name]) for name in sorted(places)]
+
+
+class PreparedPairs:
+    """Examples of several sources, numbered through: group by group, in a group source by source."""
+
+    def __init__(self, groups: dict[str, list[PreparedTexts]]) -> None:
+        self._texts = [texts for group in groups.values() for texts in group]
+        self._starts = [np.flatnonzero(_roles(texts) == QUERY) for texts in self._texts]
+        self._first_example = np.cumsum([0, *(len(starts) for starts in self._starts)])
+        counts = iter(len(starts) for starts in self._starts)
+        self.group_sizes = {name: sum(next(counts) for _ in group) for name, group in groups.items()}
+        self.fingerprint = "-".join(texts.fingerprint[:16] for texts in self._texts)
+
+    def __len__(self) -> int:
+        return int(self._first_example[-1])
+
+    def __getitem__(self, examples: Sequence[int] | np.ndarray) -> list[list[TokenizedText]]:
+        """The texts of each example: query, positive, hard negatives. One read a source."""
+        examples = np.asarray(examples, dtype=np.int64)
+        sources = np.searchsorted(self._first_example, examples, side="right") - 1
+        found: dict[int, list[TokenizedText]] = {}
+        for source in np.unique(sources).tolist():
+            own = np.flatnonzero(sources == source)
+            found |= zip(own.tolist(), self._read(source, examples[own]), strict=True)
+        return [found[place] for place in range(len(examples))]
+
+    def _read(self, source: int, examples: np.ndarray) -> Iterator[list[TokenizedText]]:
+        starts, texts = self._starts[source], self._texts[source]
+        places = examples - self._first_example[source]
+        sizes = np.append(starts, len(texts))[places + 1] - starts[places]
+        rows = np.concatenate(
+            [np.arange(starts[p], starts[p] + n) for p, n in zip(places, sizes, strict=True)]
+        )
+        read = iter(texts[rows])
+        return (list(islice(read, int(size))) for size in sizes)
+
+
+def prepare_pairs(
+    data: DataConfig, path: str | list[str], tokenizer: Any, *, end_with_eos: bool = False
+) -> dict[str, list[Path]]:
+    """Folders of prepared texts by group."""
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for source in sorted(find_pair_sources(data, path), key=lambda source: (source.group, source.name)):
+        groups[source.group].append(
+            prepare(data, source.path, tokenizer, end_with_eos=end_with_eos, instructions=source.instructions)
+        )
+    return dict(groups)
+
+
+def load_prepared_pairs(groups: dict[str, list[Path]]) -> PreparedPairs:
+    """Opens what `prepare_pairs` made."""
+    loaded = {name: [load_prepared(folder) for folder in folders] for name, folders in groups.items()}
+    return PreparedPairs(loaded)
+
+
+def prepare_all(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[Path]]]:
+    """Folders by group, of the training data and, where the recipe names it, of the held-out data."""
+    data, end_with_eos = recipe.data, recipe.pooling == "eos"
+    made = []
+    for path in (data.path, data.held_out_path):
+        if path is None:
+            continue
+        if data.pairs is not None:
+            made.append(prepare_pairs(data, path, tokenizer, end_with_eos=end_with_eos))
+        else:
+            made.append({"texts": [prepare(data, path, tokenizer, end_with_eos=end_with_eos)]})
+    return made
+
+
+def _roles(texts: PreparedTexts) -> np.ndarray:
+    roles: np.ndarray = texts.rows.data.column("role").to_numpy()
+    return roles
+
+
+def _name(file: Path) -> str:
+    name = file.name
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return Path(name).stem
+
+
+def _read_instructions(path: Path) -> dict[str, tuple[str, Instructions]]:
+    """source → (group, instructions)."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"data.pairs.instructions {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must be a YAML mapping of sources to instructions")
+    return dict(_instructions(path, str(name), value) for name, value in values.items())
+
+
+def _instructions(path: Path, name: str, value: Any) -> tuple[str, tuple[str, Instructions]]:
+    if value is None or isinstance(value, str):
+        return name, (name, Instructions(value))
+    known = {"query", "document", "group"}
+    if not isinstance(value, dict) or not set(value) <= known:
+        raise UserError(f"{path}: `{name}` must be an instruction, or a mapping of query, document, group")
+    if wrong := [key for key, text in value.items() if not isinstance(text, str | None)]:
+        raise UserError(f"{path}: `{name}.{wrong[0]}` must be a text")
+    return name, (value.get("group") or name, Instructions(value.get("query"), value.get("document")))

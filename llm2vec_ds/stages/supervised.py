@@ -1,0 +1,32 @@
+"""The supervised stage: queries, their positives, hard negatives; each batch from one source."""
+
+from __future__ import annotations
+
+from llm2vec_ds.config import ContrastiveConfig
+from llm2vec_ds.data.batches import SourceBatches
+from llm2vec_ds.data.pairs import PreparedPairs
+from llm2vec_ds.loss.embedding_cache import ContrastiveModel
+from llm2vec_ds.stages.contrastive import ContrastiveStage
+
+
+def supervised_stage(
+    model: ContrastiveModel,
+    pairs: PreparedPairs,
+    held_out_pairs: PreparedPairs | None,
+    config: ContrastiveConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    sampling_temperature: float,
+    max_tokens_per_micro_batch: int,
+) -> ContrastiveStage:
+    """In-batch negatives are all positives and hard negatives of the batch (arXiv 2404.05961, section 4)."""
+    return ContrastiveStage(
+        model,
+        pairs.__getitem__,
+        SourceBatches(tuple(pairs.group_sizes.values()), global_batch_size, seed, sampling_temperature),
+        config,
+        held_out_pairs,
+        seed=seed,
+        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+    )
