@@ -101,7 +101,7 @@ class PackedExamples:
         self.groups = plan_micro_batches([len(text) for text in texts], max_tokens)
         self.batches: list[PackedBatch] = [pack([texts[i] for i in group]) for group in self.groups]
         self.order = np.concatenate(self.groups)
-        self.ids = torch.tensor([text.text_hash for text in texts])
+        self.ids = torch.tensor([text.text_hash for text in texts], dtype=torch.int64)
 
     def pair_vectors(self, vectors: torch.Tensor) -> PairVectors:
         """From vectors in the order of the micro-batches."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm2vec_ds.data.batches import global_batch, rank_slice
+from llm2vec_ds.data.batches import EpochBatches, SourceBatches, rank_slice
 from llm2vec_ds.errors import UserError
 
 
@@ -15,19 +15,20 @@ from llm2vec_ds.errors import UserError
 def test_an_epoch_visits_each_row_at_most_once(n_rows: int, size: int, seed: int) -> None:
     if n_rows < size:
         with pytest.raises(UserError, match="do not fill"):
-            global_batch(n_rows, size, seed, 0)
+            EpochBatches(n_rows, size, seed)
         return
     steps = n_rows // size
-    epoch = np.concatenate([global_batch(n_rows, size, seed, step) for step in range(steps)])
+    batches = EpochBatches(n_rows, size, seed)
+    epoch = np.concatenate([batches(step) for step in range(steps)])
     assert len(epoch) == len(set(epoch.tolist())) == steps * size
     assert set(epoch.tolist()) <= set(range(n_rows))
 
 
 def test_steps_seeds_and_epochs_differ_and_repeat() -> None:
-    first = global_batch(100, 10, 0, 3)
-    assert (first == global_batch(100, 10, 0, 3)).all()
-    assert (first != global_batch(100, 10, 1, 3)).any()
-    assert (first != global_batch(100, 10, 0, 13)).any()
+    first = EpochBatches(100, 10, 0)(3)
+    assert (first == EpochBatches(100, 10, 0)(3)).all()
+    assert (first != EpochBatches(100, 10, 1)(3)).any()
+    assert (first != EpochBatches(100, 10, 0)(13)).any()
 
 
 @given(size=st.integers(1, 50), world=st.integers(1, 9))
@@ -36,3 +37,39 @@ def test_ranks_share_a_batch_without_overlap(size: int, world: int) -> None:
     parts = [rank_slice(batch, rank, world) for rank in range(world)]
     assert (np.concatenate(parts) == batch).all()
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def source_of(rows: np.ndarray, sizes: tuple[int, ...]) -> int:
+    sources = np.searchsorted(np.cumsum(sizes), rows, side="right")
+    assert len(set(sources.tolist())) == 1
+    return int(sources[0])
+
+
+def test_a_batch_is_of_one_source_and_a_source_goes_through_epochs() -> None:
+    sizes = (23, 3, 50)  # the second never fills a batch of 5
+    batches = SourceBatches(sizes, 5, seed=7)
+    seen: dict[int, list[np.ndarray]] = {0: [], 2: []}
+    for step in range(200):
+        rows = batches(step)
+        seen[source_of(rows, sizes)].append(rows)
+        assert (rows == SourceBatches(sizes, 5, seed=7)(step)).all()
+    for source, n_batches in ((0, 4), (2, 10)):
+        for start in range(0, len(seen[source]) - n_batches, n_batches):
+            epoch = np.concatenate(seen[source][start : start + n_batches])
+            assert len(set(epoch.tolist())) == n_batches * 5
+    # 4 of 14 batches are of the first source: 57 of 200, standard deviation 6.4.
+    assert 57 - 20 < len(seen[0]) < 57 + 20
+    assert (batches(3) != SourceBatches(sizes, 5, seed=8)(3)).any()
+
+
+def test_a_high_temperature_draws_sources_evenly() -> None:
+    sizes = (40, 4000)
+    drawn = [source_of(SourceBatches(sizes, 4, 0, temperature=1e6)(step), sizes) for step in range(200)]
+    assert 100 - 22 < sum(drawn) < 100 + 22
+    drawn = [source_of(SourceBatches(sizes, 4, 0)(step), sizes) for step in range(200)]
+    assert sum(drawn) > 190
+
+
+def test_no_source_fills_a_batch() -> None:
+    with pytest.raises(UserError, match="the largest has 9 examples"):
+        SourceBatches((3, 9), 10, 0)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from llm2vec_ds.batch import PackedBatch
+from llm2vec_ds.config import ContrastiveConfig
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.encoder import Encoder
-from llm2vec_ds.loss.contrastive import global_info_nce
-from llm2vec_ds.loss.embedding_cache import vectors_loss_backward
+from llm2vec_ds.loss.contrastive import ContrastiveLoss, PairVectors
+from llm2vec_ds.loss.embedding_cache import ContrastiveModel, vectors_loss_backward
 from tests.model.test_equalities import texts, trunk
 from tests.support.tiny import tiny_tokenizer
 
@@ -19,18 +20,23 @@ ROWS = [row for row in texts((6, 4, 9, 2, 5, 3)) for _ in range(2)]
 SEEDS = [11, 12, 13, 14]
 
 
-def encoder(dropout: float) -> Encoder:
-    return Encoder(trunk(attention_dropout=dropout), tiny_tokenizer()).train()
+# A low scale and pairs of different texts, so that the gradient is far from zero.
+CONFIG = ContrastiveConfig(scale=2.0, learn_scale=True)
 
 
-def loss_share(vectors: torch.Tensor) -> torch.Tensor:
-    hashes = torch.arange(len(vectors) // 2)
-    # A low scale and pairs of different texts, so that the gradient is far from zero.
-    return global_info_nce(vectors[0::2], vectors[1::2].roll(1, 0), hashes, scale=2.0).mean()
+def encoder(dropout: float) -> ContrastiveModel:
+    return ContrastiveModel(Encoder(trunk(attention_dropout=dropout), tiny_tokenizer()), CONFIG).train()
+
+
+def loss_share(vectors: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    ids = torch.arange(len(vectors) // 2)
+    pairs = PairVectors(vectors[0::2], vectors[1::2].roll(1, 0), vectors[:0], ids, ids[:0])
+    share, _ = ContrastiveLoss(CONFIG)(pairs, scale)
+    return share
 
 
 def cached(
-    model: Encoder, batches: list[PackedBatch], n_passes: int
+    model: ContrastiveModel, batches: list[PackedBatch], n_passes: int
 ) -> tuple[torch.Tensor, list[tuple[int, bool]]]:
     calls = []
 
@@ -54,12 +60,14 @@ def test_cached_equals_one_graph_over_all_micro_batches(dropout: float, extra_pa
     vectors = []
     for seed, batch in zip(SEEDS, batches, strict=False):
         torch.manual_seed(seed)
-        vectors.append(plain(batch))
-    expected = loss_share(torch.cat(vectors))
+        own, scale = plain(batch)
+        vectors.append(own)
+    expected = loss_share(torch.cat(vectors), scale)
     expected.backward()
     torch.testing.assert_close(share, expected.detach())
     largest = max(p.grad.abs().max() for p in plain.parameters())
     assert largest > 1e-3
+    assert plain.log_gain.grad.abs() > 1e-3  # type: ignore[union-attr]
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 

@@ -1,0 +1,123 @@
+"""Pairs of several sources: columns, instructions, groups, numbering."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2vec_ds.config import DataConfig
+from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_pairs
+from llm2vec_ds.data.prompts import TokenizedText
+from llm2vec_ds.errors import UserError
+from tests.support.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+ROWS: list[dict[str, Any]] = [
+    {"query": "the river", "positive": "runs past an old mill", "negative": "bread is baked"},
+    {"query": "a train", "positive": "leaves at nine", "negative": ["rain falls", "nobody waits", "clocks"]},
+    {"query": "the coast", "positive": "green hills", "negative": None},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(path: Path, **pairs: Any) -> PreparedPairs:
+    data = DataConfig(path=str(path), pairs=pairs, **{"instruction": pairs.pop("instruction", None)})  # type: ignore[arg-type]
+    return load_prepared_pairs(prepare_pairs(data, data.path, TOKENIZER))
+
+
+def words(example: list[TokenizedText]) -> list[str]:
+    return [TOKENIZER.decode(text.input_ids, skip_special_tokens=True) for text in example]
+
+
+def test_examples_with_nought_to_many_negatives(tmp_path: Path) -> None:
+    pairs = load(write(tmp_path / "a.jsonl", ROWS), max_negatives=2)
+    assert len(pairs) == 3
+    assert [words(example) for example in pairs[[2, 0, 1]]] == [
+        ["the coast", "green hills"],
+        ["the river", "runs past an old mill", "bread is baked"],
+        ["a train", "leaves at nine", "rain falls", "nobody waits"],
+    ]
+    without = load(write(tmp_path / "a.jsonl", ROWS), max_negatives=0)
+    assert [len(example) for example in without[[0, 1, 2]]] == [2, 2, 2]
+
+
+def test_csv_with_columns_of_other_names(tmp_path: Path) -> None:
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["q", "p", "n"], ["the river", "runs", "bread"], ["a", "b", ""]])
+    columns = {"query_column": "q", "positive_column": "p", "negative_column": "n"}
+    pairs = load(tmp_path / "a.csv", **columns)
+    assert [len(example) for example in pairs[[0, 1]]] == [3, 2]
+
+
+def test_a_blank_query_or_positive_leaves_the_example_out(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "query": " "}, {**ROWS[0], "positive": ""}, ROWS[1]]
+    pairs = load(write(tmp_path / "a.jsonl", rows))
+    assert [words(example)[0] for example in pairs[list(range(len(pairs)))]] == ["a train"]
+
+
+def test_sources_instructions_and_groups(tmp_path: Path) -> None:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for name in ("nli_2", "web", "nli_1"):
+        write(folder / f"{name}.jsonl", ROWS[:2] if name == "web" else ROWS)
+    instructions = tmp_path / "instructions.yaml"
+    instructions.write_text(
+        "nli_1: {query: fish, group: nli}\nnli_2: {query: paints, document: grows, group: nli}\nweb: null\n"
+    )
+    pairs = load(folder, instructions=str(instructions))
+    assert pairs.group_sizes == {"nli": 6, "web": 2}
+    first, fourth, web = pairs[[0, 3, 6]]
+    assert words(first)[:2] == ["fish the river", "runs past an old mill"]
+    assert words(fourth)[:2] == ["paints the river", "grows runs past an old mill"]
+    assert words(web)[0] == "the river"
+    pooled = TOKENIZER.decode(fourth[1].input_ids[fourth[1].pool_start : fourth[1].pool_end])
+    assert pooled.strip() == "runs past an old mill"
+    # Equal documents of one source are recognised across examples, whatever else differs.
+    assert first[1].text_hash == web[1].text_hash != fourth[1].text_hash
+
+
+def test_an_instruction_for_all_goes_before_queries_only(tmp_path: Path) -> None:
+    (example,) = load(write(tmp_path / "a.jsonl", ROWS[:1]), instruction="fish")[[0]]
+    assert words(example)[:2] == ["fish the river", "runs past an old mill"]
+
+
+@pytest.mark.parametrize(
+    ("instructions", "message"),
+    [
+        (None, "No such file"),
+        ("- a list", "must be a YAML mapping"),
+        ("{unclosed", "not valid YAML"),
+        ("other: text", "says nothing of a: add a line `a: …`"),
+        ("a: {qury: text}", "must be an instruction, or a mapping of query, document, group"),
+        ("a: {query: 3}", "`a.query` must be a text"),
+    ],
+)
+def test_mistakes_in_instructions(tmp_path: Path, instructions: str | None, message: str) -> None:
+    path = tmp_path / "instructions.yaml"
+    if instructions is not None:
+        path.write_text(instructions)
+    with pytest.raises(UserError, match=message):
+        load(write(tmp_path / "a.jsonl", ROWS), instructions=str(path))
+
+
+def test_mistakes_in_data(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"no column 'positive'; set data\.pairs\.positive_column to one of: query"
+    ):
+        load(write(tmp_path / "a.jsonl", [{"query": "a"}]))
+    (tmp_path / "b.txt").write_text("text\n")
+    with pytest.raises(UserError, match="pairs need columns"):
+        load(tmp_path / "b.txt")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "d").mkdir()
+    data = DataConfig(path=[str(write(tmp_path / d / "a.jsonl", ROWS)) for d in "cd"], pairs={})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="two files have the same name"):
+        prepare_pairs(data, data.path, TOKENIZER)
