@@ -96,7 +96,7 @@ Overrides = Annotated[
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run one training stage. The run folder gets recipe.yaml, metrics.jsonl and encoder/.
 
-    Starts as one process, under `deepspeed --num_gpus N --module llm2vec_ds train …`, or under any
+    Starts as one process, under `deepspeed --num_gpus N --module llm2vec_ds train RECIPE`, or under any
     launcher that sets RANK, WORLD_SIZE and LOCAL_RANK (or `srun`, one task a GPU).
     """
     from llm2vec_ds.config import load_recipe
@@ -158,8 +158,6 @@ def encode(
     texts = _lines(input)
     if output.suffix != ".npy":
         raise UserError(f"--output {output} must end in .npy")
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"--precision {precision!r} is not auto, fp32 or bf16")
     _check_output_file(output)
     _quiet_transformers()
     from llm2vec_ds.encoder import Encoder

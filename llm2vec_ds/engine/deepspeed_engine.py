@@ -154,7 +154,9 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
         except ValidationError as error:  # a section of the JSON that the recipe names
             mistakes = "; ".join(f"`{m['loc'][0]}`: {m['msg']}" for m in error.errors())
-            raise UserError(f"DeepSpeed refuses its config: {error.title}: {mistakes}") from None
+            raise UserError(
+                f"DeepSpeed refuses a section ({error.title}) of the JSON that `deepspeed` names: {mistakes}"
+            ) from None
         self.zero_stage = int(self._engine.zero_optimization_stage())
 
     def forward(self, *inputs: Any) -> Any:
