@@ -445,7 +445,9 @@ def test_a_monitor_without_its_package(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else found(name))
     values = recipe("mntp", tiny_model_dir, texts_file, tmp_path / "run", monitor=["wandb"])
     assert run(monkeypatch, "train", write_recipe(values, tmp_path / "r.yaml")) == 2
-    assert_reads(error_line(capsys), "monitor wandb needs the package wandb: pip install wandb")
+    assert_reads(
+        error_line(capsys), "monitor wandb needs the package wandb: pip install 'llm2vec-ds[monitor]'"
+    )
 
 
 @contextmanager

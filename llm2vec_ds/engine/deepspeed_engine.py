@@ -110,7 +110,7 @@ def _monitors(recipe: Recipe) -> dict[str, Any]:
     for name in recipe.monitor:
         if name in packages and importlib.util.find_spec(packages[name]) is None:
             raise UserError(
-                f"monitor {name} needs the package {packages[name]}: pip install {packages[name]}"
+                f"monitor {name} needs the package {packages[name]}: pip install 'llm2vec-ds[monitor]'"
             )
     files = {"enabled": True, "output_path": str(Path(recipe.output_dir) / "monitor")}
     sections: dict[str, dict[str, Any]] = {
