@@ -268,9 +268,9 @@ def _memory_mapped(folder: Path, parts: list[str]) -> Any:
 
 
 def _n_duplicates(folder: Path, parts: list[str]) -> int:
-    """Rows whose text stands in an earlier row too."""
-    hashes = _memory_mapped(folder, parts).data.column("text_hash").to_numpy()
-    return len(hashes) - len(np.unique(hashes))
+    """Rows whose text stands in an earlier row too. Takes 17 bytes a row; np.unique would take about 60."""
+    hashes = np.sort(_memory_mapped(folder, parts).data.column("text_hash").to_numpy())
+    return int(np.count_nonzero(hashes[1:] == hashes[:-1]))
 
 
 def _key(data: DataConfig, source: Source, tokenizer: Any, end_with_eos: bool) -> str:
