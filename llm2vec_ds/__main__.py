@@ -11,7 +11,7 @@ def main() -> None:
     from llm2vec_ds.cli import app
 
     try:
-        app()
+        app(prog_name="llm2vec-ds")  # also as `python -m llm2vec_ds`
     except UserError as error:
         print(f"llm2vec-ds: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -53,10 +53,9 @@ def _common(
     logging.getLogger("llm2vec_ds").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def _quiet_transformers() -> None:
-    """Its advice and its bar over weights that load; called late, because --help needs none of it.
-
-    Downloads from the hub keep their bar.
+def _quiet_libraries() -> None:
+    """transformers' advice and its bar over weights that load (downloads from the hub keep theirs), and
+    DeepSpeed's warning that a machine without GPU has none. Called late: --help needs none of it.
     """
     from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
@@ -66,6 +65,9 @@ def _quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
     if downloads_shown:
         hub.enable_progress_bars()
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
+    )
 
 
 def _recipe_keys(incomplete: str) -> list[str]:
@@ -96,13 +98,13 @@ Overrides = Annotated[
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run one training stage. The run folder gets recipe.yaml, metrics.jsonl and encoder/.
 
-    Starts as one process, under `deepspeed --num_gpus N --module llm2vec_ds train …`, or under any
+    Starts as one process, under `deepspeed --num_gpus N --module llm2vec_ds train RECIPE`, or under any
     launcher that sets RANK, WORLD_SIZE and LOCAL_RANK (or `srun`, one task a GPU).
     """
     from llm2vec_ds.config import load_recipe
 
     resolved = load_recipe(recipe, overrides)
-    _quiet_transformers()
+    _quiet_libraries()
     from llm2vec_ds.engine.run import train as run
 
     folder = run(resolved)
@@ -123,7 +125,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from llm2vec_ds.config import load_recipe
 
     resolved = load_recipe(recipe, overrides)
-    _quiet_transformers()
+    _quiet_libraries()
     from llm2vec_ds.data.pairs import prepare_all
     from llm2vec_ds.data.prepare import load_prepared
     from llm2vec_ds.model.loading import load_tokenizer
@@ -161,10 +163,8 @@ def encode(
     texts = _lines(input)
     if output.suffix != ".npy":
         raise UserError(f"--output {output} must end in .npy")
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"--precision {precision!r} is not auto, fp32 or bf16")
     _check_output_file(output)
-    _quiet_transformers()
+    _quiet_libraries()
     from llm2vec_ds.encoder import Encoder
 
     encoder = Encoder.from_pretrained(model, attention=attention, precision=precision)
@@ -220,13 +220,14 @@ def doctor(
     ] = True,
 ) -> None:
     """Say what this machine has, what a run would use, and what is missing and how to get it."""
-    _quiet_transformers()
+    _quiet_libraries()
     from llm2vec_ds.doctor import examine, training_check
 
     blocked = False
-    for finding in itertools.chain(examine(), (run() for run in [training_check] if check)):
-        mark = "✗" if finding.blocks else "!" if finding.mend else "✓"
-        print(f"{mark} {finding.name:15} {finding.value}" + (f"  → {finding.mend}" if finding.mend else ""))
+    findings = examine()
+    for finding in itertools.chain(findings, (run() for run in [training_check] if check and not blocked)):
+        mend = f"  → {finding.mend}" if finding.mend else ""
+        print(f"{finding.mark} {finding.name:15} {finding.value}{mend}", flush=True)
         blocked |= finding.blocks
     if blocked:
         raise UserError("no run is possible here yet: see the lines marked ✗")
@@ -263,7 +264,7 @@ def demo(
     ] = False,
 ) -> None:
     """Take a real LLM through LLM2Vec (causal, bidirectional, MNTP, SimCSE) and measure after each step."""
-    _quiet_transformers()
+    _quiet_libraries()
     if print_model_dir:
         from llm2vec_ds.demo_model import demo_model_dir
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -177,5 +179,7 @@ class Encoder(nn.Module):
     def _save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         try:
             self.trunk.save_pretrained(folder, state_dict=state_dict)
-        except SafetensorError as error:  # its name for what the system says about a full disk
-            raise OSError(str(error)) from None
+        except SafetensorError as error:  # its name for what the system said
+            number = re.search(r"os error (\d+)", str(error))
+            said = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
+            raise OSError(*said) from None

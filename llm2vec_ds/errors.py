@@ -29,6 +29,7 @@ def writing(what: object) -> Iterator[None]:
 def reason(error: OSError) -> str:
     """Cause and mend of a refusal, in a few words."""
     cause = error.strerror or " ".join(str(error).split())
-    if error.errno in NO_SPACE:
+    # Without a number: a library that found fewer bytes written than it asked for.
+    if error.errno is None or error.errno in NO_SPACE:
         return f"{cause}: free some space, or write to another disk"
     return f"{cause}: choose a path that you can write to"

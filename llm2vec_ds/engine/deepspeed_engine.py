@@ -110,7 +110,7 @@ def _monitors(recipe: Recipe) -> dict[str, Any]:
     for name in recipe.monitor:
         if name in packages and importlib.util.find_spec(packages[name]) is None:
             raise UserError(
-                f"monitor {name} needs the package {packages[name]}: pip install {packages[name]}"
+                f"monitor {name} needs the package {packages[name]}: pip install 'llm2vec-ds[monitor]'"
             )
     files = {"enabled": True, "output_path": str(Path(recipe.output_dir) / "monitor")}
     sections: dict[str, dict[str, Any]] = {
@@ -154,7 +154,9 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
         except ValidationError as error:  # a section of the JSON that the recipe names
             mistakes = "; ".join(f"`{m['loc'][0]}`: {m['msg']}" for m in error.errors())
-            raise UserError(f"DeepSpeed refuses its config: {error.title}: {mistakes}") from None
+            raise UserError(
+                f"DeepSpeed refuses a section ({error.title}) of the JSON that `deepspeed` names: {mistakes}"
+            ) from None
         self.zero_stage = int(self._engine.zero_optimization_stage())
 
     def forward(self, *inputs: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def train(recipe: Recipe) -> Path:
         with writing(f"output_dir {folder}"):
             for name in ("metrics.jsonl", "held_out.jsonl"):
                 (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "monitor", ignore_errors=True)
             dump_recipe(recipe, folder / "recipe.yaml")
         log.info(
             "%s: %s a step, %s steps, %s process(es)",
