@@ -242,8 +242,11 @@ class _Sums:
         if self.with_document:
             weighted_BD = query_BD if relative_B is None else query_BD * relative_B[:, None]
             weighted_BD = weighted_BD.to(coefficient_BN.dtype)
-            step = max(1, CHUNK_ELEMENTS // query_BD.shape[1])
-            for documents in slices(len(self.document_ND), step):
+            in_place = coefficient_BN.dtype == self.document_ND.dtype  # else each chunk's product is held
+            n_documents, width = self.document_ND.shape
+            for documents in slices(
+                n_documents, n_documents if in_place else max(1, CHUNK_ELEMENTS // width)
+            ):
                 add_product(self.document_ND[documents], coefficient_BN[:, documents].T, weighted_BD)
 
 
