@@ -82,7 +82,18 @@ def test_every_field_is_documented() -> None:
 
     sections = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, config.Section)]
     missing = {c.__name__: undocumented(c) for c in sections}
-    own_name_says_it = {"model", "data", "pairs", "batch", "optimizer", "adapter", "mntp", "simcse", "supervised", "path"}
+    own_name_says_it = {
+        "model",
+        "data",
+        "pairs",
+        "batch",
+        "optimizer",
+        "adapter",
+        "mntp",
+        "simcse",
+        "supervised",
+        "path",
+    }
     assert not {
         c: set(names) - own_name_says_it for c, names in missing.items() if set(names) - own_name_says_it
     }

@@ -20,6 +20,7 @@ from torch import nn
 
 from llm2vec_ds.config import Recipe
 from llm2vec_ds.distributed import Ranks
+from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
 from llm2vec_ds.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def start_process_group(ranks: Ranks) -> torch.device:
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1
         )
     deepspeed.init_distributed(backend, verbose=False)
+    count_deepspeed_traffic()
     return torch.device("cuda", ranks.local_rank) if on_cuda else torch.device("cpu")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llm2vec_ds.config import OptimizerConfig, Recipe
 from llm2vec_ds.data.batches import rank_slice
-from llm2vec_ds.distributed import all_reduce_sum, barrier, rank, world_size
+from llm2vec_ds.distributed import TRAFFIC, all_reduce_sum, barrier, rank, world_size
 from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.monitor import FiniteCheck, MetricsLog, peak_mib
 from llm2vec_ds.model.adapters import merged_state_dict
@@ -49,7 +50,8 @@ class Trainer:
             for step in range(self.recipe.max_steps):
                 metrics = self._step(step)
                 log.step(metrics)
-                shown = {f"train/{k}": v for k, v in metrics.items() if k != "step"}
+                numbers = {k: v for k, v in metrics.items() if k != "step" and not isinstance(v, dict)}
+                shown = {f"train/{k}": v for k, v in numbers.items()}
                 self.engine.write_metrics(shown, step + 1)
                 if self._held_out_is_due(step + 1):
                     self._measure(step + 1, log)
@@ -57,8 +59,8 @@ class Trainer:
             log.close()
         self._save()
 
-    def _step(self, step: int) -> dict[str, float]:
-        recipe, started = self.recipe, time.perf_counter()
+    def _step(self, step: int) -> dict[str, Any]:
+        recipe, started, sent_before = self.recipe, time.perf_counter(), TRAFFIC.sent_bytes.copy()
         rows = rank_slice(self.stage.global_batch(step), rank(), world_size())
         self.engine.train()
         result = self.stage.step(step, rows, self.engine.forward, self._backward)
@@ -67,6 +69,7 @@ class Trainer:
         grad_norm = self.engine.step(lr)
         n_tokens = int(all_reduce_sum(torch.tensor(result.n_tokens, device=self.device)))
         elapsed_s = time.perf_counter() - started
+        sent = TRAFFIC.sent_bytes - sent_before
         return {
             "step": step + 1,
             "loss": result.loss,
@@ -77,6 +80,8 @@ class Trainer:
             "tokens_per_s": n_tokens / elapsed_s,
             "step_ms": elapsed_s * 1e3,
             "peak_mib": peak_mib(self.device),
+            "comm_bytes": sent.total(),
+            "comm_bytes_by_kind": dict(sent),
         }
 
     def _backward(self, share: torch.Tensor, *, rows: Sequence[int], last: bool) -> None:

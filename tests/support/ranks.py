@@ -29,7 +29,14 @@ def free_port() -> int:
 
 def _enter(rank: int, world: int, port: int, function: Callable[[int, int], Any], folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    own = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in own.items()})
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
         torch.save(function(rank, world), Path(folder) / f"{rank}.pt")

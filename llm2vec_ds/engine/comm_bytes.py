@@ -1,0 +1,67 @@
+"""Bytes that DeepSpeed's collectives send, added to the count that our own collectives keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llm2vec_ds.distributed import TRAFFIC
+
+MESSAGES: dict[str, tuple[str, int]] = {
+    "all_reduce": ("all_reduce", 0),
+    "inference_all_reduce": ("all_reduce", 0),
+    "all_reduce_coalesced": ("all_reduce", 0),
+    "reduce": ("reduce", 0),
+    "reduce_scatter": ("reduce_scatter", 1),
+    "reduce_scatter_tensor": ("reduce_scatter", 1),
+    "all_gather": ("all_gather", 0),
+    "all_gather_into_tensor": ("all_gather", 0),
+    "all_gather_base": ("all_gather", 0),
+    "all_gather_coalesced": ("all_gather", 0),
+    "broadcast": ("broadcast", 0),
+    "send": ("send", 0),
+    "isend": ("send", 0),
+}
+"""Method of DeepSpeed's backend → kind of collective, and which argument is the message."""
+
+
+class CountedBackend:
+    """DeepSpeed's communication backend, noting each message on its way; all else is the backend's own.
+
+    DeepSpeed's own logger (`comms_logger`) would wait for the device at every collective.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._backend, name)
+        return _counted(name, attribute) if name in MESSAGES else attribute
+
+
+def count_deepspeed_traffic() -> None:
+    """From now on DeepSpeed's messages are counted in `distributed.TRAFFIC`; once is enough."""
+    from deepspeed.comm import comm
+
+    if not isinstance(comm.cdb, CountedBackend):
+        comm.cdb = CountedBackend(comm.cdb)
+
+
+def _counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    kind, place = MESSAGES[name]
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        values = [*arguments, *(value for key, value in options.items() if key != "group")]
+        group = options.get("group") or next((a for a in arguments if isinstance(a, dist.ProcessGroup)), None)
+        TRAFFIC.note(kind, _n_bytes(values[place]), dist.get_world_size(group))
+        return method(*arguments, **options)
+
+    return call
+
+
+def _n_bytes(message: torch.Tensor | Iterable[torch.Tensor]) -> int:
+    tensors = [message] if isinstance(message, torch.Tensor) else message
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
