@@ -10,11 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2vec_ds.config import load_recipe
+from llm2vec_ds.data.pairs import _read_instructions
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, with_causal
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "data")
 
 PARAMETERS = {
     "sheared_llama_1.3b": 1_345_423_360,
@@ -39,7 +40,7 @@ def test_recipe_is_valid_and_what_it_names_is_there(path: Path) -> None:
         assert (recipe.adapter.rank, recipe.adapter.alpha, recipe.adapter.dropout) == (16, 32, 0.05)  # type: ignore[union-attr]
         assert recipe.output_dir == f"runs/{path.parent.name}/{recipe.stage}"
     else:
-        assert (ROOT / str(recipe.data.path)).is_file()
+        assert (ROOT / str(recipe.data.path)).exists()
 
 
 def test_paper_settings() -> None:
@@ -55,6 +56,17 @@ def test_paper_settings() -> None:
     assert (simcse.batch.global_batch_size, simcse.data.max_tokens, simcse.optimizer.lr) == (128, 128, 3e-5)
     assert simcse.simcse is not None
     assert (simcse.simcse.attention_dropout, simcse.simcse.scale) == (0.3, 20)
+    for name in ("sheared_llama_1.3b", "llama2_7b_chat", "mistral_7b_instruct", "llama3_8b_instruct"):
+        recipe = load_recipe(ROOT / "recipes" / name / "supervised.yaml")
+        assert (recipe.batch.global_batch_size, recipe.data.max_tokens, recipe.optimizer.lr) == (
+            512,
+            512,
+            2e-4,
+        )
+        assert recipe.optimizer.warmup_steps == 300
+        assert recipe.supervised is not None
+        assert recipe.supervised.scale == 50
+        assert recipe.model.path == f"runs/{name}/mntp/encoder"
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -74,6 +86,16 @@ def test_model_beside_the_recipe(name: str) -> None:
         trainable = sum(p.numel() for p in model.base_model.parameters() if p.requires_grad)
         assert trainable == 39_976_960  # LoRA r 16 on all linear layers of Llama-2-7B, as peft reports it
     assert json.loads((path / "config.json").read_text())["model_type"] == config.model_type
+
+
+def test_e5_instructions_name_the_public_files() -> None:
+    """One file a source, as published with the Echo paper; natural-language inference comes in two parts."""
+    given = _read_instructions(ROOT / "recipes" / "data" / "e5_instructions.yaml")
+    assert len(given) == 16
+    assert {given[f"allnli_split{i}"][0] for i in (1, 2)} == {"allnli"}
+    with_document = {name for name, (_, instructions) in given.items() if instructions.document}
+    assert with_document == {"allnli_split2", "quora_duplicates_split1", "quora_duplicates_split2"}
+    assert all(i.query and i.document in (None, i.query) for _, i in given.values())
 
 
 def test_every_model_folder_has_both_stages() -> None:
