@@ -501,7 +501,7 @@ def test_a_full_disk_for_vectors(
 
 @pytest.mark.parametrize(
     ("bytes_a_file", "max_steps", "what"),
-    [(2200, 20, "metrics.jsonl"), (30_000, 2, "encoder")],
+    [(1600, 10, "metrics.jsonl"), (30_000, 2, "encoder")],
     ids=["metrics", "encoder"],
 )
 def test_a_full_disk_in_an_otherwise_fine_run(
