@@ -126,11 +126,11 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     resolved = load_recipe(recipe, overrides)
     _quiet_libraries()
-    from llm2vec_ds.data.prepare import load_prepared, prepare_all
+    from llm2vec_ds.data.prepare import prepare_all, read_manifest
     from llm2vec_ds.model.loading import load_tokenizer
 
     for folder in prepare_all(resolved, load_tokenizer(resolved.model.path)):
-        counts = load_prepared(folder).counts
+        counts = read_manifest(folder)["counts"]
         print(f"{folder}: {counts['rows']} rows, {counts['tokens']} tokens")
 
 
