@@ -127,13 +127,13 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     resolved = load_recipe(recipe, overrides)
     _quiet_libraries()
     from llm2vec_ds.data.pairs import prepare_all
-    from llm2vec_ds.data.prepare import load_prepared
+    from llm2vec_ds.data.prepare import read_manifest
     from llm2vec_ds.model.loading import load_tokenizer
 
     for groups in prepare_all(resolved, load_tokenizer(resolved.model.path)):
         for name, folders in groups.items():
             for folder in folders:
-                counts = load_prepared(folder).counts
+                counts = read_manifest(folder)["counts"]
                 print(f"{name}: {counts['rows']} rows, {counts['tokens']} tokens in {folder}")
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from llm2vec_ds.__main__ import main
@@ -500,7 +501,7 @@ def test_a_full_disk_for_vectors(
 
 @pytest.mark.parametrize(
     ("bytes_a_file", "max_steps", "what"),
-    [(3000, 20, "metrics.jsonl"), (30_000, 2, "encoder")],
+    [(1600, 10, "metrics.jsonl"), (30_000, 2, "encoder")],
     ids=["metrics", "encoder"],
 )
 def test_a_full_disk_in_an_otherwise_fine_run(
@@ -525,6 +526,26 @@ def test_a_full_disk_in_an_otherwise_fine_run(
     assert_reads(error_line(capsys), f"{name} {FREE_SOME}")
     assert (tmp_path / "run" / "encoder" / "model.safetensors").read_bytes() == b"precious"
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"encoder", "metrics.jsonl", "recipe.yaml"}
+
+
+def test_a_full_gpu(
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    texts_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+    monkeypatch.setattr("llm2vec_ds.engine.trainer.Trainer._step", full)
+    values = recipe("mntp", tiny_model_dir, texts_file, tmp_path / "run")
+    assert run(monkeypatch, "train", write_recipe(values, tmp_path / "r.yaml")) == 2
+    assert_reads(
+        error_line(capsys),
+        "the GPU's memory is full: lower batch.max_tokens_per_micro_batch (now 160), or set "
+        "model.activation_checkpointing=true",
+    )
 
 
 @pytest.mark.parametrize("arguments", [["frobnicate"], ["encode"], ["train"], ["doctor", "--chek"]])

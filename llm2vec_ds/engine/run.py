@@ -69,7 +69,13 @@ def train(recipe: Recipe) -> Path:
             recipe.max_steps,
             ranks.world_size,
         )
-    Trainer(recipe, stage, Engine(stage.model, config), folder).run()
+    try:
+        Trainer(recipe, stage, Engine(stage.model, config), folder).run()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "the GPU's memory is full: lower batch.max_tokens_per_micro_batch (now "
+            f"{recipe.batch.max_tokens_per_micro_batch}), or set model.activation_checkpointing=true"
+        ) from None
     return folder
 
 
