@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llm2vec_kernels.flash_attention_backward import dkdv_kernel, dq_kernel
 from llm2vec_kernels.flash_attention_forward import forward_kernel
-from llm2vec_kernels.flash_configs import MAX_HEAD_DIM, Tile, padded_head_dim, tiles_for
+from llm2vec_kernels.flash_configs import MAX_HEAD_DIM, Tile, padded_head_dim, tiles_on
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -154,7 +154,7 @@ def flash_attention_op(
     out_THD = q_THD.new_empty(q_THD.shape)
     lse_HT = q_THD.new_empty((heads, tokens), dtype=torch.float32)
     if tokens:
-        tile = tiles_for(q_THD.device, q_THD.dtype, head_dim, max_seqlen).forward
+        tile = tiles_on(q_THD.device, q_THD.dtype, head_dim, max_seqlen).forward
         options = _options(q_THD, k_THD, v_THD, softmax_scale, softcap, dropout_p, seed)
         with torch.cuda.device_of(q_THD):
             forward_kernel[(triton.cdiv(tokens, tile.rows), heads)](
@@ -193,7 +193,7 @@ def flash_attention_backward_op(
     dq_THD, dk_THD, dv_THD = (x.new_empty(x.shape) for x in (q_THD, k_THD, v_THD))
     delta_HT = torch.empty_like(lse_HT)
     if tokens:
-        tiles = tiles_for(q_THD.device, q_THD.dtype, head_dim, max_seqlen)
+        tiles = tiles_on(q_THD.device, q_THD.dtype, head_dim, max_seqlen)
         options = _options(q_THD, k_THD, v_THD, softmax_scale, softcap, dropout_p, seed)
         with torch.cuda.device_of(q_THD):
             tile = tiles.dq

@@ -19,6 +19,7 @@ import triton.language as tl
 from llm2vec_kernels.flash_tiles import (
     column_of_step,
     column_tiles,
+    dot,
     kept,
     load_interval,
     load_tile,
@@ -118,8 +119,8 @@ def dq_kernel(
             k_ND = load_tile(k_base, key0, k_stride_t, n_tokens, BLOCK_N, D, BLOCK_D, not WHOLE)
             v_ND = load_tile(v_base, key0, v_stride_t, n_tokens, BLOCK_N, D, BLOCK_D, not WHOLE)
             _, dscore_MN = weights_and_dscores(
-                tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee"),
-                tl.dot(dout_MD, tl.trans(v_ND), input_precision="ieee"),
+                dot(q_MD, tl.trans(k_ND), None),
+                dot(dout_MD, tl.trans(v_ND), None),
                 lse_M[:, None],
                 delta_M[:, None],
                 sees(first_M, past_M, key_N),
@@ -134,7 +135,7 @@ def dq_kernel(
                 HAS_DROPOUT,
                 WHOLE,
             )
-            dq_MD = tl.dot(dscore_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision="ieee")
+            dq_MD = dot(dscore_MN.to(k_ND.dtype), k_ND, dq_MD)
 
     store_tile(dq_ptr + own, dq_MD * scale, query0, out_stride_t, n_tokens, BLOCK_M, D, BLOCK_D)
 
@@ -200,8 +201,8 @@ def dkdv_kernel(
                 lse_M = tl.load(lse_ptr + of_head + query_M, mask=exists_M, other=0.0)
                 delta_M = tl.load(delta_ptr + of_head + query_M, mask=exists_M, other=0.0)
                 used_NM, dscore_NM = weights_and_dscores(
-                    tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee"),
-                    tl.dot(v_ND, tl.trans(dout_MD), input_precision="ieee"),
+                    dot(k_ND, tl.trans(q_MD), None),
+                    dot(v_ND, tl.trans(dout_MD), None),
                     lse_M[None, :],
                     delta_M[None, :],
                     sees(first_N, past_N, query_M),
@@ -216,8 +217,8 @@ def dkdv_kernel(
                     HAS_DROPOUT,
                     WHOLE,
                 )
-                dv_ND = tl.dot(used_NM.to(dout_MD.dtype), dout_MD, dv_ND, input_precision="ieee")
-                dk_ND = tl.dot(dscore_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision="ieee")
+                dv_ND = dot(used_NM.to(dout_MD.dtype), dout_MD, dv_ND)
+                dk_ND = dot(dscore_NM.to(q_MD.dtype), q_MD, dk_ND)
 
     own = kv_head.to(tl.int64) * D
     stride_t = tl.num_programs(1) * D

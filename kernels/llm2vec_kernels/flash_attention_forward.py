@@ -15,6 +15,7 @@ import triton.language as tl
 from llm2vec_kernels.flash_tiles import (
     column_of_step,
     column_tiles,
+    dot,
     kept,
     load_interval,
     load_tile,
@@ -73,7 +74,7 @@ def forward_kernel(
             key0 = column_of_step(step, begin, n_before, n_whole, BLOCK_N, WHOLE)
             key_N = key0 + tl.arange(0, BLOCK_N)
             k_ND = load_tile(k_base, key0, k_stride_t, n_tokens, BLOCK_N, D, BLOCK_D, not WHOLE)
-            raw_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+            raw_MN = dot(q_MD, tl.trans(k_ND), None)
             score_MN, _ = log2_scores(raw_MN, scale, softcap, HAS_SOFTCAP)
             if not WHOLE:
                 score_MN = tl.where(sees(first_M, past_M, key_N), score_MN, float("-inf"))
@@ -87,7 +88,7 @@ def forward_kernel(
             if HAS_DROPOUT:
                 weight_MN = tl.where(kept(seed, head, query_M[:, None], key_N[None, :], dropout_p), weight_MN, 0.0)
             v_ND = load_tile(v_base, key0, v_stride_t, n_tokens, BLOCK_N, D, BLOCK_D, not WHOLE)
-            out_MD = tl.dot(weight_MN.to(v_ND.dtype), v_ND, out_MD * fade_M[:, None], input_precision="ieee")
+            out_MD = dot(weight_MN.to(v_ND.dtype), v_ND, out_MD * fade_M[:, None])
 
     kept_share = 1.0 - dropout_p if HAS_DROPOUT else 1.0
     out_MD = out_MD / (total_M * kept_share)[:, None]

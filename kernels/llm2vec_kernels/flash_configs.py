@@ -1,8 +1,9 @@
 """Tile sizes of the attention kernels, by head dim, dtype and the shared memory of the card.
 
 Fixed tables instead of autotuning: a run starts at once, and every rank and every restart computes with
-the same tiles. Each entry is compiled offline for its card in `tests/kernels/test_flash_compile.py`, which
-holds its shared memory to the card's limit.
+the same tiles. `tests/kernels/test_flash_compile.py` compiles each entry for its card, without one, and
+holds its shared memory to the card's limit. Chosen among those that fit by what the compiler says of
+registers and spills; not yet by measured time.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from functools import lru_cache
 
 import torch
 
-SHORT_TEXT_TOKENS = 64
 MAX_HEAD_DIM = 256
+SHORT_TEXT_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Tile:
 
     rows: int
     columns: int
-    num_warps: int = 4
-    num_stages: int = 2
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -37,27 +38,85 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Card:
-    """A class of GPU: those with at least this much shared memory for one program."""
+    """A class of GPU: those where one program may use at least this much shared memory."""
 
     name: str
     shared_bytes: int
 
 
-CONSUMER = Card("consumer (RTX 30/40/50, A10, L4, L40S)", 101_376)
-AMPERE = Card("A100", 166_912)
 HOPPER = Card("H100, H200, B200", 232_448)
+AMPERE = Card("A100", 166_912)
+CONSUMER = Card("A10, L4, L40S, RTX 30 to 50", 101_376)
 CARDS = (HOPPER, AMPERE, CONSUMER)
 
-# (card, bytes of an element, padded head dim) → tiles for texts of any length
-TILES: dict[tuple[Card, int, int], Tiles] = {}
-INTERPRETER_TILES = Tiles(Tile(32, 16), Tile(32, 16), Tile(16, 32))
+# fp16 and bf16: padded head dim → tiles.
+HALF_TILES: dict[Card, dict[int, Tiles]] = {
+    HOPPER: {
+        64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        256: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    },
+    AMPERE: {
+        64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    },
+    CONSUMER: {
+        64: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
+        256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    },
+}
+# Where no text is longer than SHORT_TEXT_TOKENS: most of a larger tile would be masked.
+SHORT_HALF_TILES = {
+    64: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    128: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
+}
+# fp32 is multiplied without tensor cores: tiles are small for want of registers, on every card.
+FLOAT_TILES = {
+    64: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    128: Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
+    256: Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+# Small, so that a test of the interpreter crosses many tile borders in few steps.
+INTERPRETER_TILES = Tiles(Tile(32, 16, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1))
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The power of two that tiles of this head dim are as wide as; `tl.dot` needs at least 16."""
+    """The power of two that tiles of this head dim are as wide as; a matrix product needs at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Tiles:
-    """The tiles of a call."""
-    return INTERPRETER_TILES
+def tiles_for(card: Card, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Tiles:
+    """The tiles of a call on a card."""
+    width = max(64, padded_head_dim(head_dim))
+    if dtype == torch.float32:
+        return FLOAT_TILES[width]
+    if max_seqlen <= SHORT_TEXT_TOKENS and width in SHORT_HALF_TILES:
+        return SHORT_HALF_TILES[width]
+    return HALF_TILES[card][width]
+
+
+@lru_cache
+def card_of(device: torch.device) -> Card:
+    """The class that a CUDA device belongs to.
+
+    Raises:
+        ValueError: it has less shared memory than any of them (compute capability below 8.0).
+    """
+    properties = torch.cuda.get_device_properties(device)
+    shared_bytes = properties.shared_memory_per_block_optin
+    for card in CARDS:
+        if shared_bytes >= card.shared_bytes:
+            return card
+    raise ValueError(
+        f"{properties.name} gives a program {shared_bytes} bytes of shared memory, the Triton kernels need "
+        f"{CONSUMER.shared_bytes} (compute capability 8.0 or later): use the torch backend"
+    )
+
+
+def tiles_on(device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Tiles:
+    """The tiles of a call on a device; on a CPU those of the interpreter."""
+    if device.type != "cuda":
+        return INTERPRETER_TILES
+    return tiles_for(card_of(device), dtype, head_dim, max_seqlen)

@@ -17,6 +17,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Philox-4x32 with 7 rounds passes BigCrush (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
 PHILOX_ROUNDS = tl.constexpr(7)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -88,6 +89,15 @@ def load_interval(first_ptr, past_ptr, row_R, n_tokens):
 def sees(first_R, past_R, column_C):
     """`[R, C]` bool, the mask of all three kernels."""
     return (column_C[None, :] >= first_R[:, None]) & (column_C[None, :] < past_R[:, None])
+
+
+@triton.jit
+def dot(a, b, sum):
+    """sum + a·b in fp32; fp32 operands are multiplied as fp32, not rounded to TF32."""
+    if INTERPRETED:
+        # The interpreter would multiply the bits of bf16 as integers; as fp32 the products are the same.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sum, input_precision="ieee")
 
 
 @triton.jit

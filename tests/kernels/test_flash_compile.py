@@ -1,0 +1,70 @@
+"""Every entry of the tile tables compiles for its card and fits into its shared memory. Needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from llm2vec_kernels.flash_configs import AMPERE, CARDS, CONSUMER, HOPPER, Card, tiles_for
+
+SCRIPT = Path(__file__).parents[1] / "support" / "compile_flash.py"
+SM = {HOPPER: 90, AMPERE: 80, CONSUMER: 89}
+TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def cases_of(
+    card: Card, dtype: torch.dtype, head_dim: int, max_seqlen: int = 512, options: bool = False
+) -> list[dict[str, Any]]:
+    """The three kernels of one call; `options`: with softcap and dropout."""
+    tiles = tiles_for(card, dtype, head_dim, max_seqlen)
+    fixed = {"sm": SM[card], "dtype": TRITON_NAMES[dtype], "head_dim": head_dim, "options": options}
+    return [{"kernel": kernel, **tile, **fixed} for kernel, tile in asdict(tiles).items()]
+
+
+def check(card: Card, cases: list[dict[str, Any]], cache: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    outcome = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        input=json.dumps(cases),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    needs = [json.loads(line)["shared_bytes"] for line in outcome.stdout.splitlines()]
+    assert len(needs) == len(cases)
+    for case, need in zip(cases, needs, strict=True):
+        assert 0 < need <= card.shared_bytes, case
+
+
+def test_the_largest_head_dim_fits_a_consumer_card(tmp_path: Path) -> None:
+    check(CONSUMER, cases_of(CONSUMER, torch.bfloat16, 256), tmp_path)
+
+
+def test_a_padded_head_dim_with_every_option_compiles_for_hopper(tmp_path: Path) -> None:
+    check(HOPPER, cases_of(HOPPER, torch.float16, 80, options=True), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_every_entry_fits_its_card(card: Card, tmp_path: Path) -> None:
+    half, full = torch.bfloat16, torch.float32
+    cases = [
+        case
+        for head_dim, options in product((32, 64, 80, 96, 128, 256), (False, True))
+        for max_seqlen in ((512, 64) if head_dim <= 128 else (512,))
+        for case in cases_of(card, half, head_dim, max_seqlen, options)
+    ]
+    cases += [case for head_dim in (64, 128, 256) for case in cases_of(card, full, head_dim)]
+    check(card, cases, tmp_path)
