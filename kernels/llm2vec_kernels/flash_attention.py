@@ -1,4 +1,4 @@
-"""Non-causal attention over a packed stream of texts, in Triton: an operator with gradient, for `torch.compile` too.
+"""Non-causal attention over a packed stream of texts, in Triton: an operator of torch with a gradient.
 
 softmax(softcap(scale · q kᵀ) + mask) v inside each text; `reference.attention` is the specification. Tiles
 go over the packed stream, not over texts: short texts share a tile under a block-diagonal mask, and the

@@ -196,7 +196,9 @@ def dkdv_kernel(
                 query0 = column_of_step(step, begin, n_before, n_whole, BLOCK_M, WHOLE)
                 query_M = query0 + tl.arange(0, BLOCK_M)
                 q_MD = load_tile(q_base, query0, q_stride_t, n_tokens, BLOCK_M, D, BLOCK_D, not WHOLE)
-                dout_MD = load_tile(dout_base, query0, dout_stride_t, n_tokens, BLOCK_M, D, BLOCK_D, not WHOLE)
+                dout_MD = load_tile(
+                    dout_base, query0, dout_stride_t, n_tokens, BLOCK_M, D, BLOCK_D, not WHOLE
+                )
                 exists_M = query_M < n_tokens
                 lse_M = tl.load(lse_ptr + of_head + query_M, mask=exists_M, other=0.0)
                 delta_M = tl.load(delta_ptr + of_head + query_M, mask=exists_M, other=0.0)

@@ -86,7 +86,9 @@ def forward_kernel(
             total_M = total_M * fade_M + tl.sum(weight_MN, 1)
             peak_M = new_peak_M
             if HAS_DROPOUT:
-                weight_MN = tl.where(kept(seed, head, query_M[:, None], key_N[None, :], dropout_p), weight_MN, 0.0)
+                weight_MN = tl.where(
+                    kept(seed, head, query_M[:, None], key_N[None, :], dropout_p), weight_MN, 0.0
+                )
             v_ND = load_tile(v_base, key0, v_stride_t, n_tokens, BLOCK_N, D, BLOCK_D, not WHOLE)
             out_MD = dot(weight_MN.to(v_ND.dtype), v_ND, out_MD * fade_M[:, None])
 

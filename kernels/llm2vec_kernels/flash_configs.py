@@ -105,7 +105,8 @@ def card_of(device: torch.device) -> Card:
         ValueError: it has less shared memory than any of them (compute capability below 8.0).
     """
     properties = torch.cuda.get_device_properties(device)
-    shared_bytes = properties.shared_memory_per_block_optin
+    # An AMD device lacks the first.
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     for card in CARDS:
         if shared_bytes >= card.shared_bytes:
             return card

@@ -15,14 +15,21 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Philox-4x32 with 7 rounds passes BigCrush (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
+# Philox-4x32 passes BigCrush from 7 rounds on (Salmon et al., 2011, "Parallel random numbers").
 PHILOX_ROUNDS = tl.constexpr(7)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def load_tile(
-    base, row0, stride, n_rows, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr
+    base,
+    row0,
+    stride,
+    n_rows,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
     """`[ROWS, BLOCK_D]` from row `row0` on; zeros beyond D and, if CHECK, from row `n_rows` on."""
     row_R, dim_D = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
@@ -36,9 +43,7 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    base, tile, row0, stride, n_rows, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def store_tile(base, tile, row0, stride, n_rows, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Writes the part of `tile [ROWS, BLOCK_D]` that exists, in the dtype of `base`."""
     row_R, dim_D = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     pointers = base + row0.to(tl.int64) * stride + (row_R[:, None] * stride + dim_D[None, :])
@@ -69,10 +74,7 @@ def column_tiles(first_ptr, past_ptr, row0, n_tokens, ROWS: tl.constexpr, COLUMN
 @triton.jit
 def column_of_step(step, begin, n_before, n_whole, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
     """First column of the `step`-th tile among the whole ones, or among those around them."""
-    if WHOLE:
-        tile = n_before + step
-    else:
-        tile = step + tl.where(step < n_before, 0, n_whole)
+    tile = n_before + step if WHOLE else step + tl.where(step < n_before, 0, n_whole)
     return begin + tile * COLUMNS
 
 

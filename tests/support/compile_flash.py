@@ -1,4 +1,4 @@
-"""Compiles attention kernels for GPUs that are not there. Run as a process of its own, where kernels are not interpreted.
+"""Compiles attention kernels for GPUs that are not there, in a process where kernels are not interpreted.
 
 Reads a JSON list of cases from stdin, writes `{"shared_bytes": …}` a line: what one program needs.
 """
