@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,6 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -57,47 +57,61 @@ def hardware(torch: Any) -> dict[str, Any]:
     }
 
 
-def check_numbers(torch: Any) -> list[dict[str, Any]]:
-    """Error of output and gradients against the reference in double precision, over naive PyTorch's."""
+def check_numbers(torch: Any, device: str = "cuda") -> list[dict[str, Any]]:
+    """Every one of `CHECKS` on every one of `LENGTHS`."""
+    lines = []
+    for check, (mix, lengths) in itertools.product(CHECKS, LENGTHS.items()):
+        errors, naive_errors = errors_against_reference(torch, device, lengths, *check)
+        dtype, heads, kv_heads, head_dim, options = check
+        line = {
+            "check": f"{dtype}, {heads}/{kv_heads} heads, head dim {head_dim}, {options}, {mix} texts",
+            "error_out_dq_dk_dv": errors,
+            "naive_error": naive_errors,
+            "ok": all(a <= 2 * b + 1e-6 for a, b in zip(errors, naive_errors, strict=True)),
+        }
+        print(json.dumps(line), flush=True)
+        lines.append(line)
+    return lines
+
+
+def errors_against_reference(
+    torch: Any,
+    device: str,
+    lengths: tuple[int, ...],
+    dtype_name: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    options: dict[str, Any],
+) -> tuple[list[float], list[float]]:
+    """Largest errors of output, dq, dk, dv against double precision: ours, and naive PyTorch's."""
     from llm2vec_kernels import reference
     from llm2vec_kernels.flash_attention import flash_attention
 
-    def results(function: Any, tensors: list[Any], dtype: Any) -> list[Any]:
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
+    dtype = getattr(torch, dtype_name)
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    options = {"softmax_scale": head_dim**-0.5, **options}
+
+    def ours(*qkv: Any) -> Any:
+        return flash_attention(*qkv, cu_seqlens, max(lengths), **options)
+
+    def plain(*qkv: Any) -> Any:
+        return reference.attention(*qkv, cu_seqlens, **options)
+
+    def results(function: Any, dtype: Any) -> list[Any]:
         *leaves, weight = [x.detach().to(dtype).requires_grad_() for x in tensors]
         out = function(*leaves)
         return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
 
-    lines = []
-    for dtype_name, heads, kv_heads, head_dim, options in CHECKS:
-        for mix, lengths in LENGTHS.items():
-            dtype, total = getattr(torch, dtype_name), sum(lengths)
-            cu = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
-            torch.manual_seed(0)
-            shapes = [(total, h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
-            tensors = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
-            given = {"softmax_scale": head_dim**-0.5, **options}
+    exact = results(plain, torch.float64)
 
-            def ours(q: Any, k: Any, v: Any, cu: Any = cu, n: int = max(lengths), given: Any = given) -> Any:
-                return flash_attention(q, k, v, cu, n, **given)
+    def errors(computed: list[Any]) -> list[float]:
+        return [float((x.double() - t).abs().max()) for x, t in zip(computed, exact, strict=True)]
 
-            def plain(q: Any, k: Any, v: Any, cu: Any = cu, given: Any = given) -> Any:
-                return reference.attention(q, k, v, cu, **given)
-
-            exact = results(plain, tensors, torch.float64)
-            errors = [
-                [float((x.double() - truth).abs().max()) for x, truth in zip(r, exact, strict=True)]
-                for r in (results(ours, tensors, dtype), results(plain, tensors, dtype))
-            ]
-            lines.append(
-                {
-                    "check": f"{dtype_name} {heads}/{kv_heads} heads, head dim {head_dim}, {options}, {mix} texts",
-                    "error_out_dq_dk_dv": errors[0],
-                    "naive_error": errors[1],
-                    "ok": all(a <= 2 * b + 1e-6 for a, b in zip(*errors, strict=True)),
-                }
-            )
-            print(json.dumps(lines[-1]), flush=True)
-    return lines
+    return errors(results(ours, dtype)), errors(results(plain, dtype))
 
 
 def run_script(arguments: list[str], limit_s: float) -> tuple[int, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,9 +16,22 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from llm2vec_kernels.flash_configs import AMPERE, CARDS, CONSUMER, HOPPER, Card, tiles_for
+from llm2vec_kernels.flash_configs import (
+    AMPERE,
+    CARDS,
+    CONSUMER,
+    FLOAT_TILES,
+    HALF_TILES,
+    HOPPER,
+    SHORT_HALF_TILES,
+    SHORT_TEXT_TOKENS,
+    Card,
+    Tile,
+    tiles_for,
+)
 
 SCRIPT = Path(__file__).parents[1] / "support" / "compile_flash.py"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 SM = {HOPPER: 90, AMPERE: 80, CONSUMER: 89}
 TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -68,3 +82,28 @@ def test_every_entry_fits_its_card(card: Card, tmp_path: Path) -> None:
     ]
     cases += [case for head_dim in (64, 128, 256) for case in cases_of(card, full, head_dim)]
     check(card, cases, tmp_path)
+
+
+def test_table_in_the_document_is_that_of_the_code() -> None:
+    """`UPDATE_DOCS=1 pytest tests/kernels/test_flash_compile.py` writes it."""
+
+    def cell(tile: Tile) -> str:
+        return f"{tile.rows} × {tile.columns}, {tile.num_warps}/{tile.num_stages}"
+
+    half = "fp16, bf16"
+    short = f"any, texts ≤ {SHORT_TEXT_TOKENS} tokens"
+    tables = [(card.name, half, HALF_TILES[card]) for card in CARDS]
+    tables += [(short, half, SHORT_HALF_TILES), ("any", "fp32", FLOAT_TILES)]
+    rows = "\n".join(
+        f"| {card} | {dtype} | ≤ {width} | {cell(tiles.forward)} | {cell(tiles.dq)} | {cell(tiles.dkdv)} |"
+        for card, dtype, table in tables
+        for width, tiles in table.items()
+    )
+    text = DOCUMENT.read_text()
+    head = r"\| card \| dtype \| head dim \| forward \| dq \| dk/dv \|\n\|[-|]+\|\n"
+    written = re.search(head + r"((?:\|.+\n)*)", text)
+    assert written is not None
+    if os.environ.get("UPDATE_DOCS"):
+        DOCUMENT.write_text(text.replace(written.group(1), rows + "\n"))
+    else:
+        assert written.group(1).strip() == rows
