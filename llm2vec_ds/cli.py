@@ -104,7 +104,9 @@ def encode(
         str | None, typer.Option(help="Put before each text; attended, not pooled.")
     ] = None,
     normalize: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = False,
-    attention: Annotated[str, typer.Option(help="Attention backend: auto or torch.")] = "auto",
+    attention: Annotated[
+        str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")
+    ] = "auto",
     precision: Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")] = "auto",
     max_tokens_per_micro_batch: Annotated[
         int, typer.Option(help="Tokens of one forward pass.", min=1)
