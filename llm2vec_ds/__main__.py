@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import sys
 
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import NO_SPACE, UserError, reason
 
 
 def main() -> None:
     from llm2vec_ds.cli import app
 
     try:
-        app()
+        app(prog_name="llm2vec-ds")  # also as `python -m llm2vec_ds`
     except UserError as error:
         print(f"llm2vec-ds: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        print(f"llm2vec-ds: error: {error.filename or 'a file'}: {reason(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("llm2vec-ds: stopped", file=sys.stderr)

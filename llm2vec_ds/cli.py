@@ -6,16 +6,27 @@ import itertools
 import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llm2vec_ds import __version__
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, writing
+
+
+def _examples(*commands: str) -> str:
+    return "\n\n".join(["Examples:", *(f"- `llm2vec-ds {command}`" for command in commands)])
+
 
 app = typer.Typer(
     name="llm2vec-ds",
     help="Turn a decoder-only LLM into a text encoder: bidirectional attention, MNTP, contrastive training.",
+    epilog=_examples(
+        "doctor",
+        "demo --budget quick",
+        "train recipes/smoke_mntp.yaml max_steps=5",
+        "--install-completion",
+    ),
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -40,59 +51,94 @@ def _common(
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("llm2vec_ds").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def _quiet_libraries() -> None:
+    """transformers' advice and its bar over weights that load (downloads from the hub keep theirs), and
+    DeepSpeed's warning that a machine without GPU has none. Called late: --help needs none of it.
+    """
+    from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 
+    downloads_shown = not hub.are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if downloads_shown:
+        hub.enable_progress_bars()
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
+    )
 
 
-@app.command(epilog="Example: `llm2vec-ds train recipes/smoke_mntp.yaml max_steps=5 optimizer.lr=1e-4`")
-def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file, see recipes/.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="Recipe keys to change, e.g. seed=1 batch.global_batch_size=64."
-        ),
-    ] = None,
-) -> None:
+def _recipe_keys(incomplete: str) -> list[str]:
+    """For the shell: recipe keys that begin so."""
+    from llm2vec_ds.config import documented_keys
+
+    return [f"{key}=" for key, _, _ in documented_keys() if key.startswith(incomplete)]
+
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, see recipes/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Recipe keys to change, e.g. seed=1 batch.global_batch_size=64.",
+        autocompletion=_recipe_keys,
+    ),
+]
+
+
+@app.command(
+    epilog=_examples(
+        "train recipes/smoke_mntp.yaml",
+        "train recipes/smoke_mntp.yaml max_steps=5 optimizer.lr=1e-4",
+        "train recipes/llama2_7b_chat/simcse.yaml deepspeed=ds_configs/zero3.json",
+    )
+)
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run one training stage. The run folder gets recipe.yaml, metrics.jsonl and encoder/.
 
-    Starts as one process, under `deepspeed --num_gpus N --module llm2vec_ds train …`, or under any
+    Starts as one process, under `deepspeed --num_gpus N --module llm2vec_ds train RECIPE`, or under any
     launcher that sets RANK, WORLD_SIZE and LOCAL_RANK (or `srun`, one task a GPU).
     """
     from llm2vec_ds.config import load_recipe
 
     resolved = load_recipe(recipe, overrides)
+    _quiet_libraries()
     from llm2vec_ds.engine.run import train as run
 
     folder = run(resolved)
     logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
 
 
-@app.command(epilog="Example: `llm2vec-ds prepare recipes/smoke_mntp.yaml data.prepared_dir=prepared`")
-def prepare(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file, see recipes/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
-    ] = None,
-) -> None:
+@app.command(
+    epilog=_examples(
+        "prepare recipes/smoke_mntp.yaml data.prepared_dir=prepared",
+        "prepare recipes/smoke_mntp.yaml data.path=hub:owner/name@train",
+    )
+)
+def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenise a recipe's texts now, so that training starts at once and its nodes need no network.
 
     Killed, it goes on where it stopped. Training with the same keys finds the result by itself.
     """
     from llm2vec_ds.config import load_recipe
-    from llm2vec_ds.data.prepare import load_prepared, prepare_all
-    from llm2vec_ds.model.loading import load_tokenizer
 
     resolved = load_recipe(recipe, overrides)
+    _quiet_libraries()
+    from llm2vec_ds.data.prepare import prepare_all, read_manifest
+    from llm2vec_ds.model.loading import load_tokenizer
+
     for folder in prepare_all(resolved, load_tokenizer(resolved.model.path)):
-        counts = load_prepared(folder).counts
+        counts = read_manifest(folder)["counts"]
         print(f"{folder}: {counts['rows']} rows, {counts['tokens']} tokens")
 
 
 @app.command(
-    epilog="Example: `llm2vec-ds encode --model runs/simcse/encoder --input texts.txt --output vectors.npy`"
+    epilog=_examples(
+        "encode --model runs/smoke_simcse/encoder --input a.txt --output a.npy",
+        "encode --model Qwen/Qwen3-0.6B --input a.txt --output a.npy --normalize",
+    )
 )
 def encode(
     model: Annotated[str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).")],
@@ -103,23 +149,21 @@ def encode(
     instruction: Annotated[
         str | None, typer.Option(help="Put before each text; attended, not pooled.")
     ] = None,
-    normalize: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = False,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
     attention: Annotated[
         str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")
     ] = "auto",
     precision: Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")] = "auto",
-    max_tokens_per_micro_batch: Annotated[
-        int, typer.Option(help="Tokens of one forward pass.", min=1)
+    micro_batch_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)
     ] = 4096,
 ) -> None:
     """Write the vectors of the lines of a text file."""
     texts = _lines(input)
     if output.suffix != ".npy":
         raise UserError(f"--output {output} must end in .npy")
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"--precision {precision!r} is not auto, fp32 or bf16")
-    import numpy as np
-
+    _check_output_file(output)
+    _quiet_libraries()
     from llm2vec_ds.encoder import Encoder
 
     encoder = Encoder.from_pretrained(model, attention=attention, precision=precision)
@@ -127,11 +171,10 @@ def encode(
         texts,
         instruction=instruction,
         normalize=normalize,
-        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        max_tokens_per_micro_batch=micro_batch_tokens,
         progress=True,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    np.save(output, vectors)
+    _save_vectors(output, vectors)
     logging.getLogger("llm2vec_ds").info("%s: %s vectors of %s dimensions", output, *vectors.shape)
 
 
@@ -147,25 +190,55 @@ def _lines(path: Path) -> list[str]:
     return texts
 
 
-@app.command(epilog="Example: `llm2vec-ds doctor`")
+def _check_output_file(output: Path) -> None:
+    """Before the long work, not after it."""
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: name a file in it, such as {output / 'vectors.npy'}")
+    with writing(f"--output {output}"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _save_vectors(output: Path, vectors: Any) -> None:
+    """The file is complete or absent: what stood there before stays until then."""
+    import numpy as np
+
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        with writing(f"--output {output}"):
+            with unfinished.open("wb") as file:
+                np.save(file, vectors)
+            unfinished.rename(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@app.command(epilog=_examples("doctor", "doctor --no-check"))
 def doctor(
     check: Annotated[
         bool, typer.Option(help="Also train one step on a tiny model, about ten seconds.")
     ] = True,
 ) -> None:
     """Say what this machine has, what a run would use, and what is missing and how to get it."""
+    _quiet_libraries()
     from llm2vec_ds.doctor import examine, training_check
 
     blocked = False
-    for finding in itertools.chain(examine(), (run() for run in [training_check] if check)):
-        mark = "✗" if finding.blocks else "!" if finding.mend else "✓"
-        print(f"{mark} {finding.name:15} {finding.value}" + (f"  → {finding.mend}" if finding.mend else ""))
+    findings = examine()
+    for finding in itertools.chain(findings, (run() for run in [training_check] if check and not blocked)):
+        mend = f"  → {finding.mend}" if finding.mend else ""
+        print(f"{finding.mark} {finding.name:15} {finding.value}{mend}", flush=True)
         blocked |= finding.blocks
     if blocked:
         raise UserError("no run is possible here yet: see the lines marked ✗")
 
 
-@app.command(epilog="Example: `llm2vec-ds demo --budget quick --output demo-output`")
+@app.command(
+    epilog=_examples(
+        "demo",
+        "demo --budget quick --output demo-quick",
+        "demo --model Qwen/Qwen3-0.6B --text my.txt --sts my-pairs.csv",
+    )
+)
 def demo(
     output: Annotated[
         Path, typer.Option(help="Folder for encoder/, metrics.json, stages.png and both runs.")
@@ -190,6 +263,7 @@ def demo(
     ] = False,
 ) -> None:
     """Take a real LLM through LLM2Vec (causal, bidirectional, MNTP, SimCSE) and measure after each step."""
+    _quiet_libraries()
     if print_model_dir:
         from llm2vec_ds.demo_model import demo_model_dir
 

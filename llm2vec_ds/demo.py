@@ -23,7 +23,7 @@ import yaml
 from llm2vec_ds.demo_model import demo_model_dir
 from llm2vec_ds.demo_text import DemoText, held_out_retrieval, training_text
 from llm2vec_ds.encoder import Encoder
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.retrieval import ndcg_at_10
 from llm2vec_ds.evaluate.sts import load_graded_pairs, own_graded_pairs, sts_spearman
 from llm2vec_ds.model.loading import load_tokenizer
@@ -85,7 +85,8 @@ def run_demo(
     pairs = load_graded_pairs(sts) if sts else own_graded_pairs()
     material = training_text(text)
     retrieval = held_out_retrieval()
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(f"--output {output}"):
+        output.mkdir(parents=True, exist_ok=True)
     base = model or str(demo_model_dir())
     started = time.monotonic()
     recipes = _write_recipes(output, base, material, BUDGETS[budget], seed)

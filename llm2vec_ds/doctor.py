@@ -21,52 +21,81 @@ from llm2vec_ds.data.prepare import cache_root
 
 GIB = 2**30
 LEAST_FREE_GIB = 5.0
+LONGEST_CHECK_S = 300
+
+OPTIONAL = {
+    "triton": "pip install 'llm2vec-ds[gpu]': attention kernels for GPUs",
+    "flash_attn": "pip install 'llm2vec-ds[flash]': another attention backend for GPUs",
+    "bitsandbytes": "pip install 'llm2vec-ds[qlora]': quantised LoRA",
+    "mteb": "pip install 'llm2vec-ds[eval]': evaluation on MTEB",
+    "tensorboard": "pip install 'llm2vec-ds[monitor]': the recipe's `monitor: [tensorboard]`",
+    "wandb": "pip install 'llm2vec-ds[monitor]': the recipe's `monitor: [wandb]`",
+}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `mend` is empty where nothing is missing; `blocks` where no run is possible."""
+    """One line of the report.
+
+    `mend` says how to get what is missing, and is empty where nothing is; `blocks` where no run is possible
+    without it, `optional` where every run is.
+    """
 
     name: str
     value: str
     mend: str = ""
     blocks: bool = False
+    optional: bool = False
+
+    @property
+    def mark(self) -> str:
+        if not self.mend:
+            return "✓"
+        return "✗" if self.blocks else "·" if self.optional else "!"
 
 
 def examine() -> Iterator[Finding]:
     """Everything but the training check, quick and without network."""
     yield _python()
-    for package in ("torch", "transformers", "peft", "deepspeed", "datasets"):
+    for package in ("torch", "transformers", "peft", "deepspeed", "datasets", "pyarrow"):
         yield _package(package, f"pip install {package}", blocks=True)
-    yield from _devices()
+    if importlib.util.find_spec("torch") is not None:
+        yield from _devices()
     yield _tool("g++", "a compiler builds DeepSpeed's CPU optimizer (offload): apt-get install g++")
     yield _tool("ninja", "pip install ninja, and put the environment's bin folder on PATH")
-    yield _package("triton", "pip install 'llm2vec-ds[gpu]', for GPUs")
-    yield _package("flash_attn", "optional: pip install 'llm2vec-ds[flash]', for GPUs")
-    yield _package("bitsandbytes", "optional: pip install 'llm2vec-ds[qlora]', for quantised LoRA")
-    yield _package("mteb", "optional: pip install 'llm2vec-ds[eval]', for MTEB")
+    for package, mend in OPTIONAL.items():
+        yield _package(package, mend, optional=True)
     yield _cache()
     yield _launch()
 
 
 def training_check() -> Finding:
     """One step of MNTP on a model of a few thousand weights: the whole path, engine and file formats."""
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environment = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("SLURM_")}
     with tempfile.TemporaryDirectory() as folder:
         recipe = _tiny_run(Path(folder))
-        own = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        environment = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("SLURM_")}
-        outcome = subprocess.run(
-            [sys.executable, "-m", "llm2vec_ds", "train", str(recipe)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**environment, "LLM2VEC_DS_CACHE": folder},
-        )
+        try:
+            outcome = subprocess.run(
+                [sys.executable, "-m", "llm2vec_ds", "train", str(recipe)],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**environment, "LLM2VEC_DS_CACHE": folder},
+                timeout=LONGEST_CHECK_S,
+            )
+        except subprocess.TimeoutExpired:
+            return _failed(f"no end after {LONGEST_CHECK_S} s")
         if outcome.returncode:
-            last = (outcome.stderr.strip().splitlines() or ["no message"])[-1]
-            return Finding("training check", f"failed: {last}", "the line above says why", blocks=True)
+            last = (outcome.stderr.strip().splitlines() or [f"exit code {outcome.returncode}"])[-1]
+            return _failed(last.removeprefix("llm2vec-ds: error: "))
         row = json.loads((Path(folder) / "run" / "metrics.jsonl").read_text())
         return Finding("training check", f"one step, loss {row['loss']:.2f}, {row['step_ms']:.0f} ms")
+
+
+def _failed(cause: str) -> Finding:
+    mend = "mend that, then see a run of your own: llm2vec-ds train recipes/smoke_mntp.yaml"
+    return Finding("training check", f"failed: {cause}", mend, blocks=True)
 
 
 def _python() -> Finding:
@@ -75,9 +104,9 @@ def _python() -> Finding:
     return Finding("Python", f"{platform.python_version()}, {platform.machine()}", mend, blocks=old)
 
 
-def _package(name: str, mend: str, blocks: bool = False) -> Finding:
+def _package(name: str, mend: str, *, blocks: bool = False, optional: bool = False) -> Finding:
     if importlib.util.find_spec(name) is None:
-        return Finding(name, "not installed", mend, blocks)
+        return Finding(name, "not installed", mend, blocks, optional)
     try:
         return Finding(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
@@ -94,7 +123,7 @@ def _devices() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         size = f"{card.total_memory / GIB:.0f} GiB, compute capability {card.major}.{card.minor}"
-        yield Finding(f"GPU {index}", f"{card.name}, {size}")
+        yield Finding(f"GPU {index}", f"{card.name}, {size}, CUDA {torch.version.cuda}")
     if not torch.cuda.is_available():
         mend = "a driver, and torch's CUDA build: https://pytorch.org" if shutil.which("nvidia-smi") else ""
         yield Finding("GPU", "none that torch can use", mend)

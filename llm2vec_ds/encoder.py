@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -19,7 +22,7 @@ from llm2vec_ds import __version__
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.prompts import PLAIN, Prompt, Template, check_tokenizer, tokenize, truncate
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.pooling import POOLINGS
 
@@ -139,7 +142,7 @@ class Encoder(nn.Module):
         was_training = self.training
         self.eval()
         vectors = np.empty((len(texts), self.trunk.config.hidden_size), dtype=np.float32)
-        with tqdm(total=len(texts), desc="encode", unit=" texts", disable=not progress) as bar:
+        with tqdm(total=len(texts), desc="encode", unit="text", disable=None if progress else True) as bar:
             for group in groups:
                 batch = pack([tokenized[i] for i in group]).to(self.device)
                 vectors[group] = self(batch).float().cpu().numpy()
@@ -154,17 +157,29 @@ class Encoder(nn.Module):
 
         Args:
             state_dict: the trunk's weights where they differ from the live ones (merged adapters).
+
+        Raises:
+            UserError: the folder cannot be written, or the disk is full; an older one at its place stays.
         """
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         try:
-            self.trunk.save_pretrained(unfinished, state_dict=state_dict)
-            self.tokenizer.save_pretrained(unfinished)
-            settings = {**asdict(self.settings), "llm2vec_ds_version": __version__}
-            (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
-            if folder.exists():
-                shutil.rmtree(folder)
-            unfinished.rename(folder)
+            with writing(f"encoder {folder}"):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                self._save_weights(unfinished, state_dict)
+                self.tokenizer.save_pretrained(unfinished)
+                settings = {**asdict(self.settings), "llm2vec_ds_version": __version__}
+                (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
+                if folder.exists():
+                    shutil.rmtree(folder)
+                unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        try:
+            self.trunk.save_pretrained(folder, state_dict=state_dict)
+        except SafetensorError as error:  # its name for what the system said
+            number = re.search(r"os error (\d+)", str(error))
+            said = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
+            raise OSError(*said) from None

@@ -1,5 +1,35 @@
 """The one error that a user is meant to read."""
 
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class UserError(Exception):
     """A mistake that the user can mend: one line with the cause and the mend, no traceback."""
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Around the writing of a file or folder: what the system refuses is the user's to mend.
+
+    Raises:
+        UserError: in place of an OSError; names `what`, the cause and the mend.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {reason(error)}") from None
+
+
+def reason(error: OSError) -> str:
+    """Cause and mend of a refusal, in a few words."""
+    cause = error.strerror or " ".join(str(error).split())
+    # Without a number: a library that found fewer bytes written than it asked for.
+    if error.errno is None or error.errno in NO_SPACE:
+        return f"{cause}: free some space, or write to another disk"
+    return f"{cause}: choose a path that you can write to"

@@ -1,7 +1,9 @@
-"""The command line: help that teaches, and mistakes that cost one line."""
+"""The command line: help that teaches, quick; completion; vectors. Its error lines: test_mistakes.py."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,11 @@ import pytest
 
 from llm2vec_ds.__main__ import main
 from llm2vec_ds.encoder import Encoder
-from tests.support.runs import command, recipe, write_recipe
+from tests.support.runs import ROOT, command
 from tests.support.tiny import sentences
+
+COMMANDS = ["train", "prepare", "encode", "doctor", "demo"]
+HEAVY = ("torch", "transformers", "deepspeed", "peft", "datasets", "mteb", "bitsandbytes", "numpy", "pyarrow")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -20,14 +25,67 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(caught.value.code or 0)
 
 
-@pytest.mark.parametrize("name", ["train", "encode", "demo"])
-def test_help_shows_an_example(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_shows_examples_and_whole_words(
+    name: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, name, "--help") == 0
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run(monkeypatch, *name.split(), "--help") == 0
     shown = capsys.readouterr().out
-    assert f"llm2vec-ds {name}" in shown
-    assert "Example" in shown
+    assert f"Usage: llm2vec-ds {name}".rstrip() in shown
+    _, examples = shown.split("Examples:")
+    assert f"llm2vec-ds {name}".rstrip() in examples
+    assert "…" not in shown  # what the console cuts off
+    assert max(map(len, shown.splitlines())) <= columns
+    if not name:
+        assert all(f"│ {command} " in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "words", [None, ["--help"], ["train", "--help"], ["demo", "--help"], ["train", "none.yaml"]], ids=str
+)
+def test_what_should_be_quick_loads_nothing_heavy(words: list[str] | None) -> None:
+    """Rather than a time, which a busy machine would break: the modules that take it."""
+    work = f"sys.argv = {['llm2vec-ds', *(words or [])]}; from llm2vec_ds.__main__ import main; main()"
+    code = (
+        "import atexit, sys;"
+        f"atexit.register(lambda: print('loaded:', [m for m in {HEAVY} if m in sys.modules]));"
+        + ("import llm2vec_ds" if words is None else work)
+    )
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert outcome.stdout.splitlines()[-1] == "loaded: []", outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("llm2vec-ds pre", {"prepare"}),
+        ("llm2vec-ds encode --inst", {"--instruction"}),
+        ("llm2vec-ds train r.yaml optimizer.w", {"optimizer.weight_decay=", "optimizer.warmup_steps="}),
+    ],
+)
+def test_the_shell_completes_commands_options_and_recipe_keys(
+    typed: str, offered: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_LLM2VEC_DS_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    assert run(monkeypatch) == 0
+    assert set(capsys.readouterr().out.split()) == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_gets_its_completion_script(
+    shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_LLM2VEC_DS_COMPLETE", f"source_{shell}")
+    assert run(monkeypatch) == 0
+    script = capsys.readouterr().out
+    assert "llm2vec-ds" in script
+    assert f"_LLM2VEC_DS_COMPLETE=complete_{shell}" in script
 
 
 def test_encode_writes_the_vectors_of_the_encoder(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -45,83 +103,3 @@ def test_launchers_put_local_rank_first(
 ) -> None:
     assert run(monkeypatch, "--local_rank=0", "train", "none.yaml") == 2
     assert "none.yaml not found" in capsys.readouterr().err
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("llm2vec-ds: error:")]
-    assert len(lines) == 1
-    assert "Traceback" not in error
-    return lines[0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": {"path": "no/such/model"}}, "model 'no/such/model' cannot be loaded"),
-        ({"data": {"path": "none.txt", "max_tokens": 64}}, "data file none.txt not found"),
-        ({"deepspeed": "none.json"}, "DeepSpeed config none.json not found"),
-        ({"batch": {"global_batch_size": 1000}}, "do not fill one batch of 1000"),
-        ({"batch": {"global_batch_size": 8, "max_tokens_per_micro_batch": 100}}, "raise it to at least 128"),
-        ({"simcse": {"attention_dropuot": 0.1}}, "did you mean `simcse.attention_dropout`?"),
-        ({"adapter": {"target_modules": ["nothing"]}}, "linear layers here"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_mistakes_in_a_recipe(
-    changes: dict[str, object],
-    message: str,
-    tmp_path: Path,
-    tiny_model_dir: Path,
-    texts_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    values = recipe("simcse", tiny_model_dir, texts_file, tmp_path / "run")
-    values.update(changes)
-    assert run(monkeypatch, "train", write_recipe(values, tmp_path / "r.yaml")) == 2
-    assert message in one_line(capsys)
-
-
-def test_a_run_is_not_overwritten_unasked(
-    tmp_path: Path,
-    tiny_model_dir: Path,
-    texts_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("precious\n")
-    path = write_recipe(recipe("simcse", tiny_model_dir, texts_file, tmp_path / "run"), tmp_path / "r.yaml")
-    assert run(monkeypatch, "train", path) == 2
-    assert "already holds a run" in one_line(capsys)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "precious\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "output", "message"),
-    [
-        (None, "v.npy", "No such file"),
-        (b"", "v.npy", "is empty"),
-        (b"\xff\xfe\x00", "v.npy", "not UTF-8"),
-        (b"one\n\ntwo\n", "v.npy", "text 1 (counted from 0) is empty"),
-        (b"one\n", "v.txt", "must end in .npy"),
-    ],
-    ids=["missing", "empty", "binary", "blank line", "wrong suffix"],
-)
-def test_mistakes_in_encode(
-    content: bytes | None,
-    output: str,
-    message: str,
-    tmp_path: Path,
-    tiny_model_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    texts = tmp_path / "texts.txt"
-    if content is not None:
-        texts.write_bytes(content)
-    arguments = ["--model", tiny_model_dir, "--input", texts, "--output", tmp_path / output]
-    assert run(monkeypatch, "encode", *arguments) == 2
-    assert message in one_line(capsys)
-    assert not (tmp_path / output).exists()

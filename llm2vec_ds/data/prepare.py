@@ -33,7 +33,7 @@ from llm2vec_ds.data.prompts import (
     tokenize,
 )
 from llm2vec_ds.data.sources import Source, find_source, stream_texts
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def prepare(data: DataConfig, path: str | list[str], tokenizer: Any, *, end_with
             if not folder.is_dir():
                 _Preparation(data, source, tokenizer, template, end_with_eos, folder).run()
     except OSError as error:
-        raise UserError(f"prepared texts cannot be written to {root}: {error.strerror or error}") from None
+        raise UserError(f"prepared texts in {root} cannot be written: {reason(error)}") from None
     return folder
 
 
@@ -102,9 +102,15 @@ def prepare_all(recipe: Recipe, tokenizer: Any) -> list[Path]:
     return [prepare(recipe.data, p, tokenizer, end_with_eos=end_with_eos) for p in paths if p is not None]
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`counts`, `fingerprint`, `parts` and `source` of a folder that `prepare` made; opens no part."""
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return manifest
+
+
 def load_prepared(folder: Path) -> PreparedTexts:
     """Opens a folder that `prepare` made; nothing but the lengths is read into memory."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     rows = _memory_mapped(folder, manifest["parts"])
     lengths = rows.data.column("n_tokens").to_numpy()
     return PreparedTexts(rows, manifest["fingerprint"], lengths, manifest["counts"])
@@ -212,7 +218,8 @@ class _Preparation:
         for name in progress.parts:
             with (self.unfinished / name).open("rb") as part:
                 digest.update(hashlib.file_digest(part, "sha256").digest())
-        counts["duplicates"] = left_out["duplicates"] = _n_duplicates(self.unfinished, progress.parts)
+        n_duplicates = _n_duplicates(self.unfinished, progress.parts, counts["rows"])
+        counts["duplicates"] = left_out["duplicates"] = n_duplicates
         manifest = {"fingerprint": digest.hexdigest(), "source": str(self.source), **asdict(progress)}
         self.note.with_name("manifest.json").write_text(json.dumps(manifest, indent=1))
         self.note.unlink(missing_ok=True)
@@ -267,10 +274,23 @@ def _memory_mapped(folder: Path, parts: list[str]) -> Any:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(folder / name)) for name in parts])
 
 
-def _n_duplicates(folder: Path, parts: list[str]) -> int:
-    """Rows whose text stands in an earlier row too."""
-    hashes = _memory_mapped(folder, parts).data.column("text_hash").to_numpy()
-    return len(hashes) - len(np.unique(hashes))
+def _n_duplicates(folder: Path, parts: list[str], n_rows: int) -> int:
+    """Rows whose text stands in an earlier row too. Holds 9 bytes a row.
+
+    Read batch by batch and not memory-mapped, because mapped pages of a large source count as this
+    process's memory; sorted, because np.unique would take about 60 bytes a row.
+    """
+    import pyarrow as pa
+
+    hashes = np.empty(n_rows, dtype=np.int64)
+    start = 0
+    for name in parts:
+        with pa.OSFile(str(folder / name)) as part, pa.ipc.open_stream(part) as batches:
+            for batch in batches:
+                hashes[start : start + len(batch)] = batch.column("text_hash").to_numpy()
+                start += len(batch)
+    hashes.sort()
+    return int(np.count_nonzero(hashes[1:] == hashes[:-1]))
 
 
 def _key(data: DataConfig, source: Source, tokenizer: Any, end_with_eos: bool) -> str:

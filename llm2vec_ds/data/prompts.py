@@ -126,8 +126,6 @@ def tokenize(
     encoded = tokenizer(
         [string for string, _, _ in rendered],
         add_special_tokens=template.special_tokens,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
         return_attention_mask=False,
         verbose=False,
     )
@@ -136,21 +134,23 @@ def tokenize(
         input_ids = encoded["input_ids"][row]
         start, end = 0, 0
         if prompt.text.strip():
-            start, end = _span(
-                encoded["offset_mapping"][row], encoded["special_tokens_mask"][row], begin, finish
-            )
+            start, end = _span(encoded[row], begin, finish)
         if end_with_eos and (not input_ids or input_ids[-1] != tokenizer.eos_token_id):
             input_ids = [*input_ids, tokenizer.eos_token_id]
         texts.append(TokenizedText(input_ids, start, end, prompt.hash()))
     return texts
 
 
-def _span(offsets: list[tuple[int, int]], special: list[int], begin: int, finish: int) -> tuple[int, int]:
-    """First and one past the last token that holds characters of `begin:finish`, looking from both ends."""
-    start, end = 0, len(offsets)
-    while start < end and (special[start] or offsets[start][1] <= begin):
+def _span(encoding: Any, begin: int, finish: int) -> tuple[int, int]:
+    """First and one past the last token that holds characters of `begin:finish`, looking from both ends.
+
+    Asked token by token: a list of all offsets would cost as much as tokenising. A special token that the
+    tokenizer added has no characters (None).
+    """
+    start, end = 0, len(encoding)
+    while start < end and ((place := encoding.token_to_chars(start)) is None or place[1] <= begin):
         start += 1
-    while end > start and (special[end - 1] or offsets[end - 1][0] >= finish):
+    while end > start and ((place := encoding.token_to_chars(end - 1)) is None or place[0] >= finish):
         end -= 1
     return start, end
 

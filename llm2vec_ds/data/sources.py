@@ -10,6 +10,8 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import lzma
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -110,7 +112,7 @@ def _rows(files: Sequence[Path], column: str, counts: Counter[str]) -> Iterator[
     for file in files:
         try:
             yield from readers[_format(file)](file, column, counts)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from llm2vec_ds.config import Recipe
@@ -54,7 +55,7 @@ def start_process_group(ranks: Ranks) -> torch.device:
             )
         torch.cuda.set_device(ranks.local_rank)
     backend = "nccl" if on_cuda else "gloo"
-    if ranks.world_size == 1:
+    if ranks.world_size == 1 and not torch.distributed.is_initialized():
         # A store in memory: one process needs no port, so none can be taken by another program.
         torch.distributed.init_process_group(
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1
@@ -109,7 +110,7 @@ def _monitors(recipe: Recipe) -> dict[str, Any]:
     for name in recipe.monitor:
         if name in packages and importlib.util.find_spec(packages[name]) is None:
             raise UserError(
-                f"monitor {name} needs the package {packages[name]}: pip install {packages[name]}"
+                f"monitor {name} needs the package {packages[name]}: pip install 'llm2vec-ds[monitor]'"
             )
     files = {"enabled": True, "output_path": str(Path(recipe.output_dir) / "monitor")}
     sections: dict[str, dict[str, Any]] = {
@@ -149,7 +150,13 @@ class Engine:
         import deepspeed
 
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
+        try:
+            self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
+        except ValidationError as error:  # a section of the JSON that the recipe names
+            mistakes = "; ".join(f"`{m['loc'][0]}`: {m['msg']}" for m in error.errors())
+            raise UserError(
+                f"DeepSpeed refuses a section ({error.title}) of the JSON that `deepspeed` names: {mistakes}"
+            ) from None
         self.zero_stage = int(self._engine.zero_optimization_stage())
 
     def forward(self, *inputs: Any) -> Any:

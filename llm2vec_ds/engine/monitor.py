@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import resource
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,11 @@ from torch import nn
 from tqdm import tqdm
 
 from llm2vec_ds.distributed import all_gather_object, rank
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, writing
 
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 10
 TEXTS_NAMED = 3
 
 
@@ -76,31 +82,48 @@ class FiniteCheck:
 
 
 class MetricsLog:
-    """metrics.jsonl (one object a step) and a progress bar; rank 0 writes, the others keep still."""
+    """metrics.jsonl (one object a step) and progress on stderr; rank 0 writes, the others keep still."""
 
     def __init__(self, folder: Path, max_steps: int, stage: str) -> None:
         self._writes = rank() == 0
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if self._writes else None
         self._folder = folder
+        self._stage = stage
+        self._max_steps = max_steps
+        # In a terminal a bar; in a file (a batch job's log) a line now and then.
         self._bar = tqdm(
-            total=max_steps, desc=stage, unit=" steps", disable=not self._writes, dynamic_ncols=True
+            total=max_steps,
+            desc=stage,
+            unit="step",
+            disable=None if self._writes else True,
+            dynamic_ncols=True,
         )
+        self._said_at = -math.inf
+        if self._writes:
+            with writing(folder / "metrics.jsonl"):
+                (folder / "metrics.jsonl").touch()
+
+    def _append(self, name: str, values: dict[str, Any]) -> None:
+        with writing(self._folder / name), (self._folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
 
     def step(self, values: dict[str, Any]) -> None:
-        if self._file is None:
+        if not self._writes:
             return
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        self._append("metrics.jsonl", values)
+        shown = "loss {loss:.4f}, {tokens_per_s:.0f} tokens/s, peak {peak_mib:.0f} MiB".format(**values)
+        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
-        self._bar.set_postfix_str(
-            "loss {loss:.4f}, {tokens_per_s:.0f} tokens/s, peak {peak_mib:.0f} MiB".format(**values)
-        )
+        if not self._bar.disable:
+            return
+        now = time.monotonic()
+        if now - self._said_at >= LINE_EVERY_S or values["step"] == self._max_steps:
+            self._said_at = now
+            log.info("%s, step %s of %s: %s", self._stage, values["step"], self._max_steps, shown)
 
     def held_out(self, values: dict[str, Any]) -> None:
         if not self._writes:
             return
-        with (self._folder / "held_out.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        self._append("held_out.jsonl", values)
         shown = ", ".join(
             f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float) and k != "n_masked"
         )
@@ -108,8 +131,6 @@ class MetricsLog:
 
     def close(self) -> None:
         self._bar.close()
-        if self._file is not None:
-            self._file.close()
 
 
 def peak_mib(device: torch.device) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from llm2vec_ds.distributed import (
 from llm2vec_ds.encoder import Encoder, EncoderSettings
 from llm2vec_ds.engine.deepspeed_engine import Engine, deepspeed_config, start_process_group
 from llm2vec_ds.engine.trainer import Trainer
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
@@ -52,11 +53,26 @@ def train(recipe: Recipe) -> Path:
     dtype = next(stage.encoder.trunk.parameters()).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     if ranks.rank == 0:
-        for name in ("metrics.jsonl", "held_out.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-        dump_recipe(recipe, folder / "recipe.yaml")
-        log.info("%s: %s rows, %s ranks", recipe.stage, len(stage.texts), ranks.world_size)
-    Trainer(recipe, stage, Engine(stage.model, config), folder).run()
+        with writing(f"output_dir {folder}"):
+            for name in ("metrics.jsonl", "held_out.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "monitor", ignore_errors=True)
+            dump_recipe(recipe, folder / "recipe.yaml")
+        log.info(
+            "%s: %s texts, %s a step, %s steps, %s process(es)",
+            recipe.stage,
+            len(stage.texts),
+            recipe.batch.global_batch_size,
+            recipe.max_steps,
+            ranks.world_size,
+        )
+    try:
+        Trainer(recipe, stage, Engine(stage.model, config), folder).run()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "the GPU's memory is full: lower batch.max_tokens_per_micro_batch (now "
+            f"{recipe.batch.max_tokens_per_micro_batch}), or set model.activation_checkpointing=true"
+        ) from None
     return folder
 
 
@@ -145,9 +161,7 @@ def _check_batch(recipe: Recipe, ranks: Ranks) -> None:
 def _check_run_folder(recipe: Recipe, folder: Path) -> None:
     if (folder / "metrics.jsonl").exists() and not recipe.overwrite:
         raise UserError(f"{folder} already holds a run: choose another output_dir, or pass overwrite=true")
-    try:
+    with writing(f"output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
-        raise UserError(f"output_dir {folder} cannot be written")
+        raise UserError(f"output_dir {folder} cannot be written: choose a path that you can write to")

@@ -49,7 +49,8 @@ class Trainer:
             for step in range(self.recipe.max_steps):
                 metrics = self._step(step)
                 log.step(metrics)
-                self.engine.write_metrics({f"train/{k}": v for k, v in metrics.items()}, step + 1)
+                shown = {f"train/{k}": v for k, v in metrics.items() if k != "step"}
+                self.engine.write_metrics(shown, step + 1)
                 if self._held_out_is_due(step + 1):
                     self._measure(step + 1, log)
         finally:

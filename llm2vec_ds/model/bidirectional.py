@@ -54,10 +54,16 @@ def check_can_be_bidirectional(trunk: Any) -> None:
     Raises:
         UserError: `trunk.forward` lacks transformers' hook (falcon, bloom, mpt, gptj, codegen …).
     """
-    if not _has_hook(type(trunk).forward):
+    check_class_can_be_bidirectional(type(trunk), trunk.config.model_type)
+
+
+def check_class_can_be_bidirectional(trunk_class: type, model_type: str) -> None:
+    """The same before anything is built or read: a class without the hook often knows nothing of other
+    attention functions either, and would die of that first."""
+    if not _has_hook(trunk_class.forward):  # type: ignore[attr-defined]
         raise UserError(
-            f"model type {trunk.config.model_type!r} cannot be made bidirectional: transformers gives "
-            f"{type(trunk).__name__} no is_causal switch. Use a type that has it, such as llama, mistral, "
+            f"model type {model_type!r} cannot be made bidirectional: transformers gives "
+            f"{trunk_class.__name__} no is_causal switch. Use a type that has it, such as llama, mistral, "
             "qwen3 or gemma, or a newer transformers"
         )
 

@@ -12,7 +12,12 @@ from torch import nn
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.attention import register
-from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, is_causal, with_causal
+from llm2vec_ds.model.bidirectional import (
+    check_can_be_bidirectional,
+    check_class_can_be_bidirectional,
+    is_causal,
+    with_causal,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +36,10 @@ class TrunkOptions:
     def dtype(self) -> torch.dtype:
         if self.precision == "auto":
             return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
+        known = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        if self.precision not in known:
+            raise UserError(f"precision {self.precision!r} is unknown: choose auto, fp32 or bf16")
+        return known[self.precision]
 
 
 def load_tokenizer(path: str) -> Any:
@@ -77,11 +85,23 @@ def _check(trunk: Any, model: nn.Module, options: TrunkOptions) -> None:
     model.to(options.device).eval()
 
 
+def _check_class(trunk_class: Any, model_type: str, causal: bool) -> None:
+    if not causal:
+        check_class_can_be_bidirectional(trunk_class, model_type)
+    if not trunk_class._supports_attention_backend:
+        raise UserError(
+            f"model type {model_type!r} takes no attention function but its own: use a type such as llama, "
+            "mistral, qwen3 or gemma, or a newer transformers"
+        )
+
+
 def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
-    from transformers import AutoConfig
+    from transformers import MODEL_MAPPING, AutoConfig
 
     config = _from_pretrained(AutoConfig, path)
     causal = bool(is_causal(config)) if options.causal is None else options.causal
+    if type(config) in MODEL_MAPPING:
+        _check_class(MODEL_MAPPING[type(config)], config.model_type, causal)
     config = with_causal(config, causal)
     if options.attention_dropout is not None:
         if not hasattr(config, "attention_dropout"):
@@ -130,8 +150,34 @@ def _attention_backend(config: Any, causal: bool, options: TrunkOptions) -> Atte
 
 
 def _from_pretrained(auto_class: Any, path: str, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
     try:
         return auto_class.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        cause = " ".join(str(error).split())[:240]
-        raise UserError(f"model {path!r} cannot be loaded: {cause}") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model {path!r} cannot be loaded: {_cause(path, error)}") from None
+
+
+def _cause(path: str, error: BaseException) -> str:
+    """Cause and mend, from the whole chain of errors: transformers' own often hides what the hub said."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import is_offline_mode
+
+    chain = [error]
+    while (link := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(link)
+
+    def said(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    if said(hub.GatedRepoError):
+        page = f"https://huggingface.co/{path}"
+        return f"it is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN"
+    if said(hub.HFValidationError):
+        return "there is no such folder, and a hub id has the form owner/name"
+    if said(hub.RepositoryNotFoundError):
+        return "there is no such folder, and no such model on the hub (a private one needs `hf auth login`)"
+    if said(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError):
+        offline = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
+        return f"there is no such folder, and {offline}: give a folder, or connect to the network"
+    return " ".join(str(error).split())[:240]

@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import lzma
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,21 @@ def test_a_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert len(prepared(["hub:some/set:part@test"], text_column="body")) == 3
     assert asked == [(("some/set", "part"), {"split": "test", "streaming": True})]
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
+    """Peak of what Python holds while a source, and one six times as long, are prepared."""
+
+    def peak_bytes(n_texts: int) -> int:
+        lines = [f"{i} " + "the river runs past an old mill " * 12 for i in range(n_texts)]
+        path = write(tmp_path / f"{n_texts}.txt", lines)
+        del lines
+        data = DataConfig(path=str(path))
+        tracemalloc.start()
+        prepare(data, data.path, TOKENIZER)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak_bytes(500)  # imports and caches
+    assert peak_bytes(6000) < 1.3 * peak_bytes(1000)
