@@ -9,7 +9,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow lint install clean
+.PHONY: help demo test test-slow lint gpu-check install clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,15 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Builds nothing: a GPU machine's own Python serves, if its torch sees the GPU.
+gpu-check:  ## kernel tests and benchmarks on a GPU, under 9 minutes, into benchmarks/results/
+	@for python in $(BIN)/python $(PYTHON) /usr/bin/python3 /usr/local/bin/python3; do \
+	  if "$$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    exec "$$python" benchmarks/gpu_check.py; \
+	  fi; \
+	done; \
+	echo "error: no Python here has a torch that sees a CUDA device: make gpu-check PYTHON=/path/to/python3"; exit 1
 
 clean:  ## remove the environment and what runs left here
 	rm -rf $(VENV) build runs demo-output

@@ -153,7 +153,9 @@ def encode(
         str | None, typer.Option(help="Put before each text; attended, not pooled.")
     ] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
-    attention: Annotated[str, typer.Option(help="Attention backend: auto or torch.")] = "auto",
+    attention: Annotated[
+        str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")
+    ] = "auto",
     precision: Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")] = "auto",
     micro_batch_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)

@@ -34,8 +34,9 @@ class ModelConfig(Section):
     """Folder or hub id of the model: the LLM itself, or the `encoder/` of an earlier stage."""
     causal: bool = False
     """True keeps the decoder's causal attention (a baseline); False makes it bidirectional."""
-    attention: Literal["auto", "torch"] = "auto"
-    """Attention backend; `auto` picks by device and says what it picked."""
+    attention: Literal["auto", "triton", "flash_attn", "varlen", "torch"] = "auto"
+    """Attention backend, `auto`, `triton`, `flash_attn` (the package), `varlen` (torch's) or `torch`; `auto`
+    picks by device and says what it picked and why (docs/kernels.md)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Trunk weights and activations. `auto`: bf16 on CUDA, fp32 on CPU (where bf16 is very slow)."""
     activation_checkpointing: bool = False

@@ -116,7 +116,7 @@ def _package(name: str, mend: str, *, blocks: bool = False, optional: bool = Fal
 def _devices() -> Iterator[Finding]:
     import psutil
     import torch
-    from llm2vec_kernels import choose_attention_backend
+    from llm2vec_kernels import AttentionNeeds, choose_attention_backend
 
     memory_gib = psutil.virtual_memory().total / GIB
     yield Finding("CPU", f"{torch.get_num_threads()} threads, {memory_gib:.0f} GiB memory")
@@ -128,7 +128,8 @@ def _devices() -> Iterator[Finding]:
         mend = "a driver, and torch's CUDA build: https://pytorch.org" if shutil.which("nvidia-smi") else ""
         yield Finding("GPU", "none that torch can use", mend)
     precision = "bf16" if torch.cuda.is_available() else "fp32"
-    backend = choose_attention_backend()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = choose_attention_backend("auto", AttentionNeeds(device))
     yield Finding("a run uses", f"{precision}, attention by {backend.name} ({backend.reason})")
 
 

@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         Args:
             path: a folder that `save` wrote, a transformers folder, or a hub id.
             causal: None keeps what the folder says.
-            attention: backend, see `llm2vec_kernels.dispatch`.
+            attention: backend: `auto`, `triton`, `flash_attn`, `varlen` or `torch`.
             precision: `auto` (bf16 on CUDA, fp32 on CPU), `fp32` or `bf16`.
             device: None takes CUDA where there is one.
 

@@ -1,9 +1,22 @@
-"""Attention and contrastive kernels for packed, non-causal text encoders. Needs torch only.
+"""Attention and contrastive kernels for packed, non-causal text encoders. Needs torch, on GPUs triton.
 
-- `dispatch.attention`: variable-length attention over a packed stream of texts.
+- `dispatch.attention`: variable-length attention over a packed stream of texts, by one of `backends`.
+- `flash_attention`: the Triton backend, forward and backward.
 - `reference`: each kernel in plain PyTorch, slow and obvious: the specification the others meet.
 """
 
-from llm2vec_kernels.dispatch import AttentionBackend, attention, choose_attention_backend
+from llm2vec_kernels.backends import AttentionNeeds
+from llm2vec_kernels.dispatch import (
+    ATTENTION_NAMES,
+    AttentionBackend,
+    attention,
+    choose_attention_backend,
+)
 
-__all__ = ["AttentionBackend", "attention", "choose_attention_backend"]
+__all__ = [
+    "ATTENTION_NAMES",
+    "AttentionBackend",
+    "AttentionNeeds",
+    "attention",
+    "choose_attention_backend",
+]

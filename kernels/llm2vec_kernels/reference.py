@@ -40,11 +40,14 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     causal: bool = False,
+    dropout_p: float = 0.0,
+    kept_HTT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(softcap(scale · q kᵀ) + mask) v over the whole T×T square; `[T, Hq, D]`.
 
     `window` is an inclusive reach, |i − j| ≤ window. `softcap` c maps a score s to c·tanh(s / c)
     (Gemma 2, arXiv 2408.00118). Query heads share key/value heads in order (GQA, arXiv 2305.13245).
+    `kept_HTT` `[Hq, T, T]` bool says which weights dropout keeps; these are divided by 1 − dropout_p.
     """
     group = q_THD.shape[1] // k_THD.shape[1]
     k_THD, v_THD = (x.repeat_interleave(group, dim=1) for x in (k_THD, v_THD))
@@ -52,7 +55,10 @@ def attention(
     if softcap is not None:
         score_HTT = softcap * torch.tanh(score_HTT / softcap)
     score_HTT = score_HTT.masked_fill(~visible_pairs(cu_seqlens, window=window, causal=causal), float("-inf"))
-    return torch.einsum("hij,jhd->ihd", score_HTT.softmax(-1), v_THD)
+    weight_HTT = score_HTT.softmax(-1)
+    if kept_HTT is not None:
+        weight_HTT = weight_HTT * kept_HTT / (1 - dropout_p)
+    return torch.einsum("hij,jhd->ihd", weight_HTT, v_THD)
 
 
 def info_nce(

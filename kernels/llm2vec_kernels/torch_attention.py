@@ -18,10 +18,9 @@ import torch.nn.functional as F
 def equal_length_runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
     """Yields (first token, number of texts, length) of each run of neighbouring texts of one length."""
     first_token = 0
-    for length, run in groupby(cu_seqlens.diff().tolist()):
+    for length, run in groupby(filter(None, cu_seqlens.diff().tolist())):
         n_texts = sum(1 for _ in run)
-        if length > 0:
-            yield first_token, n_texts, length
+        yield first_token, n_texts, length
         first_token += n_texts * length
 
 

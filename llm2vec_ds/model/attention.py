@@ -2,6 +2,8 @@
 
 Registered as attention function *and* as mask function: the first alone would leave transformers without
 a mask, and padding would be attended.
+
+Shape legend: B rows, L length with padding, H heads, D head dim, T = B·L tokens.
 """
 
 from __future__ import annotations
@@ -9,13 +11,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from llm2vec_kernels import AttentionBackend, attention
+from llm2vec_kernels import ATTENTION_NAMES, attention
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+NAME = "llm2vec"
 
-def register(backend: AttentionBackend) -> str:
-    """Makes packed attention through `backend` an `attn_implementation` of transformers; returns its name."""
+
+def register(backend: str = "auto") -> str:
+    """Makes packed attention an `attn_implementation` of transformers; returns its name.
+
+    `llm2vec` chooses among the backends call by call, `llm2vec_<backend>` uses that one and refuses what
+    it cannot do. Both work for any caller of transformers.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if backend not in ATTENTION_NAMES:
+        raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(ATTENTION_NAMES)}")
 
     def run(
         module: nn.Module,
@@ -27,7 +40,7 @@ def register(backend: AttentionBackend) -> str:
     ) -> tuple[torch.Tensor, None]:
         return _attend(backend, module, query, key, value, attention_mask, **options), None
 
-    name = f"llm2vec_{backend.name}"
+    name = NAME if backend == "auto" else f"{NAME}_{backend}"
     AttentionInterface.register(name, run)
     AttentionMaskInterface.register(name, _padding_mask)
     return name
@@ -39,7 +52,7 @@ def _padding_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any
 
 
 def _attend(
-    backend: AttentionBackend,
+    backend: str,
     module: nn.Module,
     query_BHLD: torch.Tensor,
     key_BHLD: torch.Tensor,
@@ -52,30 +65,31 @@ def _attend(
     softcap: float | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
     **ignored: Any,
 ) -> torch.Tensor:
     """`[B, L, H, D]`, the layout that transformers expects back. `cu_seq_lens_q` marks a packed stream."""
-    if ignored.get("s_aux") is not None:
-        raise ValueError("attention sinks (s_aux) are not supported by the llm2vec attention")
+    _refuse(query_BHLD, key_BHLD, mask_BL, ignored)
     by_config = is_causal is not None
     causal = bool(is_causal) if by_config else bool(getattr(module, "is_causal", True))
     n_rows, _, length, head_dim = query_BHLD.shape
     q_THD, k_THD, v_THD = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHLD, key_BHLD, value_BHLD))
-    real_T = None
+    order_T = None
     if cu_seq_lens_q is not None:
-        cu_seqlens = cu_seq_lens_q
+        cu_seqlens, max_seqlen = cu_seq_lens_q, max_length_q
     elif mask_BL is None:
         cu_seqlens = torch.arange(0, (n_rows + 1) * length, length, dtype=torch.int32, device=q_THD.device)
+        max_seqlen = length
     else:
-        real_T = mask_BL.bool().flatten()
-        lengths = mask_BL.bool().sum(1)
-        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-        q_THD, k_THD, v_THD = (x[real_T] for x in (q_THD, k_THD, v_THD))
+        order_T, cu_seqlens = _padding_last(mask_BL)
+        max_seqlen = length
+        q_THD, k_THD, v_THD = (x[order_T] for x in (q_THD, k_THD, v_THD))
     out_THD = attention(
         q_THD,
         k_THD,
         v_THD,
         cu_seqlens,
+        max_seqlen,
         softmax_scale=head_dim**-0.5 if scaling is None else scaling,
         window=_reach(sliding_window, inclusive=by_config and not causal),
         softcap=softcap,
@@ -83,10 +97,36 @@ def _attend(
         causal=causal,
         backend=backend,
     )
-    if real_T is not None:
-        padded = out_THD.new_zeros(len(real_T), *out_THD.shape[1:])
-        out_THD = padded.masked_scatter(real_T[:, None, None], out_THD)
+    if order_T is not None:
+        out_THD = torch.empty_like(out_THD).index_copy(0, order_T, out_THD)
     return out_THD.unflatten(0, (n_rows, length))
+
+
+def _refuse(
+    query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
+) -> None:
+    if options.get("s_aux") is not None:
+        raise ValueError("attention sinks (s_aux) are not supported by the llm2vec attention")
+    if query_BHLD.shape[2] != key_BHLD.shape[2]:
+        raise ValueError("the llm2vec attention has no key/value cache: pass use_cache=False")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(
+            f"the llm2vec attention takes a padding mask [rows, length], not one of {mask.dim()} dimensions"
+        )
+
+
+def _padding_last(mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[B, L]` → an order of the B·L tokens that makes a packed stream, and its `cu_seqlens [2B+1]`.
+
+    The rows' real tokens come first; each row's padding follows as a text of its own, that no real token
+    sees. Shapes depend on no value: nothing waits for the device, and a compiler sees no break.
+    """
+    n_rows = len(mask_BL)
+    real_BL = mask_BL.bool()
+    row_B = torch.arange(n_rows, device=mask_BL.device)
+    order_T = torch.argsort((row_B[:, None] + n_rows * ~real_BL).flatten(), stable=True)
+    lengths = torch.cat([real_BL.sum(1), (~real_BL).sum(1)])
+    return order_T, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
 
 
 def _reach(sliding_window: int | None, inclusive: bool) -> int | None:

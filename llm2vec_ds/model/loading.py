@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from llm2vec_kernels import choose_attention_backend
+from llm2vec_kernels import AttentionBackend, AttentionNeeds, choose_attention_backend
 from torch import nn
 
 from llm2vec_ds.errors import UserError
@@ -109,10 +109,7 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
                 f"model type {config.model_type!r} has no attention dropout: set attention_dropout: 0"
             )
         config.attention_dropout = options.attention_dropout
-    try:
-        backend = choose_attention_backend(options.attention)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    backend = _attention_backend(config, causal, options)
     log.info(
         "%s: %s attention by %s (%s), %s on %s",
         path,
@@ -127,12 +124,29 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
         path,
         config=config,
         dtype=options.dtype,
-        attn_implementation=register(backend),
+        attn_implementation=register(options.attention),
         output_loading_info=True,
     )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} lacks weights: {', '.join(missing[:5])}; start from the full language model")
     return model
+
+
+def _attention_backend(config: Any, causal: bool, options: TrunkOptions) -> AttentionBackend:
+    """The backend that will run, or a refusal before any weight is read."""
+    text_config = config.get_text_config()
+    needs = AttentionNeeds(
+        options.device,
+        dtype=options.dtype,
+        head_dim=getattr(text_config, "head_dim", None),
+        softcap=getattr(text_config, "attn_logit_softcapping", None),
+        dropout_p=options.attention_dropout or 0.0,
+        causal=causal,
+    )
+    try:
+        return choose_attention_backend(options.attention, needs)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _from_pretrained(auto_class: Any, path: str, **options: Any) -> Any:

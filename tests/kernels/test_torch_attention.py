@@ -73,5 +73,5 @@ def test_empty_stream() -> None:
 
 
 def test_unknown_backend_is_named() -> None:
-    with pytest.raises(ValueError, match="'flash'.*auto or torch"):
+    with pytest.raises(ValueError, match="'flash'.*auto, triton, flash_attn, varlen, torch"):
         choose_attention_backend("flash")

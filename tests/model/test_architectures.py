@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llm2vec_kernels import choose_attention_backend
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2vec_ds.data.packing import pack
@@ -22,7 +21,7 @@ from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, is_causal, with_causal
 from tests.support.tiny import tiny_tokenizer
 
-ATTENTION = register(choose_attention_backend("torch"))
+ATTENTION = register()
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 
 SIZES: dict[str, Any] = {

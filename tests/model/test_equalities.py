@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from llm2vec_kernels import choose_attention_backend
 
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
@@ -17,7 +16,7 @@ from llm2vec_ds.model.bidirectional import check_can_be_bidirectional
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 LENGTHS = (7, 1, 12, 7, 3)
-ATTENTION = register(choose_attention_backend("torch"))
+ATTENTION = register()
 
 
 def texts(lengths: tuple[int, ...] = LENGTHS) -> list[TokenizedText]:

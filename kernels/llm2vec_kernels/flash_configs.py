@@ -1,0 +1,123 @@
+"""Tile sizes of the attention kernels, by head dim, dtype and the shared memory of the card.
+
+Fixed tables instead of autotuning: a run starts at once, and every rank and every restart computes with
+the same tiles. `tests/kernels/test_flash_compile.py` compiles each entry for its card, without one, and
+holds its shared memory to the card's limit. Chosen among those that fit by what the compiler says of
+registers and spills; not yet by measured time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+MAX_HEAD_DIM = 256
+SHORT_TEXT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`rows` tokens that a program owns, `columns` tokens that it visits at a time (see `flash_tiles`)."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One tile for each kernel: rows are queries in `forward` and `dq`, keys in `dkdv`."""
+
+    forward: Tile
+    dq: Tile
+    dkdv: Tile
+
+
+@dataclass(frozen=True)
+class Card:
+    """A class of GPU: those where one program may use at least this much shared memory."""
+
+    name: str
+    shared_bytes: int
+
+
+HOPPER = Card("H100, H200, B200", 232_448)
+AMPERE = Card("A100", 166_912)
+CONSUMER = Card("A10, L4, L40S, RTX 30 to 50", 101_376)
+CARDS = (HOPPER, AMPERE, CONSUMER)
+
+# fp16 and bf16: padded head dim → tiles.
+HALF_TILES: dict[Card, dict[int, Tiles]] = {
+    HOPPER: {
+        64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        256: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    },
+    AMPERE: {
+        64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    },
+    CONSUMER: {
+        64: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
+        256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    },
+}
+# Where no text is longer than SHORT_TEXT_TOKENS: most of a larger tile would be masked.
+SHORT_HALF_TILES = {
+    64: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    128: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
+}
+# fp32 is multiplied without tensor cores: tiles are small for want of registers, on every card.
+FLOAT_TILES = {
+    64: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    128: Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
+    256: Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+# Small, so that a test of the interpreter crosses many tile borders in few steps.
+INTERPRETER_TILES = Tiles(Tile(32, 16, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1))
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two that tiles of this head dim are as wide as; a matrix product needs at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def tiles_for(card: Card, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Tiles:
+    """The tiles of a call on a card."""
+    width = max(64, padded_head_dim(head_dim))
+    if dtype == torch.float32:
+        return FLOAT_TILES[width]
+    if max_seqlen <= SHORT_TEXT_TOKENS and width in SHORT_HALF_TILES:
+        return SHORT_HALF_TILES[width]
+    return HALF_TILES[card][width]
+
+
+@lru_cache
+def card_of(device: torch.device) -> Card:
+    """The class that a CUDA device belongs to.
+
+    Raises:
+        ValueError: it has less shared memory than any of them (compute capability below 8.0).
+    """
+    properties = torch.cuda.get_device_properties(device)
+    # An AMD device lacks the first.
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    for card in CARDS:
+        if shared_bytes >= card.shared_bytes:
+            return card
+    raise ValueError(
+        f"{properties.name} gives a program {shared_bytes} bytes of shared memory, the Triton kernels need "
+        f"{CONSUMER.shared_bytes} (compute capability 8.0 or later): use the torch backend"
+    )
+
+
+def tiles_on(device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Tiles:
+    """The tiles of a call on a device; on a CPU those of the interpreter."""
+    if device.type != "cuda":
+        return INTERPRETER_TILES
+    return tiles_for(card_of(device), dtype, head_dim, max_seqlen)

@@ -1,0 +1,135 @@
+"""What the three attention kernels share: how a tile is loaded, masked, scored and dropped from.
+
+Each kernel owns a tile of *rows* of the packed stream and walks over a contiguous range of *columns*. In
+the forward and the dq kernel rows are queries and columns keys, in the dk/dv kernel it is the reverse.
+Attention inside texts, with a symmetric window, is one interval a token: token i sees the tokens
+first[i] <= j < past[i], and j sees i exactly if i sees j. So one interval test is the whole mask, for
+texts, window and the end of the stream alike, and for the transposed tile too.
+
+Shape legend: T tokens of all texts, R rows and C columns of a tile, D head dim (padded to a power of two).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Philox-4x32 passes BigCrush from 7 rounds on (Salmon et al., 2011, "Parallel random numbers").
+PHILOX_ROUNDS = tl.constexpr(7)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def load_tile(
+    base,
+    row0,
+    stride,
+    n_rows,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """`[ROWS, BLOCK_D]` from row `row0` on; zeros beyond D and, if CHECK, from row `n_rows` on."""
+    row_R, dim_D = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    # The offset of the tile may exceed 32 bits, those inside it do not.
+    pointers = base + row0.to(tl.int64) * stride + (row_R[:, None] * stride + dim_D[None, :])
+    if CHECK:
+        return tl.load(pointers, mask=(row0 + row_R < n_rows)[:, None] & (dim_D < D)[None, :], other=0.0)
+    if D != BLOCK_D:
+        return tl.load(pointers, mask=(dim_D < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(base, tile, row0, stride, n_rows, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes the part of `tile [ROWS, BLOCK_D]` that exists, in the dtype of `base`."""
+    row_R, dim_D = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    pointers = base + row0.to(tl.int64) * stride + (row_R[:, None] * stride + dim_D[None, :])
+    mask = (row0 + row_R < n_rows)[:, None] & (dim_D < D)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def column_tiles(first_ptr, past_ptr, row0, n_tokens, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which columns a tile of rows has to visit.
+
+    `first` and `past` never fall along the stream, so the outermost rows bound the range. Inside it lie,
+    in a row, the tiles that *every* row sees whole: they need no mask.
+
+    Returns:
+        begin: first column; n_tiles: tiles from there on; n_before: masked tiles before the whole ones;
+        n_whole: whole ones.
+    """
+    row_last = tl.minimum(row0 + ROWS, n_tokens) - 1
+    begin, end = tl.load(first_ptr + row0), tl.load(past_ptr + row_last)
+    whole_begin, whole_end = tl.load(first_ptr + row_last), tl.load(past_ptr + row0)
+    n_tiles = tl.cdiv(end - begin, COLUMNS)
+    n_before = tl.cdiv(whole_begin - begin, COLUMNS)
+    n_whole = tl.maximum(whole_end - begin - n_before * COLUMNS, 0) // COLUMNS
+    return begin, n_tiles, n_before, n_whole
+
+
+@triton.jit
+def column_of_step(step, begin, n_before, n_whole, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+    """First column of the `step`-th tile among the whole ones, or among those around them."""
+    tile = n_before + step if WHOLE else step + tl.where(step < n_before, 0, n_whole)
+    return begin + tile * COLUMNS
+
+
+@triton.jit
+def load_interval(first_ptr, past_ptr, row_R, n_tokens):
+    """`first [R]`, `past [R]`; empty for rows beyond the stream."""
+    exists_R = row_R < n_tokens
+    first_R = tl.load(first_ptr + row_R, mask=exists_R, other=0)
+    past_R = tl.load(past_ptr + row_R, mask=exists_R, other=0)
+    return first_R, past_R
+
+
+@triton.jit
+def sees(first_R, past_R, column_C):
+    """`[R, C]` bool, the mask of all three kernels."""
+    return (column_C[None, :] >= first_R[:, None]) & (column_C[None, :] < past_R[:, None])
+
+
+@triton.jit
+def dot(a, b, sum):
+    """sum + a·b in fp32; fp32 operands are multiplied as fp32, not rounded to TF32."""
+    if INTERPRETED:
+        # The interpreter would multiply the bits of bf16 as integers; as fp32 the products are the same.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sum, input_precision="ieee")
+
+
+@triton.jit
+def tanh(x):
+    """To fp32 accuracy: an odd polynomial near 0, where 1 - exp(-2x) cancels; else by the exponential.
+
+    Coefficients: least squares in Chebyshev nodes of tanh(x)/x over x² on |x| < 0.6, error 2.5e-9.
+    """
+    square = x * x
+    tail = -0.05376993 + square * (0.02075749 - square * 0.00585643)
+    near = x * (1.0 + square * (-0.33333284 + square * (0.13331705 + square * tail)))
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    far = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.6, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def log2_scores(raw_RC, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Products q·k → scores in units of log 2 (softmax is then exp2), and the slope of the softcap."""
+    if HAS_SOFTCAP:
+        bend_RC = tanh(raw_RC * (scale / softcap))
+        return bend_RC * (softcap * LOG2_E), 1.0 - bend_RC * bend_RC
+    else:
+        return raw_RC * (scale * LOG2_E), 1.0
+
+
+@triton.jit
+def kept(seed, head, query, key, dropout_p):
+    """Which weights survive dropout: a function of (seed, head, query, key) alone, so that each kernel
+    draws the same mask whatever its tiles. `query` and `key` broadcast against each other."""
+    # The counter of Philox is the coordinate itself: no flat offset that could overflow.
+    word, _, _, _ = tl.philox(seed, key, query, head, 0, n_rounds=PHILOX_ROUNDS)
+    return tl.uint_to_uniform_float(word) >= dropout_p

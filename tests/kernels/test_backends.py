@@ -1,0 +1,151 @@
+"""Which backend is chosen, what each refuses by name, and what the packages of others are called with."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from llm2vec_kernels import AttentionNeeds, attention, backends, choose_attention_backend, reference
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+HALF = torch.bfloat16
+
+
+@pytest.fixture
+def _all_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a data-centre GPU and every package."""
+    from llm2vec_kernels import flash_configs
+
+    monkeypatch.setattr(backends, "INSTALLED", frozenset(backends.PACKAGES))
+    monkeypatch.setattr(flash_configs, "card_of", lambda device: flash_configs.HOPPER)
+
+
+@pytest.mark.usefixtures("_all_installed")
+@pytest.mark.parametrize(
+    ("needs", "name", "reason"),
+    [
+        (AttentionNeeds(CPU), "torch", "auto: the device is cpu"),
+        (
+            AttentionNeeds(CUDA, HALF, 128, softcap=50.0, dropout_p=0.3),
+            "triton",
+            "non-causal attention on CUDA",
+        ),
+        (
+            AttentionNeeds(CUDA, HALF, 128, causal=True),
+            "torch",
+            "not triton, causal attention is not supported",
+        ),
+        (
+            AttentionNeeds(CUDA, torch.float64, 64),
+            "torch",
+            "not triton, dtype torch.float64 is not supported",
+        ),
+        (AttentionNeeds(CUDA, HALF, 512), "torch", "not triton, head dim 512 exceeds 256"),
+    ],
+)
+def test_auto_says_why(needs: AttentionNeeds, name: str, reason: str) -> None:
+    chosen = choose_attention_backend("auto", needs)
+    assert chosen.name == name
+    assert reason in chosen.reason
+
+
+@pytest.mark.usefixtures("_all_installed")
+@pytest.mark.parametrize(
+    ("name", "needs", "message"),
+    [
+        ("triton", {"causal": True}, "causal attention is not supported: use attention `torch`"),
+        ("flash_attn", {"causal": True}, "causal attention is not supported"),
+        ("varlen", {"causal": True}, "causal attention is not supported"),
+        ("triton", {"dtype": torch.float64}, "dtype torch.float64 is not supported"),
+        ("flash_attn", {"dtype": torch.float32}, "only float16, bfloat16"),
+        ("varlen", {"dtype": torch.float32}, "only float16, bfloat16"),
+        ("flash_attn", {"head_dim": 60}, "head dim 60 is no multiple of 8"),
+        ("flash_attn", {"dropout_p": 0.3}, "FlashAttention-3 has no dropout"),
+        ("varlen", {"softcap": 50.0}, "no softcap: use attention `triton`"),
+        ("varlen", {"dropout_p": 0.3}, "no dropout: use attention `triton`"),
+        ("flash_attn", {"device": CPU}, "needs a CUDA device, not cpu"),
+        ("varlen", {"device": CPU}, "needs a CUDA device, not cpu"),
+    ],
+)
+def test_refusals_name_the_mend(name: str, needs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"attention backend '{name}': .*{message}"):
+        choose_attention_backend(name, AttentionNeeds(**{"device": CUDA, "dtype": HALF, **needs}))
+
+
+def test_what_is_not_installed_or_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "INSTALLED", frozenset())
+    for name, package in (("triton", "triton"), ("flash_attn", "flash_attn")):
+        with pytest.raises(ValueError, match=f"package {package} is not installed"):
+            choose_attention_backend(name, AttentionNeeds(CUDA, HALF))
+    monkeypatch.setattr(backends, "INSTALLED", frozenset(["flash_attn"]))
+    with pytest.raises(ValueError, match="FlashAttention-2 has no dropout beside a softcap"):
+        choose_attention_backend("flash_attn", AttentionNeeds(CUDA, HALF, softcap=5.0, dropout_p=0.1))
+
+
+def test_a_card_with_little_shared_memory_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llm2vec_kernels import flash_configs
+
+    class Properties:
+        name = "Tesla V100"
+        shared_memory_per_block_optin = 98_304
+        shared_memory_per_block = 49_152
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    flash_configs.card_of.cache_clear()
+    chosen = choose_attention_backend("auto", AttentionNeeds(CUDA, HALF))
+    assert chosen.name == "torch"
+    assert "Tesla V100 gives a program 98304 bytes" in chosen.reason
+    flash_configs.card_of.cache_clear()
+
+
+def fake_package(name: str, accepts: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that computes by the reference, and takes no argument that the real one lacks."""
+
+    def flash_attn_varlen_func(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_q: torch.Tensor,
+        cu_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        **options: Any,
+    ) -> Any:
+        assert set(options) <= accepts
+        assert (max_q, max_k) == (4, 4)
+        assert torch.equal(cu_q, cu_k)
+        left, right = options["window_size"]
+        assert left == right
+        out = reference.attention(
+            q,
+            k,
+            v,
+            cu_q,
+            softmax_scale=options["softmax_scale"],
+            window=None if left == -1 else left,
+            softcap=options["softcap"] or None,
+        )
+        return (out, None) if name == "flash_attn_interface" else out
+
+    module = ModuleType(name)
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(backends, "INSTALLED", frozenset([name]))
+    monkeypatch.setattr(backends, "_no_cuda", lambda needs: None)
+
+
+@pytest.mark.parametrize("package", ["flash_attn", "flash_attn_interface"])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, None), (None, 3.0)])
+def test_flash_attn_is_called_as_its_releases_want_it(
+    package: str, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepts = {"softmax_scale", "window_size", "softcap", "deterministic"}
+    fake_package(package, accepts | ({"dropout_p"} if package == "flash_attn" else set()), monkeypatch)
+    q, k, v = torch.randn(3, 7, 2, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    cu_seqlens = torch.tensor([0, 3, 7]).int()
+    options: dict[str, Any] = {"softmax_scale": 0.5, "window": window, "softcap": softcap}
+    ours = attention(q, k, v, cu_seqlens, 4, backend="flash_attn", **options)
+    assert torch.equal(ours, reference.attention(q, k, v, cu_seqlens, **options))

@@ -1,0 +1,97 @@
+"""The benchmark scripts run, say what they need, and draw the lengths that they claim."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / arguments[0]), *arguments[1:]]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_smoke_run_prints_a_line_a_case_and_pass() -> None:
+    outcome = run("attention.py", "--smoke")
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    lines = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert {(line["case"], line["dropout_p"]) for line in lines} == {
+        ("sts", 0.0),
+        ("sts", 0.3),
+        ("dense", 0.0),
+    }
+    assert [line["pass"] for line in lines[:3]] == ["forward", "backward", "both"]
+    for line in lines:
+        assert set(line["ms"]) == {"triton", "torch"}
+        assert not line["refused"]
+        ratio = line["ms"]["torch"] / line["ms"]["triton"]
+        assert line["ratio_to_best_rival"] == pytest.approx(ratio, abs=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
+@pytest.mark.parametrize("name", ["attention.py", "gpu_check.py"])
+def test_without_a_gpu_they_say_so_in_a_line(name: str) -> None:
+    outcome = run(name)
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith("error: ")
+    assert "CUDA" in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("mix", "mean", "longest"), [("sts", 13.4, 72), ("wiki", 140.8, 587), ("blocks", 485, 512)]
+)
+def test_length_mixes_are_those_measured(mix: str, mean: float, longest: int) -> None:
+    lengths = script("attention").length_mix(mix, 400_000)
+    assert sum(lengths) == 400_000
+    assert abs(statistics.mean(lengths) / mean - 1) < 0.05
+    assert 0.9 * longest <= max(lengths) <= longest
+    assert list(lengths) == sorted(lengths, reverse=True)
+
+
+def test_gpu_check_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the GPU: numbers from the interpreter, benchmarks replaced by what they print."""
+    check = script("gpu_check")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "LENGTHS", {"mixed": (3, 0, 17)})
+    monkeypatch.setattr(check, "CHECKS", (("float32", 2, 1, 16, {"window": 4}),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check, "hardware", lambda torch: {"gpu": "NVIDIA H100 80GB HBM3"})
+    numbers = check.check_numbers
+    monkeypatch.setattr(check, "check_numbers", lambda torch: numbers(torch, "cpu"))
+    started: list[str] = []
+
+    def run_script(arguments: list[str], limit_s: float) -> tuple[int, list[str]]:
+        started.append(arguments[0])
+        return 0, ["a warning", '{"case": "sts"}', "9 passed"]
+
+    monkeypatch.setattr(check, "run_script", run_script)
+    assert check.main() == 0
+    (path,) = (tmp_path / "benchmarks" / "results").iterdir()
+    assert path.name.endswith("_nvidia-h100-80gb-hbm3.json")
+    result: dict[str, Any] = json.loads(path.read_text())
+    assert [line["ok"] for line in result["checks"]] == [True]
+    assert result["tests"]["summary"] == "9 passed"
+    assert result["attention"] == [{"case": "sts"}]
+    assert started == ["-m", "benchmarks/attention.py"]
