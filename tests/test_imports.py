@@ -40,6 +40,7 @@ FLOW = [
     "stages.contrastive",
     "stages.simcse",
     "stages.supervised",
+    "engine.comm_bytes",
     "engine.deepspeed_engine",
     "engine.monitor",
     "engine.trainer",

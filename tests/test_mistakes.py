@@ -221,9 +221,9 @@ MISTAKES = {
         changes={"batch": {"global_batch_size": 1000}},
     ),
     "token budget": Mistake(
-        "batch.max_tokens_per_micro_batch=100 cannot hold a text of data.max_tokens=64: raise it to at least "
-        "128",
-        changes={"batch": {"global_batch_size": 8, "max_tokens_per_micro_batch": 100}},
+        "batch.max_tokens_per_micro_batch=60 cannot hold a text of data.max_tokens=64: raise it to at "
+        "least 64",
+        changes={"batch": {"global_batch_size": 8, "max_tokens_per_micro_batch": 60}},
     ),
     "no DeepSpeed JSON": Mistake(
         "DeepSpeed config TMP/ds.json not found: see ds_configs/ for ready ones", changes=DEEPSPEED

@@ -1,0 +1,109 @@
+"""Bytes counted in a step equal the formulas of docs/scaling.md."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2vec_ds.config import parse_recipe
+from llm2vec_ds.engine.run import train
+from tests.engine.test_global_batch import EXAMPLES, TEXTS_AN_EXAMPLE, pairs_file, recipe_of
+from tests.support.ranks import run_ranks
+
+__all__ = ["pairs_file"]
+
+WORLD, WIDTH, FP32_BYTES, ID_BYTES = 2, 32, 4, 8
+LORA_PARAMETERS = 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)  # two layers, rank 4: q, o; k, v; gate, up, down
+EMBEDDING = 400 * 32
+TRUNK_PARAMETERS = 31_392
+SCALARS = 100
+"""Room for the numbers that ranks agree on: counts, losses, norms."""
+
+CASES: list[tuple[int, int, str]] = [
+    (0, 1, "gather"),
+    (0, 2, "ring"),
+    (1, 2, "gather"),
+    (2, 2, "gather"),
+    (3, 1, "gather"),
+    (3, 2, "ring"),
+]
+
+
+def _train_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> None:
+    for values in recipes:
+        train(parse_recipe(values))
+
+
+@pytest.fixture(scope="module")
+def counted(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, pairs_file: Path
+) -> dict[tuple[int, int, str], dict[str, int]]:
+    """The last step's bytes by kind, of rank 0."""
+    folder = tmp_path_factory.mktemp("bytes")
+    recipes = {}
+    for case in CASES:
+        zero_stage, micro_batches, exchange = case
+        run = folder / "-".join(map(str, case))
+        values = recipe_of(
+            (WORLD, zero_stage, micro_batches, exchange, "lora"), tiny_model_dir, pairs_file, run
+        )
+        values["supervised"]["symmetric"] = False
+        recipes[case] = values
+    run_ranks(partial(_train_all, recipes=list(recipes.values())), WORLD)
+    results = {}
+    for case, values in recipes.items():
+        last = (Path(values["output_dir"]) / "metrics.jsonl").read_text().splitlines()[-1]
+        row = json.loads(last)
+        assert row["comm_bytes"] == sum(row["comm_bytes_by_kind"].values())
+        results[case] = row["comm_bytes_by_kind"]
+    return results
+
+
+def exchange_bytes(exchange: str) -> dict[str, int]:
+    """What the loss sends: documents with their ids, and their gradients."""
+    documents_a_rank = EXAMPLES * (TEXTS_AN_EXAMPLE - 1) // WORLD
+    vectors = documents_a_rank * WIDTH * FP32_BYTES
+    ids = documents_a_rank * ID_BYTES
+    if exchange == "ring":
+        return {"send": 2 * (WORLD - 1) * (vectors + ids) + WORLD * vectors}
+    return {"all_gather": (WORLD - 1) * (vectors + ids), "reduce_scatter": (WORLD - 1) * vectors}
+
+
+def engine_bytes(zero_stage: int, micro_batches: int) -> dict[str, int]:
+    """What DeepSpeed sends, with everything but the embedding under the persistence threshold."""
+    share = (WORLD - 1) / WORLD
+    gradients = LORA_PARAMETERS * FP32_BYTES * share
+    if zero_stage == 0:
+        return {"all_reduce": int(2 * gradients)}
+    if zero_stage < 3:
+        n_reductions = micro_batches if zero_stage == 2 else 1
+        return {"all_reduce": int(2 * gradients * n_reductions), "all_gather": int(gradients)}
+    n_forwards = 1 if micro_batches == 1 else 2 * micro_batches
+    persistent = (TRUNK_PARAMETERS - EMBEDDING + LORA_PARAMETERS) * FP32_BYTES
+    gathered = n_forwards * EMBEDDING * FP32_BYTES + persistent
+    return {"reduce_scatter": int(gradients * micro_batches), "all_gather": int(gathered * share)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_count_equals_formula(
+    case: tuple[int, int, str], counted: dict[tuple[int, int, str], dict[str, int]]
+) -> None:
+    zero_stage, micro_batches, exchange = case
+    expected: dict[str, int] = {}
+    for part in (exchange_bytes(exchange), engine_bytes(zero_stage, micro_batches)):
+        for kind, n_bytes in part.items():
+            expected[kind] = expected.get(kind, 0) + n_bytes
+    for kind in {*expected, *counted[case]}:
+        difference = counted[case].get(kind, 0) - expected.get(kind, 0)
+        assert 0 <= difference <= SCALARS, (kind, counted[case], expected)
+
+
+def test_gather_and_ring_differ_and_stages_differ(
+    counted: dict[tuple[int, int, str], dict[str, int]],
+) -> None:
+    assert "send" not in counted[0, 1, "gather"]
+    assert len({tuple(sorted(kinds.items())) for kinds in counted.values()}) == len(CASES)
