@@ -87,7 +87,7 @@ def block_log_sum_exp(
         ValueError: shapes or dtypes do not fit together.
     """
     block = Block(query_QD, document_ND, float(scale), positive_Q, query_id_Q, document_id_N, score_limit_Q)
-    with full_precision(query_QD.device, allow_tf32):
+    with full_precision(allow_tf32):
         return _statistics(block, tile_mib)
 
 
@@ -123,7 +123,7 @@ def block_gradients(
     The others are those of `block_log_sum_exp`. Sums over blocks give the gradients of the whole.
     """
     block = Block(query_QD, document_ND, float(scale), positive_Q, query_id_Q, document_id_N, score_limit_Q)
-    with full_precision(query_QD.device, allow_tf32):
+    with full_precision(allow_tf32):
         return _block_gradients(block, lse_Q, weight_Q, tile_mib)
 
 
@@ -155,7 +155,7 @@ def info_nce(
     if torch.is_grad_enabled():
         return InfoNce(*_InfoNce.apply(query_QD, document_ND, scale, others, tile_mib, allow_tf32))
     block = Block(query_QD, document_ND, float(scale), *others)
-    with full_precision(query_QD.device, allow_tf32):
+    with full_precision(allow_tf32):
         return _outcome(_statistics(block, tile_mib))
 
 
@@ -263,7 +263,7 @@ class _InfoNce(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         block = Block(query_QD, document_ND, float(scale), *others)  # type: ignore[arg-type]
         needs_query, needs_document, needs_scale = ctx.needs_input_grad[:3]
-        with full_precision(query_QD.device, allow_tf32):
+        with full_precision(allow_tf32):
             sums = _Sums(
                 block,
                 query=needs_query or needs_scale,
@@ -283,7 +283,7 @@ class _InfoNce(torch.autograd.Function):
         block = Block(query_QD, document_ND, float(ctx.scale), *others)
         gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
         tile_mib, allow_tf32 = ctx.options
-        with full_precision(query_QD.device, allow_tf32):
+        with full_precision(allow_tf32):
             sums, ctx.sums = ctx.sums, None
             if sums is None:  # a second backward through one graph: the first has overwritten the sums
                 whole = _block_gradients(block, lse_Q, weight_Q, tile_mib)

@@ -96,13 +96,13 @@ def slices(length: int, step: int) -> Iterator[slice]:
 
 
 @contextmanager
-def full_precision(device: torch.device, allow_tf32: bool) -> Iterator[None]:
-    """fp32 products are fp32, whatever autocast or the process-wide TF32 switch say."""
+def full_precision(allow_tf32: bool) -> Iterator[None]:
+    """fp32 products are fp32, whatever the process-wide TF32 switch says; and no graph."""
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
     switch.fp32_precision = "tf32" if allow_tf32 else "ieee"
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad():
             yield
     finally:
         switch.fp32_precision = before
@@ -118,7 +118,7 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)
     else:
         total += torch.mm(a, b, total.dtype)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.masking import NOT_PREDICTED
@@ -34,20 +35,88 @@ class MaskedTokenHead(nn.Module):
 
     def forward(self, hidden_MD: torch.Tensor, label_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy `[M]` fp32 and whether the likeliest token is the right one `[M]` bool."""
+        return _HeadLoss.apply(
+            hidden_MD, label_M, self.weight, self.bias, self.softcap, self.factor, self.chunk_tokens
+        )
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Loss and hit of each row, chunk by chunk.
+
+    A row's loss depends on its own hidden state only, so forward knows that gradient up to a factor while
+    the logits are there. A frozen head then costs two matrix products, where a checkpointed chunk takes
+    three, and ZeRO-3 gathers its weight once. A trained head's own gradient recomputes the logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: torch.Tensor,
+        label_M: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        *options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        d_hidden_MD = torch.empty_like(hidden_MD)
         losses, hits = [hidden_MD.new_zeros(0).float()], [label_M.new_zeros(0).bool()]
-        for hidden, label in zip(
-            hidden_MD.split(self.chunk_tokens), label_M.split(self.chunk_tokens), strict=True
-        ):
-            loss, hit = checkpoint(self._chunk, hidden, label, use_reentrant=False)
+        for hidden, label, d_hidden in _chunks(options, hidden_MD, label_M, d_hidden_MD):
+            loss, hit, d_logits = _chunk(hidden, label, weight_VD, bias_V, options)
             losses.append(loss)
             hits.append(hit)
-        return torch.cat(losses), torch.cat(hits)
+            if ctx.needs_input_grad[0]:
+                torch.mm(d_logits, weight_VD, out=d_hidden)
+        kept_MD = d_hidden_MD if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(hidden_MD, label_M, weight_VD, bias_V, kept_MD)
+        ctx.options = options
+        hit_M = torch.cat(hits)
+        ctx.mark_non_differentiable(hit_M)
+        return torch.cat(losses), hit_M
 
-    def _chunk(self, hidden: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = F.linear(hidden, self.weight, self.bias).float() * self.factor
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return F.cross_entropy(logits, label, reduction="none"), logits.detach().argmax(-1) == label
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight_M: torch.Tensor, unused: None) -> tuple[torch.Tensor | None, ...]:
+        hidden_MD, label_M, weight_VD, bias_V, d_loss_MD = ctx.saved_tensors
+        d_hidden_MD = None if d_loss_MD is None else (d_loss_MD * weight_M[:, None]).to(hidden_MD.dtype)
+        d_weight_VD: torch.Tensor | None = None
+        d_bias_V: torch.Tensor | None = None
+        if any(ctx.needs_input_grad[2:4]):
+            d_weight_VD = torch.zeros_like(weight_VD)
+            d_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
+            for hidden, label, weight in _chunks(ctx.options, hidden_MD, label_M, weight_M):
+                _, _, d_logits = _chunk(hidden, label, weight_VD, bias_V, ctx.options)
+                d_logits *= weight[:, None].to(d_logits.dtype)
+                torch.addmm(d_weight_VD, d_logits.T, hidden, out=d_weight_VD)
+                if d_bias_V is not None:
+                    d_bias_V += d_logits.sum(0)
+        return d_hidden_MD, None, d_weight_VD, d_bias_V, None, None, None
+
+
+def _chunks(options: tuple[Any, ...], *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    chunk_tokens = options[-1]
+    return zip(*(x.split(chunk_tokens) for x in tensors), strict=True) if len(tensors[0]) else iter(())
+
+
+def _chunk(
+    hidden: torch.Tensor,
+    label: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    options: tuple[Any, ...],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, hit, and ∂loss/∂(hidden · weightᵀ) in the weight's dtype; logits and softmax in fp32."""
+    softcap, factor, _ = options
+    logits = F.linear(hidden, weight_VD, bias_V).float().mul_(factor)
+    slope: torch.Tensor | float = factor
+    if softcap is not None:
+        logits.div_(softcap).tanh_()
+        slope = logits.square().neg_().add_(1).mul_(factor)
+        logits.mul_(softcap)
+    hit = logits.argmax(-1) == label
+    label = label[:, None]
+    lse = logits.logsumexp(-1, keepdim=True)
+    loss = lse - logits.gather(-1, label)
+    d_logits = logits.sub_(lse).exp_().scatter_add_(-1, label, -torch.ones_like(loss)).mul_(slope)
+    return loss[:, 0], hit, d_logits.to(weight_VD.dtype)
 
 
 class MntpModel(nn.Module):

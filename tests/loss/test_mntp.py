@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
@@ -68,3 +72,54 @@ def test_no_masked_token_is_no_loss() -> None:
     loss_M, hit_M, _ = mntp(pack(texts(), [np.full(len(row), -100) for row in texts()]))
     assert loss_M.shape == hit_M.shape == (0,)
     loss_M.sum().backward()
+
+
+@pytest.mark.parametrize(("trained", "products"), [(False, 2), (True, 4)])
+def test_a_frozen_head_takes_two_matrix_products(trained: bool, products: int) -> None:
+    linear = torch.nn.Linear(16, 50).requires_grad_(trained)
+    hidden, label = torch.randn(20, 16, requires_grad=True), torch.arange(20)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = MaskedTokenHead(linear, SimpleNamespace(), 8)(hidden, label)
+        (loss * torch.linspace(0.1, 1.0, 20)).sum().backward()
+    assert counter.get_total_flops() == products * 2 * 20 * 16 * 50
+    exact = hidden.detach().double().requires_grad_()
+    weight, bias = (x.detach().double().requires_grad_() for x in (linear.weight, linear.bias))
+    plain = F.cross_entropy(F.linear(exact, weight, bias), label, reduction="none")
+    (plain * torch.linspace(0.1, 1.0, 20)).sum().backward()
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+    for ours, expected in ((linear.weight, weight), (linear.bias, bias)):
+        if trained:
+            torch.testing.assert_close(ours.grad.double(), expected.grad, rtol=1e-5, atol=1e-6)
+        else:
+            assert ours.grad is None
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from types import SimpleNamespace
+from llm2vec_ds.loss.mntp import MaskedTokenHead
+
+def resident_mib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+linear = torch.nn.Linear(16, 32768, bias=False).requires_grad_(sys.argv[1] == "True")
+head = MaskedTokenHead(linear, SimpleNamespace(final_logit_softcapping=30.0), 64)
+def run(n):
+    loss, _ = head(torch.randn(n, 16, requires_grad=True), torch.arange(n))
+    loss.sum().backward()
+run(64)
+Path("/proc/self/clear_refs").write_text("5")
+before = resident_mib("VmRSS")
+run(2048)
+print(resident_mib("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_memory_over_forward_and_backward_is_that_of_a_chunk(trained: bool) -> None:
+    """2,048 × 32,768 logits are 256 MiB, a chunk of 64 rows 8 MiB."""
+    line = [sys.executable, "-c", PEAK, str(trained)]
+    steady = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
+    assert float(subprocess.check_output(line, text=True, env=steady)) <= 60
