@@ -14,7 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,13 +24,7 @@ import torch
 from tqdm import tqdm
 
 from llm2vec_ds.config import PairsConfig
-from llm2vec_ds.data.corpus import (
-    Corpus,
-    DistinctTexts,
-    known_positives,
-    load_corpus,
-    write_corpus,
-)
+from llm2vec_ds.data.corpus import Corpus, DistinctTexts, known_positives, load_corpus, write_corpus
 from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
@@ -72,18 +66,22 @@ def mine(options: MiningOptions, output: Path, *, overwrite: bool = False) -> Co
         mining.run()
         mining.found.rename(output)
         shutil.rmtree(folder)
-    counts = mining.progress.counts
+    counts = mining.counts()
     log.info("%s: %s", output, ", ".join(f"{n} {name}" for name, n in counts.items() if n))
-    return Counter(counts)
+    return counts
 
 
 @dataclass
 class _Progress:
-    """How far the finished blocks go. `n_encoded` by kind of text; `n_bytes` of the found negatives."""
+    """How far the finished blocks go. `n_encoded` by kind of text; `n_bytes` of the lines of searched pairs,
+    `n_few` of which got too few negatives and `n_none` none; `counts` of what was read and left out.
+    """
 
     n_encoded: dict[str, int] = field(default_factory=lambda: {"queries": 0, "documents": 0})
     n_searched: int = 0
     n_bytes: int = 0
+    n_few: int = 0
+    n_none: int = 0
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -97,6 +95,8 @@ class _Mining:
         self.note = folder / "progress.json"
         self.found = folder / "found.jsonl"
         self.progress = _Progress(**json.loads(self.note.read_text())) if self.note.exists() else _Progress()
+        if not self.found.exists():  # it was moved to the output, which is to be made again
+            self.progress = replace(self.progress, n_searched=0, n_bytes=0, n_few=0, n_none=0)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -115,10 +115,15 @@ class _Mining:
         documents = self._encode("documents", corpus.documents, self.options.document_instruction)
         self._search(corpus, queries, documents)
 
+    def counts(self) -> Counter[str]:
+        few = f"pairs with fewer than {self.options.negatives} negatives"
+        return Counter(
+            self.progress.counts | {few: self.progress.n_few, "pairs with none": self.progress.n_none}
+        )
+
     def _read_sources(self) -> None:
-        bytes_a_text = (
-            4 * self.encoder.trunk.config.hidden_size
-        )  # a wrong model shows before the long reading
+        # The model first: a wrong one shows before the long reading.
+        bytes_a_text = 4 * self.encoder.trunk.config.hidden_size
         options, counts = self.options, Counter[str]()
         columns = PairsConfig(
             query_column=options.query_column, positive_column=options.positive_column, max_negatives=0
@@ -131,13 +136,10 @@ class _Mining:
         log.info("reading %s", " and ".join(map(str, self.sources)))
         write_corpus(self.folder, pairs, texts, counts)
         corpus = load_corpus(self.folder)
-        sizes = {
-            "pairs": len(corpus.pairs),
-            "queries": len(corpus.queries),
-            "candidates": corpus.n_candidates,
-        }
+        n_queries, n_documents = len(corpus.queries), len(corpus.documents)
+        sizes = {"pairs": len(corpus.pairs), "queries": n_queries, "candidates": corpus.n_candidates}
         self.progress.counts = sizes | counts
-        gib = bytes_a_text * (len(corpus.queries) + len(corpus.documents)) / 2**30
+        gib = bytes_a_text * (n_queries + n_documents) / 2**30
         log.info("%s: vectors will take %.1f GiB", self.folder, gib)
         self._write_note()
 
@@ -200,11 +202,8 @@ class _Mining:
         os.truncate(self.found, self.progress.n_bytes)
         self.progress.n_bytes = write_at(self.found, content, self.progress.n_bytes)
         n_found = np.array([len(rows) for rows in chosen])
-        counts = Counter(self.progress.counts)
-        few = f"pairs with fewer than {self.options.negatives} negatives"
-        counts[few] += int(np.count_nonzero(n_found < self.options.negatives))
-        counts["pairs with none"] += int(np.count_nonzero(n_found == 0))
-        self.progress.counts = dict(counts)
+        self.progress.n_few += int(np.count_nonzero(n_found < self.options.negatives))
+        self.progress.n_none += int(np.count_nonzero(n_found == 0))
         self.progress.n_searched = int(block[-1]) + 1
         self._write_note()
 

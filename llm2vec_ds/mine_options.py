@@ -54,7 +54,7 @@ class MiningOptions:
             raise UserError(f"--sampling {self.sampling!r} is unknown: choose {' or '.join(SAMPLINGS)}")
 
     def key(self, sources: list[Source], *more: object) -> str:
-        """Changes with all that vectors and output depend on; a model is known by its files' sizes and times."""
+        """Changes with all that the output depends on; of a model's files with their sizes and times."""
         model = Path(self.model)
         files = sorted(model.iterdir()) if model.is_dir() else []
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
