@@ -28,6 +28,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz")
 LONGEST_TEXT_CHARACTERS = 2**20
 LONGEST_LINE_BYTES = 2**26
 HUB_PREFIX = "hub:"
+PAIR_KEYS = tuple(f"data.pairs.{name}_column" for name in ("query", "positive", "negative"))
 
 Row = tuple[dict[str, Any], str]
 """A row's columns, and where it stands, for error messages."""
@@ -50,8 +51,8 @@ class Source:
         return self.hub or ", ".join(shown) + (" …" if len(self.files) > 3 else "")
 
 
-def find_source(path: str | Sequence[str]) -> Source:
-    """What a recipe's `data.path` names: a file, several, a folder of them, or a hub data set.
+def find_source(path: str | Sequence[str], key: str = "data.path") -> Source:
+    """What a recipe's `data.path` (or another `key`) names: a file, several, a folder, or a hub data set.
 
     Raises:
         UserError: a file is missing, or they are not all of one known format.
@@ -61,24 +62,27 @@ def find_source(path: str | Sequence[str]) -> Source:
         return Source(hub=paths[0])
     files = [file for name in paths for file in _files(Path(name))]
     if not files:
-        raise UserError(f"data.path {path!r} names no file of a known format ({', '.join(FORMATS)})")
+        raise UserError(f"{key} {path!r} names no file of a known format ({', '.join(FORMATS)})")
     formats = sorted({_format(file) for file in files})
     if len(formats) > 1:
         raise UserError(f"data files of several formats ({', '.join(formats)}): use one format a recipe")
     return Source(tuple(files))
 
 
-def stream_texts(source: Source, text_column: str, counts: Counter[str], *, whole: bool) -> Iterator[str]:
+def stream_texts(
+    source: Source, text_column: str, counts: Counter[str], *, whole: bool, key: str = "data.text_column"
+) -> Iterator[str]:
     """Texts in order, blank ones included; adds to `counts` what was left out and why.
 
     Args:
         whole: False keeps only the first piece of an oversized text (enough where texts are truncated).
+        key: where the user names the column.
 
     Raises:
         UserError: the column is missing or a row cannot be read.
     """
     for row, place in _rows(source, [text_column], counts):
-        text = _text(_value(row, text_column, place, "data.text_column"))
+        text = _text(_value(row, text_column, place, key))
         if len(text) <= LONGEST_TEXT_CHARACTERS:
             yield text
             continue
@@ -86,10 +90,15 @@ def stream_texts(source: Source, text_column: str, counts: Counter[str], *, whol
         yield from _pieces(text) if whole else [next(_pieces(text))]
 
 
-def stream_pairs(source: Source, pairs: PairsConfig, counts: Counter[str]) -> Iterator[tuple[str, ...]]:
+def stream_pairs(
+    source: Source, pairs: PairsConfig, counts: Counter[str], keys: Sequence[str] = PAIR_KEYS
+) -> Iterator[tuple[str, ...]]:
     """Query, positive and up to `max_negatives` hard negatives of each example, in order.
 
     A negative column may hold one text or a list of them; blank negatives vanish.
+
+    Args:
+        keys: where the user names the columns of query, positive and negative.
 
     Raises:
         UserError: as `stream_texts`; or the source is plain text, which has no columns.
@@ -99,7 +108,6 @@ def stream_pairs(source: Source, pairs: PairsConfig, counts: Counter[str]) -> It
     columns = [pairs.query_column, pairs.positive_column]
     if pairs.max_negatives:
         columns.append(pairs.negative_column)
-    keys = [f"data.pairs.{name}_column" for name in ("query", "positive", "negative")]
     for row, place in _rows(source, columns, counts):
         query, positive, *negatives = (
             _value(row, column, place, key) for column, key in zip(columns, keys, strict=False)

@@ -1,0 +1,171 @@
+"""Queries, their positives and a corpus → distinct texts in memory-mapped Arrow files, and who is whose."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm2vec_ds.data.prompts import Prompt
+from llm2vec_ds.errors import UserError
+
+TEXTS_A_BLOCK = 1000
+CHARACTERS_A_BLOCK = 2**22
+INDEX_FILE = "index.npz"
+
+
+@dataclass(frozen=True)
+class DistinctTexts:
+    """Texts numbered in the order of their first appearance; none of them is in memory."""
+
+    rows: Any
+    row_of_text: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row_of_text)
+
+    def __getitem__(self, texts: np.ndarray) -> list[str]:
+        found: list[str] = self.rows[self.row_of_text[texts].tolist()]["text"]
+        return found
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """`pairs [n, 2]`: number of the query, number of its positive among the documents.
+
+    The first `n_candidates` documents are the corpus; a positive that is not in it comes after.
+    """
+
+    queries: DistinctTexts
+    documents: DistinctTexts
+    pairs: np.ndarray
+    n_candidates: int
+
+
+def write_corpus(
+    folder: Path, pairs: Iterable[tuple[str, ...]], corpus: Iterable[str] | None, counts: Counter[str]
+) -> None:
+    """Reads both once; keeps 8 bytes a text in memory. The index, written last, says that all is there.
+
+    Texts lose the blanks around them; blank ones, and pairs with a blank part, are left out and counted.
+
+    Args:
+        corpus: None: the positives are the corpus.
+
+    Raises:
+        UserError: no pair, or no text in the corpus.
+    """
+    pairs = iter(pairs)
+    first = list(islice(pairs, 1))  # a mistake in the pairs shows before the corpus is read
+    with _Writer(folder / "queries.arrow") as queries, _Writer(folder / "documents.arrow") as documents:
+        for text in map(str.strip, corpus or ()):
+            counts["blank"] += not text
+            if text:
+                documents.add(text)
+        n_corpus = len(documents.hashes)
+        if corpus is not None and not n_corpus:
+            raise UserError("--corpus holds no text")
+        for query, positive, *_ in chain(first, pairs):
+            if not query.strip() or not positive.strip():
+                counts["blank pairs"] += 1
+                continue
+            queries.add(query.strip())
+            documents.add(positive.strip())
+    if not queries.hashes:
+        raise UserError("--pairs holds no pair")
+    row_of_query, query_of_row = _distinct(queries.hashes)
+    row_of_document, document_of_row = _distinct(documents.hashes)
+    n_candidates = int(np.searchsorted(row_of_document, n_corpus)) if n_corpus else len(row_of_document)
+    counts["duplicates"] += (n_corpus or len(documents.hashes)) - n_candidates
+    new = folder / f"new-{INDEX_FILE}"
+    np.savez(
+        new,
+        row_of_query=row_of_query,
+        row_of_document=row_of_document,
+        pairs=np.stack([query_of_row, document_of_row[n_corpus:]], axis=1),
+        n_candidates=n_candidates,
+    )
+    new.rename(folder / INDEX_FILE)
+
+
+def load_corpus(folder: Path) -> Corpus:
+    """Opens what `write_corpus` wrote; only numbers are read into memory."""
+    import datasets
+
+    with np.load(folder / INDEX_FILE) as index:
+        queries, documents = (
+            DistinctTexts(datasets.Dataset.from_file(str(folder / file)), index[rows])
+            for file, rows in (("queries.arrow", "row_of_query"), ("documents.arrow", "row_of_document"))
+        )
+        return Corpus(queries, documents, index["pairs"], int(index["n_candidates"]))
+
+
+class _Writer:
+    """Texts into an Arrow file; a hash of each stays."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self.hashes = array("q")
+        self._block: list[str] = []
+        self._n_characters = 0
+        self._schema = pa.schema([pa.field("text", pa.large_string())])
+        self._sink = pa.OSFile(str(path), "wb")
+        self._file = pa.ipc.new_stream(self._sink, self._schema)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        if not failed:
+            self._flush()
+        self._file.close()
+        self._sink.close()
+
+    def add(self, text: str) -> None:
+        self.hashes.append(Prompt(None, text).hash())
+        self._block.append(text)
+        self._n_characters += len(text)
+        if len(self._block) == TEXTS_A_BLOCK or self._n_characters >= CHARACTERS_A_BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self._file.write_batch(pa.RecordBatch.from_pydict({"text": self._block}, self._schema))
+        self._block, self._n_characters = [], 0
+
+
+def _distinct(hashes: array[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Row where each distinct text first stands, in order; number of the text that stands in each row."""
+    _, first, inverse = np.unique(np.asarray(hashes), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    return first[order], number[inverse]
+
+
+@dataclass(frozen=True)
+class KnownPositives:
+    """Documents that are a positive of a query in any pair."""
+
+    documents: np.ndarray
+    starts: np.ndarray
+
+    def of(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(place in `queries`, document) of each known positive."""
+        begin, n = self.starts[queries], self.starts[queries + 1] - self.starts[queries]
+        within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+        return np.repeat(np.arange(len(queries)), n), self.documents[np.repeat(begin, n) + within]
+
+
+def known_positives(pairs: np.ndarray) -> KnownPositives:
+    """For look-up by query."""
+    order = np.argsort(pairs[:, 0], kind="stable")
+    return KnownPositives(pairs[order, 1], np.searchsorted(pairs[order, 0], np.arange(pairs[:, 0].max() + 2)))
