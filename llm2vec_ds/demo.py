@@ -48,7 +48,7 @@ SMALL_MNTP = {
 }
 SMALL_SIMCSE = {
     "simcse": {"attention_dropout": 0.1},
-    "optimizer": {"lr": 5e-4, "schedule": "constant"},
+    "optimizer": {"lr": 1e-3, "warmup_steps": 5, "schedule": "constant"},
     "batch": {"global_batch_size": 48, "max_tokens_per_micro_batch": 2048},
 }
 BUDGETS = {
