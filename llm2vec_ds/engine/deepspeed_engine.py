@@ -72,9 +72,15 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
 
     Raises:
         UserError: the file is missing, no JSON object, or holds "auto" (which only the Hugging Face
-            Trainer resolves; DeepSpeed drops such values silently).
+            Trainer resolves; DeepSpeed drops such values silently); or hpZ's groups do not fill the world.
     """
     config = _read_json(recipe.deepspeed) if recipe.deepspeed else {}
+    group_size = min(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), world_size)
+    if group_size > 1 and world_size % group_size:
+        raise UserError(
+            f"{recipe.deepspeed}: zero_hpz_partition_size {group_size} does not divide {world_size} ranks: "
+            "set it to the GPUs of one node"
+        )
     if overruled := [key for key in OWNED_BY_RECIPE if key in config]:
         log.warning("%s: the recipe sets %s; these keys are not used", recipe.deepspeed, ", ".join(overruled))
     optimizer = recipe.optimizer
