@@ -9,8 +9,9 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,15 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
 
     Raises:
         UserError: the file is missing, no JSON object, or holds "auto" (which only the Hugging Face
-            Trainer resolves; DeepSpeed drops such values silently).
+            Trainer resolves; DeepSpeed drops such values silently); or hpZ's groups do not fill the world.
     """
     config = _read_json(recipe.deepspeed) if recipe.deepspeed else {}
+    group_size = min(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), world_size)
+    if group_size > 1 and world_size % group_size:
+        raise UserError(
+            f"{recipe.deepspeed}: zero_hpz_partition_size {group_size} does not divide {world_size} ranks: "
+            "set it to the GPUs of one node"
+        )
     if overruled := [key for key in OWNED_BY_RECIPE if key in config]:
         log.warning("%s: the recipe sets %s; these keys are not used", recipe.deepspeed, ", ".join(overruled))
     optimizer = recipe.optimizer
@@ -93,13 +100,45 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
                 "betas": list(optimizer.betas),
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
-                "torch_adam": True,
+                # DeepSpeed refuses torch's Adam where it keeps the states on the host.
+                "torch_adam": not _optimizer_is_offloaded(config),
             },
         },
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 2**62,
         **_monitors(recipe),
     }
+
+
+def _optimizer_is_offloaded(config: Mapping[str, Any]) -> bool:
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def partition_for(config: dict[str, Any]) -> Callable[[], AbstractContextManager[Any]]:
+    """Context maker for loading a model: under ZeRO-3 in parts, one for each rank; else whole."""
+    if config.get("zero_optimization", {}).get("stage") != 3:
+        return nullcontext
+    return partial(_partitioned_loading, config)
+
+
+@contextmanager
+def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
+    """transformers' `from_pretrained` builds partitioned parameters (`zero.Init`) in this context and fills
+    them one by one: rank 0 maps the files, and each rank keeps its part of what rank 0 sends.
+
+    `torch.nn.functional.linear` stays DeepSpeed's own afterwards, as `deepspeed.initialize` leaves it under
+    ZeRO-3 anyway.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    seen_by_transformers = HfDeepSpeedConfig(config)  # which keeps a weak reference only
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del seen_by_transformers
 
 
 def _monitors(recipe: Recipe) -> dict[str, Any]:
@@ -145,12 +184,22 @@ def _auto_key(value: Any, prefix: str = "") -> str | None:
     return prefix if value == "auto" else None
 
 
+def _cast_what_is_whole(model: nn.Module) -> None:
+    """Adapters of a partitioned trunk to bf16, as DeepSpeed casts those of a whole one: it leaves a model
+    with partitioned parameters as it is, and ZeRO-3 wants one dtype. The optimizer's copy is fp32."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.bfloat16()
+
+
 class Engine:
     """A model under DeepSpeed: forward, backward with a chosen boundary, step, whole parameters."""
 
     def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
         import deepspeed
 
+        if config["bf16"]["enabled"]:
+            _cast_what_is_whole(model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)

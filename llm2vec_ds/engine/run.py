@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,7 +25,12 @@ from llm2vec_ds.distributed import (
     ranks_from_environment,
 )
 from llm2vec_ds.encoder import Encoder, EncoderSettings
-from llm2vec_ds.engine.deepspeed_engine import Engine, deepspeed_config, start_process_group
+from llm2vec_ds.engine.deepspeed_engine import (
+    Engine,
+    deepspeed_config,
+    partition_for,
+    start_process_group,
+)
 from llm2vec_ds.engine.trainer import Trainer
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.loss.contrastive import check_widths
@@ -37,6 +44,9 @@ from llm2vec_ds.stages.simcse import simcse_stage
 from llm2vec_ds.stages.supervised import supervised_stage
 
 log = logging.getLogger(__name__)
+
+Partition = Callable[[], AbstractContextManager[Any]]
+T = TypeVar("T")
 
 
 def train(recipe: Recipe) -> Path:
@@ -52,10 +62,9 @@ def train(recipe: Recipe) -> Path:
     _check_run_folder(recipe, folder)
     export_ranks(ranks)
     device = start_process_group(ranks)
-    torch.manual_seed(recipe.seed)
-    stage = build_stage(recipe, device)
-    dtype = next(stage.encoder.trunk.parameters()).dtype
+    dtype = TrunkOptions(precision=recipe.model.precision, device=device).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
+    stage = build_stage(recipe, device, partition_for(config))
     if ranks.rank == 0:
         with writing(f"output_dir {folder}"):
             for name in ("metrics.jsonl", "held_out.jsonl"):
@@ -79,16 +88,21 @@ def train(recipe: Recipe) -> Path:
     return folder
 
 
-def build_stage(recipe: Recipe, device: torch.device) -> Stage:
-    """Model with adapters, prepared texts, and the objective over both."""
+def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nullcontext) -> Stage:
+    """Model with adapters, prepared texts, and the objective over both.
+
+    Args:
+        partition: see `TrunkOptions`.
+    """
     tokenizer = load_tokenizer(recipe.model.path)
     prepared = _prepared(recipe, tokenizer)
+    options = _trunk_options(recipe, device, partition)
     if recipe.mntp is not None:
         texts, *held_out = (load_prepared(*groups["texts"]) for groups in prepared)
-        return _mntp_stage(recipe, recipe.mntp, tokenizer, texts, held_out[0] if held_out else None, device)
+        return _mntp_stage(recipe, recipe.mntp, tokenizer, texts, held_out[0] if held_out else None, options)
     config = recipe.contrastive
     assert config is not None
-    trunk = load_trunk(recipe.model.path, _trunk_options(recipe, config.attention_dropout, device))
+    trunk = _agreed(lambda: load_trunk(recipe.model.path, options))
     if mistake := check_widths(config.matryoshka_dims, trunk.config.hidden_size):
         raise UserError(mistake)
     _make_trainable(recipe, trunk)
@@ -115,10 +129,9 @@ def _mntp_stage(
     tokenizer: Any,
     texts: PreparedTexts,
     held_out: PreparedTexts | None,
-    device: torch.device,
+    options: TrunkOptions,
 ) -> MntpStage:
-    options = _trunk_options(recipe, config.attention_dropout, device)
-    trunk, linear = load_trunk_and_head(recipe.model.path, options)
+    trunk, linear = _agreed(lambda: load_trunk_and_head(recipe.model.path, options))
     if recipe.adapter is not None:
         linear.requires_grad_(False)  # adapters alone train; an untied head would otherwise, for nothing
     head = MaskedTokenHead(linear, trunk.config, config.head_chunk_tokens)
@@ -140,14 +153,18 @@ def _encoder(recipe: Recipe, trunk: Any, tokenizer: Any) -> Encoder:
     return Encoder(trunk, tokenizer, settings)
 
 
-def _trunk_options(recipe: Recipe, attention_dropout: float, device: torch.device) -> TrunkOptions:
-    model = recipe.model
+def _trunk_options(recipe: Recipe, device: torch.device, partition: Partition) -> TrunkOptions:
+    model, objective = recipe.model, recipe.mntp or recipe.contrastive
+    assert objective is not None
     # None keeps a config without the attribute usable when no dropout is asked for.
-    return TrunkOptions(model.causal, model.attention, model.precision, attention_dropout or None, device)
+    dropout = objective.attention_dropout or None
+    return TrunkOptions(model.causal, model.attention, model.precision, dropout, device, partition)
 
 
 def _make_trainable(recipe: Recipe, trunk: Any) -> None:
     if recipe.adapter is not None:
+        # Here, so that the adapters do not depend on what loading drew: under ZeRO-3 it fills memory first.
+        torch.manual_seed(recipe.seed)
         names = add_lora(trunk, recipe.adapter)
         log.info("LoRA rank %s on %s linear layers", recipe.adapter.rank, len(names))
     if recipe.model.activation_checkpointing:
@@ -155,19 +172,21 @@ def _make_trainable(recipe: Recipe, trunk: Any) -> None:
 
 
 def _prepared(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[Path]]]:
-    """Folders of training and held-out texts by group. Rank 0 prepares while the others wait; its failure
-    is everyone's."""
-    folders: list[dict[str, list[Path]]] = []
+    """Folders of training and held-out texts by group. Rank 0 prepares while the others wait."""
+    folders = _agreed(lambda: prepare_all(recipe, tokenizer) if rank() == 0 else [])
+    return all_gather_object(folders)[0]
+
+
+def _agreed(work: Callable[[], T]) -> T:
+    """What `work` returns here; one rank's mistake is everyone's, so that none waits for it in vain."""
     mistake = ""
-    if rank() == 0:
-        try:
-            folders = prepare_all(recipe, tokenizer)
-        except UserError as error:
-            mistake = str(error)
-    folders, mistake = all_gather_object((folders, mistake))[0]
-    if mistake:
-        raise UserError(mistake)
-    return folders
+    try:
+        result = work()
+    except UserError as error:
+        mistake = str(error)
+    if mistakes := [said for said in all_gather_object(mistake) if said]:
+        raise UserError(mistakes[0])
+    return result
 
 
 def _check_batch(recipe: Recipe, ranks: Ranks) -> None:

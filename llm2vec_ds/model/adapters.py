@@ -55,6 +55,9 @@ def merged_state_dict(
     Args:
         gather: context that makes partitioned parameters whole (ZeRO-3); every rank must call this
             function, layer by layer in the same order, and no rank ever holds more than one layer extra.
+
+    Raises:
+        RuntimeError: a parameter is empty or not whole although gathered.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -67,6 +70,7 @@ def merged_state_dict(
         if isinstance(module, LoraLayer):
             inside_adapters += (prefix,)
             with gather(list(module.parameters())):
+                _check_whole(prefix, module.named_parameters())
                 base = module.get_base_layer()
                 update = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
                 weight = base.weight.detach().float() + update
@@ -76,8 +80,20 @@ def merged_state_dict(
             continue
         own = dict(module.named_parameters(recurse=False))
         with gather(list(own.values())):
+            _check_whole(prefix, own.items())
             state.update({prefix + key: value.detach().cpu().clone() for key, value in own.items()})
         for key, buffer in module.named_buffers(recurse=False):
             if key not in module._non_persistent_buffers_set:
                 state[prefix + key] = buffer.detach().cpu().clone()
     return state
+
+
+def _check_whole(prefix: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuses what ZeRO-3 writes when it goes wrong: empty or partial tensors."""
+    for name, parameter in parameters:
+        whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape there
+        if parameter.shape != whole or parameter.numel() == 0:
+            raise RuntimeError(
+                f"{prefix}{name} has shape {tuple(parameter.shape)} instead of {tuple(whole)} at its "
+                "saving: its parts were not gathered. No weights were written"
+            )

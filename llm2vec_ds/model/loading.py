@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +26,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrunkOptions:
-    """How a trunk is built. `causal=None` keeps what the folder says (an LLM: bidirectional)."""
+    """How a trunk is built. `causal=None` keeps what the folder says (an LLM: bidirectional).
+
+    `partition` makes a context in which weights are read into parameters that each rank holds a part of
+    (ZeRO-3); all ranks must then load together.
+    """
 
     causal: bool | None = False
     attention: str = "auto"
     precision: str = "auto"
     attention_dropout: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    partition: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,14 +126,15 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
         str(options.dtype).removeprefix("torch."),
         options.device,
     )
-    model, info = _from_pretrained(
-        auto_class,
-        path,
-        config=config,
-        dtype=options.dtype,
-        attn_implementation=register(options.attention),
-        output_loading_info=True,
-    )
+    with options.partition():
+        model, info = _from_pretrained(
+            auto_class,
+            path,
+            config=config,
+            dtype=options.dtype,
+            attn_implementation=register(options.attention),
+            output_loading_info=True,
+        )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} lacks weights: {', '.join(missing[:5])}; start from the full language model")
     return model
