@@ -243,7 +243,8 @@ def mine(
         int, typer.Option(metavar="N", help="Leave out the candidates after this one.", min=1)
     ] = 50,
     margin: Annotated[
-        float, typer.Option(help="A candidate's cosine is below the positive's minus this.", min=0.0)
+        float,
+        typer.Option(metavar="X", help="A candidate's cosine is below the positive's minus this.", min=0.0),
     ] = 0.0,
     sampling: Annotated[
         str, typer.Option(help="Which of the ranks: top (the nearest) or random (fixed by --seed).")
@@ -254,7 +255,7 @@ def mine(
     document_instruction: Annotated[
         str | None, typer.Option(help="Put before each text of the corpus and each positive.")
     ] = None,
-    max_tokens_per_micro_batch: Annotated[
+    micro_batch_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)
     ] = 4096,
     seed: Annotated[int, typer.Option(help="Fixes random sampling.", min=0)] = 42,
@@ -285,7 +286,7 @@ def mine(
         sampling=sampling,
         query_instruction=query_instruction,
         document_instruction=document_instruction,
-        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        max_tokens_per_micro_batch=micro_batch_tokens,
         seed=seed,
     )
     run(options, output, overwrite=overwrite)
