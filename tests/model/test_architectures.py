@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llm2vec_ds.config import ContrastiveConfig
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.encoder import Encoder
-from llm2vec_ds.loss.contrastive import global_info_nce
+from llm2vec_ds.loss.contrastive import ContrastiveLoss, PairVectors
 from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, is_causal, with_causal
@@ -148,7 +149,10 @@ def test_mntp_and_simcse_take_a_step_that_helps(model_type: str) -> None:
 
     def simcse_loss() -> torch.Tensor:
         vectors = mntp.encoder(pack(rows))
-        return global_info_nce(vectors[:-1], vectors[1:], torch.arange(4), scale=2.0).mean()
+        ids = torch.arange(len(rows) - 1)
+        pairs = PairVectors(vectors[:-1], vectors[1:], vectors[:0], ids, ids[:0])
+        share, _ = ContrastiveLoss(ContrastiveConfig())(pairs, torch.tensor(2.0))
+        return share
 
     for loss_of in (mntp_loss, simcse_loss):
         optimizer = torch.optim.SGD(mntp.parameters(), lr=1e-4)
