@@ -139,7 +139,7 @@ def measure(args: argparse.Namespace, n: int, dim: int) -> dict[str, object]:
     for run in runs.values() if device == "cuda" else ():
         run()  # compiles, picks algorithms
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.repeats):
+    for _ in range(args.repeats or (1 if device == "cpu" and n > 16384 else 3)):
         for name, run in runs.items():
             times[name].append(seconds(run, device, leaves))
     median = {name: statistics.median(values) for name, values in times.items()}
@@ -175,7 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32" if default_device == "cpu" else "bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
     parser.add_argument("--tile", type=float, default=TILE_MIB, help="MiB of scores held (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (%(default)s)")
+    parser.add_argument("--repeats", type=int, help="timed runs of each (3; on a CPU 1 above N = 16384)")
     parser.add_argument("--json", action="store_true", help="one JSON line a case instead of a table")
     parser.add_argument("--peak-only", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
