@@ -5,6 +5,7 @@ Only this folder imports deepspeed, and only when a run starts.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import logging
@@ -134,11 +135,24 @@ def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     seen_by_transformers = HfDeepSpeedConfig(config)  # which keeps a weak reference only
+    _set_mmap_threshold(2**20)
     try:
         yield
     finally:
+        _set_mmap_threshold(2**25)  # the most to which glibc raises it by itself
         unset_hf_deepspeed_config()
         del seen_by_transformers
+
+
+def _set_mmap_threshold(n_bytes: int) -> None:
+    """Blocks of that size on go back to the system when they are freed (glibc; elsewhere nothing).
+
+    By itself glibc raises the threshold to the largest block freed. Whole tensors then come from the heap,
+    between parts that stay, and a rank's memory grows to that of the whole model while it loads.
+    """
+    m_mmap_threshold = -3
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(m_mmap_threshold, n_bytes)
 
 
 def _monitors(recipe: Recipe) -> dict[str, Any]:
