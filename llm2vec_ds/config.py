@@ -184,6 +184,23 @@ class SupervisedConfig(ContrastiveConfig):
     """Factor on cosine similarities, the inverse of the temperature (LLM2Vec: 50)."""
 
 
+class CheckpointConfig(Section):
+    """What is kept so that nothing is lost (docs/checkpoints.md); `resume=true` goes on from it."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 100
+    """Save this often, in optimizer steps; 0: only when asked to stop."""
+    keep_last: Positive = 2
+    """The newest checkpoints that are kept."""
+    best_by: str | None = None
+    """A held-out metric, e.g. `loss`: the checkpoint with the best value is kept too, and becomes the
+    encoder at the end."""
+    lowest_is_best: bool = True
+    """Whether a lower value of `best_by` is better."""
+    signals: list[Literal["USR1", "USR2", "TERM", "INT", "HUP"]] = ["USR1", "TERM"]
+    """Signals that ask for a checkpoint at the step's end and exit code 75; so does a file `STOP` in
+    `output_dir`."""
+
+
 STAGES = ("mntp", "simcse", "supervised")
 
 
@@ -198,12 +215,21 @@ class Recipe(Section):
     """The run's folder: recipe.yaml, metrics.jsonl and, at the end, encoder/."""
     overwrite: bool = False
     """Start again in an `output_dir` that holds a run."""
+    resume: bool | Literal["force"] = False
+    """Go on from the newest valid checkpoint in `output_dir`; start there if there is none. `force`: even
+    where recipe, data or model have changed since."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     """Fixes data order, masking, dropout and adapter initialisation."""
     max_steps: Positive = 1000
     """Optimizer steps."""
     deepspeed: str | None = None
     """Path of a DeepSpeed JSON (see ds_configs/); null: one process or plain data parallelism."""
+    step_timeout_s: Annotated[float, Field(ge=0)] = 1800.0
+    """A step, measurement or save that takes longer ends the run with a line that names rank and step;
+    0: wait for ever."""
+    deterministic: bool = False
+    """On a GPU: only operations that give the same bits each time, so that a resumed run equals an
+    undisturbed one exactly; slower. On a CPU they always do, the number of threads being the same."""
     held_out_every_steps: Annotated[int, Field(ge=0)] = 0
     """Measure on `data.held_out_path` this often; 0: at the start and at the end only."""
     monitor: list[Literal["tensorboard", "wandb", "csv"]] = []
@@ -215,6 +241,7 @@ class Recipe(Section):
     """LoRA; null trains every weight of the trunk."""
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     mntp: MntpConfig | None = None
     simcse: SimcseConfig | None = None
     supervised: SupervisedConfig | None = None
