@@ -45,7 +45,6 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def cut_off(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The recipe of a run in `folder` that was killed after step 5, its last checkpoint that of step 3."""
     whole = Path(values["output_dir"])
-    (folder / "checkpoints").mkdir(parents=True)
     name = f"checkpoints/step-{CUT:08d}"
     shutil.copytree(whole / name, folder / name)
     rows = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
