@@ -59,10 +59,7 @@ def main() -> None:
         folder = Path(name)
         write_texts(folder / "texts.txt", max(arguments.texts))
         for n_texts in arguments.texts:
-            result = {
-                "texts": n_texts,
-                **measure(arguments.model, folder, n_texts, arguments.max_tokens),
-            }
+            measured = measure(arguments.model, folder, n_texts, arguments.max_tokens)
             versions = {package: version(package) for package in ("torch", "transformers", "deepspeed")}
             result = {"texts": n_texts, **measured, "machine": platform.machine(), "versions": versions}
             print(json.dumps(result), flush=True)

@@ -4,8 +4,8 @@
 
 Pairs of a training file (sentence1, sentence2, score) that score at least 4 are queries and positives;
 `llm2vec-ds mine` finds their hard negatives among all its sentences; `llm2vec-ds train` does the rest.
-Prints one JSON line with Spearman's correlation before and after. Never point --dev at a test set: settings are
-chosen on it.
+Prints one JSON line with Spearman's correlation before and after. Never point --dev at a test set: settings
+are chosen on it.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def main() -> None:
     names = ("steps", "batch", "lr", "scale", "margin")
     result = {
         "pairs": len(positives.read_text().splitlines()),
-        "settings": {
-            k: v for k, v in vars(arguments).items() if k not in ("train", "dev", "model", "output")
-        },
+        "settings": {name: getattr(arguments, name) for name in names},
         "dev_spearman_before": round(before, 4),
         "dev_spearman_after": round(after, 4),
         "machine": platform.machine(),
