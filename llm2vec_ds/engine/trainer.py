@@ -160,7 +160,7 @@ class Trainer:
             if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in said):
                 raise
             raise UserError(
-                f"{doing}: rank {rank()} has lost another rank ({said[-120:]}). The first error line above, "
+                f"{doing}: rank {rank()} has lost another rank ({said[:160]}). The first error line above, "
                 "or in the other ranks' logs, is the cause: mend it and run again with resume=true"
             ) from None
 

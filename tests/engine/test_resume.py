@@ -173,14 +173,14 @@ def test_finished_is_left_alone_and_an_empty_folder_begins(
 def test_the_best_checkpoint_is_kept_and_becomes_the_encoder(
     tmp_path: Path, tiny_model_dir: Path, texts_file: Path
 ) -> None:
-    """A rate so high that the held-out loss soon rises."""
+    """A rate so high that accuracy goes up and down."""
     values = recipe_of("mntp", 0, tiny_model_dir, texts_file, tmp_path / "run", **NO_DROPOUT)
     values["data"]["held_out_path"] = str(texts_file)
     values |= {"held_out_every_steps": 1, "max_steps": 8, "optimizer": {"lr": 0.5, "schedule": "constant"}}
-    values["checkpoint"] = {"every_steps": 1, "keep_last": 1, "best_by": "loss"}
+    values["checkpoint"] = {"every_steps": 1, "keep_last": 1, "best_by": "accuracy", "lowest_is_best": False}
     train(parse_recipe(values))
     held_out = [json.loads(line) for line in (tmp_path / "run" / "held_out.jsonl").read_text().splitlines()]
-    best = min(held_out[1:], key=lambda row: row["loss"])["step"]
+    best = max(held_out[1:], key=lambda row: row["accuracy"])["step"]
     assert best < 8
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == [f"step-{best:08d}", "step-00000008"]

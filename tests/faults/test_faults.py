@@ -40,6 +40,9 @@ class Run:
         found = CheckpointStore(self.folder / "checkpoints", keep_last=3).newest_valid()
         return found.step if found else 0
 
+    def operations(self, rank: int) -> list[str]:
+        return Path(f"{self.log}.{rank}.operations").read_text().split()
+
     def losses(self) -> list[float]:
         rows = (self.folder / "metrics.jsonl").read_text().splitlines()
         return [json.loads(row)["loss"] for row in rows]
@@ -51,12 +54,15 @@ def run(tmp_path: Path, tiny_model_dir: Path, texts_file: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, texts_file: Path
-) -> list[float]:
+def undisturbed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, texts_file: Path) -> Run:
     run = Run(tmp_path_factory.mktemp("undisturbed"), tiny_model_dir, texts_file)
     assert run.attempt() == [0, 0]
-    return run.losses()
+    return run
+
+
+@pytest.fixture
+def undisturbed(undisturbed_run: Run) -> list[float]:
+    return undisturbed_run.losses()
 
 
 def goes_on_to_the_same_end(run: Run, undisturbed: list[float]) -> None:
@@ -107,10 +113,16 @@ def test_a_hang_ends_with_rank_and_step(run: Run, undisturbed: list[float]) -> N
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_while_saving(rank: int, run: Run, undisturbed: list[float]) -> None:
-    # Operations of rank 0 before its second save: two logs, then the first save; rank 1 saves only.
-    operations = {0: 22, 1: 2}
-    codes = run.attempt(Fault(rank, "full", operations[rank]))
+def test_a_full_disk_while_saving(
+    rank: int, run: Run, undisturbed: list[float], undisturbed_run: Run
+) -> None:
+    operations = undisturbed_run.operations(rank)
+    # Rank 0 begins with two logs of four operations each, and ends with the encoder's rename and a file of two.
+    others_before, others_after = (8, 3) if rank == 0 else (0, 0)
+    n_save, rest = divmod(len(operations) - others_before - others_after, 3)
+    assert rest == 0
+    second_save = others_before + n_save
+    codes = run.attempt(Fault(rank, "full", operations.index("write", second_save)))
     assert codes == [2, 2]
     (line,) = run.errors()
     assert f"the checkpoint of step 4 cannot be written to {run.folder / 'checkpoints'}" in line
