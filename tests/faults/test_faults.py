@@ -117,7 +117,7 @@ def test_a_full_disk_while_saving(
     rank: int, run: Run, undisturbed: list[float], undisturbed_run: Run
 ) -> None:
     operations = undisturbed_run.operations(rank)
-    # Rank 0 begins with two logs of four operations each, and ends with the encoder's rename and a file of two.
+    # Rank 0 begins with two logs of four operations each, ends with the encoder's rename and a file of two.
     others_before, others_after = (8, 3) if rank == 0 else (0, 0)
     n_save, rest = divmod(len(operations) - others_before - others_after, 3)
     assert rest == 0
