@@ -272,6 +272,14 @@ class Recipe(Section):
             raise ValueError("data.long_texts: split would part a query from its positive: use truncate")
         return self
 
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Recipe:
+        if self.checkpoint.best_by and self.data.held_out_path is None:
+            raise ValueError(
+                f"checkpoint.best_by={self.checkpoint.best_by} needs held-out texts: set data.held_out_path"
+            )
+        return self
+
     @property
     def contrastive(self) -> ContrastiveConfig | None:
         """The settings of a contrastive stage; None for MNTP."""
