@@ -41,6 +41,8 @@ class ModelConfig(Section):
     """Trunk weights and activations. `auto`: bf16 on CUDA, fp32 on CPU (where bf16 is very slow)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in backward: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run code that lies beside the model, where it needs its own: read it first."""
 
 
 class AdapterConfig(Section):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llm2vec_ds.config import parse_recipe
 from llm2vec_ds.engine import trainable_state
@@ -156,6 +156,22 @@ def test_another_run_is_named_and_refused_unless_forced(
     assert "resume=force" in str(refused.value)
     train(parse_recipe({**changed, "resume": "force"}))
     assert len(rows_of(tmp_path / "run")) == 6
+
+
+def test_a_changed_model_is_noticed(tmp_path: Path, tiny_model_dir: Path, texts_file: Path) -> None:
+    """Same configuration and size, other weights; the same weights at another place are the same model."""
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    values = recipe_of("mntp", 0, tiny_model_dir, texts_file, tmp_path / "run", **NO_DROPOUT)
+    train(parse_recipe({**values, "max_steps": 3}))
+    moved = {**values, "max_steps": 3, "resume": True, "model": {"path": str(model)}}
+    (tmp_path / "run" / "finished").unlink()
+    train(parse_recipe(moved))
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1e-3
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "run" / "finished").unlink()
+    with pytest.raises(UserError, match=r"of another run \(the model to start from has changed\)"):
+        train(parse_recipe(moved))
 
 
 def test_finished_is_left_alone_and_an_empty_folder_begins(
