@@ -108,15 +108,29 @@ def _rank(rank: int, world: int, port: int, recipe: str, log: str, fault: Fault 
 
 
 def _count_operations(fault: Fault | None) -> Callable[[], str]:
-    """Puts the fault before the chosen write, fsync or rename; returns the kinds seen so far, in order."""
+    """Puts the fault before the chosen write, fsync or rename.
+
+    Returns what was seen so far, in order: `KIND:SAVES`, the saves begun until then.
+    """
+    from llm2vec_ds.engine.checkpoint import CheckpointStore
+
     seen: list[str] = []
+    saves = 0
+    whole_save = CheckpointStore.save
+
+    def save(*arguments: Any) -> Any:
+        nonlocal saves
+        saves += 1
+        return whole_save(*arguments)
+
+    CheckpointStore.save = save  # type: ignore[method-assign]
 
     def wrapped(kind: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **keywords: Any) -> Any:
             if not _is_own(sys._getframe(1)):
                 return operation(*arguments, **keywords)
             number = len(seen)
-            seen.append(kind)
+            seen.append(f"{kind}:{saves}")
             if fault is not None and fault.kind in ("kill", "full") and fault.at == number:
                 if fault.half and kind == "write":
                     descriptor, content = arguments

@@ -43,7 +43,7 @@ class Outcome:
     hung: int = 0
     unequal: list[str] = field(default_factory=list)
     points: int = 0
-    points_hit: int = 0
+    points_hit: set[Fault] = field(default_factory=set)
 
     def line(self) -> str:
         equal = "no" if self.unequal else "yes"
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def is_good(self) -> bool:
-        return not (self.lost or self.hung or self.unequal)
+        return not (self.lost or self.hung or self.unequal) and len(self.points_hit) == self.points
 
 
 class Chaos:
@@ -83,12 +83,19 @@ class Chaos:
         weights = load_file(self.folder / name / "encoder" / "model.safetensors")
         return [(row["loss"], row["grad_norm"]) for row in rows], weights
 
-    def faults(self) -> list[Fault]:
-        """A kill before each file operation of the undisturbed run, and one in the middle of each write."""
+    def faults(self, save: int | None = None) -> list[Fault]:
+        """A kill before each file operation of the undisturbed run, and one in the middle of each write.
+
+        Args:
+            save: only those of this save, counted from 1.
+        """
         faults = []
         for rank in range(WORLD):
-            kinds = (self.folder / f"whole.log.{rank}.operations").read_text().split()
-            for number, kind in enumerate(kinds):
+            operations = (self.folder / f"whole.log.{rank}.operations").read_text().split()
+            for number, operation in enumerate(operations):
+                kind, saves = operation.split(":")
+                if save not in (None, int(saves)):
+                    continue
                 faults.append(Fault(rank, "kill", number))
                 if kind == "write":
                     faults.append(Fault(rank, "kill", number, half=True))
@@ -97,9 +104,10 @@ class Chaos:
     def disturb(self, name: str, fault: Fault) -> None:
         """One run: killed at `fault`, perhaps again at a random moment, then left to end."""
         recipe_file, log = self._recipe(name), self.folder / f"{name}.log"
-        before = self.outcome.kills
-        newest = self._after_kill(attempt(recipe_file, WORLD, log, fault), name, newest=0)
-        self.outcome.points_hit += self.outcome.kills > before
+        codes = attempt(recipe_file, WORLD, log, fault)
+        if codes[fault.rank] == KILLED:
+            self.outcome.points_hit.add(fault)
+        newest = self._after_kill(codes, name, newest=0)
         while self.random.random() < 1 / 3:
             self.outcome.resumes += 1
             newest = self._after_kill(self._killed_at_random(recipe_file, log), name, newest)
@@ -134,10 +142,10 @@ class Chaos:
         return step
 
 
-def run(folder: Path, n_kills: int, seed: int) -> Outcome:
-    """At least `n_kills` kills, and one at every file operation."""
+def run(folder: Path, n_kills: int, seed: int, save: int | None = None) -> Outcome:
+    """At least `n_kills` kills, and one at every file operation (of one save, if `save` is given)."""
     chaos = Chaos(folder, seed)
-    faults = chaos.faults()
+    faults = chaos.faults(save)
     chaos.outcome.points = len(faults)
     number = 0
     with tqdm(total=n_kills, desc="kills", unit="kill", disable=None) as bar:
@@ -157,7 +165,7 @@ def main() -> None:
         outcome = run(Path(folder), arguments.kills, arguments.seed)
     for name in outcome.unequal:
         print(f"not equal: {name}", file=sys.stderr)
-    print(f"file operations of an undisturbed run: {outcome.points}, killed at: {outcome.points_hit}")
+    print(f"file operations of an undisturbed run: {outcome.points}, killed at: {len(outcome.points_hit)}")
     print(outcome.line())
     sys.exit(not outcome.is_good)
 
