@@ -1,0 +1,1 @@
+"""Parts of benchmarks/run.py: the work, the rivals, the processes that do it."""
