@@ -3,9 +3,10 @@
     python benchmarks/run.py --work simcse --against llm2vec --json
 
 Each tool runs in a process of its own (the rivals in environments that this script makes from the package
-index), A B A B …, with the same texts, LoRA, dtype (fp32 on a CPU) and threads, all dropouts 0. Prints medians
-with their spread, the ratio of speeds and of peak memories, the share of the machine's matrix-product peak, and
-both first losses (for `encode`: the cosine of both tools' vectors): they must agree, else it is not the same work.
+index), A B A B …, with the same texts, LoRA, dtype (fp32 on a CPU) and threads, all dropouts 0. Prints
+medians with their spread, the ratio of speeds and of peak memories, the share of the machine's matrix-product
+peak, and both first losses (for `encode`: the cosine of both tools' vectors): they must agree, else it is not
+the same work.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is done and timed: the same texts, LoRA, loss and optimizer for everybody, written into one JSON file."""
+"""What is done and timed: the same texts, LoRA, loss and optimizer for everybody, in one JSON file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Spec:
 
 
 def make_spec(work: str, model: str, data: Path | None, n_steps: int, threads: int) -> Spec:
-    """`data`: a folder with stsb_*.csv, wikitext2_*.txt and ud_*.conllu; None: text that comes with Python."""
+    """`data`: a folder with stsb_*.csv, wikitext2_*.txt, ud_*.conllu; None: text that comes with Python."""
     spec = Spec(work, model, n_steps, threads)
     if work == "mntp":
         spec.texts = paragraphs(data)
@@ -83,8 +83,8 @@ def sentences(data: Path | None) -> list[str]:
 
 
 def triplets(texts: list[str]) -> list[list[str]]:
-    """Query, positive, negative of 8 to 300 tokens, about six words for each eight tokens; skewed to short ones
-    as real corpora are."""
+    """Query, positive, negative of 8 to 300 tokens (0.72 words a token), more short than long, as real corpora
+    are."""
     random = np.random.default_rng(0)
     words = cycle(" ".join(texts).split())
     lengths = np.exp(random.uniform(np.log(8), np.log(300), (EXAMPLES, 3))) * 0.72

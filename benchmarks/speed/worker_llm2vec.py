@@ -32,9 +32,11 @@ def mntp_step(spec):
     longest = max(map(len, spec["input_ids"]))
     pad = [longest - len(ids) for ids in spec["input_ids"]]
     batch = {
-        "input_ids": torch.tensor([ids + [0] * n for ids, n in zip(spec["input_ids"], pad)]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * n for ids, n in zip(spec["input_ids"], pad)]),
-        "labels": torch.tensor([labels + [-100] * n for labels, n in zip(spec["labels"], pad)]),
+        "input_ids": torch.tensor([ids + [0] * n for ids, n in zip(spec["input_ids"], pad, strict=True)]),
+        "attention_mask": torch.tensor(
+            [[1] * len(ids) + [0] * n for ids, n in zip(spec["input_ids"], pad, strict=True)]
+        ),
+        "labels": torch.tensor([labels + [-100] * n for labels, n in zip(spec["labels"], pad, strict=True)]),
     }
     return model, lambda: model(**batch, use_cache=False).loss
 
@@ -49,7 +51,7 @@ def contrastive_step(spec):
 
     def step():
         columns = []
-        for texts in zip(*examples):
+        for texts in zip(*examples, strict=True):
             prepared = [wrapped.prepare_for_tokenization(text) for text in texts]
             columns.append(wrapped(wrapped.tokenize([f"!@#$%^&*(){text}" for text in prepared])))
         return loss(*columns)

@@ -1,4 +1,4 @@
-"""LLM2Vec-DS at one work: `llm2vec-ds train` as a user runs it, timed by its own metrics; or `Encoder.encode`."""
+"""LLM2Vec-DS at one work: a run as a user starts it, timed by its own metrics; or `Encoder.encode`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sentence-transformers at one work: its own model class and loss, LoRA by peft, and a plain training loop."""
+"""sentence-transformers at one work: its own model class and loss, LoRA by peft, a plain training loop."""
 
 import json
 import sys
