@@ -83,8 +83,7 @@ def sentences(data: Path | None) -> list[str]:
 
 
 def triplets(texts: list[str]) -> list[list[str]]:
-    """Query, positive, negative of 8 to 300 tokens (0.72 words a token), more short than long, as real corpora
-    are."""
+    """Query, positive, negative of 8 to 300 tokens (0.72 words a token), more short than long ones."""
     random = np.random.default_rng(0)
     words = cycle(" ".join(texts).split())
     lengths = np.exp(random.uniform(np.log(8), np.log(300), (EXAMPLES, 3))) * 0.72
