@@ -32,6 +32,7 @@ main() {
   need_job
   [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || exit_code=2 fail "no job array: submit with --array=0-7 for 8 shards"
   index=$SLURM_ARRAY_TASK_ID n=$SLURM_ARRAY_TASK_COUNT
+  # shellcheck disable=SC2153 # SLURM's, not a misspelling
   # A part of an array (--array=3,5) would be counted as a whole one, and cut the corpus differently.
   if [ "$SLURM_ARRAY_TASK_MIN" != 0 ] || [ "$SLURM_ARRAY_TASK_MAX" != $((n - 1)) ]; then
     exit_code=2 fail "--array must be 0-(N-1) for N shards: give the whole array again, finished shards are left alone"

@@ -11,7 +11,7 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
 set -euo pipefail
-me=train_7b
+me=train_7b asked='' interrupted='' training=''
 
 usage() {
   cat <<'TEXT'
@@ -32,7 +32,6 @@ TEXT
 read_arguments() { # [RECIPE] [KEY=VALUE …]
   recipe=recipes/mistral_7b_instruct/mntp.yaml
   case ${1:-} in
-    -h | --help) usage && exit 0 ;;
     -*) exit_code=2 fail "unknown option $1: options of sbatch stand before the script (--help: how)" ;;
     '' | *=*) ;;
     *) recipe=$1 && shift ;;
@@ -54,9 +53,18 @@ describe_run() { # facts beside the log; the lines that this script needs come f
   say "$recipe ${overrides[*]} on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks, rank 0 at $MASTER_ADDR:$MASTER_PORT, attempt ${SLURM_RESTART_COUNT:-0}, facts in $facts"
 }
 
+check_nodes() { # preflight with a signal pending is not worth its time
+  [ -z "$asked" ] || return 0
+  case ${LLM2VEC_DS_PREFLIGHT:-0} in
+    0) ;;
+    1) slurm/preflight.sh "$output_dir" || exit "$?" ;;
+    cpu) slurm/preflight.sh --cpu "$output_dir" || exit "$?" ;;
+    *) exit_code=2 fail "LLM2VEC_DS_PREFLIGHT=$LLM2VEC_DS_PREFLIGHT must be 1, 0 or cpu (nodes without GPU)" ;;
+  esac
+}
+
 # A signal reaches this shell only (`B:`). It is handed to srun, which hands it to every rank; TERM as USR1,
 # because srun kills its tasks on TERM. Repeated, since a rank that is still importing ignores it.
-asked='' interrupted='' training=''
 ask_to_stop() {
   interrupted=1
   [ -z "$asked" ] || return 0
@@ -98,9 +106,9 @@ last_error() { # of this attempt: the program's own line (not that of a peer lef
 }
 
 judge() { # what the code of the step means for the job
-  local note=$1 silent
-  if [ -e "$note" ]; then
-    rm -f "$note"
+  local silent
+  if [ -e "$STOPPED_NOTE" ]; then
+    rm -f "$STOPPED_NOTE"
     [ ! -e "$output_dir/STOP" ] || exit_code=75 fail "stopped by $output_dir/STOP, everything saved: remove it and submit again to go on"
     requeue "stopped as asked, everything saved"
   elif [ "$code" = 0 ]; then
@@ -113,22 +121,22 @@ judge() { # what the code of the step means for the job
 }
 
 main() {
-  read_arguments "$@"
+  case ${1:-} in -h | --help) usage && exit 0 ;; esac
   need_job
+  read_arguments "$@"
   container_options
   step_options
   export_defaults
   trap ask_to_stop USR1 USR2 TERM
   describe_run
   [ ! -e "$output_dir/STOP" ] || exit_code=75 fail "$output_dir/STOP keeps this run from starting: remove it first"
-  [ "${LLM2VEC_DS_PREFLIGHT:-0}" = 0 ] || slurm/preflight.sh "$output_dir" || exit "$?"
+  check_nodes
   [ -z "$asked" ] || { requeue "asked to stop before training began" && return; }
-  export STOPPED_NOTE=$PWD/$output_dir/stopped.$SLURM_JOB_ID
-  case $output_dir in /*) STOPPED_NOTE=$output_dir/stopped.$SLURM_JOB_ID ;; esac
+  export STOPPED_NOTE=$output_dir/stopped.$SLURM_JOB_ID
   rm -f "$STOPPED_NOTE"
   log_lines_before=$(wc -l <"$log")
   train
-  judge "$STOPPED_NOTE"
+  judge
 }
 
 common=${LLM2VEC_DS_ROOT:-$PWD}/slurm/common.sh
