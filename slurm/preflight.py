@@ -53,14 +53,15 @@ def own_problems(ranks: Ranks, folder: Path, cpu: bool) -> Iterator[str]:
             continue
         free_gib = status.f_bavail * status.f_frsize / 2**30
         if free_gib < wanted_gib:
-            yield f"disk: {path} has {free_gib:.0f} GiB free, wanted {wanted_gib:.0f} (LLM2VEC_DS_MIN_FREE_GIB)"
+            yield f"disk: {path} has {free_gib:.0f} GiB free of {wanted_gib:.0f} (LLM2VEC_DS_MIN_FREE_GIB)"
 
 
 def gpu_problems(ranks: Ranks) -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "GPU: none that torch sees (driver, or a torch without CUDA?)"
     elif ranks.local_rank >= torch.cuda.device_count():
-        yield f"GPU: none for local rank {ranks.local_rank}, {torch.cuda.device_count()} visible (--gpus-per-node?)"
+        n = torch.cuda.device_count()
+        yield f"GPU: none for local rank {ranks.local_rank}, {n} visible (--gpus-per-node?)"
     else:
         try:
             x = torch.ones(1024, 1024, device=f"cuda:{ranks.local_rank}")
@@ -155,7 +156,9 @@ def main() -> int:
     found = meeting.problems("meeting", list(own_problems(ranks, arguments.folder, arguments.cpu)))
     if not found:
         try:
-            own = list(joint_problems(ranks, dist.PrefixStore("group", store), arguments.folder, arguments.cpu))
+            own = list(
+                joint_problems(ranks, dist.PrefixStore("group", store), arguments.folder, arguments.cpu)
+            )
         except RuntimeError as error:
             own = [f"all-reduce: {str(error).splitlines()[0]}"]
         found = meeting.problems("all-reduce", own)

@@ -6,6 +6,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=00:15:00
 #SBATCH --output=%x-%j.out
+#SBATCH --no-requeue
 set -euo pipefail
 me=preflight
 

@@ -93,7 +93,7 @@ requeue() { # why
     fail "$1, but $attempt restarts are the limit: submit it again, or raise LLM2VEC_DS_MAX_REQUEUES"
   state=$(job_field JobState)
   [ "$state" = RUNNING ] || fail "$1, but the job is $state: submit it again to go on"
-  say "$1: requeued"
+  say "$1: back into the queue"
   scontrol requeue "$SLURM_JOB_ID" ||
     fail "$1, but SLURM refuses to requeue: submit it again to go on (JobRequeue=1 and no --no-requeue would let it)"
 }

@@ -17,7 +17,12 @@ COMMANDS = [script for script in SCRIPTS if os.access(script, os.X_OK)]
 def run(*line: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
     return subprocess.run(
-        ["bash", *line], capture_output=True, text=True, cwd=cwd, env={**environment, **variables}, check=False
+        ["bash", *line],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**environment, **variables},
+        check=False,
     )
 
 
@@ -26,7 +31,11 @@ def test_shell_syntax(script: Path) -> None:
     assert run("-n", str(script)).returncode == 0
     if shutil.which("shellcheck"):
         outcome = subprocess.run(
-            ["shellcheck", "-x", "--shell=bash", str(script)], capture_output=True, text=True, cwd=ROOT, check=False
+            ["shellcheck", "-x", "--shell=bash", str(script)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
         )
         assert outcome.returncode == 0, outcome.stdout
 
@@ -35,7 +44,7 @@ def test_shell_syntax(script: Path) -> None:
 def test_help(script: Path) -> None:
     outcome = run(str(script), "--help")
     assert outcome.returncode == 0
-    assert "sbatch" in outcome.stdout
+    assert f"slurm/{script.name}" in outcome.stdout
 
 
 @pytest.mark.parametrize(

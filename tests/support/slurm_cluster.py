@@ -27,6 +27,8 @@ CRED_EXPIRE_S = 5
 """A requeued job waits that long (SLURM's default is 120 s)."""
 SLURMD_TIMEOUT_S = 10
 """A node that has not answered for so long is down."""
+GRACE_TIME_S = 30
+"""What a job in partition `test` gets to end when one in `urgent` wants its nodes."""
 
 CONFIG = """
 ClusterName=test
@@ -63,7 +65,15 @@ InactiveLimit=0
 GresTypes=gpu
 TaskProlog={folder}/task_prolog
 {nodes}
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace_time_s}
+PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF
+"""
+
+TASK_PROLOG = """#!/bin/sh
+# Plants a fault: jobs submitted with BAD_NODE and BAD_EXPORT=NAME=value have that variable on that node.
+[ "$SLURMD_NODENAME" != "$BAD_NODE" ] || echo "export $BAD_EXPORT"
 """
 
 
@@ -84,10 +94,10 @@ def wait_for(what: str, true: Callable[[], object], timeout_s: float = 60) -> No
 
 
 class Cluster:
-    """`nodes` of one GPU (a count without a device) and `cpus` each."""
+    """Four nodes of eight GPUs (counts without devices) and 64 CPUs, as the shipped scripts ask for."""
 
-    def __init__(self, folder: Path, nodes: tuple[str, ...] = ("n1", "n2", "n3"), cpus: int = 4) -> None:
-        self.folder, self.nodes, self.cpus = folder, nodes, cpus
+    def __init__(self, folder: Path, nodes: tuple[str, ...] = ("n1", "n2", "n3", "n4")) -> None:
+        self.folder, self.nodes = folder, nodes
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         # Not that of a job in which the tests themselves may run.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
@@ -101,12 +111,14 @@ class Cluster:
     def start(self) -> None:
         for name in ("munge", "state"):
             (self.folder / name).mkdir(mode=0o755)
-        (self.folder / "gpu0").touch()  # SLURM counts GPUs by their device files, and looks no further
-        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu0\n")
-        self.set_task_prolog("")
+        for number in range(8):  # SLURM counts GPUs by their device files, and looks no further
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
+        (self.folder / "task_prolog").write_text(TASK_PROLOG)
+        (self.folder / "task_prolog").chmod(0o755)
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()} CPUs={self.cpus} "
-            "RealMemory=4000 Gres=gpu:1"
+            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()} CPUs=64 "
+            "RealMemory=4000 Gres=gpu:8"
             for name in self.nodes
         )
         text = CONFIG.format(
@@ -114,6 +126,7 @@ class Cluster:
             port=free_port(),
             cred_expire_s=CRED_EXPIRE_S,
             slurmd_timeout_s=SLURMD_TIMEOUT_S,
+            grace_time_s=GRACE_TIME_S,
             nodes=nodes,
         )
         (self.folder / "slurm.conf").write_text(text)
@@ -150,12 +163,6 @@ class Cluster:
 
     def wait_until_idle(self) -> None:
         wait_for("idle nodes", lambda: self.run("sinfo", "-h", "-o", "%T").stdout.split() == ["idle"])
-
-    def set_task_prolog(self, text: str) -> None:
-        """Shell that runs before every task; `echo export NAME=value` gives the task a variable."""
-        path = self.folder / "task_prolog"
-        path.write_text(f"#!/bin/sh\n{text}\n")
-        path.chmod(0o755)
 
     def lose_node(self, name: str) -> None:
         """As if its power failed: slurmd, the job steps on it and their processes end at once."""
