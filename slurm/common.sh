@@ -14,9 +14,11 @@ need_job() { # the scripts that SLURM runs
   cd "$root" || exit_code=2 fail "the folder $root is not on this node: it must be on a disk that all nodes share"
 }
 
-job_field() { # a field of `scontrol show job`, e.g. StdOut
-  scontrol --oneliner show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
+log_file() { # where this job writes
+  scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p'
 }
+
+job_state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }
 
 # In the container of the site, if it has one (pyxis); the repository is mounted where it is.
 container_options() {

@@ -41,8 +41,9 @@ read_arguments() { # [RECIPE] [KEY=VALUE …]
 }
 
 describe_run() { # facts beside the log; the lines that this script needs come first
-  log=$(job_field StdOut)
+  log=$(log_file)
   facts=${log%.out}.${SLURM_RESTART_COUNT:-0}.facts
+  case $log in /dev/*) facts=$SLURM_JOB_NAME-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.facts ;; esac
   {
     on_first_node "$python" slurm/run_facts.py "$recipe" "${overrides[@]}" ||
       fail "the recipe cannot run, or $python lacks a package (see above): activate the environment before sbatch, or set LLM2VEC_DS_PYTHON"
@@ -91,7 +92,7 @@ requeue() { # why
   local limit=${LLM2VEC_DS_MAX_REQUEUES:-100} attempt=${SLURM_RESTART_COUNT:-0} state
   [ "$attempt" -lt "$limit" ] ||
     fail "$1, but $attempt restarts are the limit: submit it again, or raise LLM2VEC_DS_MAX_REQUEUES"
-  state=$(job_field JobState)
+  state=$(job_state)
   [ "$state" = RUNNING ] || fail "$1, but the job is $state: submit it again to go on"
   say "$1: back into the queue"
   scontrol requeue "$SLURM_JOB_ID" ||
@@ -99,10 +100,10 @@ requeue() { # why
 }
 
 last_error() { # of this attempt: the program's own line (not that of a peer left behind), else srun's first
-  tail -n +"$((log_lines_before + 1))" "$log" | grep -a 'llm2vec-ds: error:\|^srun: error:.*task' >"$log.errors" || true
-  grep -a 'llm2vec-ds: error:' "$log.errors" | grep -av 'has lost another rank' ||
-    grep -a '^srun: error:' "$log.errors" || echo "see $log"
-  rm -f "$log.errors"
+  local lines
+  lines=$(tail -n +"$((log_lines_before + 1))" "$log" | grep -a 'llm2vec-ds: error:\|^srun: error:.*task')
+  { grep 'llm2vec-ds: error:' <<<"$lines" | grep -v 'has lost another rank' ||
+    grep '^srun: error:' <<<"$lines" || echo "see $log"; } | head -n 1
 }
 
 judge() { # what the code of the step means for the job
@@ -116,7 +117,7 @@ judge() { # what the code of the step means for the job
   else
     silent=$(silent_nodes | sort | tr '\n' ' ')
     [ -z "$silent" ] || { requeue "lost node ${silent% }" && return; }
-    exit_code=$code fail "training failed (code $code): $(last_error | head -n 1)"
+    exit_code=$code fail "training failed (code $code): $(last_error || true)"
   fi
 }
 

@@ -62,6 +62,20 @@ def test_every_stage_after_the_one_before(cluster: Cluster, recipes: Path) -> No
     assert list((recipes / "runs" / "supervised" / "evaluation").iterdir())
 
 
+def test_a_stage_that_fails_cancels_those_after_it(cluster: Cluster, recipes: Path) -> None:
+    outcome = cluster.run(
+        "slurm/pipeline_7b.sh",
+        f"{recipes}/",
+        "data.path=/nowhere.txt",
+        SBATCH_OUTPUT=f"{cluster.folder}/%x-%j.out",
+    )
+    first, *others = re.findall(r"job (\d+)", outcome.stdout)
+    assert cluster.wait_for_state(first, "COMPLETED", "FAILED")["JobState"] == "FAILED"
+    assert "/nowhere.txt" in cluster.log(first)
+    for job in others:
+        cluster.wait_for_state(job, "CANCELLED")
+
+
 def test_a_corpus_in_shards(cluster: Cluster, values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("\n".join(f"line {n}" for n in range(20)) + "\n")
     line = (
