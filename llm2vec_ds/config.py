@@ -41,6 +41,8 @@ class ModelConfig(Section):
     """Trunk weights and activations. `auto`: bf16 on CUDA, fp32 on CPU (where bf16 is very slow)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in backward: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run code that lies beside the model, where it needs its own: read it first."""
 
 
 class AdapterConfig(Section):
@@ -270,6 +272,14 @@ class Recipe(Section):
     def _pairs_are_not_split(self) -> Recipe:
         if self.stage == "supervised" and self.data.long_texts == "split":
             raise ValueError("data.long_texts: split would part a query from its positive: use truncate")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Recipe:
+        if self.checkpoint.best_by and self.data.held_out_path is None:
+            raise ValueError(
+                f"checkpoint.best_by={self.checkpoint.best_by} needs held-out texts: set data.held_out_path"
+            )
         return self
 
     @property

@@ -108,7 +108,9 @@ class MetricsLog:
         )
         self._said_at = -math.inf
         if self._writes:
-            for path in self._files:
+            with writing(self._files[0]):
+                self._files[0].touch()
+            for path in filter(Path.exists, self._files):
                 with writing(path):
                     _cut_after(path, first_step)
 
@@ -118,7 +120,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Rows written so far are on the disk when this returns: a checkpoint comes after its rows."""
-        for path in self._files if self._writes else ():
+        for path in filter(Path.exists, self._files if self._writes else ()):
             with writing(path), path.open("a") as file:
                 os.fsync(file.fileno())
 
@@ -152,7 +154,7 @@ class MetricsLog:
 def _cut_after(path: Path, step: int) -> None:
     """Keeps the rows of the first `step` steps; what a kill left unreadable is none."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(f"{line}\n")

@@ -165,7 +165,7 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     Args:
         partition: see `TrunkOptions`.
     """
-    tokenizer = load_tokenizer(recipe.model.path)
+    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     prepared = _prepared(recipe, tokenizer)
     options = _trunk_options(recipe, device, partition)
     if recipe.mntp is not None:
@@ -229,7 +229,15 @@ def _trunk_options(recipe: Recipe, device: torch.device, partition: Partition) -
     assert objective is not None
     # None keeps a config without the attribute usable when no dropout is asked for.
     dropout = objective.attention_dropout or None
-    return TrunkOptions(model.causal, model.attention, model.precision, dropout, device, partition)
+    return TrunkOptions(
+        model.causal,
+        model.attention,
+        model.precision,
+        dropout,
+        device,
+        partition,
+        model.trust_remote_code,
+    )
 
 
 def _make_trainable(recipe: Recipe, trunk: Any) -> None:

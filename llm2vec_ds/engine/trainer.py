@@ -67,6 +67,7 @@ class Trainer:
         self.folder = folder
         self.store = store
         self.identity = identity
+        self.made_by = made_by()
         self.stop = stop
         self.device = stage.encoder.device
         self.check = FiniteCheck(stage.model, self.device)
@@ -159,8 +160,8 @@ class Trainer:
             if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in said):
                 raise
             raise UserError(
-                f"{doing}: rank {rank()} has lost another rank ({said[-120:]}). The first error line above, or "
-                "in the other ranks' logs, is the cause: mend it and run again with resume=true"
+                f"{doing}: rank {rank()} has lost another rank ({said[:160]}). The first error line above, "
+                "or in the other ranks' logs, is the cause: mend it and run again with resume=true"
             ) from None
 
     def _held_out_is_due(self, step: int) -> bool:
@@ -198,7 +199,7 @@ class Trainer:
 
     def _save_checkpoint(self, step: int, score: float | None) -> None:
         self.watchdog.begin(f"the checkpoint of step {step}")
-        manifest = Manifest(step, self.identity, made_by(), score)
+        manifest = Manifest(step, self.identity, self.made_by, score)
         started = time.perf_counter()
         with self._contact(f"the checkpoint of step {step}"):
             folder = self.store.save(manifest, self.engine.state.write)

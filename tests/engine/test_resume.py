@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llm2vec_ds.config import parse_recipe
 from llm2vec_ds.engine import trainable_state
@@ -45,7 +45,6 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def cut_off(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The recipe of a run in `folder` that was killed after step 5, its last checkpoint that of step 3."""
     whole = Path(values["output_dir"])
-    (folder / "checkpoints").mkdir(parents=True)
     name = f"checkpoints/step-{CUT:08d}"
     shutil.copytree(whole / name, folder / name)
     rows = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -159,6 +158,22 @@ def test_another_run_is_named_and_refused_unless_forced(
     assert len(rows_of(tmp_path / "run")) == 6
 
 
+def test_a_changed_model_is_noticed(tmp_path: Path, tiny_model_dir: Path, texts_file: Path) -> None:
+    """Same configuration and size, other weights; the same weights at another place are the same model."""
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    values = recipe_of("mntp", 0, tiny_model_dir, texts_file, tmp_path / "run", **NO_DROPOUT)
+    train(parse_recipe({**values, "max_steps": 3}))
+    moved = {**values, "max_steps": 3, "resume": True, "model": {"path": str(model)}}
+    (tmp_path / "run" / "finished").unlink()
+    train(parse_recipe(moved))
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1e-3
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "run" / "finished").unlink()
+    with pytest.raises(UserError, match=r"of another run \(the model to start from has changed\)"):
+        train(parse_recipe(moved))
+
+
 def test_finished_is_left_alone_and_an_empty_folder_begins(
     tmp_path: Path, tiny_model_dir: Path, texts_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,14 +189,14 @@ def test_finished_is_left_alone_and_an_empty_folder_begins(
 def test_the_best_checkpoint_is_kept_and_becomes_the_encoder(
     tmp_path: Path, tiny_model_dir: Path, texts_file: Path
 ) -> None:
-    """A rate so high that the held-out loss soon rises."""
+    """A rate so high that accuracy goes up and down."""
     values = recipe_of("mntp", 0, tiny_model_dir, texts_file, tmp_path / "run", **NO_DROPOUT)
     values["data"]["held_out_path"] = str(texts_file)
     values |= {"held_out_every_steps": 1, "max_steps": 8, "optimizer": {"lr": 0.5, "schedule": "constant"}}
-    values["checkpoint"] = {"every_steps": 1, "keep_last": 1, "best_by": "loss"}
+    values["checkpoint"] = {"every_steps": 1, "keep_last": 1, "best_by": "accuracy", "lowest_is_best": False}
     train(parse_recipe(values))
     held_out = [json.loads(line) for line in (tmp_path / "run" / "held_out.jsonl").read_text().splitlines()]
-    best = min(held_out[1:], key=lambda row: row["loss"])["step"]
+    best = max(held_out[1:], key=lambda row: row["accuracy"])["step"]
     assert best < 8
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == [f"step-{best:08d}", "step-00000008"]

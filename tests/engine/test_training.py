@@ -70,6 +70,7 @@ def test_a_run_learns_and_leaves_its_folder(tmp_path: Path, tiny_model_dir: Path
     run = tmp_path / "run"
     assert sorted(p.name for p in run.iterdir()) == [
         "encoder",
+        "finished",
         "held_out.jsonl",
         "metrics.jsonl",
         "recipe.yaml",
