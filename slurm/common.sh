@@ -18,32 +18,27 @@ log_file() { # where this job writes
   scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p'
 }
 
-job_state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }
+job_state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || echo unknown; }
 
-# In the container of the site, if it has one (pyxis); the repository is mounted where it is.
-container_options() {
-  container=()
-  [ -n "${LLM2VEC_DS_CONTAINER_IMAGE:-}" ] || return 0
-  container=(
+# What srun is given for every step: the CPUs, which it does not take over from sbatch (since SLURM 22.05), and
+# the site's container, if it has one (pyxis), with the repository mounted where it is.
+step_options() {
+  common_options=(${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"})
+  [ -z "${LLM2VEC_DS_CONTAINER_IMAGE:-}" ] || common_options+=(
     --container-image="$LLM2VEC_DS_CONTAINER_IMAGE"
     --container-mounts="$root:$root${LLM2VEC_DS_CONTAINER_MOUNTS:+,$LLM2VEC_DS_CONTAINER_MOUNTS}"
     --container-workdir="$root"
   )
 }
 
-# Options of a step of all tasks. One that fails ends the others at once, and when one has ended the rest get
-# a minute: without these two a single lost rank would hold all nodes until the job's time limit.
-# `--cpus-per-task` is said again because srun does not take it over from sbatch (since SLURM 22.05).
-step_options() {
-  step=(--kill-on-bad-exit=1 --wait=60)
-  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
-  step+=("${container[@]}")
-}
+# Of a step of all tasks. One that fails ends the others at once, and when one has ended the rest get a minute:
+# without these two a single lost rank would hold all nodes until the job's time limit.
+all_ranks=(--kill-on-bad-exit=1 --wait=60)
 
 first_node() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1; }
 
 on_first_node() { # one task where rank 0 will be
-  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$(first_node)" "${container[@]}" "$@"
+  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$(first_node)" "${common_options[@]}" "$@"
 }
 
 silent_nodes() { # names of the job's nodes on which no command starts

@@ -37,7 +37,7 @@ main() {
   if [ "$SLURM_ARRAY_TASK_MIN" != 0 ] || [ "$SLURM_ARRAY_TASK_MAX" != $((n - 1)) ]; then
     exit_code=2 fail "--array must be 0-(N-1) for N shards: give the whole array again, finished shards are left alone"
   fi
-  container_options
+  step_options
   export_defaults
   say "shard $index of $n of $input on $SLURM_JOB_NODELIST, attempt ${SLURM_RESTART_COUNT:-0}"
   on_first_node "$python" -m llm2vec_ds encode --model "$model" --input "$input" --output "$output" \

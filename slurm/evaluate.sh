@@ -29,11 +29,10 @@ main() {
   local model=$1 output=$2 code=0
   shift 2
   need_job
-  container_options
   step_options
   export_defaults
   export_rendezvous "$(on_first_node "$python" -m llm2vec_ds.network)"
-  srun "${step[@]}" "$python" -m llm2vec_ds evaluate mteb --model "$model" --output "$output" "$@" || code=$?
+  srun "${all_ranks[@]}" "${common_options[@]}" "$python" -m llm2vec_ds evaluate mteb --model "$model" --output "$output" "$@" || code=$?
   [ "$code" = 0 ] || exit_code=$code fail "evaluation of $model failed (code $code), see above"
   say "results in $output"
 }

@@ -33,7 +33,7 @@ main() {
     shift
   done
   need_job
-  container_options
+  step_options
   export_defaults
   bad=$(silent_nodes | sort | tr '\n' ' ')
   [ -z "$bad" ] || fail "no command starts on ${bad% }: submit with --exclude=$(echo "${bad% }" | tr ' ' ','), and tell the operators"
@@ -41,8 +41,7 @@ main() {
   MASTER_PORT=$((MASTER_PORT - 1)) # beside that of a training which follows in the same job
   PREFLIGHT_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
   export PREFLIGHT_NODES
-  srun --wait=120 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${container[@]}" \
-    "$python" slurm/preflight.py "${kind[@]}" --folder "$folder" ||
+  srun --wait=120 "${common_options[@]}" "$python" slurm/preflight.py "${kind[@]}" --folder "$folder" ||
     fail "the nodes named above are not fit: submit with --exclude=NODE,…, and tell the operators"
   say "all of $SLURM_JOB_NODELIST is fit"
 }

@@ -34,7 +34,7 @@ main() {
   done
   [ "${#recipes[@]}" -gt 0 ] || exit_code=2 fail "no recipe (--help: how)"
   need_job
-  container_options
+  step_options
   export_defaults
   model=$(on_first_node "$python" -c "$read_model" "${recipes[0]}" "${overrides[@]}" | tail -n 1) ||
     exit_code=2 fail "${recipes[0]} cannot be read, see above"

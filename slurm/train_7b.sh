@@ -78,7 +78,8 @@ repeat_signal() {
 }
 
 train() { # sets `code`; a trapped signal ends `wait`, so it is called until nothing came between
-  srun "${step[@]}" "$python" slurm/rank.py train "$recipe" "${overrides[@]}" resume=true &
+  srun "${all_ranks[@]}" "${common_options[@]}" \
+    "$python" slurm/rank.py train "$recipe" resume=true "${overrides[@]}" &
   training=$!
   [ -z "$asked" ] || repeat_signal &
   until
@@ -115,6 +116,7 @@ judge() { # what the code of the step means for the job
   elif [ "$code" = 0 ]; then
     say "finished: $output_dir"
   else
+    [ "$(job_state)" = RUNNING ] || exit_code=$code fail "ended by SLURM before it could save (the job is $(job_state)): submit it again to go on"
     silent=$(silent_nodes | sort | tr '\n' ' ')
     [ -z "$silent" ] || { requeue "lost node ${silent% }" && return; }
     exit_code=$code fail "training failed (code $code): $(last_error || true)"
@@ -125,7 +127,6 @@ main() {
   case ${1:-} in -h | --help) usage && exit 0 ;; esac
   need_job
   read_arguments "$@"
-  container_options
   step_options
   export_defaults
   trap ask_to_stop USR1 USR2 TERM
