@@ -86,7 +86,7 @@ def search_path() -> str:
     return os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 
 
-def wait_for(what: str, true: Callable[[], object], timeout_s: float = 60) -> None:
+def wait_for(what: str, true: Callable[[], object], timeout_s: float = 300) -> None:
     end = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < end, f"no {what} within {timeout_s} s"
@@ -106,6 +106,7 @@ class Cluster:
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), search_path()]),
             "SLURM_CONF": str(folder / "slurm.conf"),
             "LLM2VEC_DS_CACHE": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
         }
 
     def start(self) -> None:
@@ -191,7 +192,7 @@ class Cluster:
             text=True,
             env={**self.environment, **variables},
             cwd=ROOT,
-            timeout=120,
+            timeout=300,
             check=False,
         )
 
@@ -207,7 +208,7 @@ class Cluster:
         shown = self.run("scontrol", "--oneliner", "show", "job", job_id).stdout
         return dict(re.findall(r"(\S+?)=(\S*)", shown))
 
-    def wait_for_state(self, job_id: str, *states: str, timeout_s: float = 120) -> dict[str, str]:
+    def wait_for_state(self, job_id: str, *states: str, timeout_s: float = 300) -> dict[str, str]:
         try:
             wait_for(" or ".join(states), lambda: self.job(job_id).get("JobState") in states, timeout_s)
         except AssertionError as error:
