@@ -22,7 +22,7 @@ TEXT
 }
 
 main() {
-  local kind=() folder=runs bad
+  local kind=() folder=runs bad report
   while [ $# -gt 0 ]; do
     case $1 in
       -h | --help) usage && exit 0 ;;
@@ -41,7 +41,9 @@ main() {
   MASTER_PORT=$((MASTER_PORT - 1)) # beside that of a training which follows in the same job
   PREFLIGHT_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
   export PREFLIGHT_NODES
-  srun --wait=120 "${common_options[@]}" "$python" slurm/preflight.py "${kind[@]}" --folder "$folder" ||
+  report=$(srun --wait=120 "${common_options[@]}" "$python" slurm/preflight.py "${kind[@]}" --folder "$folder") || true
+  echo "$report"
+  grep -q '^preflight: fit$' <<<"$report" ||
     fail "the nodes named above are not fit: submit with --exclude=NODE,…, and tell the operators"
   say "all of $SLURM_JOB_NODELIST is fit"
 }
