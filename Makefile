@@ -33,7 +33,8 @@ demo: $(INSTALLED)  ## a real 135M LLM through LLM2Vec, measured after every ste
 test: $(INSTALLED)  ## the tests, at most 15 minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-slow: $(INSTALLED)  ## what takes longer: the real model, the README's commands
+test-slow: $(INSTALLED)  ## what takes longer: the real model, a SLURM cluster, the README's commands
+	@tests/slurm/install.sh
 	$(BIN)/python -m pytest -m slow
 
 chaos: $(INSTALLED)  ## over a hundred kills at every file operation of a save: nothing may be lost (KILLS=100)

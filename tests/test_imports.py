@@ -15,6 +15,7 @@ PACKAGE = ROOT / "llm2vec_ds"
 # Earlier entries know nothing of later ones.
 FLOW = [
     "errors",
+    "network",
     "durable",
     "batch",
     "config",
