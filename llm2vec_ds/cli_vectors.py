@@ -18,9 +18,17 @@ ENCODE_EXAMPLES = (
 )
 
 
+EXPORT_EXAMPLES = (
+    "export runs/smoke_simcse --output exported",
+    "export demo-output --output exported --dtype bf16 --push owner/name",
+    "export runs/my_run --output exported --prompt 'query=Find passages that answer'",
+)
+
+
 def register(app: typer.Typer) -> None:
     """Adds them to the command line."""
     app.command(epilog=examples(*ENCODE_EXAMPLES))(encode)
+    app.command(epilog=examples(*EXPORT_EXAMPLES))(export)
 
 
 def encode(
@@ -93,3 +101,41 @@ def encode(
         batch_tokens=micro_batch_tokens,
     )
     encode_file(options, target, overwrite=overwrite)
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="Folder of a run, of a demo, or an encoder folder.")],
+    output: Annotated[Path, typer.Option(help="The folder to write; it appears when it is checked.")],
+    format: Annotated[
+        str, typer.Option(help="sentence-transformers (vLLM and TEI read it too), or transformers.")
+    ] = "sentence-transformers",
+    dtype: Annotated[str, typer.Option(help="auto (as the encoder is stored), fp32, bf16 or fp16.")] = "auto",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=TEXT", help="An instruction under a name, such as query=…; repeatable."),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", help="Of the base model, where its card lacks it.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to this hub repository.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
+) -> None:
+    """Write an encoder as a folder that other tools load without this package's code, and check it.
+
+    Flags, pooling, prompts, model card and licence are written beside the merged weights; then the folder is
+    loaded afresh by transformers and sentence-transformers and must give the encoder's vectors. What a reader
+    cannot express is said here.
+    """
+    pairs = [text.partition("=") for text in prompt or []]
+    if wrong := [name for name, equals, text in pairs if not (name and equals and text)]:
+        raise UserError(f"--prompt {wrong[0]!r} is not NAME=TEXT, such as query=Find passages that answer")
+    quiet_libraries()
+    from llm2vec_ds.export import ExportOptions, push_folder
+    from llm2vec_ds.export import export as run
+
+    options = ExportOptions(format, dtype, licence, {name: text for name, _, text in pairs}, overwrite)
+    run(source, output, options)
+    if push is not None:
+        print(push_folder(output, push))

@@ -9,7 +9,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -46,13 +46,17 @@ SETTINGS_FILE = "llm2vec_ds.json"
 class EncoderSettings:
     """What an encoder folder says beside the trunk's own config.json.
 
-    `prompts`: instructions by the name that `encode` knows them by.
+    `pooled_tokens`: `text` leaves instruction, template and special tokens out of a vector; `all` takes the
+    whole input, as servers do. `prompts`: instructions by the name that `encode` knows them by. `text_span`:
+    see `data.prompts.TEXT_SPANS`.
     """
 
     pooling: str = "mean"
     max_tokens: int = 512
     template: str = PLAIN
     special_tokens: bool = True
+    pooled_tokens: str = "text"
+    text_span: str = "offsets"
     prompts: dict[str, str] = field(default_factory=dict)
 
 
@@ -128,6 +132,8 @@ class Encoder(nn.Module):
         return self._vectors(self.trunk, batch)
 
     def _vectors(self, trunk: Any, batch: PackedBatch) -> torch.Tensor:
+        if self.settings.pooled_tokens == "all":
+            batch = replace(batch, pool_mask=torch.ones_like(batch.pool_mask))
         return POOLINGS[self.settings.pooling](_hidden_states(trunk, batch), batch)
 
     @overload
@@ -247,6 +253,7 @@ class Encoder(nn.Module):
             [Prompt(instruction, text) for text in strings.values()],
             Template(self.settings.template, self.settings.special_tokens),
             end_with_eos=self.settings.pooling == "eos",
+            text_span=self.settings.text_span,
         )
         good = {
             row: truncate(text, self.settings.max_tokens)
@@ -305,7 +312,7 @@ class Encoder(nn.Module):
         try:
             with writing(f"encoder {folder}"):
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                self._save_weights(unfinished, state_dict)
+                self.save_weights(unfinished, state_dict)
                 self.tokenizer.save_pretrained(unfinished)
                 settings = {**asdict(self.settings), "llm2vec_ds_version": __version__}
                 (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
@@ -315,7 +322,8 @@ class Encoder(nn.Module):
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+    def save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """The trunk alone: weights and config.json."""
         try:
             self.trunk.save_pretrained(folder, state_dict=state_dict)
         except SafetensorError as error:  # its name for what the system said
