@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -24,14 +24,17 @@ from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.prompts import (
     PLAIN,
+    TEXT_SPANS,
     Prompt,
     Template,
     TokenizedText,
     check_tokenizer,
+    drop_words,
     tokenize,
     truncate,
 )
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.model.imported import merge_adapters, resolve, upstream_settings
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.streaming import Replicas, devices, text_blocks
@@ -48,7 +51,7 @@ class EncoderSettings:
 
     `pooled_tokens`: `text` leaves instruction, template and special tokens out of a vector; `all` takes the
     whole input, as servers do. `prompts`: instructions by the name that `encode` knows them by. `text_span`:
-    see `data.prompts.TEXT_SPANS`.
+    see `data.prompts.TEXT_SPANS`; under `upstream`, a text of more than `max_text_tokens` loses words first.
     """
 
     pooling: str = "mean"
@@ -57,7 +60,28 @@ class EncoderSettings:
     special_tokens: bool = True
     pooled_tokens: str = "text"
     text_span: str = "offsets"
+    max_text_tokens: int | None = None
     prompts: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> EncoderSettings:
+        """From a mapping.
+
+        Raises:
+            UserError: an unknown name, pooling or text span.
+        """
+        if unknown := sorted(values.keys() - cls.__dataclass_fields__.keys()):
+            known = ", ".join(cls.__dataclass_fields__)
+            raise UserError(f"unknown encoder setting {unknown[0]!r}: choose among {known}")
+        settings = cls(**values)
+        for name, allowed in (
+            ("pooling", tuple(POOLINGS)),
+            ("text_span", TEXT_SPANS),
+            ("pooled_tokens", ("text", "all")),
+        ):
+            if (value := getattr(settings, name)) not in allowed:
+                raise UserError(f"encoder setting {name}={value!r} is unknown: choose {', '.join(allowed)}")
+        return settings
 
 
 class Encoder(nn.Module):
@@ -81,6 +105,8 @@ class Encoder(nn.Module):
         cls,
         path: str | Path,
         *,
+        adapters: Sequence[str | Path] = (),
+        settings: Mapping[str, Any] | None = None,
         causal: bool | None = None,
         attention: str = "auto",
         precision: str = "auto",
@@ -90,6 +116,10 @@ class Encoder(nn.Module):
 
         Args:
             path: a folder that `save` wrote, a transformers folder, or a hub id.
+            adapters: folders or hub ids of LoRA adapters (as peft and upstream `llm2vec` save them), merged in
+                this order; a `path` that holds an adapter alone stands for the model it names and comes first.
+            settings: changes to what the folder's llm2vec_ds.json (or `llm2vec_config.json`) says, by the
+                names of `EncoderSettings`.
             causal: None keeps what the folder says.
             attention: backend: `auto`, `triton`, `flash_attn`, `varlen` or `torch`.
             precision: `auto` (bf16 on CUDA, fp32 on CPU), `fp32` or `bf16`.
@@ -97,14 +127,18 @@ class Encoder(nn.Module):
                 launcher this rank's), else the CPU.
 
         Raises:
-            UserError: no such model, or a type that cannot be made bidirectional.
+            UserError: no such model, a type that cannot be made bidirectional, an adapter that does not fit, or
+                unknown settings.
         """
         chosen = devices(device)
-        trunk = load_trunk(str(path), TrunkOptions(causal, attention, precision, device=chosen[0]))
-        settings_file = Path(path) / SETTINGS_FILE
-        stored = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-        known = {k: v for k, v in stored.items() if k in EncoderSettings.__dataclass_fields__}
-        encoder = cls(trunk, load_tokenizer(str(path)), EncoderSettings(**known))
+        stack = resolve(str(path), adapters)
+        trunk = load_trunk(stack.base, TrunkOptions(causal, attention, precision, device=chosen[0]))
+        merge_adapters(trunk, stack.adapters)
+        told_last = stack.adapters[-1] if stack.adapters else Path(path)
+        stored = {**upstream_settings(told_last), **_stored_settings(Path(path)), **(settings or {})}
+        has_tokenizer = not stack.adapters or (Path(path) / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(str(path) if has_tokenizer else stack.base)
+        encoder = cls(trunk, tokenizer, EncoderSettings.of(stored))
         encoder.devices = chosen
         return encoder.eval()
 
@@ -248,6 +282,8 @@ class Encoder(nn.Module):
     ) -> dict[int, TokenizedText]:
         """Row → tokens, of the good texts of a block."""
         strings = {row: text for row, text in enumerate(texts) if isinstance(text, str)}
+        if self.settings.text_span == "upstream" and (most := self.settings.max_text_tokens):
+            strings = {row: drop_words(self.tokenizer, text, most) for row, text in strings.items()}
         tokenized = tokenize(
             self.tokenizer,
             [Prompt(instruction, text) for text in strings.values()],
@@ -330,6 +366,15 @@ class Encoder(nn.Module):
             number = re.search(r"os error (\d+)", str(error))
             said = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
             raise OSError(*said) from None
+        for weights in folder.glob("*.safetensors"):  # which come readable to their owner alone
+            weights.chmod((folder / "config.json").stat().st_mode)
+
+
+def _stored_settings(folder: Path) -> dict[str, Any]:
+    """Of this package's own file; names that a later version may have written are passed over."""
+    file = folder / SETTINGS_FILE
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    return {k: v for k, v in stored.items() if k in EncoderSettings.__dataclass_fields__}
 
 
 def _hidden_states(trunk: Any, batch: PackedBatch) -> torch.Tensor:

@@ -134,8 +134,8 @@ def _what(encoder: Encoder) -> str:
     tokens = "the text's own tokens" if settings.pooled_tokens == "text" else "all tokens"
     return (
         f"A decoder-only LLM as text encoder ([LLM2Vec](https://arxiv.org/abs/2404.05961)): {attention} "
-        f"attention, `{settings.pooling}` pooling over {tokens}, {encoder.dimensions} dimensions, texts of up "
-        f"to {settings.max_tokens} tokens, cosine similarity. Made with LLM2Vec-DS {__version__}. No code "
+        f"attention, `{settings.pooling}` pooling over {tokens}, {encoder.dimensions} dimensions, texts of "
+        f"up to {settings.max_tokens} tokens, cosine similarity. Made with LLM2Vec-DS {__version__}. No code "
         "comes with it and none is needed."
     )
 

@@ -32,6 +32,7 @@ FLOW = [
     "model.loading",
     "model.pooling",
     "model.adapters",
+    "model.imported",
     "streaming",
     "encoder",
     "loss.mntp",

@@ -171,6 +171,19 @@ def _recounted(tokenizer: Any, tail: str, n_tokens: int) -> int:
     return max(0, n_tokens - len(alone["input_ids"]))
 
 
+def drop_words(tokenizer: Any, text: str, max_tokens: int) -> str:
+    """The text, or as many of its first words as leave at most `max_tokens` tokens, counted as upstream does.
+
+    Each round keeps the share of the words that the tokens are over by, so words, not tokens, are cut.
+    """
+    while True:
+        n_tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if n_tokens <= max_tokens:
+            return text
+        words = text.split()
+        text = " ".join(words[: int(len(words) * (max_tokens / n_tokens))])
+
+
 def truncate(text: TokenizedText, max_tokens: int) -> TokenizedText:
     """Cuts the end of the text itself; what stands around it stays whole."""
     return next(split(text, max_tokens))

@@ -161,7 +161,8 @@ def _from_pretrained(auto_class: Any, path: str, **options: Any) -> Any:
     from safetensors import SafetensorError
 
     try:
-        return auto_class.from_pretrained(path, **options)
+        # False, not unset: then transformers would ask on the terminal.
+        return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {path!r} cannot be loaded: {_cause(path, error)}") from None
 
@@ -188,4 +189,6 @@ def _cause(path: str, error: BaseException) -> str:
     if said(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError):
         offline = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
         return f"there is no such folder, and {offline}: give a folder, or connect to the network"
+    if any("trust_remote_code" in str(link) for link in chain):
+        return "it needs Python code of its own, which is never run here: use a model type of transformers"
     return " ".join(str(error).split())[:240]
