@@ -18,6 +18,10 @@ ENCODE_EXAMPLES = (
 )
 
 
+SEARCH_EXAMPLES = (
+    "search a.npy 'boats that leave in the morning'",
+    "search vectors 'who repairs clocks?' --top 3 --instruction 'Find passages that answer'",
+)
 EXPORT_EXAMPLES = (
     "export runs/smoke_simcse --output exported",
     "export demo-output --output exported --dtype bf16 --push owner/name",
@@ -28,6 +32,7 @@ EXPORT_EXAMPLES = (
 def register(app: typer.Typer) -> None:
     """Adds them to the command line."""
     app.command(epilog=examples(*ENCODE_EXAMPLES))(encode)
+    app.command(epilog=examples(*SEARCH_EXAMPLES))(search)
     app.command(epilog=examples(*EXPORT_EXAMPLES))(export)
 
 
@@ -101,6 +106,35 @@ def encode(
         batch_tokens=micro_batch_tokens,
     )
     encode_file(options, target, overwrite=overwrite)
+
+
+def search(
+    index: Annotated[Path, typer.Argument(help="What encode wrote: a file, or a folder of shards.")],
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    top: Annotated[int, typer.Option(metavar="N", help="How many texts.", min=1)] = 10,
+    model: Annotated[str | None, typer.Option(help="Encoder; default: the one that the index names.")] = None,
+    texts: Annotated[
+        str | None, typer.Option(help="Where the texts are; default: the input that the index names.")
+    ] = None,
+    instruction: Annotated[str | None, typer.Option(help="Put before the query.")] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(help="Instead of it: an instruction that the encoder's folder names.")
+    ] = None,
+) -> None:
+    """Print the encoded texts that are nearest to a query: cosine, row and text, nearest first."""
+    quiet_libraries()
+    from llm2vec_ds.vector_search import search as run
+
+    for hit in run(
+        index,
+        query,
+        top=top,
+        model=model,
+        texts=texts,
+        instruction=instruction,
+        prompt_name=prompt_name,
+    ):
+        print(f"{hit.cosine:.4f}  {hit.row}  {' '.join(hit.text.split())[:200]}")
 
 
 def export(

@@ -116,8 +116,9 @@ class Encoder(nn.Module):
 
         Args:
             path: a folder that `save` wrote, a transformers folder, or a hub id.
-            adapters: folders or hub ids of LoRA adapters (as peft and upstream `llm2vec` save them), merged in
-                this order; a `path` that holds an adapter alone stands for the model it names and comes first.
+            adapters: folders or hub ids of LoRA adapters (as peft and upstream `llm2vec` save them), merged
+                in this order; a `path` that holds an adapter alone stands for the model it names, and that
+                adapter comes first.
             settings: changes to what the folder's llm2vec_ds.json (or `llm2vec_config.json`) says, by the
                 names of `EncoderSettings`.
             causal: None keeps what the folder says.
@@ -127,8 +128,8 @@ class Encoder(nn.Module):
                 launcher this rank's), else the CPU.
 
         Raises:
-            UserError: no such model, a type that cannot be made bidirectional, an adapter that does not fit, or
-                unknown settings.
+            UserError: no such model, a type that cannot be made bidirectional, an adapter that does not
+                fit, or unknown settings.
         """
         chosen = devices(device)
         stack = resolve(str(path), adapters)
@@ -283,7 +284,8 @@ class Encoder(nn.Module):
         """Row → tokens, of the good texts of a block."""
         strings = {row: text for row, text in enumerate(texts) if isinstance(text, str)}
         if self.settings.text_span == "upstream" and (most := self.settings.max_text_tokens):
-            strings = {row: drop_words(self.tokenizer, text, most) for row, text in strings.items()}
+            longest = self.settings.max_tokens
+            strings = {r: drop_words(self.tokenizer, text, most, longest) for r, text in strings.items()}
         tokenized = tokenize(
             self.tokenizer,
             [Prompt(instruction, text) for text in strings.values()],

@@ -15,6 +15,7 @@ import pytest
 from llm2vec_ds import Encoder, UserError, load_vectors, vector_blocks
 from llm2vec_ds.encode_files import EncodeOptions, Target, encode_file
 from llm2vec_ds.vector_files import Shard, read_rows
+from llm2vec_ds.vector_search import search
 from tests.support.tiny import sentences
 
 TEXTS = sentences(11)
@@ -123,12 +124,36 @@ def test_bad_texts_keep_their_rows(options: EncodeOptions, tmp_path: Path, expec
     assert rows[1]["vector"] is None
 
 
+@pytest.mark.parametrize("format", ["npy", "jsonl"])
+def test_search_finds_what_a_full_sort_finds(
+    format: str, options: EncodeOptions, tmp_path: Path, expected: np.ndarray
+) -> None:
+    for index in range(2):
+        encode(options, tmp_path / "v", f"{index}/2", format)
+    hits = search(tmp_path / "v", TEXTS[7], top=4)
+    cosines = expected @ expected[7] / np.linalg.norm(expected, axis=1) / np.linalg.norm(expected[7])
+    order = np.argsort(-cosines)[:4]
+    assert [hit.row for hit in hits] == order.tolist()
+    assert [hit.text for hit in hits] == [TEXTS[i] for i in order]
+    np.testing.assert_allclose([hit.cosine for hit in hits], cosines[order], atol=1e-5)
+
+
+def test_search_passes_over_rows_without_a_vector(options: EncodeOptions, tmp_path: Path) -> None:
+    Path(options.input).write_text(f"{TEXTS[0]}\n\n{TEXTS[1]}\n")
+    encode(EncodeOptions(options.model, options.input, bad_texts="nan"), tmp_path / "v.npy")
+    assert [hit.row for hit in search(tmp_path / "v.npy", TEXTS[0])] == [0, 2]
+    (tmp_path / "v.npy.json").unlink()
+    with pytest.raises(UserError, match="has no note"):
+        search(tmp_path / "v.npy", TEXTS[0])
+
+
 def test_standard_input_is_a_file_too(
     options: EncodeOptions, tmp_path: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("\n".join(TEXTS).encode())))
     file = encode(EncodeOptions(options.model, "-"), tmp_path / "v.jsonl")
     np.testing.assert_allclose(load_vectors(file), expected, atol=1e-5)
+    assert search(file, TEXTS[2], top=1)[0].text == TEXTS[2]
 
 
 def test_shards_of_different_encodings_are_not_joined(options: EncodeOptions, tmp_path: Path) -> None:

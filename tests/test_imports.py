@@ -52,6 +52,7 @@ FLOW = [
     "work_folder",
     "vector_files",
     "encode_files",
+    "vector_search",
     "search",
     "mine_options",
     "mine",

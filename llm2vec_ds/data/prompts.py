@@ -171,17 +171,19 @@ def _recounted(tokenizer: Any, tail: str, n_tokens: int) -> int:
     return max(0, n_tokens - len(alone["input_ids"]))
 
 
-def drop_words(tokenizer: Any, text: str, max_tokens: int) -> str:
-    """The text, or as many of its first words as leave at most `max_tokens` tokens, counted as upstream does.
+def drop_words(tokenizer: Any, text: str, max_text_tokens: int, max_tokens: int) -> str:
+    """The text, or so many of its first words that at most `max_text_tokens` tokens are left.
 
-    Each round keeps the share of the words that the tokens are over by, so words, not tokens, are cut.
+    As upstream `llm2vec` shortens: each round keeps max_text_tokens / n of the words, n being the tokens, of
+    which no more than `max_tokens` are counted.
     """
     while True:
         n_tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if n_tokens <= max_tokens:
+        n_tokens = min(n_tokens, max_tokens)
+        if n_tokens <= max_text_tokens:
             return text
         words = text.split()
-        text = " ".join(words[: int(len(words) * (max_tokens / n_tokens))])
+        text = " ".join(words[: int(len(words) * (max_text_tokens / n_tokens))])
 
 
 def truncate(text: TokenizedText, max_tokens: int) -> TokenizedText:

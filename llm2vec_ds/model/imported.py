@@ -1,4 +1,4 @@
-"""Adapters made elsewhere (peft's format, as upstream `llm2vec` publishes them) onto a trunk, one after another."""
+"""Adapters made elsewhere (in peft's format, as upstream `llm2vec` publishes them) onto a trunk, in order."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _check(folder: Path) -> None:
             raise UserError(f"adapter {folder} has {key}={config[key]!r}, which cannot be merged here")
     if not (folder / WEIGHTS).is_file():
         raise UserError(
-            f"adapter {folder} has no {WEIGHTS}: pickled weights (.bin) are not read; load and save it with peft"
+            f"adapter {folder} has no {WEIGHTS}: pickled weights (.bin) are not read; save it anew with peft"
         )
 
 
@@ -145,9 +145,8 @@ def _load(trunk: nn.Module, folder: Path) -> None:
         raise UserError(f"adapter {folder} lacks the weights of {missing[0]}")
     for name, value in found.items():
         if value.shape != wanted[name].shape:
-            raise UserError(
-                f"adapter {folder}: {name} has shape {tuple(value.shape)}, the model {tuple(wanted[name].shape)}"
-            )
+            here = tuple(wanted[name].shape)
+            raise UserError(f"adapter {folder}: {name} has shape {tuple(value.shape)}, the model {here}")
         wanted[name].data.copy_(value)
 
 
