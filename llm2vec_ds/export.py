@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from llm2vec_ds import __version__
-from llm2vec_ds.data.prompts import Prompt, Template, tokenize, truncate
-from llm2vec_ds.encoder import SETTINGS_FILE, Encoder
+from llm2vec_ds.data.packing import pack
+from llm2vec_ds.data.prompts import Prompt, Template, TokenizedText, tokenize, truncate
+from llm2vec_ds.encoder import SETTINGS_FILE, Encoder, EncoderSettings
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.export_card import copy_licence_files, licence, origin, write_card
@@ -36,6 +37,7 @@ from llm2vec_ds.export_files import (
     write_config,
     write_sentence_transformers,
 )
+from llm2vec_ds.model.pooling import POOLINGS
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,8 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     """
     _check(output, options)
     folder = find_encoder(source)
-    encoder = Encoder.from_pretrained(folder, precision="fp32")
+    # On the CPU and in fp32, so that the comparison afterwards is of like with like.
+    encoder = Encoder.from_pretrained(folder, precision="fp32", device="cpu")
     encoder.settings = replace(encoder.settings, prompts={**encoder.settings.prompts, **options.prompts})
     as_modules = plan(encoder) if options.format == "sentence-transformers" else None
     found = origin(source)
@@ -81,7 +84,6 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
             _write(unfinished, encoder, as_modules, dtype)
             write_card(unfinished, encoder, found, licence_name, told, options.format)
             copied = copy_licence_files(found.base, unfinished)
-            encoder = encoder.to("cpu")
             _verify(unfinished, encoder, expected, as_modules, LOWEST_COSINE[dtype])
             if output.exists():
                 shutil.rmtree(output)
@@ -185,16 +187,11 @@ def _write(folder: Path, encoder: Encoder, as_modules: Plan | None, dtype: torch
     prompts = as_modules.prompts if as_modules else {}
     tokenizer = tokenizer_for(encoder, prompts) if as_modules else padded_tokenizer(encoder.tokenizer)
     save_tokenizer(tokenizer, folder)
-    write_config(folder, replace_tokenizer(encoder, tokenizer))
+    write_config(folder, tokenizer)
     settings = {**asdict(encoder.settings), "llm2vec_ds_version": __version__}
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     if as_modules is not None:
         write_sentence_transformers(folder, encoder, as_modules)
-
-
-def replace_tokenizer(encoder: Encoder, tokenizer: Any) -> Encoder:
-    """The same trunk and settings over another tokenizer."""
-    return Encoder(encoder.trunk, tokenizer, encoder.settings)
 
 
 def _checked_texts() -> list[str]:
@@ -220,8 +217,9 @@ def _verify(
     """Loads what was written with the libraries that others use, and compares."""
     encoder.trunk = None  # its memory is needed for the fresh copy
     gc.collect()
+    stock = _auto_model(folder, encoder.settings)
     for name, vectors in expected.items():
-        _compare("transformers' AutoModel", name, _auto_model(folder, encoder, name), vectors, lowest)
+        _compare("transformers' AutoModel", name, stock[name], vectors, lowest)
     if as_modules is None:
         return
     if importlib.util.find_spec("sentence_transformers") is None:
@@ -237,31 +235,36 @@ def _verify(
         _compare("SentenceTransformer", name, found, vectors, lowest)
 
 
-def _auto_model(folder: Path, encoder: Encoder, prompt_name: str | None) -> np.ndarray:
-    """Stock transformers on padded input; the pooling alone is this package's."""
+def _auto_model(folder: Path, settings: EncoderSettings) -> dict[str | None, np.ndarray]:
+    """Vectors plain and with each prompt by stock transformers, text by text; the pooling alone is ours."""
     from transformers import AutoModel, AutoTokenizer
 
-    from llm2vec_ds.data.packing import pack
-    from llm2vec_ds.model.pooling import POOLINGS
-
-    settings = encoder.settings
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    instruction = settings.prompts[prompt_name] if prompt_name else None
-    vectors = []
-    for text in tokenize(
-        tokenizer,
-        [Prompt(instruction, text) for text in _checked_texts()],
-        Template(settings.template, settings.special_tokens),
-        end_with_eos=settings.pooling == "eos",
-    ):
-        batch = pack([truncate(text, settings.max_tokens)])
-        if settings.pooled_tokens == "all":
-            batch = replace(batch, pool_mask=torch.ones_like(batch.pool_mask))
-        with torch.no_grad():
-            hidden = model(batch.input_ids[None], use_cache=False).last_hidden_state[0]
-            vectors.append(POOLINGS[settings.pooling](hidden, batch)[0].numpy())
-    return np.stack(vectors)
+    template = Template(settings.template, settings.special_tokens)
+    found: dict[str | None, np.ndarray] = {}
+    for name in (None, *settings.prompts):
+        instruction = settings.prompts[name] if name else None
+        texts = tokenize(
+            tokenizer,
+            [Prompt(instruction, text) for text in _checked_texts()],
+            template,
+            end_with_eos=settings.pooling == "eos",
+            text_span=settings.text_span,
+        )
+        vectors = [_vector(model, truncate(text, settings.max_tokens), settings) for text in texts]
+        found[name] = np.stack(vectors)
+    return found
+
+
+@torch.no_grad()
+def _vector(model: Any, text: TokenizedText, settings: EncoderSettings) -> np.ndarray:
+    batch = pack([text])
+    if settings.pooled_tokens == "all":
+        batch = replace(batch, pool_mask=torch.ones_like(batch.pool_mask))
+    hidden = model(batch.input_ids[None], use_cache=False).last_hidden_state[0]
+    vector: np.ndarray = POOLINGS[settings.pooling](hidden, batch)[0].numpy()
+    return vector
 
 
 def _compare(reader: str, prompt: str | None, found: np.ndarray, expected: np.ndarray, lowest: float) -> None:

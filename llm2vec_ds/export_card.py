@@ -213,9 +213,9 @@ def _scores(scores: dict[str, Any]) -> str:
         for stage, values in scores.items()
         if stage != "run" and isinstance(values, dict)
     }
-    names = [
-        name for name in ("sts_spearman", "retrieval_ndcg_at_10") if any(name in f for f in figures.values())
-    ]
+    names = list(
+        dict.fromkeys(name for found in figures.values() for name in found if name != "tokens_per_s")
+    )
     rows = [f"| after | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for stage, found in figures.items():
         rows.append(f"| {stage} | {' | '.join(f'{found[n]:.4f}' if n in found else '–' for n in names)} |")

@@ -107,15 +107,15 @@ def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     return list(whole[:start]), list(whole[start + len(bare) :])
 
 
-def write_config(folder: Path, encoder: Encoder) -> None:
-    """Makes `config.json` say the same to every reader."""
+def write_config(folder: Path, tokenizer: Any) -> None:
+    """Makes `config.json` say the same to every reader; `tokenizer`: the exported one."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     config.pop("auto_map", None)
     if "is_causal" in config:  # else the model's own flag says it, and a second would move its window
         config["use_bidirectional_attention"] = not config["is_causal"]
     if config.get("pad_token_id") is None:
-        config["pad_token_id"] = encoder.tokenizer.pad_token_id
+        config["pad_token_id"] = tokenizer.pad_token_id
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
