@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -19,12 +18,9 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from llm2vec_ds import __version__
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.prompts import (
-    PLAIN,
-    TEXT_SPANS,
     Prompt,
     Template,
     TokenizedText,
@@ -33,6 +29,7 @@ from llm2vec_ds.data.prompts import (
     tokenize,
     truncate,
 )
+from llm2vec_ds.encoder_settings import EncoderSettings, stored_settings
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.model.imported import merge_adapters, resolve, upstream_settings
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
@@ -42,46 +39,6 @@ from llm2vec_ds.streaming import Replicas, devices, text_blocks
 log = logging.getLogger(__name__)
 
 BadTexts = Literal["raise", "nan"]
-SETTINGS_FILE = "llm2vec_ds.json"
-
-
-@dataclass(frozen=True)
-class EncoderSettings:
-    """What an encoder folder says beside the trunk's own config.json.
-
-    `pooled_tokens`: `text` leaves instruction, template and special tokens out of a vector; `all` takes the
-    whole input, as servers do. `prompts`: instructions by the name that `encode` knows them by. `text_span`:
-    see `data.prompts.TEXT_SPANS`; under `upstream`, a text of more than `max_text_tokens` loses words first.
-    """
-
-    pooling: str = "mean"
-    max_tokens: int = 512
-    template: str = PLAIN
-    special_tokens: bool = True
-    pooled_tokens: str = "text"
-    text_span: str = "offsets"
-    max_text_tokens: int | None = None
-    prompts: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> EncoderSettings:
-        """From a mapping.
-
-        Raises:
-            UserError: an unknown name, pooling or text span.
-        """
-        if unknown := sorted(values.keys() - cls.__dataclass_fields__.keys()):
-            known = ", ".join(cls.__dataclass_fields__)
-            raise UserError(f"unknown encoder setting {unknown[0]!r}: choose among {known}")
-        settings = cls(**values)
-        for name, allowed in (
-            ("pooling", tuple(POOLINGS)),
-            ("text_span", TEXT_SPANS),
-            ("pooled_tokens", ("text", "all")),
-        ):
-            if (value := getattr(settings, name)) not in allowed:
-                raise UserError(f"encoder setting {name}={value!r} is unknown: choose {', '.join(allowed)}")
-        return settings
 
 
 class Encoder(nn.Module):
@@ -136,7 +93,7 @@ class Encoder(nn.Module):
         trunk = load_trunk(stack.base, TrunkOptions(causal, attention, precision, device=chosen[0]))
         merge_adapters(trunk, stack.adapters)
         told_last = stack.adapters[-1] if stack.adapters else Path(path)
-        stored = {**upstream_settings(told_last), **_stored_settings(Path(path)), **(settings or {})}
+        stored = {**upstream_settings(told_last), **stored_settings(Path(path)), **(settings or {})}
         has_tokenizer = not stack.adapters or (Path(path) / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(str(path) if has_tokenizer else stack.base)
         encoder = cls(trunk, tokenizer, EncoderSettings.of(stored))
@@ -352,8 +309,7 @@ class Encoder(nn.Module):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 self.save_weights(unfinished, state_dict)
                 self.tokenizer.save_pretrained(unfinished)
-                settings = {**asdict(self.settings), "llm2vec_ds_version": __version__}
-                (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
+                self.settings.write(unfinished)
                 if folder.exists():
                     shutil.rmtree(folder)
                 unfinished.rename(folder)
@@ -370,13 +326,6 @@ class Encoder(nn.Module):
             raise OSError(*said) from None
         for weights in folder.glob("*.safetensors"):  # which come readable to their owner alone
             weights.chmod((folder / "config.json").stat().st_mode)
-
-
-def _stored_settings(folder: Path) -> dict[str, Any]:
-    """Of this package's own file; names that a later version may have written are passed over."""
-    file = folder / SETTINGS_FILE
-    stored = json.loads(file.read_text()) if file.is_file() else {}
-    return {k: v for k, v in stored.items() if k in EncoderSettings.__dataclass_fields__}
 
 
 def _hidden_states(trunk: Any, batch: PackedBatch) -> torch.Tensor:

@@ -13,17 +13,17 @@ import json
 import logging
 import shutil
 import uuid
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from llm2vec_ds import __version__
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import Prompt, Template, TokenizedText, tokenize, truncate
-from llm2vec_ds.encoder import SETTINGS_FILE, Encoder, EncoderSettings
+from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder_settings import EncoderSettings
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.export_card import copy_licence_files, licence, origin, write_card
@@ -188,8 +188,7 @@ def _write(folder: Path, encoder: Encoder, as_modules: Plan | None, dtype: torch
     tokenizer = tokenizer_for(encoder, prompts) if as_modules else padded_tokenizer(encoder.tokenizer)
     save_tokenizer(tokenizer, folder)
     write_config(folder, tokenizer)
-    settings = {**asdict(encoder.settings), "llm2vec_ds_version": __version__}
-    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    encoder.settings.write(folder)
     if as_modules is not None:
         write_sentence_transformers(folder, encoder, as_modules)
 

@@ -34,6 +34,7 @@ FLOW = [
     "model.adapters",
     "model.imported",
     "streaming",
+    "encoder_settings",
     "encoder",
     "loss.mntp",
     "loss.ring",
