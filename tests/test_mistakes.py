@@ -336,6 +336,18 @@ MISTAKES = {
     "unknown precision": Mistake(
         "precision 'fp8' is unknown: choose auto, fp32 or bf16", encode("--precision", "fp8")
     ),
+    "nothing to search": Mistake(
+        "TMP/none holds no vectors: write some with llm2vec-ds encode", ("search", "TMP/none", "trout")
+    ),
+    # Export.
+    "nothing to export": Mistake(
+        "TMP/none holds no encoder: give a run's folder, a demo's, or an encoder folder",
+        ("export", "TMP/none", "--output", "TMP/out"),
+    ),
+    "prompt without a name": Mistake(
+        "--prompt 'query' is not NAME=TEXT, such as query=Find passages that answer",
+        ("export", "TMP/none", "--output", "TMP/out", "--prompt", "query"),
+    ),
     # The demo.
     "unknown budget": Mistake(
         "--budget 'huge' is not one of quick, default, full", ("demo", "--budget", "huge")
