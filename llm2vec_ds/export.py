@@ -29,7 +29,6 @@ from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.export_card import copy_licence_files, licence, origin, write_card
 from llm2vec_ds.export_files import (
     Plan,
-    added_ids,
     padded_tokenizer,
     plan,
     save_tokenizer,
@@ -74,7 +73,7 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     as_modules = plan(encoder) if options.format == "sentence-transformers" else None
     found = origin(source)
     licence_name = licence(found.base, options.licence)
-    told = limits(encoder, options.format)
+    told = limits(encoder, as_modules)
     expected = _expected(encoder)
     unfinished = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -112,26 +111,24 @@ def find_encoder(source: Path) -> Path:
     raise UserError(f"{source} holds no encoder: give a run's folder, a demo's, or an encoder folder")
 
 
-def limits(encoder: Encoder, format: str) -> list[str]:
+def limits(encoder: Encoder, as_modules: Plan | None) -> list[str]:
     """What readers of the export do otherwise than this package, each as a sentence."""
     settings, config = encoder.settings, encoder.trunk.config
-    before, after = added_ids(encoder.tokenizer)
-    if format == "transformers":
+    if as_modules is None:
         return ["Pooling is not part of a transformers folder: its readers pool by themselves."]
     told = []
-    excludes = settings.pooled_tokens == "text" and settings.pooling not in ("eos", "bos")
-    if excludes and (before or after):
+    if as_modules.silent_ids:
         told.append(
             "vLLM and text-embeddings-inference pool the tokenizer's special tokens too, which this encoder "
             "leaves out: their vectors differ (not so for an encoder trained with pooled_tokens=all)."
         )
         told.append("sentence-transformers must not flatten its input (FlashAttention with unpadded inputs).")
-    if excludes and settings.prompts:
+    if not as_modules.include_prompt:
         told.append(
             "vLLM and text-embeddings-inference pool the instruction too, which this encoder leaves out: "
             "their vectors of texts with an instruction differ."
         )
-        if before or after:
+        if as_modules.silent_ids:
             told.append(
                 "sentence-transformers gives vectors with a prompt another length, of the same direction: "
                 "compare by cosine."

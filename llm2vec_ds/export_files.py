@@ -40,6 +40,8 @@ LEGACY_POOLING_KEYS = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 DEFAULT_PROMPT = "document"
+INPUT_NAMES = ["input_ids", "attention_mask"]
+"""Decoders know no token types, and some readers pass on whatever a tokenizer gives."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def padded_tokenizer(tokenizer: Any) -> Any:
             raise UserError("the tokenizer has neither a padding nor an end-of-sequence token: give it one")
         padded.pad_token = padded.eos_token
     padded.padding_side = "right"
+    padded.model_input_names = INPUT_NAMES
     return padded
 
 
@@ -164,6 +167,7 @@ def tokenizer_for(encoder: Encoder, prompts: dict[str, str]) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         padding_side="right",
+        model_input_names=INPUT_NAMES,
         model_max_length=original.model_max_length,
         **tokens,
     )

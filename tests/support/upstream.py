@@ -150,6 +150,7 @@ def _tokenizer(folder: Path) -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "model_max_length": 1024,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
