@@ -133,6 +133,12 @@ def limits(encoder: Encoder, as_modules: Plan | None) -> list[str]:
                 "sentence-transformers gives vectors with a prompt another length, of the same direction: "
                 "compare by cosine."
             )
+    if as_modules.default_prompt:
+        head = as_modules.prompts[as_modules.default_prompt]
+        told.append(
+            f"vLLM puts nothing before a text by itself, text-embeddings-inference only with "
+            f"--default-prompt-name {as_modules.default_prompt}: this encoder wants {head!r} there."
+        )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type == "llama" and rope != "default":
         told.append(f"text-embeddings-inference does not know RoPE of the type {rope} for Llama.")

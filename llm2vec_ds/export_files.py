@@ -74,8 +74,8 @@ def plan(encoder: Encoder) -> Plan:
     if head := _head(template, None):
         default = DEFAULT_PROMPT
         prompts.setdefault(default, head)
-    pools_all = settings.pooled_tokens == "all" or settings.pooling in ("eos", "bos")
-    silent = () if pools_all or settings.pooling == "last" else tuple(dict.fromkeys(before + after))
+    pools_all = settings.pooled_tokens == "all" or settings.pooling in ("eos", "bos", "last")
+    silent = () if pools_all else tuple(dict.fromkeys(before + after))
     return Plan(prompts, default, POOLING_MODES[settings.pooling], pools_all or not prompts, silent)
 
 

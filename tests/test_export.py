@@ -217,6 +217,8 @@ def test_a_wrong_folder_is_not_exported(tmp_path: Path, monkeypatch: pytest.Monk
         ({"prompts": {"query": "x"}}, ["pool the instruction too"]),
         ({"bos": True, "prompts": {"query": "x"}, "pooled_tokens": "all"}, []),
         ({"pooling": "weighted_mean"}, ["have no weighted mean"]),
+        ({"template": "Text: {text}", "pooled_tokens": "all"}, ["wants 'Text: ' there"]),
+        ({"bos": True, "prompts": {"query": "x"}, "pooling": "last"}, []),
     ],
     ids=str,
 )
