@@ -6,17 +6,14 @@ import itertools
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from llm2vec_ds import __version__
-from llm2vec_ds.errors import UserError, writing
-
-
-def _examples(*commands: str) -> str:
-    return "\n\n".join(["Examples:", *(f"- `llm2vec-ds {command}`" for command in commands)])
-
+from llm2vec_ds import __version__, cli_vectors
+from llm2vec_ds.cli_common import examples as _examples
+from llm2vec_ds.cli_common import quiet_libraries as _quiet_libraries
+from llm2vec_ds.errors import UserError
 
 app = typer.Typer(
     name="llm2vec-ds",
@@ -51,23 +48,6 @@ def _common(
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("llm2vec_ds").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-
-
-def _quiet_libraries() -> None:
-    """transformers' advice and its bar over weights that load (downloads from the hub keep theirs), and
-    DeepSpeed's warning that a machine without GPU has none. Called late: --help needs none of it.
-    """
-    from huggingface_hub import utils as hub
-    from transformers.utils import logging as transformers_logging
-
-    downloads_shown = not hub.are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    if downloads_shown:
-        hub.enable_progress_bars()
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
-    )
 
 
 def _recipe_keys(incomplete: str) -> list[str]:
@@ -139,82 +119,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
                 print(f"{name}: {counts['rows']} rows, {counts['tokens']} tokens in {folder}")
 
 
-@app.command(
-    epilog=_examples(
-        "encode --model runs/smoke_simcse/encoder --input a.txt --output a.npy",
-        "encode --model Qwen/Qwen3-0.6B --input a.txt --output a.npy --normalize",
-    )
-)
-def encode(
-    model: Annotated[str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).")],
-    input: Annotated[Path, typer.Option(help="Text file, one text a line.")],
-    output: Annotated[
-        Path, typer.Option(help="Where the vectors go: a .npy file, [texts, dimensions] float32.")
-    ],
-    instruction: Annotated[
-        str | None, typer.Option(help="Put before each text; attended, not pooled.")
-    ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
-    attention: Annotated[
-        str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")
-    ] = "auto",
-    precision: Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")] = "auto",
-    micro_batch_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)
-    ] = 4096,
-) -> None:
-    """Write the vectors of the lines of a text file."""
-    texts = _lines(input)
-    if output.suffix != ".npy":
-        raise UserError(f"--output {output} must end in .npy")
-    _check_output_file(output)
-    _quiet_libraries()
-    from llm2vec_ds.encoder import Encoder
-
-    encoder = Encoder.from_pretrained(model, attention=attention, precision=precision)
-    vectors = encoder.encode(
-        texts,
-        instruction=instruction,
-        normalize=normalize,
-        max_tokens_per_micro_batch=micro_batch_tokens,
-        progress=True,
-    )
-    _save_vectors(output, vectors)
-    logging.getLogger("llm2vec_ds").info("%s: %s vectors of %s dimensions", output, *vectors.shape)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--input {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--input {path} is not UTF-8 text") from None
-    if not texts:
-        raise UserError(f"--input {path} is empty")
-    return texts
-
-
-def _check_output_file(output: Path) -> None:
-    """Before the long work, not after it."""
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder: name a file in it, such as {output / 'vectors.npy'}")
-    with writing(f"--output {output}"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _save_vectors(output: Path, vectors: Any) -> None:
-    """The file is complete or absent: what stood there before stays until then."""
-    import numpy as np
-
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with writing(f"--output {output}"):
-            with unfinished.open("wb") as file:
-                np.save(file, vectors)
-            unfinished.rename(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+cli_vectors.register(app)
 
 
 @app.command(
