@@ -11,17 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from llm2vec_ds import __version__
+from llm2vec_ds.cli_common import examples, quiet_libraries
+from llm2vec_ds.cli_evaluate import evaluate
 from llm2vec_ds.errors import UserError, writing
-
-
-def _examples(*commands: str) -> str:
-    return "\n\n".join(["Examples:", *(f"- `llm2vec-ds {command}`" for command in commands)])
-
 
 app = typer.Typer(
     name="llm2vec-ds",
     help="Turn a decoder-only LLM into a text encoder: bidirectional attention, MNTP, contrastive training.",
-    epilog=_examples(
+    epilog=examples(
         "doctor",
         "demo --budget quick",
         "train recipes/smoke_mntp.yaml max_steps=5",
@@ -31,6 +28,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(evaluate)
 
 
 def _print_version(asked: bool) -> None:
@@ -53,23 +53,6 @@ def _common(
     logging.getLogger("llm2vec_ds").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def _quiet_libraries() -> None:
-    """transformers' advice and its bar over weights that load (downloads from the hub keep theirs), and
-    DeepSpeed's warning that a machine without GPU has none. Called late: --help needs none of it.
-    """
-    from huggingface_hub import utils as hub
-    from transformers.utils import logging as transformers_logging
-
-    downloads_shown = not hub.are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    if downloads_shown:
-        hub.enable_progress_bars()
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
-    )
-
-
 def _recipe_keys(incomplete: str) -> list[str]:
     """For the shell: recipe keys that begin so."""
     from llm2vec_ds.config import documented_keys
@@ -89,7 +72,7 @@ Overrides = Annotated[
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "train recipes/smoke_mntp.yaml",
         "train recipes/smoke_mntp.yaml max_steps=5 optimizer.lr=1e-4",
         "train recipes/llama2_7b_chat/simcse.yaml deepspeed=ds_configs/zero3.json",
@@ -104,7 +87,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from llm2vec_ds.config import load_recipe
 
     resolved = load_recipe(recipe, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from llm2vec_ds.engine.run import train as run
 
     folder = run(resolved)
@@ -112,7 +95,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "prepare recipes/smoke_mntp.yaml data.prepared_dir=prepared",
         "prepare recipes/smoke_mntp.yaml data.path=hub:owner/name@train",
     )
@@ -125,7 +108,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from llm2vec_ds.config import load_recipe
 
     resolved = load_recipe(recipe, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from llm2vec_ds.data.pairs import prepare_all
     from llm2vec_ds.data.prepare import read_manifest
     from llm2vec_ds.model.loading import load_tokenizer
@@ -138,7 +121,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "encode --model runs/smoke_simcse/encoder --input a.txt --output a.npy",
         "encode --model Qwen/Qwen3-0.6B --input a.txt --output a.npy --normalize",
     )
@@ -166,7 +149,7 @@ def encode(
     if output.suffix != ".npy":
         raise UserError(f"--output {output} must end in .npy")
     _check_output_file(output)
-    _quiet_libraries()
+    quiet_libraries()
     from llm2vec_ds.encoder import Encoder
 
     encoder = Encoder.from_pretrained(model, attention=attention, precision=precision)
@@ -216,7 +199,7 @@ def _save_vectors(output: Path, vectors: Any) -> None:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "mine --model runs/smoke_simcse/encoder --pairs recipes/data/smoke_pairs --output runs/mined.jsonl",
         "mine --model my/encoder --pairs p.jsonl --corpus c.parquet --output m.jsonl --first-rank 10",
         "mine --model my/encoder --pairs p.csv --output m.jsonl --margin 0.05 --sampling random",
@@ -268,7 +251,7 @@ def mine(
 
     Killed, it goes on where it stopped. The output is data for the supervised stage.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from llm2vec_ds.mine import mine as run
     from llm2vec_ds.mine_options import MiningOptions
 
@@ -292,14 +275,14 @@ def mine(
     run(options, output, overwrite=overwrite)
 
 
-@app.command(epilog=_examples("doctor", "doctor --no-check"))
+@app.command(epilog=examples("doctor", "doctor --no-check"))
 def doctor(
     check: Annotated[
         bool, typer.Option(help="Also train one step on a tiny model, about ten seconds.")
     ] = True,
 ) -> None:
     """Say what this machine has, what a run would use, and what is missing and how to get it."""
-    _quiet_libraries()
+    quiet_libraries()
     from llm2vec_ds.doctor import examine, training_check
 
     blocked = False
@@ -313,7 +296,7 @@ def doctor(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "demo",
         "demo --budget quick --output demo-quick",
         "demo --model Qwen/Qwen3-0.6B --text my.txt --sts my-pairs.csv",
@@ -343,7 +326,7 @@ def demo(
     ] = False,
 ) -> None:
     """Take a real LLM through LLM2Vec (causal, bidirectional, MNTP, SimCSE) and measure after each step."""
-    _quiet_libraries()
+    quiet_libraries()
     if print_model_dir:
         from llm2vec_ds.demo_model import demo_model_dir
 

@@ -1,0 +1,111 @@
+"""`llm2vec-ds evaluate …`: wiring only."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm2vec_ds.cli_common import examples, quiet_libraries
+from llm2vec_ds.errors import UserError
+
+evaluate = typer.Typer(
+    name="evaluate",
+    help="Measure an encoder: MTEB and local data in its task classes.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).")]
+Causal = Annotated[bool, typer.Option("--causal", help="Causal attention; without it what the folder says.")]
+Attention = Annotated[str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")]
+Precision = Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")]
+MicroBatchTokens = Annotated[int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
+
+
+@evaluate.callback()
+def _group() -> None:
+    """Makes `mteb` a command of its own even while it is the only one."""
+
+
+def _needs(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{package} is not installed: pip install 'llm2vec-ds[eval]'")
+
+
+@evaluate.command(
+    epilog=examples(
+        "evaluate mteb --model runs/simcse/encoder --task sts:pairs.csv",
+        'evaluate mteb --model runs/simcse/encoder --benchmark "MTEB(eng, v1)" --output results',
+        "evaluate mteb --model my/llm --causal --task retrieval:beir/scifact --task STS17:en-en",
+    )
+)
+def mteb(
+    model: Model,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="sts:FILE, retrieval:FOLDER, clustering:FILE, classification:FILE, or mteb's name of a "
+            "task, with one subset if wanted (STS17:en-en). Again for more.",
+        ),
+    ] = None,
+    benchmark: Annotated[str | None, typer.Option(help='mteb\'s name, such as "MTEB(eng, v1)".')] = None,
+    subset: Annotated[str | None, typer.Option(help="paper15: the paper's 15 tasks (unconfirmed).")] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for results; what it holds already is not run again.")
+    ] = Path("mteb-results"),
+    causal: Causal = False,
+    instructions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|none",
+            help="JSON or YAML {task: instruction} over those of mteb's metadata; none: no instruction.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    attention: Attention = "auto",
+    precision: Precision = "auto",
+    micro_batch_tokens: MicroBatchTokens = 4096,
+) -> None:
+    """Run MTEB tasks, or local data as MTEB tasks. Queries get the task's instruction, documents stay bare.
+
+    Under a launcher with several ranks each encodes its share of the texts.
+    """
+    _needs("mteb")
+    quiet_libraries()
+    from llm2vec_ds.distributed import rank
+    from llm2vec_ds.encoder import Encoder
+    from llm2vec_ds.evaluate.mteb import (
+        MtebEncoder,
+        evaluate_mteb,
+        model_meta,
+        read_instructions,
+        summary,
+        table,
+        write_summary,
+    )
+    from llm2vec_ds.evaluate.mteb_tasks import tasks_for
+    from llm2vec_ds.evaluate.shards import ShardedEncoder, process_group
+
+    given = read_instructions(instructions)
+    tasks = tasks_for(task or [], benchmark, subset)
+    with process_group() as device:
+        loaded = Encoder.from_pretrained(
+            model, causal=True if causal else None, attention=attention, precision=precision, device=device
+        )
+        encoder = ShardedEncoder(loaded, micro_batch_tokens)
+        if rank() != 0:
+            encoder.serve()
+            return
+        try:
+            meta = model_meta(model, encoder, given)
+            scores = evaluate_mteb(MtebEncoder(encoder, meta, given), tasks, output)
+        finally:
+            encoder.done()
+    result = summary(model, meta, scores)
+    write_summary(result, output)
+    print(json.dumps(result, indent=1) if as_json else table(result))
