@@ -17,13 +17,15 @@ help:  ## what can be made
 
 install: $(INSTALLED)  ## the virtual environment with everything that tests and demo need
 
-# torch first and alone: DeepSpeed's build looks for it.
+# torch first and alone: DeepSpeed's build looks for it. seqeval comes as source only, and what builds it is fetched
+# by an isolated build alone.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11: make PYTHON=python3.11 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet "$$(grep ^torch== constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt seqeval
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev]'
 	@touch $@
 

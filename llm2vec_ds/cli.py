@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds import __version__, cli_vectors
+from llm2vec_ds import __version__, cli_ablate, cli_vectors
 from llm2vec_ds.cli_common import examples as _examples
 from llm2vec_ds.cli_common import quiet_libraries as _quiet_libraries
+from llm2vec_ds.cli_evaluate import evaluate, evaluation_of
 from llm2vec_ds.errors import UserError
 
 app = typer.Typer(
@@ -28,6 +29,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(evaluate)
+app.command(epilog=cli_ablate.EPILOG)(cli_ablate.ablate)
+app.command(epilog=cli_ablate.REPORT_EPILOG)(cli_ablate.report)
 
 
 def _print_version(asked: bool) -> None:
@@ -87,7 +93,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     _quiet_libraries()
     from llm2vec_ds.engine.run import train as run
 
-    folder = run(resolved)
+    folder = run(resolved, evaluation_of(resolved.evaluation))
     logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
 
 
