@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llm2vec_ds import __version__
+from llm2vec_ds import __version__, cli_plan
 from llm2vec_ds.errors import UserError, writing
 
 
@@ -54,8 +54,8 @@ def _common(
 
 
 def _quiet_libraries() -> None:
-    """transformers' advice and its bar over weights that load (downloads from the hub keep theirs), and
-    DeepSpeed's warning that a machine without GPU has none. Called late: --help needs none of it.
+    """transformers' advice and its bar over weights that load (downloads from the hub keep theirs),
+    bitsandbytes' about its kernels, and DeepSpeed's warning that a machine without GPU has none. Called late: --help needs none of it.
     """
     from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
@@ -65,6 +65,8 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     if downloads_shown:
         hub.enable_progress_bars()
+    # Loaded for the first time it looks for a compiled CPU kernel, and says so where there is none.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
     )
@@ -109,6 +111,39 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     folder = run(resolved)
     logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
+
+
+@app.command(
+    epilog=_examples(
+        "plan recipes/llama2_7b_chat/mntp.yaml",
+        "plan recipes/llama2_7b_chat/mntp.yaml --nodes 4 --gpus-per-node 8 --gpu-memory-gib 80 --json",
+    )
+)
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nodes: cli_plan.Nodes = None,
+    gpus_per_node: cli_plan.GpusPerNode = None,
+    gpu_memory_gib: cli_plan.MemoryGib = None,
+    interconnect_gbps: cli_plan.InterconnectGbps = None,
+    tflops: cli_plan.Tflops = None,
+    as_json: cli_plan.AsJson = False,
+) -> None:
+    """Say what a recipe needs and what fits, without weights, data or network: memory by part, bytes sent.
+
+    The machine is the recipe's `machine`, or what the options say.
+    """
+    _quiet_libraries()
+    cli_plan.plan(
+        recipe,
+        overrides,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu_memory_gib=gpu_memory_gib,
+        interconnect_gbps=interconnect_gbps,
+        tflops=tflops,
+        as_json=as_json,
+    )
 
 
 @app.command(

@@ -41,11 +41,19 @@ class ModelConfig(Section):
     """Trunk weights and activations. `auto`: bf16 on CUDA, fp32 on CPU (where bf16 is very slow)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in backward: less memory, about a third more time."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4` holds the trunk's frozen linear weights in 4 bits (QLoRA, arXiv 2305.14314); only adapters
+    train (docs/qlora.md)."""
+    config_file: str | None = None
+    """The model's config.json, for `plan` on a machine that lacks the model; null: beside the recipe."""
 
 
 class AdapterConfig(Section):
     """LoRA (Hu et al., 2021, arXiv 2106.09685). Defaults are those of LLM2Vec."""
 
+    variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
+    """`rslora` scales by alpha / √rank (arXiv 2312.03732), `dora` trains each row's length apart
+    (arXiv 2402.09353), `pissa` starts from the weight's largest singular vectors (arXiv 2404.02948)."""
     rank: Positive = 16
     """Rank r of the update B·A."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -110,11 +118,17 @@ class BatchConfig(Section):
     """Texts a step, over all ranks. The result does not depend on how ranks share them."""
     max_tokens_per_micro_batch: Positive = 4096
     """Tokens of one forward pass on one rank; texts are packed into it without padding."""
+    halve_if_out_of_memory: bool = False
+    """Where the first step does not fit into the GPU's memory, all ranks start again with half of
+    `max_tokens_per_micro_batch`, and so on down to `data.max_tokens`."""
 
 
 class OptimizerConfig(Section):
     """AdamW with linear warm-up, then constant or linear decay to zero."""
 
+    name: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """`paged_adamw_8bit` (bitsandbytes, CUDA only) keeps its moments in 8 bits (arXiv 2110.02861), in
+    memory that moves to the host when the GPU's is full."""
     lr: Annotated[float, Field(gt=0)] = 5e-5
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -184,6 +198,21 @@ class SupervisedConfig(ContrastiveConfig):
     """Factor on cosine similarities, the inverse of the temperature (LLM2Vec: 50)."""
 
 
+class MachineConfig(Section):
+    """What a recipe is written for. `llm2vec-ds plan` tells whether it fits; training does not read it."""
+
+    nodes: Positive = 1
+    """Machines."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 1
+    """GPUs of each; 0: one process on the CPU."""
+    memory_gib: Annotated[float, Field(gt=0)] = 80.0
+    """Memory of one GPU, or of the host for a CPU."""
+    interconnect_gbps: Annotated[float, Field(gt=0)] | None = None
+    """Gigabits a second that one GPU sends to others; null: 200 between nodes, 256 inside one."""
+    tflops: Annotated[float, Field(gt=0)] = 312.0
+    """Dense bf16 matrix products of one GPU, 10¹² operations a second, by its data sheet."""
+
+
 STAGES = ("mntp", "simcse", "supervised")
 
 
@@ -213,6 +242,7 @@ class Recipe(Section):
     token, or the end or beginning of the sequence (`eos` is added to each text)."""
     adapter: AdapterConfig | None = AdapterConfig()
     """LoRA; null trains every weight of the trunk."""
+    machine: MachineConfig = MachineConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mntp: MntpConfig | None = None
@@ -238,6 +268,26 @@ class Recipe(Section):
             elif data.get("pairs") is not None:
                 raise ValueError(f"section `data.pairs` has no effect in stage `{stage}`: remove it")
         return values
+
+    @model_validator(mode="after")
+    def _pissa_has_its_own_start(self) -> Recipe:
+        if self.adapter is not None and self.adapter.variant == "pissa" and not self.adapter.zero_init:
+            raise ValueError("adapter.zero_init: false has no effect with variant: pissa: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _only_adapters_train_over_nf4(self) -> Recipe:
+        if self.model.quantization is None:
+            return self
+        if self.adapter is None:
+            raise ValueError(
+                "model.quantization: nf4 holds frozen weights only: set adapter, or quantization: null"
+            )
+        if self.adapter.variant == "pissa":
+            raise ValueError(
+                "adapter.variant: pissa takes weights of 16 or 32 bits apart, nf4 has none: use lora, rslora or dora"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pairs_are_not_split(self) -> Recipe:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,20 +22,10 @@ from torch import nn
 from llm2vec_ds.config import Recipe
 from llm2vec_ds.distributed import Ranks
 from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
+from llm2vec_ds.engine.deepspeed_json import OWNED_BY_RECIPE, read_json
 from llm2vec_ds.errors import UserError
 
 log = logging.getLogger(__name__)
-
-OWNED_BY_RECIPE = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-)
 
 
 def start_process_group(ranks: Ranks) -> torch.device:
@@ -75,7 +64,7 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
         UserError: the file is missing, no JSON object, or holds "auto" (which only the Hugging Face
             Trainer resolves; DeepSpeed drops such values silently); or hpZ's groups do not fill the world.
     """
-    config = _read_json(recipe.deepspeed) if recipe.deepspeed else {}
+    config = read_json(recipe.deepspeed) if recipe.deepspeed else {}
     group_size = min(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), world_size)
     if group_size > 1 and world_size % group_size:
         raise UserError(
@@ -174,28 +163,6 @@ def _monitors(recipe: Recipe) -> dict[str, Any]:
         "wandb": {"enabled": True, "project": "llm2vec-ds", "group": Path(recipe.output_dir).name},
     }
     return {"csv_monitor" if name == "csv" else name: sections[name] for name in recipe.monitor}
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise UserError(f"DeepSpeed config {path} not found: see ds_configs/ for ready ones")
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"DeepSpeed config {path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"DeepSpeed config {path} must be a JSON object")
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    if key := _auto_key({k: v for k, v in config.items() if k not in OWNED_BY_RECIPE}):
-        raise UserError(f'DeepSpeed config {path}: `{key}` is "auto", give a value (or leave the key out)')
-    return config
-
-
-def _auto_key(value: Any, prefix: str = "") -> str | None:
-    if isinstance(value, dict):
-        found = (_auto_key(child, f"{prefix}.{key}" if prefix else key) for key, child in value.items())
-        return next((key for key in found if key), None)
-    return prefix if value == "auto" else None
 
 
 def _cast_what_is_whole(model: nn.Module) -> None:

@@ -30,7 +30,9 @@ def add_lora(trunk: nn.Module, config: AdapterConfig) -> list[str]:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
-        init_lora_weights=config.zero_init,
+        use_rslora=config.variant == "rslora",
+        use_dora=config.variant == "dora",
+        init_lora_weights="pissa_niter_16" if config.variant == "pissa" else config.zero_init,
     )
     trunk.requires_grad_(False)
     try:
