@@ -10,18 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from llm2vec_ds import __version__, cli_plan
+from llm2vec_ds import __version__
+from llm2vec_ds.cli_common import Overrides, RecipeFile, examples, quiet_libraries
+from llm2vec_ds.cli_memory import register as register_memory_commands
 from llm2vec_ds.errors import UserError, writing
-
-
-def _examples(*commands: str) -> str:
-    return "\n\n".join(["Examples:", *(f"- `llm2vec-ds {command}`" for command in commands)])
-
 
 app = typer.Typer(
     name="llm2vec-ds",
     help="Turn a decoder-only LLM into a text encoder: bidirectional attention, MNTP, contrastive training.",
-    epilog=_examples(
+    epilog=examples(
         "doctor",
         "demo --budget quick",
         "train recipes/smoke_mntp.yaml max_steps=5",
@@ -53,101 +50,32 @@ def _common(
     logging.getLogger("llm2vec_ds").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def _quiet_libraries() -> None:
-    """transformers' advice and its bar over weights that load (downloads from the hub keep theirs),
-    bitsandbytes' about its kernels, and DeepSpeed's warning that a machine without GPU has none. Called late: --help needs none of it.
-    """
-    from huggingface_hub import utils as hub
-    from transformers.utils import logging as transformers_logging
-
-    downloads_shown = not hub.are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    if downloads_shown:
-        hub.enable_progress_bars()
-    # Loaded for the first time it looks for a compiled CPU kernel, and says so where there is none.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
-    )
-
-
-def _recipe_keys(incomplete: str) -> list[str]:
-    """For the shell: recipe keys that begin so."""
-    from llm2vec_ds.config import documented_keys
-
-    return [f"{key}=" for key, _, _ in documented_keys() if key.startswith(incomplete)]
-
-
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, see recipes/.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Recipe keys to change, e.g. seed=1 batch.global_batch_size=64.",
-        autocompletion=_recipe_keys,
-    ),
-]
-
-
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "train recipes/smoke_mntp.yaml",
         "train recipes/smoke_mntp.yaml max_steps=5 optimizer.lr=1e-4",
         "train recipes/llama2_7b_chat/simcse.yaml deepspeed=ds_configs/zero3.json",
     )
 )
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Run one training stage. The run folder gets recipe.yaml, metrics.jsonl and encoder/.
+    """Run one training stage, or all of a file with `stages`. A run's folder gets recipe.yaml, metrics.jsonl
+    and encoder/.
 
     Starts as one process, under `deepspeed --num_gpus N --module llm2vec_ds train RECIPE`, or under any
     launcher that sets RANK, WORLD_SIZE and LOCAL_RANK (or `srun`, one task a GPU).
     """
-    from llm2vec_ds.config import load_recipe
+    from llm2vec_ds.config import load_stages
 
-    resolved = load_recipe(recipe, overrides)
-    _quiet_libraries()
-    from llm2vec_ds.engine.run import train as run
+    resolved = load_stages(recipe, overrides)
+    quiet_libraries()
+    from llm2vec_ds.engine.run_stages import train_stages
 
-    folder = run(resolved)
+    folder = train_stages(resolved)
     logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
 
 
 @app.command(
-    epilog=_examples(
-        "plan recipes/llama2_7b_chat/mntp.yaml",
-        "plan recipes/llama2_7b_chat/mntp.yaml --nodes 4 --gpus-per-node 8 --gpu-memory-gib 80 --json",
-    )
-)
-def plan(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    nodes: cli_plan.Nodes = None,
-    gpus_per_node: cli_plan.GpusPerNode = None,
-    gpu_memory_gib: cli_plan.MemoryGib = None,
-    interconnect_gbps: cli_plan.InterconnectGbps = None,
-    tflops: cli_plan.Tflops = None,
-    as_json: cli_plan.AsJson = False,
-) -> None:
-    """Say what a recipe needs and what fits, without weights, data or network: memory by part, bytes sent.
-
-    The machine is the recipe's `machine`, or what the options say.
-    """
-    _quiet_libraries()
-    cli_plan.plan(
-        recipe,
-        overrides,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        gpu_memory_gib=gpu_memory_gib,
-        interconnect_gbps=interconnect_gbps,
-        tflops=tflops,
-        as_json=as_json,
-    )
-
-
-@app.command(
-    epilog=_examples(
+    epilog=examples(
         "prepare recipes/smoke_mntp.yaml data.prepared_dir=prepared",
         "prepare recipes/smoke_mntp.yaml data.path=hub:owner/name@train",
     )
@@ -157,15 +85,17 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Killed, it goes on where it stopped. Training with the same keys finds the result by itself.
     """
-    from llm2vec_ds.config import load_recipe
+    from llm2vec_ds.config import load_stages
 
-    resolved = load_recipe(recipe, overrides)
-    _quiet_libraries()
+    stages = load_stages(recipe, overrides)
+    quiet_libraries()
     from llm2vec_ds.data.pairs import prepare_all
     from llm2vec_ds.data.prepare import read_manifest
     from llm2vec_ds.model.loading import load_tokenizer
 
-    for groups in prepare_all(resolved, load_tokenizer(resolved.model.path)):
+    # Later stages go on with the first one's tokenizer, which is there before their model is.
+    tokenizer = load_tokenizer(stages[0].model.path)
+    for groups in itertools.chain(*(prepare_all(stage, tokenizer) for stage in stages)):
         for name, folders in groups.items():
             for folder in folders:
                 counts = read_manifest(folder)["counts"]
@@ -173,7 +103,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "encode --model runs/smoke_simcse/encoder --input a.txt --output a.npy",
         "encode --model Qwen/Qwen3-0.6B --input a.txt --output a.npy --normalize",
     )
@@ -201,7 +131,7 @@ def encode(
     if output.suffix != ".npy":
         raise UserError(f"--output {output} must end in .npy")
     _check_output_file(output)
-    _quiet_libraries()
+    quiet_libraries()
     from llm2vec_ds.encoder import Encoder
 
     encoder = Encoder.from_pretrained(model, attention=attention, precision=precision)
@@ -251,7 +181,7 @@ def _save_vectors(output: Path, vectors: Any) -> None:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "mine --model runs/smoke_simcse/encoder --pairs recipes/data/smoke_pairs --output runs/mined.jsonl",
         "mine --model my/encoder --pairs p.jsonl --corpus c.parquet --output m.jsonl --first-rank 10",
         "mine --model my/encoder --pairs p.csv --output m.jsonl --margin 0.05 --sampling random",
@@ -303,7 +233,7 @@ def mine(
 
     Killed, it goes on where it stopped. The output is data for the supervised stage.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from llm2vec_ds.mine import mine as run
     from llm2vec_ds.mine_options import MiningOptions
 
@@ -327,14 +257,14 @@ def mine(
     run(options, output, overwrite=overwrite)
 
 
-@app.command(epilog=_examples("doctor", "doctor --no-check"))
+@app.command(epilog=examples("doctor", "doctor --no-check"))
 def doctor(
     check: Annotated[
         bool, typer.Option(help="Also train one step on a tiny model, about ten seconds.")
     ] = True,
 ) -> None:
     """Say what this machine has, what a run would use, and what is missing and how to get it."""
-    _quiet_libraries()
+    quiet_libraries()
     from llm2vec_ds.doctor import examine, training_check
 
     blocked = False
@@ -348,7 +278,7 @@ def doctor(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "demo",
         "demo --budget quick --output demo-quick",
         "demo --model Qwen/Qwen3-0.6B --text my.txt --sts my-pairs.csv",
@@ -378,7 +308,7 @@ def demo(
     ] = False,
 ) -> None:
     """Take a real LLM through LLM2Vec (causal, bidirectional, MNTP, SimCSE) and measure after each step."""
-    _quiet_libraries()
+    quiet_libraries()
     if print_model_dir:
         from llm2vec_ds.demo_model import demo_model_dir
 
@@ -387,3 +317,6 @@ def demo(
     from llm2vec_ds.demo import run_demo
 
     run_demo(output, budget=budget, sts=sts, text=text, model=model, seed=seed)
+
+
+register_memory_commands(app)

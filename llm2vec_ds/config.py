@@ -285,7 +285,8 @@ class Recipe(Section):
             )
         if self.adapter.variant == "pissa":
             raise ValueError(
-                "adapter.variant: pissa takes weights of 16 or 32 bits apart, nf4 has none: use lora, rslora or dora"
+                "adapter.variant: pissa takes weights of 16 or 32 bits apart, nf4 has none: use lora, rslora "
+                "or dora"
             )
         return self
 
@@ -305,9 +306,73 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a recipe file, applies `key=value` overrides (dotted keys), validates.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, a key is unknown or a value is invalid.
+        UserError: the file is missing or no YAML mapping, a key is unknown or a value is invalid; or it has
+            several stages and none is named.
     """
-    path = Path(path)
+    recipes = load_stages(path, overrides)
+    if len(recipes) > 1:
+        names = ", ".join(recipe.stage for recipe in recipes)
+        raise UserError(f"recipe {path} has the stages {names}: name one, e.g. stage={recipes[0].stage}")
+    return recipes[0]
+
+
+def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Recipe]:
+    """The recipes of a file, in their order: one, or one for each key of its `stages`.
+
+    A stage's keys lie over those beside `stages`. Each writes to a folder of its name in `output_dir`, and
+    starts from the `encoder/` of the one before unless it says `model.path`. `stage=NAME` picks one.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    values, given = _read_yaml(Path(path)), overrides or []
+    if "stages" not in values:
+        for override in given:
+            _apply_override(values, override)
+        return [parse_recipe(values, source=str(path))]
+    stages = values.pop("stages")
+    if not isinstance(stages, dict) or not stages or set(stages) - set(STAGES):
+        raise UserError(f"recipe {path}: `stages` must have keys out of {', '.join(STAGES)}")
+    chosen = [o.partition("=")[2] for o in given if o.startswith("stage=")]
+    recipes: list[Recipe] = []
+    for name, own in stages.items():
+        merged = _stage_values(values, name, own or {}, [recipe.stage for recipe in recipes], given)
+        recipes.append(parse_recipe(merged, source=f"{path}, stage {name}"))
+    if chosen and chosen[-1] not in stages:
+        raise UserError(f"recipe {path} has no stage {chosen[-1]!r}: it has {', '.join(stages)}")
+    return [recipe for recipe in recipes if not chosen or recipe.stage == chosen[-1]]
+
+
+def _stage_values(
+    common: dict[str, Any], name: str, own: dict[str, Any], before: list[str], overrides: list[str]
+) -> dict[str, Any]:
+    values = _laid_over(common, {"stage": name})
+    other_sections = tuple(f"{stage}." for stage in STAGES if stage != name)
+    applied = [o for o in overrides if not o.startswith(("stage=", *other_sections))]
+    if before:  # the first stage's model, unless a stage names its own
+        applied = [override for override in applied if not override.startswith("model.path=")]
+    for override in [o for o in applied if o.startswith("output_dir=")]:
+        _apply_override(values, override)
+    root = values.get("output_dir")
+    values = _laid_over(values, {"output_dir": f"{root}/{name}"} if root else {})
+    if before:
+        values = _laid_over(values, {"model": {"path": f"{root}/{before[-1]}/encoder"}})
+    values = _laid_over(values, own)
+    for override in [o for o in applied if not o.startswith("output_dir=")]:
+        _apply_override(values, override)
+    return values
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """A new mapping: `above` where it has a key, section by section."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in below.items()}
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = _laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"recipe {path} not found: give the path of a YAML file, e.g. recipes/smoke_mntp.yaml"
@@ -318,9 +383,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
-    for override in overrides or []:
-        _apply_override(values, override)
-    return parse_recipe(values, source=str(path))
+    return values
 
 
 def parse_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:

@@ -23,6 +23,9 @@ from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.prompts import PLAIN, Prompt, Template, check_tokenizer, tokenize, truncate
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.model.adapter_stack import AdapterStack, write_stack
+from llm2vec_ds.model.adapters import merged_state_dict
+from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.pooling import POOLINGS
 
@@ -52,6 +55,8 @@ class Encoder(nn.Module):
         self.trunk: Any = trunk
         self.tokenizer = tokenizer
         self.settings = settings or EncoderSettings()
+        self.stack: AdapterStack | None = None
+        """Where adapters over a quantised base come from; `save` writes them beside the merged weights."""
 
     @classmethod
     def from_pretrained(
@@ -85,6 +90,11 @@ class Encoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.trunk.parameters()).device
+
+    @property
+    def causal(self) -> bool:
+        """Does a token see only those before it?"""
+        return bool(is_causal(self.trunk.config))
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Last hidden state of every token, `[T, D]`."""
@@ -167,6 +177,8 @@ class Encoder(nn.Module):
             with writing(f"encoder {folder}"):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 self._save_weights(unfinished, state_dict)
+                if self.stack is not None:
+                    write_stack(self.trunk, self.stack, unfinished)
                 self.tokenizer.save_pretrained(unfinished)
                 settings = {**asdict(self.settings), "llm2vec_ds_version": __version__}
                 (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
@@ -178,8 +190,22 @@ class Encoder(nn.Module):
 
     def _save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         try:
-            self.trunk.save_pretrained(folder, state_dict=state_dict)
+            if getattr(self.trunk, "is_loaded_in_4bit", False):
+                self._save_dequantized(folder, state_dict)
+            else:
+                self.trunk.save_pretrained(folder, state_dict=state_dict)
         except SafetensorError as error:  # its name for what the system said
             number = re.search(r"os error (\d+)", str(error))
             said = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
             raise OSError(*said) from None
+
+    def _save_dequantized(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        """A plain checkpoint: transformers would write the 4-bit settings into config.json."""
+        from huggingface_hub import save_torch_state_dict
+
+        config = type(self.trunk.config).from_dict(self.trunk.config.to_dict())
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.architectures = [type(self.trunk).__name__]
+        config.save_pretrained(folder)
+        save_torch_state_dict(state_dict or merged_state_dict(self.trunk), folder)

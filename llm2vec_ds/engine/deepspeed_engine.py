@@ -19,13 +19,20 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from llm2vec_ds.config import Recipe
+from llm2vec_ds.config import OptimizerConfig, Recipe
 from llm2vec_ds.distributed import Ranks
 from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
-from llm2vec_ds.engine.deepspeed_json import OWNED_BY_RECIPE, read_json
+from llm2vec_ds.engine.deepspeed_json import (
+    OWNED_BY_RECIPE,
+    check_combination,
+    optimizer_is_offloaded,
+    read_json,
+)
 from llm2vec_ds.errors import UserError
 
 log = logging.getLogger(__name__)
+
+PAGED_8BIT = "paged_adamw_8bit"
 
 
 def start_process_group(ranks: Ranks) -> torch.device:
@@ -65,6 +72,7 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
             Trainer resolves; DeepSpeed drops such values silently); or hpZ's groups do not fill the world.
     """
     config = read_json(recipe.deepspeed) if recipe.deepspeed else {}
+    check_combination(recipe, config, on_cuda=torch.cuda.is_available())
     group_size = min(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), world_size)
     if group_size > 1 and world_size % group_size:
         raise UserError(
@@ -83,26 +91,37 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
         "gradient_accumulation_steps": 1,
         # Explicit, because the default became 1.0 in DeepSpeed 0.19.3.
         "gradient_clipping": optimizer.max_grad_norm,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": optimizer.lr,
-                "betas": list(optimizer.betas),
-                "eps": optimizer.eps,
-                "weight_decay": optimizer.weight_decay,
-                # DeepSpeed refuses torch's Adam where it keeps the states on the host.
-                "torch_adam": not _optimizer_is_offloaded(config),
-            },
-        },
+        **_optimizer(optimizer, torch_adam=not optimizer_is_offloaded(config)),
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 2**62,
         **_monitors(recipe),
     }
 
 
-def _optimizer_is_offloaded(config: Mapping[str, Any]) -> bool:
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
+def _optimizer(optimizer: OptimizerConfig, *, torch_adam: bool) -> dict[str, Any]:
+    """DeepSpeed's section; it refuses torch's Adam where it keeps the states on the host. An optimizer that
+    DeepSpeed does not build itself stands under a name of its own, for `Engine` to take out."""
+    options = {
+        "lr": optimizer.lr,
+        "betas": list(optimizer.betas),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+    }
+    if optimizer.name == "paged_adamw_8bit":
+        return {PAGED_8BIT: options, "zero_allow_untested_optimizer": True}
+    return {"optimizer": {"type": "AdamW", "params": {**options, "torch_adam": torch_adam}}}
+
+
+def _client_optimizer(config: dict[str, Any]) -> Callable[[Any], torch.optim.Optimizer] | None:
+    """Maker of an optimizer that DeepSpeed does not know; taken out of `config`."""
+    options = config.pop(PAGED_8BIT, None)
+    if options is None:
+        return None
+    import bitsandbytes
+
+    return lambda parameters: bitsandbytes.optim.PagedAdamW8bit(
+        parameters, **{**options, "betas": tuple(options["betas"])}
+    )
 
 
 def partition_for(config: dict[str, Any]) -> Callable[[], AbstractContextManager[Any]]:
@@ -182,8 +201,12 @@ class Engine:
         if config["bf16"]["enabled"]:
             _cast_what_is_whole(model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        config = dict(config)
+        optimizer = _client_optimizer(config)
         try:
-            self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
+            self._engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=trainable, config=config, optimizer=optimizer
+            )
         except ValidationError as error:  # a section of the JSON that the recipe names
             mistakes = "; ".join(f"`{m['loc'][0]}`: {m['msg']}" for m in error.errors())
             raise UserError(

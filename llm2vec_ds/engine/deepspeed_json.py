@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm2vec_ds.config import Recipe
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.quantization import check_bitsandbytes
 
 OWNED_BY_RECIPE = (
     "train_batch_size",
@@ -45,3 +48,36 @@ def _auto_key(value: Any, prefix: str = "") -> str | None:
         found = (_auto_key(child, f"{prefix}.{key}" if prefix else key) for key, child in value.items())
         return next((key for key in found if key), None)
     return prefix if value == "auto" else None
+
+
+def optimizer_is_offloaded(config: Mapping[str, Any]) -> bool:
+    """Does this JSON keep the optimizer's states on the host?"""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return bool(offload.get("device", "none") != "none")
+
+
+def check_combination(recipe: Recipe, config: Mapping[str, Any], *, on_cuda: bool) -> None:
+    """Refuses what does not work together, by name and before anything is loaded.
+
+    Raises:
+        UserError: names both sides and the mend.
+    """
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if recipe.adapter is not None and recipe.adapter.variant == "pissa" and stage == 3:
+        raise UserError(
+            f"adapter.variant: pissa needs whole weights for its start, and {recipe.deepspeed} splits them "
+            "(ZeRO-3): use deepspeed=ds_configs/zero2.json, or another variant"
+        )
+    if recipe.optimizer.name != "paged_adamw_8bit":
+        return
+    check_bitsandbytes("optimizer.name: paged_adamw_8bit")
+    if not on_cuda:
+        raise UserError(
+            "optimizer.name: paged_adamw_8bit needs a CUDA GPU (its kernels page GPU memory): use "
+            "optimizer.name=adamw here"
+        )
+    if optimizer_is_offloaded(config):
+        raise UserError(
+            f"optimizer.name: paged_adamw_8bit lives on the GPU, and {recipe.deepspeed} keeps the optimizer "
+            "on the host: use optimizer.name=adamw, or a JSON without offload_optimizer"
+        )

@@ -31,11 +31,13 @@ from llm2vec_ds.engine.deepspeed_engine import (
     partition_for,
     start_process_group,
 )
+from llm2vec_ds.engine.memory import watched
 from llm2vec_ds.engine.trainer import Trainer
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.loss.contrastive import check_widths
 from llm2vec_ds.loss.embedding_cache import ContrastiveModel
 from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
+from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
 from llm2vec_ds.stages.base import Stage
@@ -78,13 +80,9 @@ def train(recipe: Recipe) -> Path:
             recipe.max_steps,
             ranks.world_size,
         )
-    try:
-        Trainer(recipe, stage, Engine(stage.model, config), folder).run()
-    except torch.OutOfMemoryError:
-        raise UserError(
-            "the GPU's memory is full: lower batch.max_tokens_per_micro_batch (now "
-            f"{recipe.batch.max_tokens_per_micro_batch}), or set model.activation_checkpointing=true"
-        ) from None
+    engine = Engine(stage.model, config)
+    with watched(recipe, stage, engine, folder):
+        Trainer(recipe, stage, engine, folder).run()
     return folder
 
 
@@ -102,7 +100,7 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
         return _mntp_stage(recipe, recipe.mntp, tokenizer, texts, held_out[0] if held_out else None, options)
     config = recipe.contrastive
     assert config is not None
-    trunk = _agreed(lambda: load_trunk(recipe.model.path, options))
+    trunk = _agreed(lambda: load_trunk(_stack(recipe).base, options))
     if mistake := check_widths(config.matryoshka_dims, trunk.config.hidden_size):
         raise UserError(mistake)
     _make_trainable(recipe, trunk)
@@ -131,7 +129,7 @@ def _mntp_stage(
     held_out: PreparedTexts | None,
     options: TrunkOptions,
 ) -> MntpStage:
-    trunk, linear = _agreed(lambda: load_trunk_and_head(recipe.model.path, options))
+    trunk, linear = _agreed(lambda: load_trunk_and_head(_stack(recipe).base, options))
     if recipe.adapter is not None:
         linear.requires_grad_(False)  # adapters alone train; an untied head would otherwise, for nothing
     head = MaskedTokenHead(linear, trunk.config, config.head_chunk_tokens)
@@ -150,7 +148,14 @@ def _mntp_stage(
 def _encoder(recipe: Recipe, trunk: Any, tokenizer: Any) -> Encoder:
     template = template_for(recipe.data.template, tokenizer)
     settings = EncoderSettings(recipe.pooling, template=template.form, special_tokens=template.special_tokens)
-    return Encoder(trunk, tokenizer, settings)
+    encoder = Encoder(trunk, tokenizer, settings)
+    if recipe.model.quantization is not None:
+        encoder.stack = _stack(recipe)
+    return encoder
+
+
+def _stack(recipe: Recipe) -> AdapterStack:
+    return read_stack(recipe.model.path, recipe.model.quantization, recipe.adapter)
 
 
 def _trunk_options(recipe: Recipe, device: torch.device, partition: Partition) -> TrunkOptions:
@@ -158,15 +163,21 @@ def _trunk_options(recipe: Recipe, device: torch.device, partition: Partition) -
     assert objective is not None
     # None keeps a config without the attribute usable when no dropout is asked for.
     dropout = objective.attention_dropout or None
-    return TrunkOptions(model.causal, model.attention, model.precision, dropout, device, partition)
+    return TrunkOptions(
+        model.causal, model.attention, model.precision, dropout, device, partition, model.quantization
+    )
 
 
 def _make_trainable(recipe: Recipe, trunk: Any) -> None:
     if recipe.adapter is not None:
         # Here, so that the adapters do not depend on what loading drew: under ZeRO-3 it fills memory first.
         torch.manual_seed(recipe.seed)
+        put_stack_in(trunk, stack := _stack(recipe))
         names = add_lora(trunk, recipe.adapter)
-        log.info("LoRA rank %s on %s linear layers", recipe.adapter.rank, len(names))
+        below = f" over {len(stack.earlier)} of earlier stages" if stack.earlier else ""
+        log.info(
+            "%s rank %s on %s linear layers%s", recipe.adapter.variant, recipe.adapter.rank, len(names), below
+        )
     if recipe.model.activation_checkpointing:
         trunk.activation_checkpointing_enable({"use_reentrant": False})
 

@@ -47,6 +47,28 @@ def quantized_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "quant_state")]
 
 
+def prepare_for_training(model: nn.Module) -> None:
+    """On CPUs with AVX-512 bf16 bitsandbytes repacks a weight at its first pass in evaluation mode, and the
+    repacked weight has no backward: a held-out measurement would end the training. That is turned off."""
+    for layer in quantized_layers(model):
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def is_quantized(weight: Any) -> bool:
+    """Is this parameter in 4 bits?"""
+    return getattr(weight, "quant_state", None) is not None
+
+
+def dequantized(weight: Any) -> torch.Tensor:
+    """The matrix that a 4-bit parameter stands for, in its compute dtype; any other as it is."""
+    if not is_quantized(weight):
+        return weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    matrix: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    return matrix
+
+
 def quantize_shapes(model: nn.Module, dtype: torch.dtype) -> None:
     """Replaces the linear layers of a model on the meta device as loading in NF4 does, shapes alone.
 

@@ -61,8 +61,8 @@ def model_config(recipe: Recipe, recipe_file: Path | None = None) -> Any:
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())[:120] if found else "its config.json is not on this machine"
         raise UserError(
-            f"model {recipe.model.path!r} cannot be planned: {cause}. Name one with model.config_file, or put "
-            "it beside the recipe"
+            f"model {recipe.model.path!r} cannot be planned: {cause}. Name one with model.config_file, or "
+            "put it beside the recipe"
         ) from None
 
 

@@ -11,6 +11,7 @@ import torch
 
 from llm2vec_ds.config import MachineConfig, Recipe
 from llm2vec_ds.engine.deepspeed_json import read_json
+from llm2vec_ds.model.adapter_stack import read_stack
 from llm2vec_ds.model.loading import TrunkOptions
 from llm2vec_ds.model.quantization import weight_storages
 from llm2vec_ds.planner.meta_model import (
@@ -194,7 +195,7 @@ class Planner:
         }
 
     def largest_token_budget(self) -> int:
-        """The largest `batch.max_tokens_per_micro_batch` that fits, in whole texts; 0 if not even one does."""
+        """The largest `batch.max_tokens_per_micro_batch` that fits, in whole texts; 0 if none does."""
         n_texts = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_texts_a_pass(n)))
         return n_texts * self.load.tokens_a_text
 
@@ -226,7 +227,7 @@ class Planner:
         """The recipe's own JSON and those of the folder beside it, each with what it would take."""
         names: list[str | None] = [None] if self.world_size == 1 else []
         if folder := _ds_configs(self.recipe):
-            wanted = BY_COST[2:] if self.world_size == 1 else BY_COST
+            wanted: tuple[str, ...] = BY_COST[2:] if self.world_size == 1 else BY_COST
             if self.recipe.model.quantization is not None:
                 wanted = tuple(name for name in wanted if "3" not in name)
             if self.recipe.optimizer.name != "adamw":
@@ -256,9 +257,14 @@ def shapes(recipe: Recipe, config: Any, device: torch.device, load: Workload) ->
         text_config.hidden_size // text_config.num_attention_heads
     )
     counted = sum(weight_storages(model.whole).values())
+    # QLoRA's later stages hold the adapters of the earlier ones: those that are there, or that will be.
+    n_stacked = len(read_stack(recipe.model.path, recipe.model.quantization, None).earlier)
+    if recipe.model.quantization is not None and recipe.mntp is None:
+        n_stacked = max(n_stacked, 1)
+    counted += n_stacked * options.dtype.itemsize * sum(shape.numel() for shape in trainable)
     return_values: dict[str, Any] = {
         "frozen_bytes": counted - (0 if recipe.adapter else sum(p.numel() * p.itemsize for p in own)),
-        "frozen": [_whole_shape(p) for p in own] if recipe.adapter else [],
+        "frozen": [p.shape for p in own] if recipe.adapter else [],
         "trainable": trainable,
         "n_parameters": sum(_whole_shape(p).numel() for p in own)
         + (sum(s.numel() for s in trainable) if recipe.adapter else 0),

@@ -109,6 +109,7 @@ def _zero3(
     gathered = max(gathered, max((*frozen, *sizes), default=0))
     part = sum(-(-size // world_size) for size in sizes)
     frozen_part = sum(-(-size // world_size) for size in frozen)
+    never_split = frozen_bytes - dtype.itemsize * sum(frozen)  # buffers, scales of NF4
     # hpZ keeps a second copy in each group of ranks.
     group = min(int(zero.get("zero_hpz_partition_size", 1)), world_size)
     second = sum(-(-size // group) for size in (*frozen, *sizes)) if group > 1 else 0
@@ -122,7 +123,7 @@ def _zero3(
         b * (part + frozen_part) if parameters_away else 0
     )
     return States(
-        0 if parameters_away else b * frozen_part,
+        never_split + (0 if parameters_away else b * frozen_part),
         0 if parameters_away else b * part,
         0 if optimizer_away else b * part,
         0 if optimizer_away else own,

@@ -77,7 +77,7 @@ def assumptions(planner: Planner) -> list[str]:
     ]
     if device == "cuda":
         said += [
-            f"{UTILISATION:.0%} of {machine.tflops:g} TFLOP/s; reading NF4 and the optimizer's step take no time",
+            f"{UTILISATION:.0%} of {machine.tflops:g} TFLOP/s; reading NF4 and the optimizer take no time",
             f"{planner.bandwidth_gbps():g} Gb/s from each GPU, no overlap with compute",
         ]
     return said
@@ -91,9 +91,10 @@ def as_table(plan: dict[str, Any]) -> str:
         if machine["gpus_per_node"]
         else f"one CPU process, {machine['memory_gib']:g} GiB"
     )
+    held = plan["quantization"] or plan["dtype"]
     lines = [
         f"{plan['stage']} on {place}: {plan['parameters'] / 1e6:,.1f} M parameters, "
-        f"{plan['trainable_parameters'] / 1e6:,.1f} M of them train; {plan['quantization'] or plan['dtype']}; "
+        f"{plan['trainable_parameters'] / 1e6:,.1f} M of them train; {held}; "
         f"{plan['deepspeed'] or 'no DeepSpeed JSON'}",
         f"a rank's step: {step['micro_batches']} micro-batch(es) of {step['tokens_a_micro_batch']:,} tokens",
         "",
@@ -113,11 +114,10 @@ def as_table(plan: dict[str, Any]) -> str:
             f"{choice['sent_bytes'] / 1e6:10,.0f}  {mark}"
         )
     lines += ["", _advice(plan)]
-    if plan["step_ms"]:
+    if time := plan["step_ms"]:
         lines.append(
-            "a step: about {total:,.0f} ms ({compute:,.0f} compute, {communication:,.0f} communication)".format(
-                **plan["step_ms"]
-            )
+            f"a step: about {time['total']:,.0f} ms ({time['compute']:,.0f} compute, "
+            f"{time['communication']:,.0f} communication)"
         )
     return "\n".join([*lines, "assumed: " + "; ".join(plan["assumptions"])])
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llm2vec_ds.config import MachineConfig, parse_recipe
-from llm2vec_ds.engine.deepspeed_engine import deepspeed_config, partition_for, start_process_group
 from llm2vec_ds.distributed import ranks_from_environment
+from llm2vec_ds.engine.deepspeed_engine import deepspeed_config, partition_for, start_process_group
 from llm2vec_ds.engine.run import build_stage
 from llm2vec_ds.model.loading import TrunkOptions
 from llm2vec_ds.planner.plan import Planner
@@ -36,6 +36,10 @@ CASES = [
 ]
 
 
+def _backward(engine: MeasuringEngine, share: torch.Tensor, *, rows: Any, last: bool) -> None:
+    engine.backward(share, last=last)
+
+
 def _measure(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[dict[str, int]]:
     results = []
     for values in recipes:
@@ -47,7 +51,7 @@ def _measure(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[dict[
         engine = MeasuringEngine(stage.model, config)
         rows = stage.global_batch(0)[rank::world]
         engine.train()
-        stage.step(0, rows, engine.forward, lambda share, rows, last: engine.backward(share, last=last))
+        stage.step(0, rows, engine.forward, partial(_backward, engine))
         engine.step(1e-3)
         weights = engine.parts() if engine.zero_stage == 3 else weight_bytes(stage.model)
         results.append(weights | {"gradients": engine.gradient_bytes, "optimizer": engine.optimizer_bytes})

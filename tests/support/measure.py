@@ -36,10 +36,12 @@ class MeasuringEngine(Engine):
     def parts(self) -> dict[str, int]:
         """Weights of a model in parts (ZeRO-3)."""
         parameters = list(self._engine.module.parameters())
-        return {
+        parts = {
             name: sum(p.ds_tensor.numel() * p.itemsize for p in parameters if p.requires_grad is trains)
             for name, trains in (("trainable", True), ("frozen", False))
         }
+        parts["frozen"] += storage_bytes(self._engine.module.buffers())
+        return parts
 
 
 def _gradient_bytes(model: nn.Module, optimizer: Any, stage: int) -> int:
