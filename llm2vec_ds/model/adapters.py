@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -41,7 +42,9 @@ def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> li
     )
     earlier = adapter_names(trunk)
     try:
-        inject_adapter_in_model(lora, trunk, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # stacked on purpose
+            inject_adapter_in_model(lora, trunk, name)
     except ValueError as error:
         linear = sorted({n.rpartition(".")[2] for n, m in trunk.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(

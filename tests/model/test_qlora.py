@@ -17,6 +17,7 @@ from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.engine.deepspeed_engine import deepspeed_config
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.merge import merge_into_original
 from llm2vec_ds.model.adapter_stack import put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora, merged_state_dict
@@ -130,7 +131,12 @@ def test_merge_into_the_original_weights_tells_the_difference(
     train(parse_recipe(qlora("mntp", tiny_model_dir, texts_file, tmp_path / "run", max_steps=2)))
     folder = tmp_path / "run" / "encoder"
     difference = merge_into_original(folder, tmp_path / "merged")
-    assert 0.8 < difference.least_cosine < difference.mean_cosine < 0.9999
+    words = own_graded_pairs().first[: difference.n_texts]
+    both = [Encoder.from_pretrained(f).encode(words, normalize=True) for f in (folder, tmp_path / "merged")]
+    cosine = (both[0] * both[1]).sum(1)
+    assert difference.mean_cosine == pytest.approx(cosine.mean(), abs=1e-5)
+    assert difference.least_cosine == pytest.approx(cosine.min(), abs=1e-5)
+    assert cosine.max() < 0.9999  # the weights were in 4 bits, and are not
     trunk = load_trunk(str(tiny_model_dir), TrunkOptions())
     put_stack_in(trunk, read_stack(str(folder), "nf4", None))
     merged = Encoder.from_pretrained(tmp_path / "merged")

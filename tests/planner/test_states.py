@@ -63,8 +63,9 @@ def recipe_of(
 ) -> dict[str, Any]:
     stage, zero_stage, precision, changes = case
     config = str(ROOT / "ds_configs" / f"zero{zero_stage}.json") if zero_stage else None
-    values = recipe(stage, model, texts, run, deepspeed=config, **{"adapter": {"rank": 4}, **changes})
-    values["model"]["precision"] = precision
+    others = {key: value for key, value in changes.items() if key != "quantization"}
+    values = recipe(stage, model, texts, run, deepspeed=config, **{"adapter": {"rank": 4}, **others})
+    values["model"] |= {"precision": precision, "quantization": changes.get("quantization")}
     return values
 
 
