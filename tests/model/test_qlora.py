@@ -176,6 +176,32 @@ def test_two_ranks_equal_one_process(
             torch.testing.assert_close(weight, other_weights[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [None, "zero2"])
+def test_an_optimizer_that_deepspeed_does_not_build(
+    config: str | None,
+    tiny_model_dir: Path,
+    texts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The 8-bit one needs a GPU; torch's AdamW in its place takes the same way and gives the same losses."""
+    import bitsandbytes
+
+    from llm2vec_ds.engine import deepspeed_engine
+
+    monkeypatch.setattr(bitsandbytes.optim, "PagedAdamW8bit", torch.optim.AdamW)
+    monkeypatch.setattr(deepspeed_engine, "check_combination", lambda *_, **__: None)
+    losses = []
+    for name in ("adamw", "paged_adamw_8bit"):
+        values = recipe("mntp", tiny_model_dir, texts_file, tmp_path / name, max_steps=3, **NO_DROPOUT)
+        values["optimizer"]["name"] = name
+        values["deepspeed"] = str(ROOT / "ds_configs" / f"{config}.json") if config else None
+        train(parse_recipe(values))
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(row)["loss"] for row in rows])
+    assert losses[0] == losses[1]
+
+
 VALUES = {"stage": "mntp", "model": {"path": "m"}, "data": {"path": "t.txt"}, "output_dir": "o"}
 
 

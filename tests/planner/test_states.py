@@ -27,6 +27,8 @@ CASES = [
     ("simcse", 2, "bf16", {}),
     ("mntp", 2, "fp32", {"adapter": None}),
     ("simcse", 3, "fp32", {}),
+    ("mntp", 0, "fp32", {"quantization": "nf4"}),
+    ("mntp", 2, "bf16", {"quantization": "nf4"}),
     (
         "mntp",
         2,
