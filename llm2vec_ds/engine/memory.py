@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +29,37 @@ log = logging.getLogger(__name__)
 MIB = 2**20
 
 
+def explains_full_memory(train: Callable[[Recipe], Path]) -> Callable[[Recipe], Path]:
+    """`train`, but a GPU whose memory is full becomes a UserError that says what to lower."""
+
+    @wraps(train)
+    def explained(recipe: Recipe) -> Path:
+        try:
+            return train(recipe)
+        except torch.OutOfMemoryError as error:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            said = explain_full_memory(recipe, device, _planner(recipe, device), error)
+        raise UserError(said)
+
+    return explained
+
+
 @contextmanager
 def watched(recipe: Recipe, stage: Stage, engine: Engine, folder: Path) -> Iterator[None]:
-    """Around training: plans first, shrinks the token budget if the recipe allows it, explains a full
-    memory, and at the end writes `memory.json` with planned and measured peak.
+    """Around training: plans first, shrinks the token budget if the recipe allows it, and at the end writes
+    `memory.json` with planned and measured peak.
 
     Raises:
-        UserError: the GPU's memory is full.
+        UserError: as `fit_token_budget`.
     """
     device = stage.encoder.device
     planner = _planner(recipe, device) if rank() == 0 else None
     planned = planner.memory(recipe.deepspeed) if planner else None
     if planned is not None:
         log.info("planned peak: %.0f MiB", planned_mib(planned, device))
-    try:
-        if recipe.batch.halve_if_out_of_memory:
-            fit_token_budget(recipe, stage, engine)
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(explain_full_memory(recipe, device, planner, error)) from None
+    if recipe.batch.halve_if_out_of_memory:
+        fit_token_budget(recipe, stage, engine)
+    yield
     if planned is not None:
         _report(planned, device, folder)
 

@@ -31,7 +31,7 @@ from llm2vec_ds.engine.deepspeed_engine import (
     partition_for,
     start_process_group,
 )
-from llm2vec_ds.engine.memory import watched
+from llm2vec_ds.engine.memory import explains_full_memory, watched
 from llm2vec_ds.engine.trainer import Trainer
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.loss.contrastive import check_widths
@@ -51,6 +51,7 @@ Partition = Callable[[], AbstractContextManager[Any]]
 T = TypeVar("T")
 
 
+@explains_full_memory
 def train(recipe: Recipe) -> Path:
     """Runs a recipe on this process and, under a launcher, its peers; returns the run's folder.
 

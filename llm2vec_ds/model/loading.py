@@ -132,7 +132,8 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
         str(options.dtype).removeprefix("torch."),
         options.device,
     )
-    with options.partition():
+    # In 4 bits a model is read whole by every rank, and split afterwards where ZeRO-3 asks for it.
+    with options.partition() if options.quantization is None else nullcontext():
         model, info = _from_pretrained(
             auto_class,
             path,
