@@ -81,12 +81,11 @@ def quantize_shapes(model: nn.Module, dtype: torch.dtype) -> None:
     replace_with_bnb_linear(
         model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=config
     )
-    outer_code = torch.empty(256, device="meta")  # one for all layers
     for layer in quantized_layers(model):
-        _quantize_shape(layer, dtype, outer_code)
+        _quantize_shape(layer, dtype)
 
 
-def _quantize_shape(layer: Any, dtype: torch.dtype, outer_code: torch.Tensor) -> None:
+def _quantize_shape(layer: Any, dtype: torch.dtype) -> None:
     """What bitsandbytes would hold for one layer. Not by its own function, which keeps its first code table
     for all later calls, on the meta device too."""
     from bitsandbytes.functional import QuantState
@@ -96,7 +95,7 @@ def _quantize_shape(layer: Any, dtype: torch.dtype, outer_code: torch.Tensor) ->
     with torch.device("meta"):
         inner = QuantState(
             torch.empty(-(-n_blocks // OUTER_BLOCK)),
-            code=outer_code,
+            code=torch.empty(256),
             blocksize=OUTER_BLOCK,
             dtype=torch.float32,
         )

@@ -166,7 +166,8 @@ class Planner:
             self.zero(deepspeed),
             gradient_bytes=item * sum(s.numel() for s in self.shapes.trainable),
             weight_bytes=item * self.shapes.n_parameters,
-            vector_bytes=wire * self.shapes.width,
+            width=self.shapes.width,
+            element_bytes=wire,
             exchange=config.exchange if config else "gather",
         )
 

@@ -26,7 +26,7 @@ class States:
     Attributes:
         frozen: weights that do not train, as this rank holds them.
         trainable: the device's copy of what trains.
-        gradients: between backward and step.
+        gradients: the most that is held of them; under ZeRO-1 all, until backward is through.
         optimizer: fp32 copy (where there is one) and both moments.
         buffers: communication buckets, and under ZeRO-3 gathered parameters.
         host: on the host, for one rank.

@@ -11,7 +11,7 @@ from llm2vec_ds.planner.traffic import UTILISATION
 MEANINGS = {
     "weights": "frozen weights, scales of NF4 included",
     "adapters": "what trains, as the device holds it",
-    "gradients": "between backward and step",
+    "gradients": "the most that is held of them",
     "optimizer": "fp32 copy where there is one, both moments",
     "buffers": "DeepSpeed's buckets, gathered weights",
     "activations": "held for backward by one micro-batch",

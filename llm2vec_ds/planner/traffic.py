@@ -22,14 +22,15 @@ def step_bytes(
     *,
     gradient_bytes: int,
     weight_bytes: int,
-    vector_bytes: int,
+    width: int,
+    element_bytes: int,
     exchange: str,
 ) -> int:
     """The sums of docs/scaling.md, for ZeRO-3 its upper bound.
 
     Args:
         gradient_bytes: G, of what trains. weight_bytes: P, of all weights.
-        vector_bytes: of one vector on the wire; gradients go home in fp32.
+        width: D, of a vector. element_bytes: b, of its numbers on the wire; gradients go home in fp32.
     """
     world, m = load.world_size, load.micro_batches
     share = (world - 1) / world
@@ -41,17 +42,18 @@ def step_bytes(
         2: 2 * m * g + g,
         3: m * g + (load.forwards + m) * p,
     }[stage]
-    return int(engine) + _loss_bytes(load, vector_bytes, exchange)
+    return int(engine) + _loss_bytes(load, width, element_bytes, exchange)
 
 
-def _loss_bytes(load: Workload, vector_bytes: int, exchange: str) -> int:
-    world, documents = load.world_size, load.documents
-    home = documents * FP32 * (vector_bytes // FP32)
+def _loss_bytes(load: Workload, width: int, element_bytes: int, exchange: str) -> int:
+    world = load.world_size
+    there = load.documents * (element_bytes * width + ID_BYTES)
+    home = load.documents * FP32 * width
     if world == 1:
         return 0
     if exchange == "ring":
-        return 2 * (world - 1) * documents * (vector_bytes + ID_BYTES) + world * home
-    return (world - 1) * documents * (vector_bytes + ID_BYTES) + (world - 1) * home
+        return 2 * (world - 1) * there + world * home
+    return (world - 1) * (there + home)
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,27 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
 
 
 class MeasuringEngine(Engine):
-    """Notes gradients before the step and optimizer tensors after it, in bytes."""
+    """Notes gradients before the step and optimizer tensors after it, in bytes; under ZeRO-1 the most that
+    backward held, before other ranks' parts went."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
+        self._seen_bytes = 0
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(model, config)
+        for parameter in self._trainable:
+            parameter.register_post_accumulate_grad_hook(self._look)
+
+    def _look(self, _: torch.Tensor) -> None:
+        held = storage_bytes(p.grad for p in self._trainable if p.grad is not None)
+        self._seen_bytes = max(self._seen_bytes, held)
 
     def step(self, lr: float) -> float:
         optimizer = self._engine.optimizer
-        self.gradient_bytes = _gradient_bytes(self._engine.module, optimizer, self.zero_stage)
+        self.gradient_bytes = (
+            self._seen_bytes
+            if self.zero_stage == 1
+            else _gradient_bytes(self._engine.module, optimizer, self.zero_stage)
+        )
         norm = super().step(lr)
         self.optimizer_bytes = _copies(optimizer, self.zero_stage) + _moments(optimizer)
         return norm
