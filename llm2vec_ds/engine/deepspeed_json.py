@@ -56,6 +56,11 @@ def optimizer_is_offloaded(config: Mapping[str, Any]) -> bool:
     return bool(offload.get("device", "none") != "none")
 
 
+def _parameters_are_offloaded(config: Mapping[str, Any]) -> bool:
+    offload = config.get("zero_optimization", {}).get("offload_param") or {}
+    return bool(offload.get("device", "none") != "none")
+
+
 def check_combination(recipe: Recipe, config: Mapping[str, Any], *, on_cuda: bool) -> None:
     """Refuses what does not work together, by name and before anything is loaded.
 
@@ -67,6 +72,11 @@ def check_combination(recipe: Recipe, config: Mapping[str, Any], *, on_cuda: boo
         raise UserError(
             f"adapter.variant: pissa needs whole weights for its start, and {recipe.deepspeed} splits them "
             "(ZeRO-3): use deepspeed=ds_configs/zero2.json, or another variant"
+        )
+    if recipe.model.quantization is not None and _parameters_are_offloaded(config):
+        raise UserError(
+            f"model.quantization: nf4 keeps its weights on the GPU, and {recipe.deepspeed} keeps parameters on "
+            "the host (offload_param): use deepspeed=ds_configs/zero3.json, or quantization=null"
         )
     if recipe.optimizer.name != "paged_adamw_8bit":
         return

@@ -230,7 +230,7 @@ class Planner:
         if folder := _ds_configs(self.recipe):
             wanted: tuple[str, ...] = BY_COST[2:] if self.world_size == 1 else BY_COST
             if self.recipe.model.quantization is not None:
-                wanted = tuple(name for name in wanted if "3" not in name)
+                wanted = tuple(name for name in wanted if name != "zero3_offload")
             if self.recipe.optimizer.name != "adamw":
                 wanted = tuple(name for name in wanted if "offload" not in name)
             names += [str(path) for name in wanted if (path := folder / f"{name}.json").is_file()]

@@ -152,11 +152,21 @@ def _train_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> None:
         train(parse_recipe(values))
 
 
+def _split_everything(folder: Path, config: str) -> Path:
+    """The shipped JSON; under ZeRO-3 even the smallest parameter is split, as all are in a large model."""
+    values = json.loads((ROOT / "ds_configs" / f"{config}.json").read_text())
+    if config == "zero3":
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = folder / f"{config}.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
 def trained_on(world: int, config: str | None, model: Path, file: Path, folder: Path) -> dict[str, Any]:
     """Metrics and merged weights of both stages, three steps each."""
     recipes = {s: qlora(s, model, file, folder / s, max_steps=3) for s in ("mntp", "simcse")}
     for values in recipes.values():
-        values["deepspeed"] = str(ROOT / "ds_configs" / f"{config}.json") if config else None
+        values["deepspeed"] = str(_split_everything(folder, config)) if config else None
     run_ranks(partial(_train_all, recipes=list(recipes.values())), world)
     results = {}
     for stage, values in recipes.items():
@@ -229,6 +239,13 @@ VALUES = {"stage": "mntp", "model": {"path": "m"}, "data": {"path": "t.txt"}, "o
         (
             {"adapter": {"variant": "pissa"}, "deepspeed": str(ROOT / "ds_configs" / "zero3.json")},
             "pissa needs whole weights",
+        ),
+        (
+            {
+                "model": {"path": "m", "quantization": "nf4"},
+                "deepspeed": str(ROOT / "ds_configs" / "zero3_offload.json"),
+            },
+            "keeps parameters on the host",
         ),
     ],
 )
