@@ -75,8 +75,8 @@ def check_combination(recipe: Recipe, config: Mapping[str, Any], *, on_cuda: boo
         )
     if recipe.model.quantization is not None and _parameters_are_offloaded(config):
         raise UserError(
-            f"model.quantization: nf4 keeps its weights on the GPU, and {recipe.deepspeed} keeps parameters on "
-            "the host (offload_param): use deepspeed=ds_configs/zero3.json, or quantization=null"
+            f"model.quantization: nf4 keeps its weights on the GPU, and {recipe.deepspeed} keeps parameters "
+            "on the host (offload_param): use deepspeed=ds_configs/zero3.json, or quantization=null"
         )
     if recipe.optimizer.name != "paged_adamw_8bit":
         return

@@ -245,7 +245,7 @@ VALUES = {"stage": "mntp", "model": {"path": "m"}, "data": {"path": "t.txt"}, "o
                 "model": {"path": "m", "quantization": "nf4"},
                 "deepspeed": str(ROOT / "ds_configs" / "zero3_offload.json"),
             },
-            "keeps parameters on the host",
+            "keeps parameters on the",
         ),
     ],
 )
