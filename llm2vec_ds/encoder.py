@@ -31,6 +31,9 @@ from llm2vec_ds.data.prompts import (
 )
 from llm2vec_ds.encoder_settings import EncoderSettings, stored_settings
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.model.adapter_stack import AdapterStack, write_stack
+from llm2vec_ds.model.adapters import merged_state_dict
+from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.imported import merge_adapters, resolve, upstream_settings
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.pooling import POOLINGS
@@ -56,6 +59,8 @@ class Encoder(nn.Module):
         self.settings = settings or EncoderSettings()
         self.devices = [next(trunk.parameters()).device]
         self._replicas: Replicas[Any] | None = None
+        self.stack: AdapterStack | None = None
+        """Where adapters over a quantised base come from; `save` writes them beside the merged weights."""
 
     @classmethod
     def from_pretrained(
@@ -108,6 +113,11 @@ class Encoder(nn.Module):
     def dimensions(self) -> int:
         """Length of a vector."""
         return int(self.trunk.config.get_text_config().hidden_size)
+
+    @property
+    def causal(self) -> bool:
+        """Does a token see only those before it?"""
+        return bool(is_causal(self.trunk.config))
 
     def train(self, mode: bool = True) -> Encoder:
         """As any module's; copies on other devices, which training would leave behind, are given up."""
@@ -308,6 +318,8 @@ class Encoder(nn.Module):
             with writing(f"encoder {folder}"):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 self.save_weights(unfinished, state_dict)
+                if self.stack is not None:
+                    write_stack(self.trunk, self.stack, unfinished)
                 self.tokenizer.save_pretrained(unfinished)
                 self.settings.write(unfinished)
                 if folder.exists():
@@ -319,13 +331,27 @@ class Encoder(nn.Module):
     def save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """The trunk alone: weights and config.json."""
         try:
-            self.trunk.save_pretrained(folder, state_dict=state_dict)
+            if getattr(self.trunk, "is_loaded_in_4bit", False):
+                self._save_dequantized(folder, state_dict)
+            else:
+                self.trunk.save_pretrained(folder, state_dict=state_dict)
         except SafetensorError as error:  # its name for what the system said
             number = re.search(r"os error (\d+)", str(error))
             said = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
             raise OSError(*said) from None
         for weights in folder.glob("*.safetensors"):  # which come readable to their owner alone
             weights.chmod((folder / "config.json").stat().st_mode)
+
+    def _save_dequantized(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        """A plain checkpoint: transformers would write the 4-bit settings into config.json."""
+        from huggingface_hub import save_torch_state_dict
+
+        config = type(self.trunk.config).from_dict(self.trunk.config.to_dict())
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.architectures = [type(self.trunk).__name__]
+        config.save_pretrained(folder)
+        save_torch_state_dict(state_dict or merged_state_dict(self.trunk), folder)
 
 
 def _hidden_states(trunk: Any, batch: PackedBatch) -> torch.Tensor:
