@@ -23,7 +23,7 @@ from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.prompts import PLAIN, Prompt, Template, check_tokenizer, tokenize, truncate
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.model.adapter_stack import AdapterStack, write_stack
+from llm2vec_ds.model.adapter_stack import AdapterStack, adapter_state, write_stack
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
@@ -162,11 +162,17 @@ class Encoder(nn.Module):
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
         return vectors
 
-    def save(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        adapters: dict[str, dict[str, torch.Tensor]] | None = None,
+    ) -> None:
         """Writes trunk (safetensors), config, tokenizer and settings; the folder appears when complete.
 
         Args:
             state_dict: the trunk's weights where they differ from the live ones (merged adapters).
+            adapters: `adapter_state`, for a trunk whose parameters are not whole here.
 
         Raises:
             UserError: the folder cannot be written, or the disk is full; an older one at its place stays.
@@ -178,7 +184,7 @@ class Encoder(nn.Module):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 self._save_weights(unfinished, state_dict)
                 if self.stack is not None:
-                    write_stack(self.trunk, self.stack, unfinished)
+                    write_stack(self.stack, adapters or adapter_state(self.trunk), unfinished)
                 self.tokenizer.save_pretrained(unfinished)
                 settings = {**asdict(self.settings), "llm2vec_ds_version": __version__}
                 (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")

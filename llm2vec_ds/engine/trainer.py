@@ -14,6 +14,7 @@ from llm2vec_ds.data.batches import rank_slice
 from llm2vec_ds.distributed import TRAFFIC, all_reduce_sum, barrier, rank, world_size
 from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.monitor import FiniteCheck, MetricsLog, peak_mib
+from llm2vec_ds.model.adapter_stack import adapter_state
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.stages.base import Stage
 
@@ -108,6 +109,7 @@ class Trainer:
         """Every rank helps to make partitioned weights whole; rank 0 writes `encoder/`."""
         encoder = self.stage.encoder
         state_dict = merged_state_dict(encoder.trunk, self.engine.gather())
+        adapters = adapter_state(encoder.trunk, self.engine.gather()) if encoder.stack else None
         if rank() == 0:
-            encoder.save(self.folder / "encoder", state_dict)
+            encoder.save(self.folder / "encoder", state_dict, adapters)
         barrier()
