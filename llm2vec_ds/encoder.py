@@ -31,7 +31,7 @@ from llm2vec_ds.data.prompts import (
 )
 from llm2vec_ds.encoder_settings import EncoderSettings, stored_settings
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.model.adapter_stack import AdapterStack, write_stack
+from llm2vec_ds.model.adapter_stack import AdapterStack, adapter_state, write_stack
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.imported import merge_adapters, resolve, upstream_settings
@@ -303,11 +303,17 @@ class Encoder(nn.Module):
         finally:
             self.train(was_training)
 
-    def save(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        adapters: dict[str, dict[str, torch.Tensor]] | None = None,
+    ) -> None:
         """Writes trunk (safetensors), config, tokenizer and settings; the folder appears when complete.
 
         Args:
             state_dict: the trunk's weights where they differ from the live ones (merged adapters).
+            adapters: `adapter_state`, for a trunk whose parameters are not whole here.
 
         Raises:
             UserError: the folder cannot be written, or the disk is full; an older one at its place stays.
@@ -319,7 +325,7 @@ class Encoder(nn.Module):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 self.save_weights(unfinished, state_dict)
                 if self.stack is not None:
-                    write_stack(self.trunk, self.stack, unfinished)
+                    write_stack(self.stack, adapters or adapter_state(self.trunk), unfinished)
                 self.tokenizer.save_pretrained(unfinished)
                 self.settings.write(unfinished)
                 if folder.exists():

@@ -24,6 +24,7 @@ from llm2vec_ds.engine.monitor import FiniteCheck, MetricsLog, peak_mib
 from llm2vec_ds.engine.preemption import StopRequest
 from llm2vec_ds.engine.watchdog import Watchdog
 from llm2vec_ds.errors import Stopped, UserError, writing
+from llm2vec_ds.model.adapter_stack import adapter_state
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.stages.base import Stage
 
@@ -246,8 +247,9 @@ class Trainer:
         self.watchdog.begin("writing the encoder")
         encoder = self.stage.encoder
         state_dict = merged_state_dict(encoder.trunk, self.engine.gather())
+        adapters = adapter_state(encoder.trunk, self.engine.gather()) if encoder.stack else None
         if rank() == 0:
-            encoder.save(self.folder / "encoder", state_dict)
+            encoder.save(self.folder / "encoder", state_dict, adapters)
             with writing(self.folder / FINISHED):
                 write_file(self.folder / FINISHED, f"{self.recipe.max_steps}\n".encode())
         barrier()

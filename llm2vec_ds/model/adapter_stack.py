@@ -7,6 +7,7 @@ name and each stage's adapter, from which the next stage goes on.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.model.adapters import TRAINED, add_lora
+from llm2vec_ds.model.adapters import TRAINED, GatherParameters, adapter_names, add_lora, check_whole
 
 FOLDER, INDEX = "adapters", "stack.json"
 
@@ -66,7 +67,7 @@ def put_stack_in(trunk: nn.Module, stack: AdapterStack) -> None:
     from safetensors.torch import load_file
 
     for number, (settings, file) in enumerate(stack.earlier):
-        name = f"stacked_{number}"
+        name = _stacked(number)
         add_lora(
             trunk, settings.model_copy(update={"dropout": 0.0, "variant": _without_start(settings)}), name
         )
@@ -83,23 +84,46 @@ def put_stack_in(trunk: nn.Module, stack: AdapterStack) -> None:
     trunk.requires_grad_(False)
 
 
-def write_stack(trunk: nn.Module, stack: AdapterStack, folder: Path) -> None:
-    """Writes `folder/adapters/`: an index, and a safetensors file of fp32 for each adapter."""
+def adapter_state(
+    trunk: nn.Module, gather: GatherParameters = lambda parameters: nullcontext()
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Each adapter's values, fp32 on the CPU, by its name and `LAYER.lora_A` …
+
+    Args:
+        gather: see `merged_state_dict`; every rank must call this function.
+
+    Raises:
+        RuntimeError: a parameter is not whole although gathered.
+    """
+    state = {}
+    for name in adapter_names(trunk):
+        own = _parameters(trunk, name)
+        with gather(list(own.values())):
+            check_whole(f"adapter {name}: ", own.items())
+            state[name] = {k: v.detach().float().cpu().clone() for k, v in own.items()}
+    return state
+
+
+def write_stack(stack: AdapterStack, state: dict[str, dict[str, torch.Tensor]], folder: Path) -> None:
+    """Writes `folder/adapters/`: an index, and a safetensors file for each adapter of `adapter_state`."""
     from safetensors.torch import save_file
 
     (folder / FOLDER).mkdir(parents=True)
-    settings = [settings for settings, _ in stack.earlier]
-    names = [f"stacked_{number}" for number in range(len(settings))]
+    names = [_stacked(number) for number in range(len(stack.earlier))]
+    settings = [own for own, _ in stack.earlier]
     if stack.trained is not None:
-        settings, names = [*settings, stack.trained], [*names, TRAINED]
+        names, settings = [*names, TRAINED], [*settings, stack.trained]
     items: list[dict[str, Any]] = []
     for number, (name, own) in enumerate(zip(names, settings, strict=True)):
         file = f"{number}.safetensors"
-        values = {k: v.detach().float().cpu().contiguous() for k, v in _parameters(trunk, name).items()}
-        save_file(values, folder / FOLDER / file)
+        save_file(state[name], folder / FOLDER / file)
         items.append({"file": file, "settings": own.model_dump(mode="json")})
     base = str(Path(stack.base).resolve()) if Path(stack.base).exists() else stack.base
     (folder / FOLDER / INDEX).write_text(json.dumps({"base": base, "adapters": items}, indent=1) + "\n")
+
+
+def _stacked(number: int) -> str:
+    return f"stacked_{number}"
 
 
 def _parameters(trunk: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -121,7 +121,7 @@ def merged_state_dict(
         if isinstance(module, LoraLayer):
             inside_adapters += (prefix,)
             with gather(list(module.parameters())):
-                _check_whole(prefix, module.named_parameters())
+                check_whole(prefix, module.named_parameters())
                 base = module.get_base_layer()
                 state[f"{prefix}weight"] = merged_weight(module).to(base.weight.dtype).cpu().clone()
                 if base.bias is not None:
@@ -129,7 +129,7 @@ def merged_state_dict(
             continue
         own = dict(module.named_parameters(recurse=False))
         with gather(list(own.values())):
-            _check_whole(prefix, own.items())
+            check_whole(prefix, own.items())
             state.update({prefix + key: dequantized(value).cpu().clone() for key, value in own.items()})
         for key, buffer in module.named_buffers(recurse=False):
             if key not in module._non_persistent_buffers_set:
@@ -137,7 +137,7 @@ def merged_state_dict(
     return state
 
 
-def _check_whole(prefix: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+def check_whole(prefix: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Refuses what ZeRO-3 writes when it goes wrong: empty or partial tensors."""
     for name, parameter in parameters:
         whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape there

@@ -253,6 +253,8 @@ def shapes(recipe: Recipe, config: Any, device: torch.device, load: Workload) ->
     n_layers = model.n_layers
     own = list(model.whole.parameters())
     trainable = trainable_shapes(model, recipe.adapter)
+    if recipe.contrastive is not None and recipe.contrastive.learn_scale:
+        trainable.append(torch.Size([1]))
     text_config = model.trunk.config.get_text_config()
     head_dim = getattr(text_config, "head_dim", None) or (
         text_config.hidden_size // text_config.num_attention_heads

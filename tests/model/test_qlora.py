@@ -172,7 +172,9 @@ def trained_on(world: int, config: str | None, model: Path, file: Path, folder: 
     for stage, values in recipes.items():
         run = Path(values["output_dir"])
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        results[stage] = rows, load_file(run / "encoder" / "model.safetensors")
+        files = (run / "encoder" / name for name in ("model.safetensors", "adapters/0.safetensors"))
+        merged, adapter = map(load_file, files)
+        results[stage] = rows, {**merged, **{f"adapter.{key}": value for key, value in adapter.items()}}
     return results
 
 
@@ -197,9 +199,10 @@ def test_two_ranks_equal_one_process(
             torch.testing.assert_close(weight, other_weights[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [None, "zero2"])
+@pytest.mark.parametrize(("config", "precision"), [(None, "fp32"), (None, "bf16"), ("zero2", "bf16")])
 def test_an_optimizer_that_deepspeed_does_not_build(
     config: str | None,
+    precision: str,
     tiny_model_dir: Path,
     texts_file: Path,
     tmp_path: Path,
@@ -216,6 +219,7 @@ def test_an_optimizer_that_deepspeed_does_not_build(
     for name in ("adamw", "paged_adamw_8bit"):
         values = recipe("mntp", tiny_model_dir, texts_file, tmp_path / name, max_steps=3, **NO_DROPOUT)
         values["optimizer"]["name"] = name
+        values["model"]["precision"] = precision
         values["deepspeed"] = str(ROOT / "ds_configs" / f"{config}.json") if config else None
         train(parse_recipe(values))
         rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
