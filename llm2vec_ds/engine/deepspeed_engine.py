@@ -214,7 +214,8 @@ class Engine:
                 f"DeepSpeed refuses a section ({error.title}) of the JSON that `deepspeed` names: {mistakes}"
             ) from None
         self.zero_stage = int(self._engine.zero_optimization_stage())
-        self.state = TrainableState(self._engine)
+        # bitsandbytes packs its moments in blocks that are no tensors of a parameter's shape.
+        self.state = TrainableState(self._engine, has_moments=optimizer is None)
 
     def forward(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
