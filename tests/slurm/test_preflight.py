@@ -24,7 +24,7 @@ def test_nodes_and_what_is_wrong_with_them(cluster: Cluster, tmp_path: Path) -> 
         "disk": ("LLM2VEC_DS_CACHE=/proc/nowhere", "n2: disk: /proc/nowhere cannot be written"),
         "clock": (f"PYTHONPATH={path}", "n2: clock: +30.0 s from the first node's"),
         "network": ("GLOO_SOCKET_IFNAME=nowhere0", "n2: all-reduce: "),
-        "absent": ("PATH=/nowhere", "n2: meeting: rank 1 does not answer"),
+        "absent": ("PYTHONHOME=/nowhere", "n2: meeting: rank 1 does not answer"),
         "GPU": ("UNUSED=1", "n1: GPU: none that torch sees"),
     }
     jobs = {}
