@@ -86,7 +86,7 @@ def _head(template: Template, instruction: str | None) -> str:
 
 def _check(encoder: Encoder, template: Template, before: list[int], after: list[int]) -> None:
     settings, mend = encoder.settings, "use --format transformers"
-    if template.render(None, "x")[0].partition("x")[2]:
+    if template.form.partition("{text}")[2]:
         raise UserError(f"sentence-transformers cannot put {settings.template!r} around a text: {mend}")
     if not settings.special_tokens and (before or after):
         raise UserError(f"sentence-transformers cannot leave out the tokenizer's special tokens: {mend}")
