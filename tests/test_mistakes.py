@@ -658,8 +658,9 @@ def test_a_full_gpu(
     assert run(monkeypatch, "train", write_recipe(values, tmp_path / "r.yaml")) == 2
     assert_reads(
         error_line(capsys),
-        "the GPU's memory is full: lower batch.max_tokens_per_micro_batch (now 160), or set "
-        "model.activation_checkpointing=true",
+        "the GPU's memory is full; planned … GiB (weights …). Try batch.max_tokens_per_micro_batch=80 "
+        "(now 160), or model.activation_checkpointing=true, or model.quantization=nf4, or … (CUDA out of "
+        "memory. Tried …)",
     )
 
 

@@ -68,24 +68,26 @@ def test_a_full_memory_is_explained(
         assert part in said
 
 
-def _on_one_rank_full(rank: int, world: int, values: dict[str, Any], n_tokens: int) -> None:
+def _the_second_does_not_fit_on_one_rank(rank: int, world: int, recipes: list[dict[str, Any]]) -> None:
+    fits, full = recipes
+    train(parse_recipe(fits))
     if rank == world - 1:
-        full_above(pytest.MonkeyPatch(), ContrastiveModel, n_tokens)
-    train(parse_recipe(values))
+        full_above(pytest.MonkeyPatch(), ContrastiveModel, 200)
+    train(parse_recipe(full))
 
 
 def test_all_ranks_start_smaller_when_one_is_full(
     tiny_model_dir: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     """The loss does not depend on the token budget, so the halved run equals one that fitted."""
-    runs = []
-    for name, n_tokens in (("fits", 10_000), ("full", 200)):
+    recipes = []
+    for name in ("fits", "full"):
         values = recipe("simcse", tiny_model_dir, texts_file, tmp_path / name, max_steps=2, **NO_DROPOUT)
         values["batch"] |= {"max_tokens_per_micro_batch": 640, "halve_if_out_of_memory": True}
         values["deepspeed"] = str(ROOT / "ds_configs" / "zero2.json")
-        run_ranks(partial(_on_one_rank_full, values=values, n_tokens=n_tokens), 2)
-        runs.append(rows_of(values["output_dir"]))
-    for row, other in zip(*runs, strict=True):
+        recipes.append(values)
+    run_ranks(partial(_the_second_does_not_fit_on_one_rank, recipes=recipes), 2)
+    for row, other in zip(*(rows_of(values["output_dir"]) for values in recipes), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 

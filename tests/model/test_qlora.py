@@ -162,36 +162,54 @@ def _split_everything(folder: Path, config: str) -> Path:
     return path
 
 
-def trained_on(world: int, config: str | None, model: Path, file: Path, folder: Path) -> dict[str, Any]:
-    """Metrics and merged weights of both stages, three steps each."""
-    recipes = {s: qlora(s, model, file, folder / s, max_steps=3) for s in ("mntp", "simcse")}
-    for values in recipes.values():
+def recipes_for(config: str | None, model: Path, file: Path, folder: Path) -> list[dict[str, Any]]:
+    """Both stages, three steps each."""
+    folder = folder / str(config)
+    folder.mkdir()
+    recipes = [qlora(stage, model, file, folder / stage, max_steps=3) for stage in ("mntp", "simcse")]
+    for values in recipes:
         values["deepspeed"] = str(_split_everything(folder, config)) if config else None
-    run_ranks(partial(_train_all, recipes=list(recipes.values())), world)
-    results = {}
-    for stage, values in recipes.items():
-        run = Path(values["output_dir"])
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        files = (run / "encoder" / name for name in ("model.safetensors", "adapters/0.safetensors"))
-        merged, adapter = map(load_file, files)
-        results[stage] = rows, {**merged, **{f"adapter.{key}": value for key, value in adapter.items()}}
-    return results
+    return recipes
+
+
+def outcome(values: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Metrics; merged weights and the adapter's own."""
+    run = Path(values["output_dir"])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    files = (run / "encoder" / name for name in ("model.safetensors", "adapters/0.safetensors"))
+    merged, adapter = map(load_file, files)
+    return rows, {**merged, **{f"adapter.{key}": value for key, value in adapter.items()}}
+
+
+CONFIGS = (None, "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, texts_file: Path
+) -> dict[str | None, list[dict[str, Any]]]:
+    """Recipes that two ranks have trained, by DeepSpeed JSON; all in one start of the processes."""
+    folder = tmp_path_factory.mktemp("two")
+    recipes = {config: recipes_for(config, tiny_model_dir, texts_file, folder) for config in CONFIGS}
+    run_ranks(partial(_train_all, recipes=[r for own in recipes.values() for r in own]), 2)
+    return recipes
 
 
 @pytest.fixture(scope="module")
 def one_process(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, texts_file: Path
-) -> dict[str, Any]:
-    return trained_on(1, None, tiny_model_dir, texts_file, tmp_path_factory.mktemp("one"))
+) -> list[dict[str, Any]]:
+    recipes = recipes_for(None, tiny_model_dir, texts_file, tmp_path_factory.mktemp("one"))
+    _train_all(0, 1, recipes)
+    return recipes
 
 
-@pytest.mark.parametrize("config", [None, "zero2", "zero3"])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_two_ranks_equal_one_process(
-    config: str | None, one_process: dict[str, Any], tiny_model_dir: Path, texts_file: Path, tmp_path: Path
+    config: str | None, one_process: list[dict[str, Any]], two_ranks: dict[str | None, list[dict[str, Any]]]
 ) -> None:
-    found = trained_on(2, config, tiny_model_dir, texts_file, tmp_path)
-    for stage, (rows, weights) in found.items():
-        other_rows, other_weights = one_process[stage]
+    for values, others in zip(two_ranks[config], one_process, strict=True):
+        (rows, weights), (other_rows, other_weights) = outcome(values), outcome(others)
         for row, other in zip(rows, other_rows, strict=True):
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert weights.keys() == other_weights.keys()
