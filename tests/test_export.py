@@ -15,9 +15,9 @@ import pytest
 import torch
 from tokenizers import processors
 
-from llm2vec_ds import Encoder, EncoderSettings, UserError
+from llm2vec_ds import Encoder, EncoderSettings, UserError, demo_model
 from llm2vec_ds.export import ExportOptions, export, push_folder
-from llm2vec_ds.export_card import origin
+from llm2vec_ds.export_card import licence, origin
 from tests.support.tiny import sentences, tiny_llama, tiny_tokenizer
 
 TEXTS = [f"{a} {b}" for a, b in zip(sentences(200, 1), sentences(200, 2), strict=True)]
@@ -296,6 +296,11 @@ def test_the_card_tells_stages_scores_and_licence(tmp_path: Path) -> None:
     assert "private" not in card
     assert str(tmp_path) not in card
     assert (tmp_path / "out" / "LICENSE.txt").read_text() == "terms"
+
+
+def test_the_demos_model_carries_its_licence(tmp_path: Path) -> None:
+    demo_model._write_card(tmp_path)
+    assert licence(str(tmp_path), None) == "apache-2.0"
 
 
 def test_an_unknown_licence_is_said_not_guessed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
