@@ -4,6 +4,7 @@ VENV ?= .venv
 OUTPUT ?= demo-output
 BUDGET ?= default
 KILLS ?= 100
+TEST_WORKERS ?= 2
 INSTALLED := $(VENV)/installed
 BIN := $(CURDIR)/$(VENV)/bin
 # Ninja and the deepspeed launcher are found on PATH.
@@ -33,7 +34,7 @@ demo: $(INSTALLED)  ## a real 135M LLM through LLM2Vec, measured after every ste
 	$(BIN)/llm2vec-ds demo --output $(OUTPUT) --budget $(BUDGET)
 
 test: $(INSTALLED)  ## the tests, at most 15 minutes on two cores
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n $(TEST_WORKERS) --dist loadscope
 
 test-slow: $(INSTALLED)  ## what takes longer: the real model, a SLURM cluster, the README's commands
 	@tests/slurm/install.sh
