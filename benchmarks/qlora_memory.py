@@ -95,8 +95,10 @@ def main() -> int:
     if not options.cpu and not torch.cuda.is_available():
         print("error: no CUDA device here: --cpu runs without one, for a small model", file=sys.stderr)
         return 2
+    from llm2vec_ds.cli_common import quiet_libraries
     from llm2vec_ds.config import load_recipe
 
+    quiet_libraries()
     first = load_recipe(options.recipe, [f"stage={options.stages[0]}"])
     if not options.cpu:
         total = torch.cuda.get_device_properties(0).total_memory

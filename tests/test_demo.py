@@ -96,6 +96,7 @@ def test_a_demo_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
     check_demo_folder(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_demo_over_nf4_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
     out = tmp_path / "out"
     outcome = command(

@@ -15,6 +15,7 @@ from llm2vec_ds.planner import table
 from llm2vec_ds.planner.plan import GIB, Planner
 from llm2vec_ds.planner.workload import workload
 from tests.support.runs import ROOT, command
+from tests.test_mistakes import error_line, run
 
 LLAMA = ROOT / "recipes" / "llama2_7b_chat" / "mntp.yaml"
 
@@ -131,10 +132,11 @@ def test_micro_batches_of_a_rank() -> None:
         (["recipes/smoke_mntp.yaml", "deepspeed=none.json"], "DeepSpeed config none.json not found"),
     ],
 )
-def test_mistakes(arguments: list[str], message: str) -> None:
-    outcome = command(["plan", *arguments])
-    assert outcome.returncode == 2
-    assert message in outcome.stderr.splitlines()[-1]
+def test_mistakes(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "plan", *arguments) == 2
+    assert message in error_line(capsys)
 
 
 def test_gemma_and_a_cpu_are_planned_too() -> None:
