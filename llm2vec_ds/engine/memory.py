@@ -163,7 +163,7 @@ def _planner(recipe: Recipe, device: torch.device) -> Planner | None:
 def _report(planned: Memory, device: torch.device, folder: Path) -> None:
     expected, measured = planned_mib(planned, device), peak_mib(device)
     log.info("peak memory: planned %.0f MiB, measured %.0f MiB", expected, measured)
-    parts = {name: round(value / MIB, 1) for name, value in vars(planned).items()}
+    parts = {name: round(value / MIB, 3) for name, value in vars(planned).items()}
     values = {
         "planned_peak_mib": round(expected, 1),
         "measured_peak_mib": round(measured, 1),
