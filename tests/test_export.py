@@ -62,7 +62,7 @@ ENCODERS = {
     "last": {"bos": True, "pooling": "last"},
     "eos pooling": {"bos": True, "pooling": "eos"},
     "bos pooling": {"bos": True, "pooling": "bos"},
-    "head": {"template": "Text: {text}"},
+    "head": {"template": "Text:{text}"},
     "no padding token": {"bos": True, "pad": False},
     "short": {"bos": True, "max_tokens": 16},
 }
