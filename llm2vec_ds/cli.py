@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llm2vec_ds import __version__
+from llm2vec_ds import __version__, cli_ablate
 from llm2vec_ds.cli_common import examples, quiet_libraries
 from llm2vec_ds.cli_evaluate import evaluate
 from llm2vec_ds.errors import UserError, writing
@@ -31,6 +31,7 @@ app = typer.Typer(
 
 
 app.add_typer(evaluate)
+app.command(epilog=cli_ablate.EPILOG)(cli_ablate.ablate)
 
 
 def _print_version(asked: bool) -> None:

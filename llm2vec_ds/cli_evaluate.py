@@ -14,7 +14,7 @@ from llm2vec_ds.errors import UserError
 
 evaluate = typer.Typer(
     name="evaluate",
-    help="Measure an encoder: MTEB and local data in its task classes.",
+    help="Measure an encoder: MTEB, local data in its task classes, word-level tasks.",
     no_args_is_help=True,
 )
 
@@ -24,11 +24,6 @@ Attention = Annotated[str, typer.Option(help="Attention backend: auto, triton, f
 Precision = Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")]
 MicroBatchTokens = Annotated[int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
-
-
-@evaluate.callback()
-def _group() -> None:
-    """Makes `mteb` a command of its own even while it is the only one."""
 
 
 def _needs(package: str) -> None:
@@ -108,4 +103,62 @@ def mteb(
             encoder.done()
     result = summary(model, meta, scores)
     write_summary(result, output)
+    print(json.dumps(result, indent=1) if as_json else table(result))
+
+
+@evaluate.command(
+    epilog=examples(
+        "evaluate words --model my/llm --train en-dev.conllu --test en-test.conllu",
+        "evaluate words --model runs/mntp/encoder --train ner.train --test ner.test --column -1",
+        "evaluate words --model my/llm --train hub:eriktks/conll2003@train "
+        "--test hub:eriktks/conll2003@test --column ner_tags",
+    )
+)
+def words(
+    model: Model,
+    train: Annotated[
+        str, typer.Option(metavar="FILE", help=".conllu, a CoNLL column file, or hub:owner/name@split.")
+    ],
+    test: Annotated[str, typer.Option(metavar="FILE", help="The same, to measure on.")],
+    column: Annotated[
+        str,
+        typer.Option(help="Labels: upos, xpos, a column's number (-1: the last), or a hub column's name."),
+    ] = "upos",
+    output: Annotated[
+        Path, typer.Option(help="Folder for scores.json and, under features/, the encoder's vectors.")
+    ] = Path("word-results"),
+    causal: Causal = False,
+    max_sentences: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N sentences of each file.", min=1)
+    ] = None,
+    max_steps: Annotated[int, typer.Option(metavar="N", help="Steps of the linear layer.", min=1)] = 4000,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Of the linear layer; again for more. [default: 42]")
+    ] = None,
+    as_json: AsJson = False,
+    attention: Attention = "auto",
+    precision: Precision = "auto",
+    micro_batch_tokens: MicroBatchTokens = 4096,
+) -> None:
+    """Train a linear layer on the frozen encoder's word vectors, as the paper does for POS, chunks and NER.
+
+    Two results: each word from its own tokens (same_token), and from the tokens one before (next_token),
+    which is the paper's choice for models that MNTP has trained.
+    """
+    _needs("seqeval")
+    quiet_libraries()
+    from llm2vec_ds.encoder import Encoder
+    from llm2vec_ds.evaluate.word_level import ProbeOptions
+    from llm2vec_ds.evaluate.word_task import WordTask, run_word_task, table, write_scores
+
+    task = WordTask(train, test, column, max_sentences)
+    task.check()
+    encoder = Encoder.from_pretrained(
+        model, causal=True if causal else None, attention=attention, precision=precision
+    )
+    probes = [ProbeOptions(max_steps=max_steps, seed=s) for s in seed or [42]]
+    result = run_word_task(
+        encoder, model, task, probes, output / "features", max_tokens_per_micro_batch=micro_batch_tokens
+    )
+    write_scores(result, output)
     print(json.dumps(result, indent=1) if as_json else table(result))

@@ -269,7 +269,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
     for override in overrides or []:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_recipe(values, source=str(path))
 
 
@@ -289,7 +289,12 @@ def dump_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Puts one `key=value` (dotted key, YAML value) into `values`.
+
+    Raises:
+        UserError: no such form, or a key below a single value.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} is not key=value, e.g. optimizer.lr=1e-4")

@@ -1,0 +1,39 @@
+"""`llm2vec-ds ablate` and `report`: wiring only."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm2vec_ds.cli_common import examples, quiet_libraries
+
+EPILOG = examples(
+    "ablate recipes/smollm2_ablation.yaml --budget quick",
+    "ablate recipes/smollm2_ablation.yaml --output my-ablation seeds=[1,2,3] model=my/llm",
+)
+
+
+def ablate(
+    recipe: Annotated[Path, typer.Argument(help="recipes/smollm2_ablation.yaml, or one of your own.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change, e.g. seeds=[1,2].")
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for runs, scores, table.md and report.html; goes on where it stopped."),
+    ] = Path("ablation"),
+    budget: Annotated[str | None, typer.Option(help="A budget of the recipe, such as quick or full.")] = None,
+) -> None:
+    """Train and measure the paper's variants (uni, bi, bi+mntp, bi+simcse, bi+mntp+simcse); draw the table."""
+    from llm2vec_ds.ablation_recipe import load_ablation
+
+    loaded = load_ablation(recipe, budget, overrides)
+    quiet_libraries()
+    from llm2vec_ds.ablate import run_ablation, table
+
+    result = run_ablation(loaded, budget, output)
+    print(table(result["scores"]))
+    logging.getLogger("llm2vec_ds").info("table: %s", output / "table.md")
