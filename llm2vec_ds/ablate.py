@@ -1,4 +1,4 @@
-"""`llm2vec-ds ablate`: the paper's table. Trains every variant with every seed, measures all on the same tasks.
+"""`llm2vec-ds ablate`: the paper's table. Trains every variant with every seed, measures all alike.
 
 Each training run is the ordinary command; each finished part is kept, so that a stopped ablation goes on.
 """

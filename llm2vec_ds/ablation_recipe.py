@@ -12,6 +12,8 @@ from pydantic import Field, ValidationError, field_validator
 from llm2vec_ds.config import STAGES, Section, apply_override
 from llm2vec_ds.errors import UserError
 
+StageName = Literal["mntp", "simcse", "supervised"]
+
 
 class WordsConfig(Section):
     """A word-level task."""
@@ -31,9 +33,9 @@ class WordsConfig(Section):
 class EvaluateConfig(Section):
     """What every variant is measured on."""
 
-    sentences: list[str] = []
+    sentences: list[str] = Field(default_factory=list)
     """Tasks as `llm2vec-ds evaluate mteb --task` takes them."""
-    words: dict[str, WordsConfig] = {}
+    words: dict[str, WordsConfig] = Field(default_factory=dict)
     """Word-level tasks by name."""
 
 
@@ -47,11 +49,11 @@ class AblationRecipe(Section):
     names its own `data.path` takes that."""
     variants: list[str]
     """`uni` (causal) or `bi`, and the stages that follow, such as `bi+mntp+simcse`."""
-    seeds: Annotated[list[int], Field(min_length=1)] = [42]
+    seeds: list[int] = Field(default_factory=lambda: [42], min_length=1)
     """Everything that is trained is trained with each."""
-    stages: dict[Literal["mntp", "simcse", "supervised"], dict[str, Any]] = {}
+    stages: dict[StageName, dict[str, Any]] = Field(default_factory=dict)
     """Each stage's recipe, without model, output and seed."""
-    budgets: dict[str, dict[Literal["mntp", "simcse", "supervised"], dict[str, Any]]] = {}
+    budgets: dict[str, dict[StageName, dict[str, Any]]] = Field(default_factory=dict)
     """By name: what a budget changes in the stages."""
     evaluate: EvaluateConfig
     """What every variant is measured on."""

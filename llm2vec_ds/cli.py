@@ -32,6 +32,7 @@ app = typer.Typer(
 
 app.add_typer(evaluate)
 app.command(epilog=cli_ablate.EPILOG)(cli_ablate.ablate)
+app.command(epilog=cli_ablate.REPORT_EPILOG)(cli_ablate.report)
 
 
 def _print_version(asked: bool) -> None:

@@ -91,7 +91,7 @@ def _sentence(block: list[Line], word: int, label: int, source: str) -> TaggedSe
 
 
 def _from_hub(source: str, column: str) -> list[TaggedSentence]:
-    """The hub's own Parquet conversion: many such data sets come as scripts, which `datasets` runs no more."""
+    """The hub's own Parquet conversion: many such sets come as scripts, which `datasets` runs no more."""
     from datasets import load_dataset
 
     name, _, split = source.removeprefix(HUB).partition("@")
