@@ -1,4 +1,4 @@
-"""A few sentences on known topics, written for this package: what an encoder makes of them can be looked at."""
+"""A few sentences on known topics, written for this package: what an encoder makes of them."""
 
 from __future__ import annotations
 

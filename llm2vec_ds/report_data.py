@@ -58,8 +58,8 @@ def read_folders(folders: Sequence[Path]) -> ReportData:
         found = [read(data, folder, label) for read in (_ablation, _demo, _evaluation, _run)]
         if not any(found):
             raise UserError(
-                f"{folder} holds no metrics.jsonl, results.json, metrics.json or scores.json: give the folder of "
-                "a training run, an ablation, a demo or an evaluation"
+                f"{folder} holds no metrics.jsonl, results.json, metrics.json or scores.json: give the "
+                "folder of a training run, an ablation, a demo or an evaluation"
             )
     return data
 

@@ -34,11 +34,14 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 table { border-collapse: collapse; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
-figure { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: .4rem; background: var(--soft); }
+.figures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+figure { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: .4rem;
+  background: var(--soft); }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption { font-size: .9rem; margin-bottom: .3rem; overflow-wrap: anywhere; }
-pre { overflow-x: auto; padding: .7rem; background: var(--soft); border: 1px solid var(--line); font-size: .85rem; }
+pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--line); background: var(--soft);
+  font-size: .85rem; }
 """
 
 
