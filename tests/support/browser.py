@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -55,9 +56,7 @@ def opened(page: Path, *, width: int = 1200, dark: bool = False) -> tuple[dict[s
     found = re.search(r'<pre id="probe">(.*?)</pre>', outcome.stdout, re.DOTALL)
     assert found, outcome.stderr[-2000:]
     said = [line for line in outcome.stderr.splitlines() if ":CONSOLE" in line or "CONSOLE(" in line]
-    values: dict[str, Any] = json.loads(
-        found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    )
+    values: dict[str, Any] = json.loads(html.unescape(found[1]))
     return values, said
 
 
