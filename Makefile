@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= demo-output
 BUDGET ?= default
+KILLS ?= 100
 INSTALLED := $(VENV)/installed
 BIN := $(CURDIR)/$(VENV)/bin
 # Ninja and the deepspeed launcher are found on PATH.
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow lint gpu-check install clean
+.PHONY: help demo test test-slow lint chaos gpu-check install clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +37,9 @@ test: $(INSTALLED)  ## the tests, at most 15 minutes on two cores
 
 test-slow: $(INSTALLED)  ## what takes longer: the real model, the README's commands
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(INSTALLED)  ## over a hundred kills at every file operation of a save: nothing may be lost (KILLS=100)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.chaos --kills $(KILLS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

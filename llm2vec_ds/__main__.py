@@ -1,10 +1,11 @@
-"""`python -m llm2vec_ds` and the `llm2vec-ds` command: a user's mistake is one line and exit code 2."""
+"""`python -m llm2vec_ds` and the `llm2vec-ds` command: a user's mistake is one line and exit code 2,
+a run that was asked to stop one line and exit code 75."""
 
 from __future__ import annotations
 
 import sys
 
-from llm2vec_ds.errors import NO_SPACE, UserError, reason
+from llm2vec_ds.errors import NO_SPACE, Stopped, UserError, reason
 
 
 def main() -> None:
@@ -15,6 +16,9 @@ def main() -> None:
     except UserError as error:
         print(f"llm2vec-ds: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(f"llm2vec-ds: {stopped}", file=sys.stderr)
+        sys.exit(Stopped.EXIT_CODE)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise

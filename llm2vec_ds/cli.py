@@ -115,7 +115,9 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from llm2vec_ds.data.prepare import read_manifest
     from llm2vec_ds.model.loading import load_tokenizer
 
-    for groups in prepare_all(resolved, load_tokenizer(resolved.model.path)):
+    model = resolved.model
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    for groups in prepare_all(resolved, tokenizer):
         for name, folders in groups.items():
             for folder in folders:
                 counts = read_manifest(folder)["counts"]

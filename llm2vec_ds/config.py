@@ -41,6 +41,8 @@ class ModelConfig(Section):
     """Trunk weights and activations. `auto`: bf16 on CUDA, fp32 on CPU (where bf16 is very slow)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in backward: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run code that lies beside the model, where it needs its own: read it first."""
 
 
 class AdapterConfig(Section):
@@ -184,6 +186,23 @@ class SupervisedConfig(ContrastiveConfig):
     """Factor on cosine similarities, the inverse of the temperature (LLM2Vec: 50)."""
 
 
+class CheckpointConfig(Section):
+    """What is kept so that nothing is lost (docs/checkpoints.md); `resume=true` goes on from it."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 100
+    """Save this often, in optimizer steps; 0: only when asked to stop."""
+    keep_last: Positive = 2
+    """The newest checkpoints that are kept."""
+    best_by: str | None = None
+    """A held-out metric, e.g. `loss`: the checkpoint with the best value is kept too, and becomes the
+    encoder at the end."""
+    lowest_is_best: bool = True
+    """Whether a lower value of `best_by` is better."""
+    signals: list[Literal["USR1", "USR2", "TERM", "INT", "HUP"]] = ["USR1", "TERM"]
+    """Signals that ask for a checkpoint at the step's end and exit code 75; so does a file `STOP` in
+    `output_dir`."""
+
+
 STAGES = ("mntp", "simcse", "supervised")
 
 
@@ -198,12 +217,21 @@ class Recipe(Section):
     """The run's folder: recipe.yaml, metrics.jsonl and, at the end, encoder/."""
     overwrite: bool = False
     """Start again in an `output_dir` that holds a run."""
+    resume: bool | Literal["force"] = False
+    """Go on from the newest valid checkpoint in `output_dir`; start there if there is none. `force`: even
+    where recipe, data or model have changed since."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     """Fixes data order, masking, dropout and adapter initialisation."""
     max_steps: Positive = 1000
     """Optimizer steps."""
     deepspeed: str | None = None
     """Path of a DeepSpeed JSON (see ds_configs/); null: one process or plain data parallelism."""
+    step_timeout_s: Annotated[float, Field(ge=0)] = 1800.0
+    """A step, measurement or save that takes longer ends the run with a line that names rank and step;
+    0: wait for ever."""
+    deterministic: bool = False
+    """On a GPU: only operations that give the same bits each time, so that a resumed run equals an
+    undisturbed one exactly; slower. On a CPU they always do, the number of threads being the same."""
     held_out_every_steps: Annotated[int, Field(ge=0)] = 0
     """Measure on `data.held_out_path` this often; 0: at the start and at the end only."""
     monitor: list[Literal["tensorboard", "wandb", "csv"]] = []
@@ -215,6 +243,7 @@ class Recipe(Section):
     """LoRA; null trains every weight of the trunk."""
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     mntp: MntpConfig | None = None
     simcse: SimcseConfig | None = None
     supervised: SupervisedConfig | None = None
@@ -243,6 +272,14 @@ class Recipe(Section):
     def _pairs_are_not_split(self) -> Recipe:
         if self.stage == "supervised" and self.data.long_texts == "split":
             raise ValueError("data.long_texts: split would part a query from its positive: use truncate")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Recipe:
+        if self.checkpoint.best_by and self.data.held_out_path is None:
+            raise ValueError(
+                f"checkpoint.best_by={self.checkpoint.best_by} needs held-out texts: set data.held_out_path"
+            )
         return self
 
     @property

@@ -13,6 +13,12 @@ class UserError(Exception):
     """A mistake that the user can mend: one line with the cause and the mend, no traceback."""
 
 
+class Stopped(Exception):
+    """A run that ended early because it was asked to, with everything saved: it goes on when run again."""
+
+    EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
+
+
 @contextmanager
 def writing(what: object) -> Iterator[None]:
     """Around the writing of a file or folder: what the system refuses is the user's to mend.

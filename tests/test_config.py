@@ -89,6 +89,7 @@ def test_every_field_is_documented() -> None:
         "batch",
         "optimizer",
         "adapter",
+        "checkpoint",
         "mntp",
         "simcse",
         "supervised",

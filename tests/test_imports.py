@@ -15,6 +15,7 @@ PACKAGE = ROOT / "llm2vec_ds"
 # Earlier entries know nothing of later ones.
 FLOW = [
     "errors",
+    "durable",
     "batch",
     "config",
     "distributed",
@@ -43,8 +44,13 @@ FLOW = [
     "stages.simcse",
     "stages.supervised",
     "engine.comm_bytes",
+    "engine.checkpoint",
+    "engine.trainable_state",
     "engine.deepspeed_engine",
     "engine.monitor",
+    "engine.identity",
+    "engine.preemption",
+    "engine.watchdog",
     "engine.trainer",
     "engine.run",
     "work_folder",

@@ -265,8 +265,17 @@ MISTAKES = {
     ),
     # Where it goes.
     "a run is there": Mistake(
-        "TMP/run already holds a run: choose another output_dir, or pass overwrite=true",
+        "TMP/run already holds a run: go on with it by resume=true, choose another output_dir, or pass "
+        "overwrite=true",
         files={"run/metrics.jsonl": b"precious\n"},
+    ),
+    "a run told to stay stopped": Mistake(
+        "TMP/run/STOP is there to keep this run from starting: remove it first",
+        files={"run/STOP": b""},
+    ),
+    "a best checkpoint without a measure": Mistake(
+        "TMP/r.yaml: checkpoint.best_by=loss needs held-out texts: set data.held_out_path",
+        changes={"checkpoint": {"best_by": "loss"}},
     ),
     "output_dir is a file": Mistake(
         "output_dir TMP/run cannot be written: File exists: choose a path that you can write to",

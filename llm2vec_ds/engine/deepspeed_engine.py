@@ -23,6 +23,7 @@ from torch import nn
 from llm2vec_ds.config import Recipe
 from llm2vec_ds.distributed import Ranks
 from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
+from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -223,6 +224,7 @@ class Engine:
                 f"DeepSpeed refuses a section ({error.title}) of the JSON that `deepspeed` names: {mistakes}"
             ) from None
         self.zero_stage = int(self._engine.zero_optimization_stage())
+        self.state = TrainableState(self._engine)
 
     def forward(self, *inputs: Any) -> Any:
         return self._engine(*inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
@@ -17,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llm2vec_ds.distributed import all_gather_object, rank
+from llm2vec_ds.durable import replace_file
 from llm2vec_ds.errors import UserError, writing
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,11 @@ class FiniteCheck:
 
     def _look(self, gradient: torch.Tensor) -> None:
         self._bad = self._bad | ~gradient.detach().isfinite().all()
+
+    def forget(self) -> None:
+        """Drops what was noted since the last check."""
+        self._bad = torch.zeros_like(self._bad)
+        self._seen.clear()
 
     def end_of_backward(self, loss: torch.Tensor, rows: Sequence[int]) -> None:
         """Notes whether the micro-batch of `rows` had a bad loss or gradient; no wait for the device."""
@@ -84,14 +91,16 @@ class FiniteCheck:
 class MetricsLog:
     """metrics.jsonl (one object a step) and progress on stderr; rank 0 writes, the others keep still."""
 
-    def __init__(self, folder: Path, max_steps: int, stage: str) -> None:
+    def __init__(self, folder: Path, max_steps: int, stage: str, first_step: int = 0) -> None:
+        """Args: first_step: steps already taken; rows of later ones, of a run that was cut off, go."""
         self._writes = rank() == 0
-        self._folder = folder
+        self._files = (folder / "metrics.jsonl", folder / "held_out.jsonl")
         self._stage = stage
         self._max_steps = max_steps
         # In a terminal a bar; in a file (a batch job's log) a line now and then.
         self._bar = tqdm(
             total=max_steps,
+            initial=first_step,
             desc=stage,
             unit="step",
             disable=None if self._writes else True,
@@ -99,17 +108,26 @@ class MetricsLog:
         )
         self._said_at = -math.inf
         if self._writes:
-            with writing(folder / "metrics.jsonl"):
-                (folder / "metrics.jsonl").touch()
+            with writing(self._files[0]):
+                self._files[0].touch()
+            for path in filter(Path.exists, self._files):
+                with writing(path):
+                    _cut_after(path, first_step)
 
-    def _append(self, name: str, values: dict[str, Any]) -> None:
-        with writing(self._folder / name), (self._folder / name).open("a", encoding="utf-8") as file:
+    def _append(self, path: Path, values: dict[str, Any]) -> None:
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def sync(self) -> None:
+        """Rows written so far are on the disk when this returns: a checkpoint comes after its rows."""
+        for path in filter(Path.exists, self._files if self._writes else ()):
+            with writing(path), path.open("a") as file:
+                os.fsync(file.fileno())
 
     def step(self, values: dict[str, Any]) -> None:
         if not self._writes:
             return
-        self._append("metrics.jsonl", values)
+        self._append(self._files[0], values)
         shown = "loss {loss:.4f}, {tokens_per_s:.0f} tokens/s, peak {peak_mib:.0f} MiB".format(**values)
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
@@ -123,7 +141,7 @@ class MetricsLog:
     def held_out(self, values: dict[str, Any]) -> None:
         if not self._writes:
             return
-        self._append("held_out.jsonl", values)
+        self._append(self._files[1], values)
         shown = ", ".join(
             f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float) and k != "n_masked"
         )
@@ -131,6 +149,18 @@ class MetricsLog:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Keeps the rows of the first `step` steps; what a kill left unreadable is none."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+        except ValueError:
+            break
+    replace_file(path, "".join(kept).encode())
 
 
 def peak_mib(device: torch.device) -> float:

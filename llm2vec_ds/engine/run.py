@@ -25,13 +25,16 @@ from llm2vec_ds.distributed import (
     ranks_from_environment,
 )
 from llm2vec_ds.encoder import Encoder, EncoderSettings
+from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore
 from llm2vec_ds.engine.deepspeed_engine import (
     Engine,
     deepspeed_config,
     partition_for,
     start_process_group,
 )
-from llm2vec_ds.engine.trainer import Trainer
+from llm2vec_ds.engine.identity import changes, identity_of, made_by
+from llm2vec_ds.engine.preemption import STOP_FILE, StopRequest
+from llm2vec_ds.engine.trainer import FINISHED, Trainer
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.loss.contrastive import check_widths
 from llm2vec_ds.loss.embedding_cache import ContrastiveModel
@@ -45,6 +48,8 @@ from llm2vec_ds.stages.supervised import supervised_stage
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+
 Partition = Callable[[], AbstractContextManager[Any]]
 T = TypeVar("T")
 
@@ -54,23 +59,46 @@ def train(recipe: Recipe) -> Path:
 
     Raises:
         UserError: anything the user can mend, before training where it can be known then.
+        Stopped: a signal or the file STOP asked for it; everything is saved.
     """
     ranks = ranks_from_environment()
     _check_batch(recipe, ranks)
     folder = Path(recipe.output_dir)
     # On every rank, before any waits for another: rank 0 alone would leave the others waiting.
     _check_run_folder(recipe, folder)
-    export_ranks(ranks)
-    device = start_process_group(ranks)
+    if recipe.resume and _is_finished(recipe, folder):
+        log.info("%s: finished already, nothing to do", folder)
+        return folder
+    stop = StopRequest(folder)
+    with stop.listening(recipe.checkpoint.signals):
+        export_ranks(ranks)
+        device = start_process_group(ranks)
+        if recipe.deterministic:
+            _use_deterministic_algorithms()
+        try:
+            _train(recipe, ranks, device, folder, stop)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "the GPU's memory is full: lower batch.max_tokens_per_micro_batch (now "
+                f"{recipe.batch.max_tokens_per_micro_batch}), or set model.activation_checkpointing=true"
+            ) from None
+    return folder
+
+
+def _train(recipe: Recipe, ranks: Ranks, device: torch.device, folder: Path, stop: StopRequest) -> None:
     dtype = TrunkOptions(precision=recipe.model.precision, device=device).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     stage = build_stage(recipe, device, partition_for(config))
+    identity = _agreed(lambda: identity_of(recipe, stage.data_fingerprint) if rank() == 0 else {})
+    store = CheckpointStore(
+        folder / CHECKPOINTS,
+        keep_last=recipe.checkpoint.keep_last,
+        lowest_is_best=recipe.checkpoint.lowest_is_best,
+    )
+    found = _agreed(lambda: _checkpoint_to_resume(recipe, store, identity) if rank() == 0 else None)
+    checkpoint = all_gather_object(found)[0]
     if ranks.rank == 0:
-        with writing(f"output_dir {folder}"):
-            for name in ("metrics.jsonl", "held_out.jsonl"):
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / "monitor", ignore_errors=True)
-            dump_recipe(recipe, folder / "recipe.yaml")
+        _begin_folder(recipe, folder, fresh=checkpoint is None)
         log.info(
             "%s: %s a step, %s steps, %s process(es)",
             recipe.stage,
@@ -78,14 +106,57 @@ def train(recipe: Recipe) -> Path:
             recipe.max_steps,
             ranks.world_size,
         )
-    try:
-        Trainer(recipe, stage, Engine(stage.model, config), folder).run()
-    except torch.OutOfMemoryError:
-        raise UserError(
-            "the GPU's memory is full: lower batch.max_tokens_per_micro_batch (now "
-            f"{recipe.batch.max_tokens_per_micro_batch}), or set model.activation_checkpointing=true"
-        ) from None
-    return folder
+    engine = Engine(stage.model, config)
+    trainer = Trainer(recipe, stage, engine, folder, store=store, identity=identity, stop=stop)
+    trainer.run(checkpoint)
+
+
+def _checkpoint_to_resume(
+    recipe: Recipe, store: CheckpointStore, identity: dict[str, Any]
+) -> Checkpoint | None:
+    """The newest valid one, if the recipe asks to go on from it and it is of the same run."""
+    store.clear_unfinished()
+    if not recipe.resume:
+        return None
+    checkpoint = store.newest_valid()
+    if checkpoint is None:
+        log.info("no checkpoint in %s yet: starting at step 1", store.folder)
+        return None
+    manifest = checkpoint.manifest
+    if changed := changes(manifest.identity, identity):
+        words = "; ".join(changed)
+        if recipe.resume != "force":
+            raise UserError(
+                f"{checkpoint.folder} is of another run ({words}): undo the change, pass resume=force to go "
+                "on nevertheless, or overwrite=true without resume to start again"
+            )
+        log.warning("resume=force: going on although %s", words)
+    now = made_by()
+    if moved := [f"{k} {manifest.made_by[k]} → {now[k]}" for k in now if manifest.made_by.get(k) != now[k]]:
+        log.warning("losses may differ in their last digits, or in dropout: %s", ", ".join(moved))
+    log.info("going on from %s", checkpoint.folder)
+    return checkpoint
+
+
+def _begin_folder(recipe: Recipe, folder: Path, *, fresh: bool) -> None:
+    with writing(f"output_dir {folder}"):
+        (folder / FINISHED).unlink(missing_ok=True)
+        if fresh:
+            for name in ("metrics.jsonl", "held_out.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            for name in ("monitor", CHECKPOINTS):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        dump_recipe(recipe, folder / "recipe.yaml")
+
+
+def _is_finished(recipe: Recipe, folder: Path) -> bool:
+    mark = folder / FINISHED
+    return mark.is_file() and mark.read_text().strip() == str(recipe.max_steps)
+
+
+def _use_deterministic_algorithms() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nullcontext) -> Stage:
@@ -94,7 +165,7 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     Args:
         partition: see `TrunkOptions`.
     """
-    tokenizer = load_tokenizer(recipe.model.path)
+    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     prepared = _prepared(recipe, tokenizer)
     options = _trunk_options(recipe, device, partition)
     if recipe.mntp is not None:
@@ -158,7 +229,15 @@ def _trunk_options(recipe: Recipe, device: torch.device, partition: Partition) -
     assert objective is not None
     # None keeps a config without the attribute usable when no dropout is asked for.
     dropout = objective.attention_dropout or None
-    return TrunkOptions(model.causal, model.attention, model.precision, dropout, device, partition)
+    return TrunkOptions(
+        model.causal,
+        model.attention,
+        model.precision,
+        dropout,
+        device,
+        partition,
+        model.trust_remote_code,
+    )
 
 
 def _make_trainable(recipe: Recipe, trunk: Any) -> None:
@@ -204,8 +283,13 @@ def _check_batch(recipe: Recipe, ranks: Ranks) -> None:
 
 
 def _check_run_folder(recipe: Recipe, folder: Path) -> None:
-    if (folder / "metrics.jsonl").exists() and not recipe.overwrite:
-        raise UserError(f"{folder} already holds a run: choose another output_dir, or pass overwrite=true")
+    if (folder / "metrics.jsonl").exists() and not (recipe.overwrite or recipe.resume):
+        raise UserError(
+            f"{folder} already holds a run: go on with it by resume=true, choose another output_dir, or "
+            "pass overwrite=true"
+        )
+    if (folder / STOP_FILE).exists():
+        raise UserError(f"{folder / STOP_FILE} is there to keep this run from starting: remove it first")
     with writing(f"output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):

@@ -1,21 +1,35 @@
-"""The one training loop. It owns schedule, checks and logging, and knows nothing of losses."""
+"""The one training loop. It owns schedule, checks, checkpoints and logging, and knows nothing of losses."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from llm2vec_ds.config import OptimizerConfig, Recipe
 from llm2vec_ds.data.batches import rank_slice
-from llm2vec_ds.distributed import TRAFFIC, all_reduce_sum, barrier, rank, world_size
+from llm2vec_ds.distributed import TRAFFIC, all_gather_object, all_reduce_sum, barrier, rank, world_size
+from llm2vec_ds.durable import write_file
+from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore, Manifest
 from llm2vec_ds.engine.deepspeed_engine import Engine
+from llm2vec_ds.engine.identity import made_by
 from llm2vec_ds.engine.monitor import FiniteCheck, MetricsLog, peak_mib
+from llm2vec_ds.engine.preemption import StopRequest
+from llm2vec_ds.engine.watchdog import Watchdog
+from llm2vec_ds.errors import Stopped, UserError, writing
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.stages.base import Stage
+
+log = logging.getLogger(__name__)
+
+FINISHED = "finished"
+"""File in the run's folder that holds the number of steps, written after the encoder."""
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
@@ -28,38 +42,81 @@ def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
 
 
 class Trainer:
-    """Trains a stage's model to `recipe.max_steps` and writes the encoder."""
+    """Trains a stage's model to `recipe.max_steps` and writes the encoder.
 
-    def __init__(self, recipe: Recipe, stage: Stage, engine: Engine, folder: Path) -> None:
+    Args:
+        store: where checkpoints are kept.
+        identity: what the run is made of, written into each checkpoint.
+        stop: asked at every step's end.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        engine: Engine,
+        folder: Path,
+        *,
+        store: CheckpointStore,
+        identity: dict[str, Any],
+        stop: StopRequest,
+    ) -> None:
         self.recipe = recipe
         self.stage = stage
         self.engine = engine
         self.folder = folder
+        self.store = store
+        self.identity = identity
+        self.made_by = made_by()
+        self.stop = stop
         self.device = stage.encoder.device
         self.check = FiniteCheck(stage.model, self.device)
+        self.watchdog = Watchdog(recipe.step_timeout_s, folder)
+        self._best_score: float | None = all_gather_object(store.best_score())[0]
 
-    def run(self) -> None:
-        """The whole run.
+    def run(self, checkpoint: Checkpoint | None = None) -> None:
+        """The whole run, or what is left of it after `checkpoint`.
 
         Raises:
             NonFiniteError: a loss or gradient was not finite; the weights have not moved.
+            Stopped: it was asked to stop, and has saved.
+            UserError: a checkpoint could not be written, or another rank is gone.
         """
-        log = MetricsLog(self.folder, self.recipe.max_steps, self.recipe.stage)
+        first_step = checkpoint.step if checkpoint else 0
+        log_rows = MetricsLog(self.folder, self.recipe.max_steps, self.recipe.stage, first_step)
         try:
-            self._measure(0, log)
-            for step in range(self.recipe.max_steps):
-                metrics = self._step(step)
-                log.step(metrics)
-                numbers = {k: v for k, v in metrics.items() if k != "step" and not isinstance(v, dict)}
-                shown = {f"train/{k}": v for k, v in numbers.items()}
-                self.engine.write_metrics(shown, step + 1)
-                if self._held_out_is_due(step + 1):
-                    self._measure(step + 1, log)
+            with self.watchdog.watching():
+                if checkpoint is None:
+                    self._measure(0, log_rows)
+                else:
+                    self._load(checkpoint)
+                for step in range(first_step, self.recipe.max_steps):
+                    self._step_and_save(step, log_rows)
+                self._finish()
         finally:
-            log.close()
-        self._save()
+            log_rows.close()
 
-    def _step(self, step: int) -> dict[str, Any]:
+    def _step_and_save(self, step: int, log_rows: MetricsLog) -> None:
+        self.watchdog.begin(f"step {step + 1}")
+        with self._contact(f"step {step + 1}"):
+            metrics, asked = self._step(step)
+        log_rows.step(metrics)
+        numbers = {k: v for k, v in metrics.items() if k != "step" and not isinstance(v, dict)}
+        self.engine.write_metrics({f"train/{k}": v for k, v in numbers.items()}, step + 1)
+        score = self._measure(step + 1, log_rows) if self._held_out_is_due(step + 1) else None
+        ends = step + 1 == self.recipe.max_steps
+        if self._is_best(score) or (asked and not ends) or self._save_is_due(step + 1):
+            log_rows.sync()
+            self._save_checkpoint(step + 1, score)
+        if asked and not ends:
+            cause = self.stop.cause or "a signal to another rank"
+            raise Stopped(
+                f"stopped by {cause} after step {step + 1} of {self.recipe.max_steps}, everything saved: "
+                "run the same command with resume=true to go on"
+            )
+
+    def _step(self, step: int) -> tuple[dict[str, Any], bool]:
+        """Metrics, and whether any rank has been asked to stop."""
         recipe, started, sent_before = self.recipe, time.perf_counter(), TRAFFIC.sent_bytes.copy()
         rows = rank_slice(self.stage.global_batch(step), rank(), world_size())
         self.engine.train()
@@ -67,10 +124,13 @@ class Trainer:
         self.check.stop_if_not_finite(step + 1, result.bad_rows, self._describe)
         lr = learning_rate(step, recipe.max_steps, recipe.optimizer)
         grad_norm = self.engine.step(lr)
-        n_tokens = int(all_reduce_sum(torch.tensor(result.n_tokens, device=self.device)))
+        asked = self.stop.seen(look_for_file=rank() == 0)
+        n_tokens, n_asked = all_reduce_sum(
+            torch.tensor([result.n_tokens, int(asked)], device=self.device)
+        ).tolist()
         elapsed_s = time.perf_counter() - started
         sent = TRAFFIC.sent_bytes - sent_before
-        return {
+        metrics = {
             "step": step + 1,
             "loss": result.loss,
             **result.metrics,
@@ -83,31 +143,100 @@ class Trainer:
             "comm_bytes": sent.total(),
             "comm_bytes_by_kind": dict(sent),
         }
+        return metrics, n_asked > 0
 
     def _backward(self, share: torch.Tensor, *, rows: Sequence[int], last: bool) -> None:
         # DeepSpeed averages gradients over ranks; shares of one loss have to be added.
         self.engine.backward(share * world_size(), last=last)
         self.check.end_of_backward(share, rows)
 
+    @contextmanager
+    def _contact(self, doing: str) -> Iterator[None]:
+        """What a collective says when a peer is gone, in words."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in said):
+                raise
+            raise UserError(
+                f"{doing}: rank {rank()} has lost another rank ({said[:160]}). The first error line above, "
+                "or in the other ranks' logs, is the cause: mend it and run again with resume=true"
+            ) from None
+
     def _held_out_is_due(self, step: int) -> bool:
         every = self.recipe.held_out_every_steps
         return step == self.recipe.max_steps or (every > 0 and step % every == 0)
 
-    def _measure(self, step: int, log: MetricsLog) -> None:
+    def _save_is_due(self, step: int) -> bool:
+        every = self.recipe.checkpoint.every_steps
+        return every > 0 and step % every == 0
+
+    def _is_best(self, score: float | None) -> bool:
+        order, best = self.store.order, self._best_score
+        return score is not None and (best is None or order(score) < order(best))
+
+    def _measure(self, step: int, log_rows: MetricsLog) -> float | None:
+        """Held-out metrics; the value by which the best checkpoint is kept, if there is one."""
+        self.watchdog.begin(f"the held-out measurement after step {step}")
         self.engine.train(False)
-        metrics = self.stage.held_out(self.engine.forward)
+        with self._contact("the held-out measurement"):
+            metrics = self.stage.held_out(self.engine.forward)
         if metrics is not None:
-            log.held_out({"step": step, **metrics})
+            log_rows.held_out({"step": step, **metrics})
             self.engine.write_metrics({f"held_out/{k}": v for k, v in metrics.items()}, step)
+        name = self.recipe.checkpoint.best_by
+        if name is None:
+            return None
+        if metrics is None or name not in metrics:
+            known = f"one of {', '.join(metrics)}" if metrics else "nothing without data.held_out_path"
+            raise UserError(f"checkpoint.best_by={name} is no held-out metric of this run: choose {known}")
+        return metrics[name]
 
     def _describe(self, row: int) -> str:
         words = self.stage.encoder.tokenizer.decode(self.stage.text(row).input_ids, skip_special_tokens=True)
         return repr(words if len(words) <= 60 else words[:57] + "…")
 
-    def _save(self) -> None:
+    def _save_checkpoint(self, step: int, score: float | None) -> None:
+        self.watchdog.begin(f"the checkpoint of step {step}")
+        manifest = Manifest(step, self.identity, self.made_by, score)
+        started = time.perf_counter()
+        with self._contact(f"the checkpoint of step {step}"):
+            folder = self.store.save(manifest, self.engine.state.write)
+        if self._is_best(score):
+            self._best_score = score
+        log.info("%s saved in %.1f s", folder, time.perf_counter() - started)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self.watchdog.begin("loading the checkpoint")
+        with self._contact("loading the checkpoint"):
+            self._make_moments()
+            try:
+                self.engine.state.load(checkpoint.folder, checkpoint.manifest.files)
+            except ValueError as error:
+                raise UserError(f"{error}: use the recipe and model of the checkpoint") from None
+            barrier()
+
+    def _make_moments(self) -> None:
+        """DeepSpeed makes and links Adam's moments in its first step only: one of a text a rank, at a
+        learning rate of zero, whose effects the checkpoint then overwrites."""
+        rows = rank_slice(self.stage.global_batch(0)[: world_size()], rank(), world_size())
+        self.engine.train()
+        self.stage.step(0, rows, self.engine.forward, self._backward)
+        self.check.forget()
+        self.engine.step(0.0)
+
+    def _finish(self) -> None:
         """Every rank helps to make partitioned weights whole; rank 0 writes `encoder/`."""
+        best = all_gather_object(self.store.best() if rank() == 0 else None)[0]
+        if self.recipe.checkpoint.best_by and best is not None:
+            log.info("the encoder is that of step %s, %s", best.step, self.recipe.checkpoint.best_by)
+            self._load(best)
+        self.watchdog.begin("writing the encoder")
         encoder = self.stage.encoder
         state_dict = merged_state_dict(encoder.trunk, self.engine.gather())
         if rank() == 0:
             encoder.save(self.folder / "encoder", state_dict)
+            with writing(self.folder / FINISHED):
+                write_file(self.folder / FINISHED, f"{self.recipe.max_steps}\n".encode())
         barrier()

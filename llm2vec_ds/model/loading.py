@@ -38,6 +38,7 @@ class TrunkOptions:
     attention_dropout: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     partition: Callable[[], AbstractContextManager[Any]] = nullcontext
+    trust_remote_code: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,10 +50,10 @@ class TrunkOptions:
         return known[self.precision]
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, path)
+    return _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
 
 
 def load_trunk(path: str, options: TrunkOptions) -> Any:
@@ -105,7 +106,7 @@ def _check_class(trunk_class: Any, model_type: str, causal: bool) -> None:
 def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
     from transformers import MODEL_MAPPING, AutoConfig
 
-    config = _from_pretrained(AutoConfig, path)
+    config = _from_pretrained(AutoConfig, path, trust_remote_code=options.trust_remote_code)
     causal = bool(is_causal(config)) if options.causal is None else options.causal
     if type(config) in MODEL_MAPPING:
         _check_class(MODEL_MAPPING[type(config)], config.model_type, causal)
@@ -134,6 +135,7 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
             dtype=options.dtype,
             attn_implementation=register(options.attention),
             output_loading_info=True,
+            trust_remote_code=options.trust_remote_code,
         )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} lacks weights: {', '.join(missing[:5])}; start from the full language model")
@@ -178,6 +180,8 @@ def _cause(path: str, error: BaseException) -> str:
     def said(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)
 
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own: read that code, then set model.trust_remote_code=true to run it"
     if said(hub.GatedRepoError):
         page = f"https://huggingface.co/{path}"
         return f"it is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN"

@@ -47,6 +47,10 @@ class Stage(Protocol):
     def encoder(self) -> Encoder:
         """The part of it that is the result."""
 
+    @property
+    def data_fingerprint(self) -> str:
+        """The same for the same training texts, tokenised alike."""
+
     def global_batch(self, step: int) -> np.ndarray:
         """Rows of a step over all ranks, a pure function of data, seed and step."""
 

@@ -33,12 +33,14 @@ class ContrastiveStage:
         config: ContrastiveConfig,
         held_out_pairs: PreparedPairs | None = None,
         *,
+        data_fingerprint: str,
         seed: int,
         max_tokens_per_micro_batch: int,
     ) -> None:
         self.model = model
         self.encoder = model.encoder
         self.examples = examples
+        self.data_fingerprint = data_fingerprint
         self.global_batch = global_batch
         self.held_out_pairs = held_out_pairs
         self.loss = ContrastiveLoss(config)

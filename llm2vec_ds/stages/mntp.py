@@ -38,6 +38,7 @@ class MntpStage:
         self.model = model
         self.encoder = model.encoder
         self.texts = texts
+        self.data_fingerprint = texts.fingerprint
         self.global_batch = EpochBatches(len(texts), global_batch_size, seed)
         self.held_out_texts = held_out_texts
         self.masking = masking

@@ -27,6 +27,7 @@ def simcse_stage(
         lambda rows: [[text, text] for text in texts[rows]],
         EpochBatches(len(texts), global_batch_size, seed),
         config,
+        data_fingerprint=texts.fingerprint,
         seed=seed,
         max_tokens_per_micro_batch=max_tokens_per_micro_batch,
     )

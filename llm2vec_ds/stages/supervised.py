@@ -27,6 +27,7 @@ def supervised_stage(
         SourceBatches(tuple(pairs.group_sizes.values()), global_batch_size, seed, sampling_temperature),
         config,
         held_out_pairs,
+        data_fingerprint=pairs.fingerprint,
         seed=seed,
         max_tokens_per_micro_batch=max_tokens_per_micro_batch,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,13 @@ def test_they_cannot_be_a_causal_baseline_either(model_type: str, tmp_path: Path
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"model type '{model_type}' takes no attention function but its own"):
         load_trunk(str(tmp_path), TrunkOptions(causal=True))
+
+
+def test_code_beside_a_model_is_not_run_unless_asked_for(tmp_path: Path) -> None:
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "c.C", "AutoModel": "m.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    (tmp_path / "c.py").write_text("raise ValueError('it ran')\n")
+    with pytest.raises(UserError, match=r"needs code of its own: .* set model.trust_remote_code=true"):
+        load_trunk(str(tmp_path), TrunkOptions())
+    with pytest.raises(UserError, match="it ran"):
+        load_trunk(str(tmp_path), TrunkOptions(trust_remote_code=True))

@@ -1,0 +1,136 @@
+"""What a run is made of: recipe, data, model. A checkpoint of another run is not gone on from unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2vec_ds.config import Recipe
+from llm2vec_ds.distributed import world_size
+
+FREE_KEYS = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "checkpoint",
+    "monitor",
+    "step_timeout_s",
+    "held_out_every_steps",
+    "data.prepared_dir",
+    "data.path",
+    "data.held_out_path",
+    "model.path",
+    "deepspeed",
+)
+"""Recipe keys that may differ on resume: where things lie and how ranks share the work. Data and model are
+known by what they hold, wherever they lie."""
+
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 2**16
+PACKAGES = ("llm2vec-ds", "torch", "transformers", "deepspeed", "peft", "tokenizers", "numpy")
+
+
+def identity_of(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
+    """`recipe` (flat, dotted keys), `data` and `model` (fingerprints). JSON can hold it."""
+    values = _flat(recipe.model_dump(mode="json"))
+    own = {k: v for k, v in values.items() if not any(k == f or k.startswith(f"{f}.") for f in FREE_KEYS)}
+    return {"recipe": own, "data": data_fingerprint, "model": model_fingerprint(recipe.model.path)}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, in words: recipe keys with both values, then data and model."""
+    absent = "not set"
+    old, new = before["recipe"], now["recipe"]
+    keys = [key for key in sorted({*old, *new}) if old.get(key, absent) != new.get(key, absent)]
+    found = [f"{key} was {old.get(key, absent)}, now {new.get(key, absent)}" for key in keys]
+    if before["data"] != now["data"]:
+        found.append("the training data have changed")
+    if before["model"] != now["model"]:
+        found.append("the model to start from has changed")
+    return found
+
+
+def model_fingerprint(path: str) -> str:
+    """SHA-256 of a model's configuration, and of blocks spread over its weight files.
+
+    Training moves practically every weight, so that sampled blocks (4 MiB a file) tell models apart as well
+    as all bytes would, without reading a hundred gigabytes at each start.
+    """
+    digest = hashlib.sha256()
+    for file in _model_files(path):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        for block in _blocks(file):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _model_files(path: str) -> list[Path]:
+    folder = Path(path)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        found = cached_file(path, "config.json")
+        assert found is not None  # the model has been loaded
+        folder = Path(found).parent
+    patterns = ("config.json", "*.safetensors", "*.bin", "*.gguf")
+    return sorted(file for pattern in patterns for file in folder.glob(pattern))
+
+
+def _blocks(file: Path) -> list[bytes]:
+    size = file.stat().st_size
+    if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
+        return [file.read_bytes()]
+    blocks = []
+    with file.open("rb") as opened:
+        for number in range(SAMPLED_BLOCKS):
+            opened.seek((size - BLOCK_BYTES) * number // (SAMPLED_BLOCKS - 1))
+            blocks.append(opened.read(BLOCK_BYTES))
+    return blocks
+
+
+def made_by() -> dict[str, Any]:
+    """Versions, commit, ranks and threads: what bit-equal losses need to be the same."""
+    return {
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+        "world_size": world_size(),
+        "n_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Of the toolkit's own checkout; None where it was installed without one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        line = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,164 @@
+"""What a step changes, as whole tensors: values and Adam's moments of every trainable parameter, in fp32.
+
+One form for every ZeRO stage and number of ranks, LoRA or full training: whatever wrote it, anything can go
+on from it. No pickles. Parts of at most a gigabyte are written by the ranks in turn, so that none ever holds
+more than one part beside its own share of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+
+from llm2vec_ds.distributed import rank, world_size
+from llm2vec_ds.durable import write_file
+from llm2vec_ds.engine.checkpoint import Hashes
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PART_BYTES = 2**30
+
+Tensors = dict[str, torch.Tensor]
+
+
+class TrainableState:
+    """Reads and sets the state of a model under a DeepSpeed engine; all ranks call together."""
+
+    def __init__(self, engine: Any) -> None:
+        """Args: engine: what `deepspeed.initialize` returned."""
+        self._engine = engine
+        self._zero_stage = int(engine.zero_optimization_stage())
+        # Named as in the model, not as in DeepSpeed's groups.
+        self._parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+        self._is_plain = not hasattr(engine.optimizer, "optimizer")  # torch's AdamW over the parameters
+
+    def write(self, folder: Path) -> Hashes:
+        """Writes this rank's parts; size and SHA-256 of each."""
+        hashes: Hashes = {}
+        for number, names in enumerate(self._parts()):
+            tensors: Tensors = {}
+            for name in names:
+                whole = self._read(name)
+                if number % world_size() == rank():
+                    tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in whole.items()}
+            if tensors:
+                content = save(tensors)
+                file = f"part-{number:05d}.safetensors"
+                write_file(folder / file, content)
+                hashes[file] = (len(content), hashlib.sha256(content).hexdigest())
+        return hashes
+
+    def load(self, folder: Path, files: Iterable[str]) -> None:
+        """Sets values and moments to what `files` hold.
+
+        The optimizer must have taken a step, for its moments to be there.
+
+        Raises:
+            ValueError: the parameters are not those of this model.
+        """
+        missing = set(self._parameters)
+        for file in sorted(files):
+            with safe_open(folder / file, framework="pt") as tensors:
+                for name in sorted({key.rpartition("/")[0] for key in tensors.keys()}):  # noqa: SIM118
+                    if name not in self._parameters:
+                        raise ValueError(f"{folder}: this model has no trainable parameter {name}")
+                    whole = {k: tensors.get_tensor(f"{name}/{k}") for k in ("value", "step", *MOMENTS)}
+                    if whole["value"].shape != self._shape(name):
+                        raise ValueError(
+                            f"{folder}: {name} has shape {tuple(whole['value'].shape)}, "
+                            f"this model's is {tuple(self._shape(name))}"
+                        )
+                    self._write(name, whole)
+                    missing.discard(name)
+        if missing:
+            raise ValueError(f"{folder}: the trainable parameter {min(missing)} is not in it")
+
+    def _shape(self, name: str) -> torch.Size:
+        parameter = self._parameters[name]
+        shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+        return shape
+
+    def _parts(self) -> Iterator[list[str]]:
+        part: list[str] = []
+        n_bytes = 0
+        for name in self._parameters:
+            part.append(name)
+            n_bytes += self._shape(name).numel() * 4 * (1 + len(MOMENTS))
+            if n_bytes >= PART_BYTES:
+                yield part
+                part, n_bytes = [], 0
+        if part:
+            yield part
+
+    def _read(self, name: str) -> Tensors:
+        parameter = self._parameters[name]
+        if self._is_plain:
+            state = self._engine.optimizer.state[parameter]
+            moments = {key: state.get(key, torch.zeros_like(parameter)) for key in MOMENTS}
+            step = state.get("step", torch.tensor(0.0))
+            return {"value": parameter.detach(), **moments, "step": step}
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        step = torch.tensor(float(next(self._flat_states())["step"]))
+        return {"value": safe_get_full_fp32_param(parameter), **moments, "step": step}
+
+    def _write(self, name: str, whole: Tensors) -> None:
+        parameter = self._parameters[name]
+        if self._is_plain:
+            parameter.data.copy_(whole["value"])
+            state = self._engine.optimizer.state[parameter]
+            state["step"] = whole["step"].clone()
+            for key in MOMENTS:
+                state[key] = whole[key].to(parameter.device, copy=True)
+            return
+        for state in self._flat_states():
+            n_steps = float(whole["step"])
+            state["step"] = torch.tensor(n_steps) if torch.is_tensor(state["step"]) else int(n_steps)
+        self._write_working_copy(parameter, whole["value"])
+        if self._zero_stage == 3:
+            self._write_own_part(parameter, whole)
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        safe_set_full_fp32_param(parameter, whole["value"].to(parameter.device))
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(parameter, whole[key].to(parameter.device), key)
+
+    def _write_working_copy(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """What forward passes read, in the model's own dtype; the optimizer's fp32 copy is another."""
+        context: AbstractContextManager[Any] = nullcontext()
+        if self._zero_stage == 3:
+            import deepspeed
+
+            context = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+        with context:
+            if self._zero_stage < 3 or rank() == 0:
+                parameter.data.copy_(value)
+
+    def _write_own_part(self, parameter: nn.Parameter, whole: Tensors) -> None:
+        """Padded to equal parts first: DeepSpeed's own setter of whole tensors fails where the ranks do not
+        divide a tensor."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        n_own = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+
+        def own_part(tensor: torch.Tensor) -> torch.Tensor:
+            flat = tensor.flatten()
+            padded = nn.functional.pad(flat, (0, n_own * world_size() - flat.numel()))
+            return padded[rank() * n_own :][:n_own]
+
+        safe_set_local_fp32_param(parameter, own_part(whole["value"]))
+        for key in MOMENTS:
+            safe_set_local_optimizer_state(parameter, own_part(whole[key]), key)
+
+    def _flat_states(self) -> Iterator[dict[str, Any]]:
+        """Adam's states of DeepSpeed's flat tensors; one count of steps in all."""
+        return (state for state in self._engine.optimizer.optimizer.state.values() if "step" in state)

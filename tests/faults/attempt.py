@@ -1,0 +1,166 @@
+"""One attempt at a run on several gloo ranks, each a process of its own in which a fault can be planted.
+
+Processes are forked from a server that has the libraries loaded, so that an attempt takes a second and not
+ten; each is killed by SIGKILL as any other.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tests.support.ranks import free_port
+
+DURABLE_OPERATIONS = ("write", "fsync", "rename")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong on one rank.
+
+    Attributes:
+        rank: where.
+        kind: `kill` (SIGKILL) or `full` (no space left) at a file operation, `hang`, `nan`, `memory` in a
+            step, `signal` (USR1 to itself) in a step.
+        at: number of the file operation, or of the step, counted from 0.
+        half: a write is cut in the middle instead of before its first byte.
+    """
+
+    rank: int
+    kind: str
+    at: int
+    half: bool = False
+
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def start(recipe: Path, world: int, log: Path, fault: Fault | None = None) -> list[BaseProcess]:
+    """Starts `llm2vec-ds train RECIPE resume=true` on `world` ranks; output goes to LOG.RANK."""
+    _CONTEXT.set_forkserver_preload(["llm2vec_ds.engine.run", "deepspeed", "peft", "tests.faults.attempt"])
+    port = free_port()
+    processes: list[BaseProcess] = []
+    for rank in range(world):
+        own = fault if fault is not None and fault.rank == rank else None
+        process = _CONTEXT.Process(target=_rank, args=(rank, world, port, str(recipe), f"{log}.{rank}", own))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def wait(processes: list[BaseProcess], timeout_s: float = 120) -> list[int]:
+    """Exit codes (negative: a signal), −999 for a rank that had to be killed because it hung."""
+    deadline = time.monotonic() + timeout_s
+    codes = []
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+        hung = process.exitcode is None
+        if hung:
+            process.kill()
+            process.join()
+        codes.append(-999 if hung else int(process.exitcode or 0))
+    return codes
+
+
+def attempt(recipe: Path, world: int, log: Path, fault: Fault | None = None) -> list[int]:
+    """`start` and `wait`."""
+    return wait(start(recipe, world, log, fault))
+
+
+def _rank(rank: int, world: int, port: int, recipe: str, log: str, fault: Fault | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    import torch
+
+    from llm2vec_ds.engine import trainable_state
+
+    torch.set_num_threads(1)
+    trainable_state.PART_BYTES = 2**15  # several parts, so that each rank writes
+    operations = _count_operations(fault)
+    if fault is not None:
+        _plant_in_step(fault)
+    from llm2vec_ds.__main__ import main
+
+    sys.argv = ["llm2vec-ds", "train", recipe, "resume=true"]
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as left:
+        code = left.code
+    finally:
+        Path(f"{log}.operations").write_text(f"{operations()}\n")
+    sys.stderr.flush()
+    os._exit(code or 0)  # as the interpreter's end would, without the server's own clean-up
+
+
+def _count_operations(fault: Fault | None) -> Callable[[], str]:
+    """Puts the fault before the chosen write, fsync or rename; returns the kinds seen so far, in order."""
+    seen: list[str] = []
+
+    def wrapped(kind: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            if not _is_own(sys._getframe(1)):
+                return operation(*arguments, **keywords)
+            number = len(seen)
+            seen.append(kind)
+            if fault is not None and fault.kind in ("kill", "full") and fault.at == number:
+                if fault.half and kind == "write":
+                    descriptor, content = arguments
+                    operation(descriptor, content[: len(content) // 2])
+                if fault.kind == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise OSError(28, os.strerror(28))
+            return operation(*arguments, **keywords)
+
+        return run
+
+    for kind in DURABLE_OPERATIONS:
+        setattr(os, kind, wrapped(kind, getattr(os, kind)))
+    return lambda: " ".join(seen)
+
+
+def _is_own(frame: FrameType | None) -> bool:
+    """Whether the toolkit itself called, perhaps through a library function."""
+    for _ in range(3):
+        if frame is None or frame.f_globals["__name__"].startswith("llm2vec_ds."):
+            return frame is not None
+        frame = frame.f_back
+    return False
+
+
+def _plant_in_step(fault: Fault) -> None:
+    import torch
+
+    from llm2vec_ds.stages.contrastive import ContrastiveStage
+
+    whole_step = ContrastiveStage.step
+
+    def step(self: Any, number: int, rows: Any, forward: Any, backward: Any) -> Any:
+        if number == fault.at:
+            if fault.kind == "hang":
+                time.sleep(3600)
+            if fault.kind == "memory":
+                raise torch.OutOfMemoryError
+            if fault.kind == "signal":
+                os.kill(os.getpid(), signal.SIGUSR1)
+                os.kill(os.getpid(), signal.SIGTERM)  # a second one must not break the save
+        result = whole_step(self, number, rows, forward, backward)
+        if number == fault.at and fault.kind == "nan":
+            result.bad_rows.append(int(rows[0]))
+        return result
+
+    ContrastiveStage.step = step  # type: ignore[method-assign]

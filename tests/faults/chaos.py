@@ -1,0 +1,166 @@
+"""Kills runs at every write, fsync and rename of their saves, and at random moments, and lets them go on.
+
+    python -m tests.faults.chaos --kills 100
+
+Two ranks under ZeRO-2, dropout on. After each kill the run is started again with resume=true, perhaps to be
+killed once more; at its end its losses and weights must be those of a run that nobody disturbed, bit by bit,
+and no checkpoint that was valid before a kill may be gone after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from llm2vec_ds.engine.checkpoint import CheckpointStore
+from tests.faults.attempt import Fault, attempt, start, wait
+from tests.support.runs import recipe, write_recipe
+from tests.support.tiny import save_tiny_llama, sentences
+
+WORLD, STEPS, EVERY_STEPS = 2, 6, 2
+KILLED = -9
+FINISHED = [0] * WORLD
+
+
+@dataclass
+class Outcome:
+    """What a chaos run saw. `points`: file operations of an undisturbed run, and kills at them."""
+
+    kills: int = 0
+    resumes: int = 0
+    lost: int = 0
+    hung: int = 0
+    unequal: list[str] = field(default_factory=list)
+    points: int = 0
+    points_hit: int = 0
+
+    def line(self) -> str:
+        equal = "no" if self.unequal else "yes"
+        return f"kills: {self.kills}, resumes: {self.resumes}, lost: {self.lost}, bit_equal: {equal}"
+
+    @property
+    def is_good(self) -> bool:
+        return not (self.lost or self.hung or self.unequal)
+
+
+class Chaos:
+    """Runs in `folder`: one undisturbed, then each with its kills."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.random = random.Random(seed)
+        self.model = save_tiny_llama(folder / "model")
+        self.texts = folder / "texts.txt"
+        self.texts.write_text("\n".join(sentences(64)) + "\n")
+        self.outcome = Outcome()
+        started = time.monotonic()
+        codes = attempt(self._recipe("whole"), WORLD, folder / "whole.log")
+        assert codes == FINISHED, (folder / "whole.log.0").read_text()
+        self.whole_s = time.monotonic() - started
+        self.expected = self._result("whole")
+
+    def _recipe(self, name: str) -> Path:
+        values = recipe("simcse", self.model, self.texts, self.folder / name, max_steps=STEPS)
+        values["simcse"] = {"attention_dropout": 0.3}
+        values["data"]["prepared_dir"] = str(self.folder / "prepared")
+        values["checkpoint"] = {"every_steps": EVERY_STEPS, "keep_last": 1}
+        values["deepspeed"] = "ds_configs/zero2.json"
+        return write_recipe(values, self.folder / f"{name}.yaml")
+
+    def _result(self, name: str) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+        rows = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        weights = load_file(self.folder / name / "encoder" / "model.safetensors")
+        return [(row["loss"], row["grad_norm"]) for row in rows], weights
+
+    def faults(self) -> list[Fault]:
+        """A kill before each file operation of the undisturbed run, and one in the middle of each write."""
+        faults = []
+        for rank in range(WORLD):
+            kinds = (self.folder / f"whole.log.{rank}.operations").read_text().split()
+            for number, kind in enumerate(kinds):
+                faults.append(Fault(rank, "kill", number))
+                if kind == "write":
+                    faults.append(Fault(rank, "kill", number, half=True))
+        return faults
+
+    def disturb(self, name: str, fault: Fault) -> None:
+        """One run: killed at `fault`, perhaps again at a random moment, then left to end."""
+        recipe_file, log = self._recipe(name), self.folder / f"{name}.log"
+        before = self.outcome.kills
+        newest = self._after_kill(attempt(recipe_file, WORLD, log, fault), name, newest=0)
+        self.outcome.points_hit += self.outcome.kills > before
+        while self.random.random() < 1 / 3:
+            self.outcome.resumes += 1
+            newest = self._after_kill(self._killed_at_random(recipe_file, log), name, newest)
+        self.outcome.resumes += 1
+        codes = attempt(recipe_file, WORLD, log)
+        if codes != FINISHED:
+            self.outcome.unequal.append(
+                f"{name}: exit codes {codes}: {(Path(f'{log}.0')).read_text()[-500:]}"
+            )
+            return
+        losses, weights = self._result(name)
+        same = losses == self.expected[0] and weights.keys() == self.expected[1].keys()
+        if not same or not all(torch.equal(value, self.expected[1][key]) for key, value in weights.items()):
+            self.outcome.unequal.append(name)
+        shutil.rmtree(self.folder / name)
+
+    def _killed_at_random(self, recipe_file: Path, log: Path) -> list[int]:
+        processes = start(recipe_file, WORLD, log)
+        time.sleep(self.random.uniform(0, self.whole_s))
+        for process in self.random.sample(processes, self.random.randint(1, WORLD)):
+            process.kill()
+        return wait(processes)
+
+    def _after_kill(self, codes: list[int], name: str, newest: int) -> int:
+        """Counts; the step of the newest valid checkpoint now."""
+        self.outcome.kills += KILLED in codes
+        self.outcome.hung += -999 in codes
+        store = CheckpointStore(self.folder / name / "checkpoints", keep_last=1)
+        found = store.newest_valid()
+        step = found.step if found else 0
+        self.outcome.lost += step < newest
+        return step
+
+
+def run(folder: Path, n_kills: int, seed: int) -> Outcome:
+    """At least `n_kills` kills, and one at every file operation."""
+    chaos = Chaos(folder, seed)
+    faults = chaos.faults()
+    chaos.outcome.points = len(faults)
+    number = 0
+    with tqdm(total=n_kills, desc="kills", unit="kill", disable=None) as bar:
+        while chaos.outcome.kills < n_kills or number < len(faults):
+            chaos.disturb(f"run-{number}", faults[number % len(faults)])
+            number += 1
+            bar.update(min(chaos.outcome.kills, n_kills) - bar.n)
+    return chaos.outcome
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="at least so many (default 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default 0)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = run(Path(folder), arguments.kills, arguments.seed)
+    for name in outcome.unequal:
+        print(f"not equal: {name}", file=sys.stderr)
+    print(f"file operations of an undisturbed run: {outcome.points}, killed at: {outcome.points_hit}")
+    print(outcome.line())
+    sys.exit(not outcome.is_good)
+
+
+if __name__ == "__main__":
+    main()
