@@ -150,10 +150,10 @@ class Ablation:
             return {}
         from llm2vec_ds.evaluate.mteb import MtebEncoder, evaluate_mteb, model_meta
         from llm2vec_ds.evaluate.mteb_tasks import tasks_for
-        from llm2vec_ds.evaluate.shards import ShardedEncoder
+        from llm2vec_ds.evaluate.shards import RankEncoder
 
-        sharded = ShardedEncoder(encoder)
-        wrapped = MtebEncoder(sharded, model_meta(model, sharded, {}), {})
+        ranked = RankEncoder(encoder)
+        wrapped = MtebEncoder(ranked, model_meta(model, ranked, {}), {})
         scores = evaluate_mteb(wrapped, tasks_for(names), self.output / "mteb")
         return {score.task: score.value for score in scores}
 

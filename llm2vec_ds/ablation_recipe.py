@@ -4,30 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from llm2vec_ds.config import STAGES, Section, apply_override
+from llm2vec_ds.config import STAGES, Section, WordsConfig, apply_override
 from llm2vec_ds.errors import UserError
 
 StageName = Literal["mntp", "simcse", "supervised"]
-
-
-class WordsConfig(Section):
-    """A word-level task."""
-
-    train: str
-    """A .conllu or CoNLL column file, or hub:owner/name@split."""
-    test: str
-    """The same, to measure on."""
-    column: str = "upos"
-    """Column of the labels."""
-    max_sentences: Annotated[int, Field(ge=1)] | None = None
-    """Only the first of each file."""
-    max_steps: Annotated[int, Field(ge=1)] = 4000
-    """Steps of the linear layer."""
 
 
 class EvaluateConfig(Section):

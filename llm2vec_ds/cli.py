@@ -12,7 +12,7 @@ import typer
 
 from llm2vec_ds import __version__, cli_ablate
 from llm2vec_ds.cli_common import examples, quiet_libraries
-from llm2vec_ds.cli_evaluate import evaluate
+from llm2vec_ds.cli_evaluate import evaluate, evaluation_of
 from llm2vec_ds.errors import UserError, writing
 
 app = typer.Typer(
@@ -92,7 +92,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     quiet_libraries()
     from llm2vec_ds.engine.run import train as run
 
-    folder = run(resolved)
+    folder = run(resolved, evaluation_of(resolved.evaluation))
     logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
 
 

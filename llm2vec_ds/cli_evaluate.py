@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llm2vec_ds.cli_common import examples, quiet_libraries
 from llm2vec_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from llm2vec_ds.config import EvaluationConfig
 
 evaluate = typer.Typer(
     name="evaluate",
@@ -29,6 +33,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")
 def _needs(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{package} is not installed: pip install 'llm2vec-ds[eval]'")
+
+
+def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, float]] | None:
+    """What a recipe's `evaluation` measures during training."""
+    if config is None:
+        return None
+    _needs("mteb")
+    from llm2vec_ds.evaluate.in_training import in_training_evaluation
+
+    return in_training_evaluation(config)
 
 
 @evaluate.command(

@@ -203,6 +203,33 @@ class CheckpointConfig(Section):
     `output_dir`."""
 
 
+class WordsConfig(Section):
+    """A word-level task."""
+
+    train: str
+    """A .conllu or CoNLL column file, or hub:owner/name@split."""
+    test: str
+    """The same, to measure on."""
+    column: str = "upos"
+    """Column of the labels."""
+    max_sentences: Positive | None = None
+    """Only the first of each file."""
+    max_steps: Positive = 4000
+    """Steps of the linear layer."""
+
+
+class EvaluationConfig(Section):
+    """Tasks that measure during training (docs/evaluation.md); results go to held_out.jsonl, and
+    `checkpoint.best_by` may name one. Every rank measures all of it: keep it small."""
+
+    tasks: list[str] = Field(default_factory=list)
+    """As `llm2vec-ds evaluate mteb --task` takes them, e.g. `sts:pairs.csv`, measured as `STS-pairs`."""
+    words: WordsConfig | None = None
+    """A word-level task, measured as `words_same_token` and `words_next_token`."""
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Measure this often; 0: at the start and at the end only."""
+
+
 STAGES = ("mntp", "simcse", "supervised")
 
 
@@ -244,6 +271,7 @@ class Recipe(Section):
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig | None = None
     mntp: MntpConfig | None = None
     simcse: SimcseConfig | None = None
     supervised: SupervisedConfig | None = None
@@ -276,9 +304,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Recipe:
-        if self.checkpoint.best_by and self.data.held_out_path is None:
+        if self.checkpoint.best_by and self.data.held_out_path is None and self.evaluation is None:
             raise ValueError(
-                f"checkpoint.best_by={self.checkpoint.best_by} needs held-out texts: set data.held_out_path"
+                f"checkpoint.best_by={self.checkpoint.best_by} needs held-out texts or an evaluation: set "
+                "data.held_out_path or evaluation.tasks"
             )
         return self
 

@@ -48,8 +48,7 @@ def figures_of(data: ReportData, examples: Mapping[str, Examples]) -> list[Figur
         figures += [
             _over_steps(stage, key, runs) for key in OVER_STEPS if any(key in r.steps[0] for r in runs)
         ]
-        if any(len(run.held_out) > 1 and "loss" in run.held_out[0] for run in runs):
-            figures.append(_held_out(stage, runs))
+        figures += [_held_out(stage, metric, runs) for metric in _measured_over_steps(runs)]
     for name, found in examples.items():
         figures += [_map(name, found), _similarities(name, found)]
     return figures
@@ -109,11 +108,22 @@ def _over_steps(stage: str, key: str, runs: Sequence[Run]) -> Figure:
     return _drawn(f"{stage}-{key}", f"{stage}: {words}", lambda axes: _lines(axes, series, unit))
 
 
-def _held_out(stage: str, runs: Sequence[Run]) -> Figure:
-    series = {
-        r.name: ([h["step"] for h in r.held_out], [h["loss"] for h in r.held_out]) for r in runs if r.held_out
-    }
-    return _drawn(f"{stage}-held-out", f"{stage}: held-out loss", lambda axes: _lines(axes, series, "loss"))
+def _measured_over_steps(runs: Sequence[Run]) -> list[str]:
+    """Metrics of held_out.jsonl that some run has measured at least twice; counts are none."""
+    rows = [[name for row in run.held_out for name in row] for run in runs]
+    names = dict.fromkeys(name for of_run in rows for name in of_run)
+    counts = ("step", "n_masked")
+    return [name for name in names if name not in counts and any(r.count(name) > 1 for r in rows)]
+
+
+def _held_out(stage: str, metric: str, runs: Sequence[Run]) -> Figure:
+    series = {}
+    for run in runs:
+        rows = [row for row in run.held_out if metric in row]
+        if rows:
+            series[run.name] = ([row["step"] for row in rows], [row[metric] for row in rows])
+    caption = f"{stage}: held-out {metric}"
+    return _drawn(f"{stage}-held-out-{metric}", caption, lambda axes: _lines(axes, series, metric))
 
 
 def _scores(metric: str, by_variant: Mapping[str, Sequence[float]]) -> Figure:

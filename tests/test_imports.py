@@ -66,6 +66,7 @@ FLOW = [
     "evaluate.word_task",
     "evaluate.mteb_tasks",
     "evaluate.mteb",
+    "evaluate.in_training",
     "report",
     "doctor",
     "demo_model",

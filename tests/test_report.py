@@ -69,7 +69,7 @@ def test_page_holds_scores_runs_recipes_and_facts_and_nothing_from_elsewhere(
         "mntp_lr",
         "simcse_loss",
     } <= names
-    assert "mntp_held_out" in names
+    assert "mntp_held_out_loss" in names
     assert {p.stem for p in (tmp_path / "out" / "report").glob("*.png")} == names
     assert all(figure.n_marks > 0 for figure in figures)
     for shown in ("0.450 ± 0.071", "two cores", "torch", "ablation: bi+mntp, seed 1", "another"):

@@ -34,7 +34,7 @@ from llm2vec_ds.engine.deepspeed_engine import (
 )
 from llm2vec_ds.engine.identity import changes, identity_of, made_by
 from llm2vec_ds.engine.preemption import STOP_FILE, StopRequest
-from llm2vec_ds.engine.trainer import FINISHED, Trainer
+from llm2vec_ds.engine.trainer import FINISHED, Evaluation, Trainer
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.loss.contrastive import check_widths
 from llm2vec_ds.loss.embedding_cache import ContrastiveModel
@@ -54,8 +54,11 @@ Partition = Callable[[], AbstractContextManager[Any]]
 T = TypeVar("T")
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, evaluation: Evaluation | None = None) -> Path:
     """Runs a recipe on this process and, under a launcher, its peers; returns the run's folder.
+
+    Args:
+        evaluation: called as `recipe.evaluation` says.
 
     Raises:
         UserError: anything the user can mend, before training where it can be known then.
@@ -76,7 +79,7 @@ def train(recipe: Recipe) -> Path:
         if recipe.deterministic:
             _use_deterministic_algorithms()
         try:
-            _train(recipe, ranks, device, folder, stop)
+            _train(recipe, ranks, device, folder, stop, evaluation)
         except torch.OutOfMemoryError:
             raise UserError(
                 "the GPU's memory is full: lower batch.max_tokens_per_micro_batch (now "
@@ -85,7 +88,14 @@ def train(recipe: Recipe) -> Path:
     return folder
 
 
-def _train(recipe: Recipe, ranks: Ranks, device: torch.device, folder: Path, stop: StopRequest) -> None:
+def _train(
+    recipe: Recipe,
+    ranks: Ranks,
+    device: torch.device,
+    folder: Path,
+    stop: StopRequest,
+    evaluation: Evaluation | None,
+) -> None:
     dtype = TrunkOptions(precision=recipe.model.precision, device=device).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     stage = build_stage(recipe, device, partition_for(config))
@@ -107,7 +117,16 @@ def _train(recipe: Recipe, ranks: Ranks, device: torch.device, folder: Path, sto
             ranks.world_size,
         )
     engine = Engine(stage.model, config)
-    trainer = Trainer(recipe, stage, engine, folder, store=store, identity=identity, stop=stop)
+    trainer = Trainer(
+        recipe,
+        stage,
+        engine,
+        folder,
+        store=store,
+        identity=identity,
+        stop=stop,
+        evaluation=evaluation,
+    )
     trainer.run(checkpoint)
 
 

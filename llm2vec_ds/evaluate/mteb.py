@@ -20,7 +20,7 @@ from mteb.types import PromptType
 
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.identity import key_of, model_files, model_name
-from llm2vec_ds.evaluate.shards import ShardedEncoder
+from llm2vec_ds.evaluate.shards import RankEncoder
 from llm2vec_ds.work_folder import replace_text
 
 log = logging.getLogger(__name__)
@@ -43,9 +43,7 @@ class MtebEncoder(AbsEncoder):
     """Our packed encoder as mteb sees it. Vectors do not depend on mteb's batch size: all texts of a call are
     packed by token count."""
 
-    def __init__(
-        self, encoder: ShardedEncoder, meta: ModelMeta, instructions: Mapping[str, str] | None
-    ) -> None:
+    def __init__(self, encoder: RankEncoder, meta: ModelMeta, instructions: Mapping[str, str] | None) -> None:
         """`instructions`: by task, over those of mteb's metadata; None: no instruction at all."""
         self.model = None
         self.encoder = encoder
@@ -99,7 +97,7 @@ def read_instructions(file: str | None) -> dict[str, str] | None:
     return {str(name): value for name, value in values.items()}
 
 
-def model_meta(model: str, encoder: ShardedEncoder, instructions: Mapping[str, str] | None) -> ModelMeta:
+def model_meta(model: str, encoder: RankEncoder, instructions: Mapping[str, str] | None) -> ModelMeta:
     """Its revision changes with whatever changes vectors, so that stored results are those of this model."""
     trunk, settings = encoder.encoder.trunk, encoder.encoder.settings
     parts = [
@@ -136,15 +134,18 @@ def evaluate_mteb(encoder: MtebEncoder, tasks: list[Any], output: Path) -> list[
     for task in tasks:
         _drop_result_of_other_data(cache, task, encoder.mteb_model_meta)
         with writing(f"--output {output}"):
-            result = _result(encoder, task, cache)
-        value = round(float(result.get_score()), DIGITS)
-        metadata = task.metadata
-        scores.append(Score(metadata.name, metadata.type, metadata.main_score, value))
-        log.info("%s: %s %.4f", metadata.name, metadata.main_score, value)
+            score = measure(encoder, task, cache)
+        scores.append(score)
+        log.info("%s: %s %.4f", score.task, score.metric, score.value)
     return scores
 
 
-def _result(encoder: MtebEncoder, task: Any, cache: Any) -> Any:
+def measure(encoder: MtebEncoder, task: Any, cache: Any | None) -> Score:
+    """One task's score; results that `cache` (mteb's `ResultCache`) holds are taken from there.
+
+    Raises:
+        UserError: its data cannot be had.
+    """
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -162,7 +163,8 @@ def _result(encoder: MtebEncoder, task: Any, cache: Any) -> Any:
             f"{task.metadata.name}: its data cannot be had from the hub ({cause}): connect to the network, "
             "or fetch it into the Hugging Face cache first"
         ) from None
-    return results.task_results[0]
+    value = round(float(results.task_results[0].get_score()), DIGITS)
+    return Score(task.metadata.name, task.metadata.type, task.metadata.main_score, value)
 
 
 def _drop_result_of_other_data(cache: Any, task: Any, meta: Any) -> None:

@@ -44,28 +44,42 @@ def process_group() -> Iterator[torch.device]:
 
 
 @dataclass(frozen=True)
-class ShardedEncoder:
-    """An encoder that is loaded on every rank. Rank 0 calls `encode`, the others are in `serve`."""
+class RankEncoder:
+    """An encoder as evaluation calls it; this rank encodes everything."""
 
     encoder: Encoder
     max_tokens_per_micro_batch: int = 4096
 
     def encode(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
-        """Vectors of `texts` in their order, `[N, D]` fp32, not normalised; called on rank 0.
+        """Vectors of `texts` in their order, `[N, D]` fp32, not normalised.
 
         Equal texts are encoded once. A text without characters has the zero vector, which is like no other;
         some public data sets hold such texts.
         """
         distinct = list(dict.fromkeys(text for text in texts if text.strip()))
         place = {text: row for row, text in enumerate(distinct)}
-        broadcast_object((distinct, instruction))
-        vectors = self._share(distinct, instruction)
+        vectors = self._vectors(distinct, instruction)
         empty = np.zeros((1, vectors.shape[1]), dtype=np.float32)
         if len(blank := [text for text in texts if not text.strip()]):
             log.warning("%s of %s texts are empty: their vector is zero", len(blank), len(texts))
         rows = [place.get(text, len(distinct)) for text in texts]
         whole: np.ndarray = np.concatenate([vectors, empty])[rows]
         return whole
+
+    def _vectors(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
+        if not texts:
+            return np.empty((0, self.encoder.trunk.config.hidden_size), dtype=np.float32)
+        return self.encoder.encode(
+            texts,
+            instruction=instruction,
+            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
+            progress=rank() == 0,
+        )
+
+
+@dataclass(frozen=True)
+class ShardedEncoder(RankEncoder):
+    """An encoder that is loaded on every rank. Rank 0 calls `encode`, the others are in `serve`."""
 
     def serve(self) -> None:
         """Encodes this rank's share of what rank 0 asks for, until rank 0 is done."""
@@ -76,17 +90,13 @@ class ShardedEncoder:
         """Lets the other ranks leave `serve`."""
         broadcast_object(None)
 
+    def _vectors(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
+        broadcast_object((texts, instruction))
+        return self._share(texts, instruction)
+
     def _share(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
         """Ranks take every W-th text; all of them hold all vectors afterwards."""
-        mine = texts[rank() :: world_size()]
-        own = np.empty((0, self.encoder.trunk.config.hidden_size), dtype=np.float32)
-        if mine:
-            own = self.encoder.encode(
-                mine,
-                instruction=instruction,
-                max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
-                progress=rank() == 0,
-            )
+        own = RankEncoder._vectors(self, texts[rank() :: world_size()], instruction)
         if world_size() == 1:
             return own
         order = np.concatenate([np.arange(r, len(texts), world_size()) for r in range(world_size())])

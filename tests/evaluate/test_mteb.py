@@ -23,7 +23,7 @@ from llm2vec_ds.evaluate.mteb import (
     table,
 )
 from llm2vec_ds.evaluate.mteb_tasks import SUBSETS, tasks_for
-from llm2vec_ds.evaluate.shards import ShardedEncoder
+from llm2vec_ds.evaluate.shards import RankEncoder, ShardedEncoder
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_tiny_llama, sentences, tiny_llama, tiny_tokenizer
 
@@ -72,7 +72,7 @@ def names(data: Path) -> list[str]:
 
 
 def wrapped(folder: Path, tokens: int = 512, instructions: dict[str, str] | None = None) -> MtebEncoder:
-    encoder = ShardedEncoder(Encoder.from_pretrained(folder, attention="torch"), tokens)
+    encoder = RankEncoder(Encoder.from_pretrained(folder, attention="torch"), tokens)
     return MtebEncoder(encoder, model_meta(str(folder), encoder, instructions), instructions)
 
 
@@ -109,13 +109,13 @@ def test_results_are_kept_and_measured_again_when_data_change(
     file = tmp_path / "pairs.csv"
     file.write_text((data / "pairs.csv").read_text())
     asked: list[int] = []
-    encode = ShardedEncoder.encode
+    encode = RankEncoder.encode
 
     def counted(self: Any, texts: list[str], instruction: str | None = None) -> np.ndarray:
         asked.append(len(texts))
         return encode(self, texts, instruction)
 
-    monkeypatch.setattr(ShardedEncoder, "encode", counted)
+    monkeypatch.setattr(RankEncoder, "encode", counted)
     first = evaluate_mteb(wrapped(folder), tasks_for([f"sts:{file}"]), tmp_path / "results")
     n_calls = len(asked)
     assert n_calls > 0
@@ -133,7 +133,7 @@ def test_another_model_or_instruction_is_another_revision(folder: Path, tmp_path
     assert plain == wrapped(folder).mteb_model_meta.revision
     assert wrapped(folder, instructions={"a": "b"}).mteb_model_meta.revision != plain
     causal = Encoder.from_pretrained(folder, causal=True)
-    assert model_meta(str(folder), ShardedEncoder(causal), None).revision != plain
+    assert model_meta(str(folder), RankEncoder(causal), None).revision != plain
     other = save_tiny_llama(tmp_path / "other")
     assert wrapped(other).mteb_model_meta.revision != plain
 
