@@ -222,7 +222,7 @@ class EvaluationConfig(Section):
     """Tasks that measure during training (docs/evaluation.md); results go to held_out.jsonl, and
     `checkpoint.best_by` may name one. Every rank measures all of it: keep it small."""
 
-    tasks: list[str] = Field(default_factory=list)
+    tasks: list[str] = []
     """As `llm2vec-ds evaluate mteb --task` takes them, e.g. `sts:pairs.csv`, measured as `STS-pairs`."""
     words: WordsConfig | None = None
     """A word-level task, measured as `words_same_token` and `words_next_token`."""

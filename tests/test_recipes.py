@@ -15,7 +15,11 @@ from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, with_causal
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "data")
+RECIPES = sorted(
+    path
+    for path in (ROOT / "recipes").rglob("*.yaml")
+    if path.parent.name != "data" and not path.stem.endswith("ablation")  # those: tests/test_ablate.py
+)
 
 PARAMETERS = {
     "sheared_llama_1.3b": 1_345_423_360,
