@@ -71,7 +71,7 @@ def _drawn(
         "svg.hashsalt": name,  # ids differ between the figures of one page
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "font.size": 9,
+        "font.size": 10,
         "legend.frameon": False,
     }
     with matplotlib.rc_context(style):
