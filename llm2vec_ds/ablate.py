@@ -23,8 +23,9 @@ from llm2vec_ds.ablation_recipe import AblationRecipe, runs_of
 from llm2vec_ds.demo_model import demo_model_dir
 from llm2vec_ds.demo_text import training_text
 from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.engine.identity import model_fingerprint
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.evaluate.identity import key_of, model_files
+from llm2vec_ds.evaluate.identity import key_of
 from llm2vec_ds.evaluate.word_level import ProbeOptions
 from llm2vec_ds.evaluate.word_task import WordTask, run_word_task
 from llm2vec_ds.work_folder import replace_text
@@ -94,7 +95,7 @@ class Ablation:
         folder = self._run_folder(run, seed)
         recipe = self._stage_recipe(run, stage, self.folder(before, seed), seed, texts)
         file, text = folder.with_name(f"{run}.yaml"), yaml.safe_dump(recipe, sort_keys=False)
-        key = key_of(text, model_files(recipe["model"]["path"]))
+        key = key_of(text, model_fingerprint(recipe["model"]["path"]))
         done = folder.with_name(f"{run}.done")
         if done.exists() and done.read_text() == key:
             log.info("%s, seed %s: trained before", run, seed)
@@ -132,7 +133,7 @@ class Ablation:
         model = self.folder(variant, seed)
         file = self.output / "scores" / f"{variant}.seed-{seed}.json"
         evaluate = self.recipe.evaluate
-        key = key_of(model_files(model), model, variant, evaluate.model_dump())
+        key = key_of(model_fingerprint(model), model, variant, evaluate.model_dump())
         if file.exists() and (stored := json.loads(file.read_text()))["key"] == key:
             log.info("%s, seed %s: measured before", variant, seed)
             return dict(stored["scores"])
@@ -164,15 +165,14 @@ class Ablation:
         for name, words in self.recipe.evaluate.words.items():
             task = WordTask(words.train, words.test, words.column, words.max_sentences)
             probes = [ProbeOptions(max_steps=words.max_steps, seed=seed)]
-            features = self.output / "features"
+            features = self.output / "features" / variant
             result = run_word_task(encoder, model, task, probes, features)
             scores[name] = result[shift]["accuracy"]
             scores[f"{name}, {other}"] = result[other]["accuracy"]
             if result[shift]["entity_f1"] is not None:
                 scores[f"{name}, entity F1"] = result[shift]["entity_f1"]
-            shutil.rmtree(
-                features, ignore_errors=True
-            )  # gigabytes for a large model, and the scores are kept
+            if "+" in variant or seed == self.recipe.seeds[-1]:  # else the next seed's layer needs them
+                shutil.rmtree(features, ignore_errors=True)
         return scores
 
     def _write(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import numpy as np
 
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.engine.identity import model_fingerprint
 from llm2vec_ds.errors import writing
-from llm2vec_ds.evaluate.identity import key_of, model_files
+from llm2vec_ds.evaluate.identity import key_of
 from llm2vec_ds.example_sentences import SENTENCES, TOPIC_OF, Examples, examples_of
 from llm2vec_ds.report_data import ReportData, read_folders
 from llm2vec_ds.report_figures import Figure, figures_of
@@ -71,7 +72,7 @@ def _examples(data: ReportData, cache: Path) -> dict[str, Examples]:
     kept = json.loads(cache.read_text()) if cache.exists() else {}
     found = {}
     for name, (path, causal) in data.encoders.items():
-        key = key_of(path, model_files(path), causal, SENTENCES)
+        key = key_of(path, model_fingerprint(path), causal, SENTENCES)
         if key not in kept:
             log.info("%s: example sentences", name)
             made = examples_of(Encoder.from_pretrained(path, causal=causal))

@@ -23,6 +23,7 @@ FREE_KEYS = (
     "monitor",
     "step_timeout_s",
     "held_out_every_steps",
+    "evaluation",
     "data.prepared_dir",
     "data.path",
     "data.held_out_path",

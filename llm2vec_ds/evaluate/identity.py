@@ -12,13 +12,6 @@ from llm2vec_ds import __version__
 KEY_CHARACTERS = 16
 
 
-def model_files(model: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a model folder's files; a hub id has none."""
-    folder = Path(model)
-    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
 def key_of(*parts: Any) -> str:
     """Changes with this package's version and any of the parts, which JSON must be able to hold."""
     return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()[:KEY_CHARACTERS]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+
 from llm2vec_ds.config import EvaluationConfig, WordsConfig
 from llm2vec_ds.distributed import all_gather_object
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.evaluate.mteb import MtebEncoder, measure, model_meta
+from llm2vec_ds.evaluate.mteb import MtebEncoder, measure
 from llm2vec_ds.evaluate.mteb_tasks import tasks_for
 from llm2vec_ds.evaluate.shards import RankEncoder
 from llm2vec_ds.evaluate.word_features import SHIFTS, word_features
@@ -32,9 +34,11 @@ def in_training_evaluation(config: EvaluationConfig) -> Callable[[Encoder], dict
     tasks = tasks_for(config.tasks) if config.tasks else []
     words = _word_task(config.words) if config.words else None
 
+    meta = ModelMeta.create_empty({"similarity_fn_name": ScoringFunction.COSINE})
+
     def measured(encoder: Encoder) -> dict[str, float]:
         scores: dict[str, float] = {}
-        wrapped = MtebEncoder(RankEncoder(encoder), model_meta("training", RankEncoder(encoder), {}), {})
+        wrapped = MtebEncoder(RankEncoder(encoder), meta, {})
         for task in tasks:
             scores[task.metadata.name] = measure(wrapped, task, None).value
         if words is not None:

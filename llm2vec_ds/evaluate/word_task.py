@@ -12,8 +12,9 @@ import numpy as np
 
 from llm2vec_ds.data.tagged import HUB, TaggedSentence, load_tagged
 from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.engine.identity import model_fingerprint
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.evaluate.identity import file_key, key_of, model_files
+from llm2vec_ds.evaluate.identity import file_key, key_of
 from llm2vec_ds.evaluate.word_features import SHIFTS, WordFeatures, word_features
 from llm2vec_ds.evaluate.word_level import ProbeOptions, probe
 from llm2vec_ds.work_folder import replace_text
@@ -97,7 +98,13 @@ def _key(encoder: Encoder, model: str, task: WordTask, source: str) -> str:
     data = source if source.startswith(HUB) else file_key(Path(source))
     causal = bool(getattr(trunk.config, "is_causal", True))
     return key_of(
-        model, model_files(model), causal, str(trunk.dtype), vars(encoder.settings), data, task.max_sentences
+        model,
+        model_fingerprint(model),
+        causal,
+        str(trunk.dtype),
+        vars(encoder.settings),
+        data,
+        task.max_sentences,
     )
 
 

@@ -170,12 +170,16 @@ def test_the_command(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "features").iterdir())) == 2
 
 
-def test_another_file_is_another_cache(encoder: Encoder, tmp_path: Path) -> None:
+def test_another_file_is_another_cache(encoder: Encoder, tiny_model_dir: Path, tmp_path: Path) -> None:
     file = conllu(tmp_path / "a.conllu", 5)
     for n in (5, 6):
         conllu(file, n)
         run_word_task(
-            encoder, "m", WordTask(str(file), str(file)), [ProbeOptions(max_steps=1)], tmp_path / "cache"
+            encoder,
+            str(tiny_model_dir),
+            WordTask(str(file), str(file)),
+            [ProbeOptions(max_steps=1)],
+            tmp_path / "cache",
         )
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
