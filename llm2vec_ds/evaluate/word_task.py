@@ -94,18 +94,11 @@ def _over_seeds(
 
 
 def _key(encoder: Encoder, model: str, task: WordTask, source: str) -> str:
-    trunk = encoder.trunk
+    trunk, settings = encoder.trunk, encoder.settings
     data = source if source.startswith(HUB) else file_key(Path(source))
     causal = bool(getattr(trunk.config, "is_causal", True))
-    return key_of(
-        model,
-        model_fingerprint(model),
-        causal,
-        str(trunk.dtype),
-        vars(encoder.settings),
-        data,
-        task.max_sentences,
-    )
+    weights = model_fingerprint(model)
+    return key_of(weights, causal, str(trunk.dtype), vars(settings), data, task.max_sentences)
 
 
 def table(result: Mapping[str, Any]) -> str:
