@@ -6,19 +6,20 @@ import itertools
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from llm2vec_ds import __version__, cli_ablate
-from llm2vec_ds.cli_common import examples, quiet_libraries
+from llm2vec_ds import __version__, cli_ablate, cli_vectors
+from llm2vec_ds.cli_common import examples as _examples
+from llm2vec_ds.cli_common import quiet_libraries as _quiet_libraries
 from llm2vec_ds.cli_evaluate import evaluate, evaluation_of
-from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.errors import UserError
 
 app = typer.Typer(
     name="llm2vec-ds",
     help="Turn a decoder-only LLM into a text encoder: bidirectional attention, MNTP, contrastive training.",
-    epilog=examples(
+    epilog=_examples(
         "doctor",
         "demo --budget quick",
         "train recipes/smoke_mntp.yaml max_steps=5",
@@ -74,7 +75,7 @@ Overrides = Annotated[
 
 
 @app.command(
-    epilog=examples(
+    epilog=_examples(
         "train recipes/smoke_mntp.yaml",
         "train recipes/smoke_mntp.yaml max_steps=5 optimizer.lr=1e-4",
         "train recipes/llama2_7b_chat/simcse.yaml deepspeed=ds_configs/zero3.json",
@@ -89,7 +90,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from llm2vec_ds.config import load_recipe
 
     resolved = load_recipe(recipe, overrides)
-    quiet_libraries()
+    _quiet_libraries()
     from llm2vec_ds.engine.run import train as run
 
     folder = run(resolved, evaluation_of(resolved.evaluation))
@@ -97,7 +98,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command(
-    epilog=examples(
+    epilog=_examples(
         "prepare recipes/smoke_mntp.yaml data.prepared_dir=prepared",
         "prepare recipes/smoke_mntp.yaml data.path=hub:owner/name@train",
     )
@@ -110,7 +111,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from llm2vec_ds.config import load_recipe
 
     resolved = load_recipe(recipe, overrides)
-    quiet_libraries()
+    _quiet_libraries()
     from llm2vec_ds.data.pairs import prepare_all
     from llm2vec_ds.data.prepare import read_manifest
     from llm2vec_ds.model.loading import load_tokenizer
@@ -124,86 +125,11 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
                 print(f"{name}: {counts['rows']} rows, {counts['tokens']} tokens in {folder}")
 
 
-@app.command(
-    epilog=examples(
-        "encode --model runs/smoke_simcse/encoder --input a.txt --output a.npy",
-        "encode --model Qwen/Qwen3-0.6B --input a.txt --output a.npy --normalize",
-    )
-)
-def encode(
-    model: Annotated[str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).")],
-    input: Annotated[Path, typer.Option(help="Text file, one text a line.")],
-    output: Annotated[
-        Path, typer.Option(help="Where the vectors go: a .npy file, [texts, dimensions] float32.")
-    ],
-    instruction: Annotated[
-        str | None, typer.Option(help="Put before each text; attended, not pooled.")
-    ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
-    attention: Annotated[
-        str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")
-    ] = "auto",
-    precision: Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")] = "auto",
-    micro_batch_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)
-    ] = 4096,
-) -> None:
-    """Write the vectors of the lines of a text file."""
-    texts = _lines(input)
-    if output.suffix != ".npy":
-        raise UserError(f"--output {output} must end in .npy")
-    _check_output_file(output)
-    quiet_libraries()
-    from llm2vec_ds.encoder import Encoder
-
-    encoder = Encoder.from_pretrained(model, attention=attention, precision=precision)
-    vectors = encoder.encode(
-        texts,
-        instruction=instruction,
-        normalize=normalize,
-        max_tokens_per_micro_batch=micro_batch_tokens,
-        progress=True,
-    )
-    _save_vectors(output, vectors)
-    logging.getLogger("llm2vec_ds").info("%s: %s vectors of %s dimensions", output, *vectors.shape)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--input {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--input {path} is not UTF-8 text") from None
-    if not texts:
-        raise UserError(f"--input {path} is empty")
-    return texts
-
-
-def _check_output_file(output: Path) -> None:
-    """Before the long work, not after it."""
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder: name a file in it, such as {output / 'vectors.npy'}")
-    with writing(f"--output {output}"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _save_vectors(output: Path, vectors: Any) -> None:
-    """The file is complete or absent: what stood there before stays until then."""
-    import numpy as np
-
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with writing(f"--output {output}"):
-            with unfinished.open("wb") as file:
-                np.save(file, vectors)
-            unfinished.rename(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+cli_vectors.register(app)
 
 
 @app.command(
-    epilog=examples(
+    epilog=_examples(
         "mine --model runs/smoke_simcse/encoder --pairs recipes/data/smoke_pairs --output runs/mined.jsonl",
         "mine --model my/encoder --pairs p.jsonl --corpus c.parquet --output m.jsonl --first-rank 10",
         "mine --model my/encoder --pairs p.csv --output m.jsonl --margin 0.05 --sampling random",
@@ -255,7 +181,7 @@ def mine(
 
     Killed, it goes on where it stopped. The output is data for the supervised stage.
     """
-    quiet_libraries()
+    _quiet_libraries()
     from llm2vec_ds.mine import mine as run
     from llm2vec_ds.mine_options import MiningOptions
 
@@ -279,14 +205,14 @@ def mine(
     run(options, output, overwrite=overwrite)
 
 
-@app.command(epilog=examples("doctor", "doctor --no-check"))
+@app.command(epilog=_examples("doctor", "doctor --no-check"))
 def doctor(
     check: Annotated[
         bool, typer.Option(help="Also train one step on a tiny model, about ten seconds.")
     ] = True,
 ) -> None:
     """Say what this machine has, what a run would use, and what is missing and how to get it."""
-    quiet_libraries()
+    _quiet_libraries()
     from llm2vec_ds.doctor import examine, training_check
 
     blocked = False
@@ -300,7 +226,7 @@ def doctor(
 
 
 @app.command(
-    epilog=examples(
+    epilog=_examples(
         "demo",
         "demo --budget quick --output demo-quick",
         "demo --model Qwen/Qwen3-0.6B --text my.txt --sts my-pairs.csv",
@@ -330,7 +256,7 @@ def demo(
     ] = False,
 ) -> None:
     """Take a real LLM through LLM2Vec (causal, bidirectional, MNTP, SimCSE) and measure after each step."""
-    quiet_libraries()
+    _quiet_libraries()
     if print_model_dir:
         from llm2vec_ds.demo_model import demo_model_dir
 

@@ -1,4 +1,4 @@
-"""What every command shares."""
+"""What the modules of the command line share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 
 def examples(*commands: str) -> str:
-    """The examples below a command's help."""
+    """An epilog of a command's help."""
     return "\n\n".join(["Examples:", *(f"- `llm2vec-ds {command}`" for command in commands)])
 
 

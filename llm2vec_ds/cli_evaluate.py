@@ -171,8 +171,6 @@ def words(
         model, causal=True if causal else None, attention=attention, precision=precision
     )
     probes = [ProbeOptions(max_steps=max_steps, seed=s) for s in seed or [42]]
-    result = run_word_task(
-        encoder, model, task, probes, output / "features", max_tokens_per_micro_batch=micro_batch_tokens
-    )
+    result = run_word_task(encoder, model, task, probes, output / "features", batch_tokens=micro_batch_tokens)
     write_scores(result, output)
     print(json.dumps(result, indent=1) if as_json else table(result))

@@ -266,6 +266,9 @@ class Recipe(Section):
     pooling: Literal["mean", "weighted_mean", "last", "eos", "bos"] = "mean"
     """How token vectors become the text's vector: mean of its tokens (weighted: by position), its last
     token, or the end or beginning of the sequence (`eos` is added to each text)."""
+    pooled_tokens: Literal["text", "all"] = "text"
+    """What pooling sees: the text alone, or also instruction, template and special tokens, as vLLM and
+    text-embeddings-inference pool (see docs/serving.md)."""
     adapter: AdapterConfig | None = AdapterConfig()
     """LoRA; null trains every weight of the trunk."""
     batch: BatchConfig = BatchConfig()

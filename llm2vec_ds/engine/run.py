@@ -239,7 +239,12 @@ def _mntp_stage(
 
 def _encoder(recipe: Recipe, trunk: Any, tokenizer: Any) -> Encoder:
     template = template_for(recipe.data.template, tokenizer)
-    settings = EncoderSettings(recipe.pooling, template=template.form, special_tokens=template.special_tokens)
+    settings = EncoderSettings(
+        recipe.pooling,
+        template=template.form,
+        special_tokens=template.special_tokens,
+        pooled_tokens=recipe.pooled_tokens,
+    )
     return Encoder(trunk, tokenizer, settings)
 
 

@@ -113,7 +113,7 @@ def model_meta(model: str, encoder: RankEncoder, instructions: Mapping[str, str]
         {
             "name": model_name(model),
             "revision": key_of(*parts),
-            "embed_dim": trunk.config.hidden_size,
+            "embed_dim": encoder.encoder.dimensions,
             "max_tokens": settings.max_tokens,
             "similarity_fn_name": ScoringFunction.COSINE,
             "framework": ["PyTorch"],

@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
-    """The ranks of a launcher, if there is one, and this process's device."""
+def process_group() -> Iterator[torch.device | None]:
+    """The ranks of a launcher, and this process's device; without one None: an encoder takes every GPU."""
     ranks: Ranks = ranks_from_environment()
+    if ranks.world_size == 1:
+        yield None
+        return
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
-    if ranks.world_size == 1:
-        yield device
-        return
     export_ranks(ranks)
     if on_gpu:
         torch.cuda.set_device(device)
@@ -48,7 +48,7 @@ class RankEncoder:
     """An encoder as evaluation calls it; this rank encodes everything."""
 
     encoder: Encoder
-    max_tokens_per_micro_batch: int = 4096
+    batch_tokens: int = 4096
 
     def encode(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
         """Vectors of `texts` in their order, `[N, D]` fp32, not normalised.
@@ -68,13 +68,14 @@ class RankEncoder:
 
     def _vectors(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
         if not texts:
-            return np.empty((0, self.encoder.trunk.config.hidden_size), dtype=np.float32)
-        return self.encoder.encode(
+            return np.empty((0, self.encoder.dimensions), dtype=np.float32)
+        vectors: np.ndarray = self.encoder.encode(
             texts,
             instruction=instruction,
-            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
-            progress=rank() == 0,
+            batch_tokens=self.batch_tokens,
+            show_progress=rank() == 0,
         )
+        return vectors
 
 
 @dataclass(frozen=True)

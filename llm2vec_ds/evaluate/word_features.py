@@ -51,7 +51,7 @@ def word_features(
     encoder: Encoder,
     sentences: Sequence[TaggedSentence],
     *,
-    max_tokens_per_micro_batch: int = 4096,
+    batch_tokens: int = 4096,
     cache: Path | None = None,
     progress: bool = False,
 ) -> WordFeatures:
@@ -68,7 +68,7 @@ def word_features(
     kept_places = [[tokens for tokens in words if tokens] for words in places]
     vectors = _cached(cache)
     if vectors is None:
-        vectors = _vectors(encoder, texts, kept_places, max_tokens_per_micro_batch, progress)
+        vectors = _vectors(encoder, texts, kept_places, batch_tokens, progress)
         if cache is not None:
             vectors = _store(cache, vectors)
     return WordFeatures(vectors, labels, sentence, n_unscored)
@@ -108,7 +108,7 @@ def _vectors(
     progress: bool,
 ) -> dict[Shift, np.ndarray]:
     starts = np.concatenate([[0], np.cumsum([len(words) for words in places])])
-    shape = (int(starts[-1]), encoder.trunk.config.hidden_size)
+    shape = (int(starts[-1]), encoder.dimensions)
     vectors: dict[Shift, np.ndarray] = {shift: np.empty(shape, dtype=np.float32) for shift in SHIFTS}
     was_training = encoder.training
     encoder.eval()

@@ -52,7 +52,7 @@ def run_word_task(
     probes: Sequence[ProbeOptions],
     cache: Path | None,
     *,
-    max_tokens_per_micro_batch: int = 4096,
+    batch_tokens: int = 4096,
 ) -> dict[str, Any]:
     """Scores by shift, the mean over seeds and each seed's.
 
@@ -67,7 +67,7 @@ def run_word_task(
         word_features(
             encoder,
             task.sentences(source),
-            max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+            batch_tokens=batch_tokens,
             cache=cache and cache / _key(encoder, model, task, source),
             progress=True,
         )
