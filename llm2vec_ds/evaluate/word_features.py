@@ -75,27 +75,30 @@ def word_features(
 
 
 def _tokens_of_words(encoder: Encoder, words: Sequence[str]) -> tuple[TokenizedText, list[list[int]]]:
-    """The sentence, words parted by blanks, and for each word the tokens that hold any of its characters; no
-    tokens for a word that cannot be scored."""
+    """The sentence, words parted by blanks, and the tokens of each word; no tokens for a word that cannot be
+    scored. A word has the tokens that hold any of its characters, or nothing but the blank before it."""
     limit = encoder.settings.max_tokens
     encoding: Any = encoder.tokenizer(" ".join(words), return_attention_mask=False, verbose=False)
-    input_ids = encoding["input_ids"][:limit]
-    spans = [encoding[0].token_to_chars(i) for i in range(len(encoding["input_ids"]))]
+    n_tokens = len(encoding["input_ids"])
+    # Special tokens that the tokenizer adds have no characters (None).
+    spans = [encoding[0].token_to_chars(i) or (0, 0) for i in range(n_tokens)]
     places: list[list[int]] = []
-    begin, token = 0, 0
+    begin, first = 0, 0
     for word in words:
         end = begin + len(word)
-        while token < len(spans) and (spans[token] is None or spans[token][1] <= begin):
-            token += 1
+        while first < n_tokens and spans[first][1] < begin:
+            first += 1
         tokens = []
-        for i in range(token, len(spans)):
-            if spans[i] is not None and spans[i][0] >= end:
+        for i in range(first, n_tokens):
+            start, stop = spans[i]
+            if start >= end:
                 break
-            if spans[i] is not None and spans[i][1] > spans[i][0]:
+            if stop > start and (stop > begin or start >= begin - 1):
                 tokens.append(i)
         scored = tokens and tokens[0] > 0 and tokens[-1] < limit
         places.append(tokens if scored else [])
         begin = end + 1
+    input_ids = encoding["input_ids"][:limit]
     return TokenizedText(input_ids, 0, len(input_ids), 0), places
 
 

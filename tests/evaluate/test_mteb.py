@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +178,8 @@ def test_cross_validation_without_a_split(folder: Path, data: Path, tmp_path: Pa
     assert 0 < score.value <= 1
 
 
-def _tiny_encoder() -> Encoder:
-    with tempfile.TemporaryDirectory() as path:
-        return Encoder.from_pretrained(save_tiny_llama(Path(path) / "model"), attention="torch")
-
-
 def _on_a_rank(rank: int, world: int) -> Any:
-    sharded = ShardedEncoder(_tiny_encoder())
+    sharded = ShardedEncoder(Encoder.from_pretrained(os.environ["TINY_MODEL"], attention="torch"))
     if rank:
         sharded.serve()
         return None
@@ -193,8 +188,9 @@ def _on_a_rank(rank: int, world: int) -> Any:
     return [torch.from_numpy(v) for v in vectors]
 
 
-def test_two_ranks_give_the_vectors_of_one() -> None:
-    encoder = _tiny_encoder()
+def test_two_ranks_give_the_vectors_of_one(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_MODEL", str(tiny_model_dir))
+    encoder = Encoder.from_pretrained(tiny_model_dir, attention="torch")
     (seven, one), _ = run_ranks(_on_a_rank, 2)
     np.testing.assert_allclose(seven, encoder.encode(sentences(7)), atol=1e-5)
     np.testing.assert_allclose(one, encoder.encode(sentences(1)), atol=1e-5)
