@@ -23,9 +23,8 @@ from llm2vec_ds.ablation_recipe import AblationRecipe, runs_of
 from llm2vec_ds.demo_model import demo_model_dir
 from llm2vec_ds.demo_text import training_text
 from llm2vec_ds.encoder import Encoder
-from llm2vec_ds.engine.identity import model_fingerprint
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.evaluate.identity import key_of
+from llm2vec_ds.evaluate.identity import key_of, weights_key
 from llm2vec_ds.evaluate.word_level import ProbeOptions
 from llm2vec_ds.evaluate.word_task import WordTask, run_word_task
 from llm2vec_ds.work_folder import replace_text
@@ -95,7 +94,7 @@ class Ablation:
         folder = self._run_folder(run, seed)
         recipe = self._stage_recipe(run, stage, self.folder(before, seed), seed, texts)
         file, text = folder.with_name(f"{run}.yaml"), yaml.safe_dump(recipe, sort_keys=False)
-        key = key_of(text, model_fingerprint(recipe["model"]["path"]))
+        key = key_of(text, weights_key(recipe["model"]["path"]))
         done = folder.with_name(f"{run}.done")
         if done.exists() and done.read_text() == key:
             log.info("%s, seed %s: trained before", run, seed)
@@ -133,7 +132,7 @@ class Ablation:
         model = self.folder(variant, seed)
         file = self.output / "scores" / f"{variant}.seed-{seed}.json"
         evaluate = self.recipe.evaluate
-        key = key_of(model_fingerprint(model), model, variant, evaluate.model_dump())
+        key = key_of(weights_key(model), model, variant, evaluate.model_dump())
         if file.exists() and (stored := json.loads(file.read_text()))["key"] == key:
             log.info("%s, seed %s: measured before", variant, seed)
             return dict(stored["scores"])

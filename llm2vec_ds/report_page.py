@@ -12,9 +12,8 @@ import numpy as np
 
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder import Encoder
-from llm2vec_ds.engine.identity import model_fingerprint
 from llm2vec_ds.errors import writing
-from llm2vec_ds.evaluate.identity import key_of
+from llm2vec_ds.evaluate.identity import key_of, weights_key
 from llm2vec_ds.example_sentences import SENTENCES, TOPIC_OF, Examples, examples_of
 from llm2vec_ds.report_data import ReportData, read_folders
 from llm2vec_ds.report_figures import Figure, figures_of
@@ -59,8 +58,9 @@ def write_report(folders: Sequence[Path], output: Path, *, with_examples: bool =
     pictures = output.with_suffix("")
     with writing(f"--output {output}"):
         pictures.mkdir(parents=True, exist_ok=True)
-        examples = _examples(data, pictures / "examples.json") if with_examples else {}
-        figures = figures_of(data, examples)
+    examples = _examples(data, pictures / "examples.json") if with_examples else {}
+    figures = figures_of(data, examples)
+    with writing(f"--output {output}"):
         for figure in figures:
             figure.save_png(pictures)
         replace_text(output, page(data, figures, [folder.name for folder in folders], bool(examples)))
@@ -72,7 +72,7 @@ def _examples(data: ReportData, cache: Path) -> dict[str, Examples]:
     kept = json.loads(cache.read_text()) if cache.exists() else {}
     found = {}
     for name, (path, causal) in data.encoders.items():
-        key = key_of(path, model_fingerprint(path), causal, SENTENCES)
+        key = key_of(path, weights_key(path), causal, SENTENCES)
         if key not in kept:
             log.info("%s: example sentences", name)
             made = examples_of(Encoder.from_pretrained(path, causal=causal))

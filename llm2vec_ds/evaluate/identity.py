@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec_ds import __version__
+from llm2vec_ds.engine.identity import model_fingerprint
 
 KEY_CHARACTERS = 16
+
+
+def weights_key(model: str) -> str:
+    """Changes with a folder's weights; a hub id stands for itself."""
+    return model_fingerprint(model) if Path(model).is_dir() else model
 
 
 def key_of(*parts: Any) -> str:

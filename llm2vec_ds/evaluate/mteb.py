@@ -18,9 +18,8 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
-from llm2vec_ds.engine.identity import model_fingerprint
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.evaluate.identity import key_of, model_name
+from llm2vec_ds.evaluate.identity import key_of, model_name, weights_key
 from llm2vec_ds.evaluate.shards import RankEncoder
 from llm2vec_ds.work_folder import replace_text
 
@@ -102,7 +101,7 @@ def model_meta(model: str, encoder: RankEncoder, instructions: Mapping[str, str]
     """Its revision changes with whatever changes vectors, so that stored results are those of this model."""
     trunk, settings = encoder.encoder.trunk, encoder.encoder.settings
     parts = [
-        model_fingerprint(model),
+        weights_key(model),
         getattr(trunk.config, "_commit_hash", None),
         bool(getattr(trunk.config, "is_causal", True)),
         str(trunk.dtype),

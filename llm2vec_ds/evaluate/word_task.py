@@ -12,9 +12,8 @@ import numpy as np
 
 from llm2vec_ds.data.tagged import HUB, TaggedSentence, load_tagged
 from llm2vec_ds.encoder import Encoder
-from llm2vec_ds.engine.identity import model_fingerprint
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.evaluate.identity import file_key, key_of
+from llm2vec_ds.evaluate.identity import file_key, key_of, weights_key
 from llm2vec_ds.evaluate.word_features import SHIFTS, WordFeatures, word_features
 from llm2vec_ds.evaluate.word_level import ProbeOptions, probe
 from llm2vec_ds.work_folder import replace_text
@@ -97,7 +96,7 @@ def _key(encoder: Encoder, model: str, task: WordTask, source: str) -> str:
     trunk, settings = encoder.trunk, encoder.settings
     data = source if source.startswith(HUB) else file_key(Path(source))
     causal = bool(getattr(trunk.config, "is_causal", True))
-    weights = model_fingerprint(model)
+    weights = weights_key(model)
     return key_of(weights, causal, str(trunk.dtype), vars(settings), data, task.max_sentences)
 
 
