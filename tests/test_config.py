@@ -132,6 +132,7 @@ def test_every_field_is_documented() -> None:
         "optimizer",
         "adapter",
         "checkpoint",
+        "evaluation",
         "machine",
         "mntp",
         "simcse",
