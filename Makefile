@@ -4,6 +4,7 @@ VENV ?= .venv
 OUTPUT ?= demo-output
 BUDGET ?= default
 KILLS ?= 100
+TEST_WORKERS ?= 2
 INSTALLED := $(VENV)/installed
 BIN := $(CURDIR)/$(VENV)/bin
 # Ninja and the deepspeed launcher are found on PATH.
@@ -17,13 +18,15 @@ help:  ## what can be made
 
 install: $(INSTALLED)  ## the virtual environment with everything that tests and demo need
 
-# torch first and alone: DeepSpeed's build looks for it.
+# torch first and alone: DeepSpeed's build looks for it. seqeval comes as source only, and what builds it is fetched
+# by an isolated build alone.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11: make PYTHON=python3.11 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet "$$(grep ^torch== constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt seqeval
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev]'
 	@touch $@
 
@@ -31,9 +34,10 @@ demo: $(INSTALLED)  ## a real 135M LLM through LLM2Vec, measured after every ste
 	$(BIN)/llm2vec-ds demo --output $(OUTPUT) --budget $(BUDGET)
 
 test: $(INSTALLED)  ## the tests, at most 15 minutes on two cores
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n $(TEST_WORKERS) --dist loadscope
 
-test-slow: $(INSTALLED)  ## what takes longer: the real model, the README's commands
+test-slow: $(INSTALLED)  ## what takes longer: the real model, a SLURM cluster, the README's commands
+	@tests/slurm/install.sh
 	$(BIN)/python -m pytest -m slow
 
 chaos: $(INSTALLED)  ## over a hundred kills at every file operation of a save: nothing may be lost (KILLS=100)

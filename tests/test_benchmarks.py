@@ -50,9 +50,9 @@ def test_smoke_run_prints_a_line_a_case_and_pass() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
-@pytest.mark.parametrize("name", ["attention.py", "gpu_check.py"])
+@pytest.mark.parametrize("name", ["attention.py", "gpu_check.py", "qlora_memory.py recipe.yaml"])
 def test_without_a_gpu_they_say_so_in_a_line(name: str) -> None:
-    outcome = run(name)
+    outcome = run(*name.split())
     assert outcome.returncode == 2
     assert outcome.stderr.startswith("error: ")
     assert "CUDA" in outcome.stderr
@@ -95,3 +95,23 @@ def test_gpu_check_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.Monk
     assert result["tests"]["summary"] == "9 passed"
     assert result["attention"] == [{"case": "sts"}]
     assert started == ["-m", "benchmarks/attention.py"]
+
+
+def test_qlora_steps_beside_the_plan(tmp_path: Path) -> None:
+    """On a CPU, in the shape of a tiny model."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(vocab_size=400, **shape).save_pretrained(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{path: none, config_file: {tmp_path}/config.json, quantization: nf4}}\n"
+        "output_dir: none\ndata: {max_tokens: 16, path: none}\nbatch: {global_batch_size: 4}\n"
+        "stages: {mntp: {}, simcse: {}}\n"
+    )
+    outcome = run("qlora_memory.py", str(tmp_path / "recipe.yaml"), "--cpu", "--steps", "2")
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    lines = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [line["stage"] for line in lines] == ["mntp", "simcse"]
+    assert all(line["tokens_per_s"] > 0 and line["measured_peak_mib"] > 0 for line in lines)
+    assert all(line["planned_parts_mib"]["adapters"] > 0 for line in lines)

@@ -14,7 +14,7 @@ from llm2vec_ds.encoder import Encoder
 from tests.support.runs import ROOT, command
 from tests.support.tiny import sentences
 
-COMMANDS = ["train", "prepare", "encode", "mine", "doctor", "demo"]
+COMMANDS = ["train", "prepare", "encode", "search", "export", "mine", "doctor", "demo"]
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "datasets", "mteb", "bitsandbytes", "numpy", "pyarrow")
 
 

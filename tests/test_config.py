@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llm2vec_ds.config import Recipe, dump_recipe, load_recipe, parse_recipe
+from llm2vec_ds.config import Recipe, dump_recipe, load_recipe, load_stages, parse_recipe
 from llm2vec_ds.errors import UserError
 
 MINIMAL = {"stage": "mntp", "model": {"path": "m"}, "data": {"path": "t.txt"}, "output_dir": "o"}
@@ -29,6 +29,48 @@ def test_override_beats_recipe_beats_default(tmp_path: Path) -> None:
 
 def test_override_reaches_into_a_section_that_the_recipe_leaves_out(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, MINIMAL), ["mntp.mask_rate=0.3"]).mntp.mask_rate == 0.3  # type: ignore[union-attr]
+
+
+STAGED = {
+    "model": {"path": "m"},
+    "output_dir": "runs/x",
+    "batch": {"global_batch_size": 8},
+    "stages": {
+        "mntp": {"data": {"path": "t.txt"}, "mntp": {"mask_rate": 0.5}},
+        "simcse": {"data": {"path": "s.txt"}, "batch": {"max_tokens_per_micro_batch": 512}},
+    },
+}
+
+
+def test_a_file_of_several_stages(tmp_path: Path) -> None:
+    path = write(tmp_path, STAGED)
+    mntp, simcse = load_stages(path, ["seed=3", "mntp.mask_rate=0.3", "model.path=other"])
+    assert (mntp.stage, mntp.model.path, mntp.output_dir) == ("mntp", "other", "runs/x/mntp")
+    assert mntp.mntp is not None
+    assert mntp.mntp.mask_rate == 0.3
+    assert (simcse.stage, simcse.model.path) == ("simcse", "runs/x/mntp/encoder")
+    assert (simcse.batch.global_batch_size, simcse.batch.max_tokens_per_micro_batch) == (8, 512)
+    assert mntp.seed == simcse.seed == 3
+    (only,) = load_stages(path, ["stage=simcse", "output_dir=runs/y"])
+    assert (only.model.path, only.output_dir) == ("runs/y/mntp/encoder", "runs/y/simcse")
+    assert load_recipe(path, ["stage=simcse"]).stage == "simcse"
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({}, [], "has the stages mntp, simcse: name one, e.g. stage=mntp"),
+        ({}, ["stage=supervised"], "has no stage 'supervised': it has mntp, simcse"),
+        ({"stages": {"first": {}}}, [], "`stages` must have keys out of mntp, simcse, supervised"),
+        ({"sede": 1}, [], "stage mntp: unknown key `sede`"),
+    ],
+)
+def test_mistakes_with_stages(
+    tmp_path: Path, changes: dict[str, object], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, {**STAGED, **changes}), overrides)
+    assert message in str(caught.value)
 
 
 def test_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
@@ -90,6 +132,8 @@ def test_every_field_is_documented() -> None:
         "optimizer",
         "adapter",
         "checkpoint",
+        "evaluation",
+        "machine",
         "mntp",
         "simcse",
         "supervised",

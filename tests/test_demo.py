@@ -96,6 +96,17 @@ def test_a_demo_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
     check_demo_folder(tmp_path / "out")
 
 
+@pytest.mark.slow
+def test_a_demo_over_nf4_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
+    out = tmp_path / "out"
+    outcome = command(
+        ["demo", "--output", str(out), "--budget", "quick", "--model", str(tiny_model_dir), "--qlora"]
+    )
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert check_demo_folder(out)["run"]["quantization"] == "nf4"  # type: ignore[comparison-overlap]
+    assert len(list((out / "encoder" / "adapters").glob("*.safetensors"))) == 2
+
+
 def check_demo_folder(folder: Path) -> dict[str, dict[str, float]]:
     metrics = json.loads((folder / "metrics.json").read_text())
     for stage in ("causal", "bidirectional", "mntp", "simcse"):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llm2vec_ds import Encoder
+from llm2vec_ds import Encoder, EncoderSettings
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.streaming import text_blocks
 from tests.support.tiny import sentences
 
 
@@ -43,6 +45,78 @@ def test_normalized_vectors_have_length_one(encoder: Encoder) -> None:
 def test_an_empty_text_is_named(encoder: Encoder) -> None:
     with pytest.raises(UserError, match="text 1 .* is empty"):
         encoder.encode(["bread", " ", ""])
+
+
+def test_bad_texts_are_named_and_passed_over_if_asked(
+    encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["bread", None, "the river runs", ""]
+    vectors = np.concatenate(list(encoder.encode_blocks(texts, bad_texts="nan", first_row=10)))
+    assert np.isnan(vectors).all(axis=1).tolist() == [False, True, False, True]
+    np.testing.assert_allclose(vectors[2], encoder.encode("the river runs"), atol=1e-6)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "text 11 (counted from 0) is not text",
+        "text 13 (counted from 0) is empty",
+    ]
+
+
+def test_any_iterable_is_read_no_further_than_needed(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm2vec_ds.streaming.TEXTS_A_BLOCK", 4)
+    texts, n_read = sentences(10), 0
+
+    def stream() -> Iterator[str]:
+        nonlocal n_read
+        for text in texts:
+            n_read += 1
+            yield text
+
+    blocks = encoder.encode_blocks(stream())
+    first = next(blocks)
+    assert (len(first), n_read) == (4, 4)
+    np.testing.assert_allclose(np.concatenate([first, *blocks]), encoder.encode(texts), atol=1e-6)
+
+
+def test_few_long_texts_make_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2vec_ds.streaming.CHARACTERS_A_BLOCK", 10)
+    assert list(text_blocks(["a" * 6, "b" * 6, "c"])) == [["a" * 6, "b" * 6], ["c"]]
+
+
+def test_several_devices_share_the_work_and_keep_the_order(encoder: Encoder, tiny_model_dir: Path) -> None:
+    several = Encoder.from_pretrained(tiny_model_dir, device=["cpu", "cpu"])
+    texts = sentences(40)
+    np.testing.assert_allclose(several.encode(texts, batch_tokens=1), encoder.encode(texts), atol=1e-5)
+    assert several._replicas is not None
+    several.train()
+    assert several._replicas is None  # copies would not follow the training
+
+
+def test_prompts_have_names(encoder: Encoder, tmp_path: Path) -> None:
+    named = Encoder(encoder.trunk, encoder.tokenizer, EncoderSettings(prompts={"query": "rain falls"}))
+    named.save(tmp_path / "encoder")
+    loaded = Encoder.from_pretrained(tmp_path / "encoder")
+    expected = encoder.encode(["bread"], instruction="rain falls")
+    np.testing.assert_allclose(loaded.encode(["bread"], prompt_name="query"), expected, atol=1e-6)
+    with pytest.raises(UserError, match="'document' is unknown; this encoder's prompts: query"):
+        loaded.encode(["bread"], prompt_name="document")
+
+
+def test_vectors_may_be_cut_and_come_as_tensors(encoder: Encoder) -> None:
+    whole, cut = (encoder.encode(sentences(3), truncate_dim=n, normalize=bool(n)) for n in (None, 8))
+    np.testing.assert_allclose(
+        cut, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), atol=1e-6
+    )
+    tensor = encoder.encode(sentences(3), convert_to_tensor=True)
+    assert tensor.shape == whole.shape
+    assert encoder.encode([]).shape == (0, 32)
+
+
+def test_similarity_is_the_cosine(encoder: Encoder) -> None:
+    vectors = encoder.encode(sentences(3)).astype(np.float64)
+    lengths = np.linalg.norm(vectors, axis=1)
+    expected = vectors @ vectors[:2].T / np.outer(lengths, lengths[:2])
+    np.testing.assert_allclose(encoder.similarity(vectors, vectors[:2]), expected, atol=1e-6)
 
 
 def test_saved_and_loaded_is_the_same_and_bidirectional(encoder: Encoder, tmp_path: Path) -> None:

@@ -274,7 +274,8 @@ MISTAKES = {
         files={"run/STOP": b""},
     ),
     "a best checkpoint without a measure": Mistake(
-        "TMP/r.yaml: checkpoint.best_by=loss needs held-out texts: set data.held_out_path",
+        "TMP/r.yaml: checkpoint.best_by=loss needs held-out texts or an evaluation: set data.held_out_path or "
+        "evaluation.tasks",
         changes={"checkpoint": {"best_by": "loss"}},
     ),
     "output_dir is a file": Mistake(
@@ -287,27 +288,75 @@ MISTAKES = {
         changes={"output_dir": "TMP/texts.txt/run"},
     ),
     # Encoding.
-    "no input": Mistake("--input TMP/none: No such file or directory", encode(input="none")),
-    "empty input": Mistake("--input TMP/a is empty", encode(input="a"), files={"a": b""}),
-    "binary input": Mistake("--input TMP/a is not UTF-8 text", encode(input="a"), files={"a": b"\xff\xfe\0"}),
-    "blank line": Mistake(
-        "text 1 (counted from 0) is empty: remove the 1 empty text(s)",
-        encode(input="a"),
-        files={"a": b"one\n\ntwo\n"},
+    "no input": Mistake("data file TMP/none not found (relative paths start at …)", encode(input="none")),
+    "empty input": Mistake("--input TMP/a.txt is empty", encode(input="a.txt"), files={"a.txt": b""}),
+    "binary input": Mistake(
+        "text 1 (counted from 0) is not text: remove it, or get NaN in its place with bad texts `nan`",
+        encode(input="a.txt"),
+        files={"a.txt": b"one\n\xff\0\n"},
     ),
-    "not .npy": Mistake("--output TMP/v.txt must end in .npy", encode(output="v.txt")),
-    "output is a folder": Mistake(
-        "--output TMP/d.npy is a folder: name a file in it, such as TMP/d.npy/vectors.npy",
-        encode(output="d.npy"),
-        files={"d.npy/a": b""},
+    "input of an unknown format": Mistake(
+        "data file TMP/a.doc: unknown format '.doc', use one of .txt, …",
+        encode(input="a.doc"),
+        files={"a.doc": b"one"},
+    ),
+    "no such column to encode": Mistake(
+        "TMP/p.jsonl, line 1: no column 'text'; set --text-column to one of: query, positive",
+        encode(input="p.jsonl"),
+        files=PAIRS,
+    ),
+    "blank line": Mistake(
+        "text 1 (counted from 0) is empty: remove it, or get NaN in its place with bad texts `nan`",
+        encode(input="a.txt"),
+        files={"a.txt": b"one\n\ntwo\n"},
+    ),
+    "unknown kind of bad texts": Mistake(
+        "--bad-texts 'skip' is unknown: choose raise or nan", encode("--bad-texts", "skip")
+    ),
+    "not .npy": Mistake(
+        "--output TMP/v.txt must end in .npy, .jsonl, .parquet, or name a folder", encode(output="v.txt")
+    ),
+    "unknown format of shards": Mistake(
+        "--format 'csv' is unknown: choose one of npy, jsonl, parquet", encode("--format", "csv", output="v")
+    ),
+    "output is there": Mistake(
+        "--output TMP/v.npy exists: choose another, or give --overwrite", encode(), files={"v.npy": b"x"}
+    ),
+    "not a shard": Mistake(
+        "--shard '4/4' must be I/N with 0 ≤ I < N, such as 0/16", encode("--shard", "4/4", output="v")
+    ),
+    "shard of a file": Mistake(
+        "--shard needs a folder, --output TMP/v.npy is a file: drop .npy", encode("--shard", "0/4")
+    ),
+    "shard of standard input": Mistake(
+        "--shard needs a file as --input: standard input is read once",
+        ("encode", "--model", "MODEL", "--input", "-", "--output", "TMP/v", "--shard", "0/2"),
+    ),
+    "unknown prompt": Mistake(
+        "prompt_name 'query' is unknown; this encoder's prompts: none", encode("--prompt-name", "query")
+    ),
+    "too many dimensions": Mistake(
+        "truncate_dim=33: vectors have 32 dimensions", encode("--truncate-dim", "33")
     ),
     "output below a file": Mistake(
-        "--output TMP/texts.txt/v.npy cannot be written: File exists: choose a path that you can write to",
+        "--output TMP/texts.txt/v.npy cannot be written: …: choose a path that you can write to",
         encode(output="texts.txt/v.npy"),
     ),
     "unknown attention": Mistake("unknown attention backend 'eager': …", encode("--attention", "eager")),
     "unknown precision": Mistake(
         "precision 'fp8' is unknown: choose auto, fp32 or bf16", encode("--precision", "fp8")
+    ),
+    "nothing to search": Mistake(
+        "TMP/none holds no vectors: write some with llm2vec-ds encode", ("search", "TMP/none", "trout")
+    ),
+    # Export.
+    "nothing to export": Mistake(
+        "TMP/none holds no encoder: give a run's folder, a demo's, or an encoder folder",
+        ("export", "TMP/none", "--output", "TMP/out"),
+    ),
+    "prompt without a name": Mistake(
+        "--prompt 'query' is not NAME=TEXT, such as query=Find passages that answer",
+        ("export", "TMP/none", "--output", "TMP/out", "--prompt", "query"),
     ),
     # The demo.
     "unknown budget": Mistake(
@@ -557,11 +606,13 @@ def test_a_full_disk_for_vectors(
 ) -> None:
     output = tmp_path / "v.npy"
     output.write_bytes(b"precious")
-    files = ["--input", texts_file, "--output", output]
+    files = ["--input", texts_file, "--output", output, "--overwrite"]
     with full_disk(4000):
         assert run(monkeypatch, "encode", "--model", tiny_model_dir, *files) == 2
     assert_reads(error_line(capsys), f"--output {output} {FREE_SOME}")
-    assert snapshot(tmp_path) == {"v.npy": b"precious"}
+    assert output.read_bytes() == b"precious"
+    assert run(monkeypatch, "encode", "--model", tiny_model_dir, *files) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v.npy", "v.npy.json"]
 
 
 @pytest.mark.parametrize(
@@ -608,8 +659,9 @@ def test_a_full_gpu(
     assert run(monkeypatch, "train", write_recipe(values, tmp_path / "r.yaml")) == 2
     assert_reads(
         error_line(capsys),
-        "the GPU's memory is full: lower batch.max_tokens_per_micro_batch (now 160), or set "
-        "model.activation_checkpointing=true",
+        "the GPU's memory is full; planned … GiB (weights …). Try batch.max_tokens_per_micro_batch=80 "
+        "(now 160), or model.activation_checkpointing=true, or model.quantization=nf4, or … (CUDA out of "
+        "memory. Tried …)",
     )
 
 

@@ -9,13 +9,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2vec_ds.config import load_recipe
+from llm2vec_ds.config import load_recipe, load_stages
 from llm2vec_ds.data.pairs import _read_instructions
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, with_causal
+from llm2vec_ds.planner.plan import Planner
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "data")
+RECIPES = sorted(
+    path
+    for path in (ROOT / "recipes").rglob("*.yaml")
+    if path.parent.name != "data" and not path.stem.endswith("ablation")  # those: tests/test_ablate.py
+)
 
 PARAMETERS = {
     "sheared_llama_1.3b": 1_345_423_360,
@@ -31,6 +36,9 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_recipe_is_valid_and_what_it_names_is_there(path: Path) -> None:
+    if path.stem.startswith("qlora_"):
+        check_qlora(path)
+        return
     recipe = load_recipe(path)
     assert path.stem.endswith(recipe.stage)
     if recipe.deepspeed:
@@ -41,6 +49,32 @@ def test_recipe_is_valid_and_what_it_names_is_there(path: Path) -> None:
         assert recipe.output_dir == f"runs/{path.parent.name}/{recipe.stage}"
     else:
         assert (ROOT / str(recipe.data.path)).exists()
+
+
+def check_qlora(path: Path) -> None:
+    """All three stages, the later two over the adapter of the first."""
+    stages = load_stages(path)
+    assert [recipe.stage for recipe in stages] == ["mntp", "simcse", "supervised"]
+    for recipe in stages:
+        assert recipe.model.quantization == "nf4"
+        assert recipe.model.activation_checkpointing
+        assert recipe.optimizer.name == "paged_adamw_8bit"
+        assert recipe.output_dir == f"runs/{path.stem}/{recipe.stage}"
+        assert (ROOT / str(recipe.model.config_file)).is_file()
+    assert {recipe.model.path for recipe in stages[1:]} == {f"runs/{path.stem}/mntp/encoder"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_recipe_fits_on_the_machine_that_it_names(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for recipe in load_stages(path):
+        assert "machine" in recipe.model_fields_set
+        planner = Planner(recipe, path)
+        memory = planner.memory(recipe.deepspeed)
+        assert 0.05 * planner.limit() < memory.peak <= planner.limit()
+        assert planner.largest_token_budget() >= recipe.batch.max_tokens_per_micro_batch or (
+            planner.load.texts_a_pass * recipe.data.max_tokens < recipe.batch.max_tokens_per_micro_batch
+        )
 
 
 def test_paper_settings() -> None:

@@ -11,6 +11,10 @@ from llm2vec_ds.errors import UserError
 
 PLAIN = "{instruction} {text}"
 CHAT = "chat"
+TEXT_SPANS = ("offsets", "upstream")
+"""Which tokens are the text's own. `offsets`: those that hold its characters. `upstream`: as many from the
+end as the text has when it is tokenised alone, as `llm2vec` 0.2 counts (for its exact numbers; where a blank
+before the first word changes its tokens, the count is off)."""
 _PROBE = "\ue000"  # a private-use character that no chat template contains
 
 
@@ -104,6 +108,7 @@ def tokenize(
     template: Template | None = None,
     *,
     end_with_eos: bool = False,
+    text_span: str = "offsets",
 ) -> list[TokenizedText]:
     """Instruction and text as one string each; the boundary from the tokenizer's offsets.
 
@@ -113,11 +118,14 @@ def tokenize(
 
     Args:
         end_with_eos: the end-of-sequence token stands last (for `eos` pooling).
+        text_span: one of TEXT_SPANS.
 
     Raises:
-        UserError: `end_with_eos` with a tokenizer that has no such token.
+        UserError: `end_with_eos` with a tokenizer that has no such token, or an unknown `text_span`.
     """
     template = template or Template()
+    if text_span not in TEXT_SPANS:
+        raise UserError(f"text_span {text_span!r} is unknown: choose {' or '.join(TEXT_SPANS)}")
     if end_with_eos and tokenizer.eos_token_id is None:
         raise UserError(
             "pooling `eos` needs a tokenizer with an end-of-sequence token: choose another pooling"
@@ -135,6 +143,8 @@ def tokenize(
         start, end = 0, 0
         if prompt.text.strip():
             start, end = _span(encoded[row], begin, finish)
+            if text_span == "upstream":
+                start, end = _recounted(tokenizer, rendered[row][0][begin:], len(input_ids)), len(input_ids)
         if end_with_eos and (not input_ids or input_ids[-1] != tokenizer.eos_token_id):
             input_ids = [*input_ids, tokenizer.eos_token_id]
         texts.append(TokenizedText(input_ids, start, end, prompt.hash()))
@@ -153,6 +163,27 @@ def _span(encoding: Any, begin: int, finish: int) -> tuple[int, int]:
     while end > start and ((place := encoding.token_to_chars(end - 1)) is None or place[0] >= finish):
         end -= 1
     return start, end
+
+
+def _recounted(tokenizer: Any, tail: str, n_tokens: int) -> int:
+    """First of the last tokens, when there are as many of them as the tail has alone."""
+    alone = tokenizer(tail, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return max(0, n_tokens - len(alone["input_ids"]))
+
+
+def drop_words(tokenizer: Any, text: str, max_text_tokens: int, max_tokens: int) -> str:
+    """The text, or so many of its first words that at most `max_text_tokens` tokens are left.
+
+    As upstream `llm2vec` shortens: each round keeps max_text_tokens / n of the words, n being the tokens, of
+    which no more than `max_tokens` are counted.
+    """
+    while True:
+        n_tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        n_tokens = min(n_tokens, max_tokens)
+        if n_tokens <= max_text_tokens:
+            return text
+        words = text.split()
+        text = " ".join(words[: int(len(words) * (max_text_tokens / n_tokens))])
 
 
 def truncate(text: TokenizedText, max_tokens: int) -> TokenizedText:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,24 +19,21 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from llm2vec_ds.config import Recipe
+from llm2vec_ds.config import OptimizerConfig, Recipe
 from llm2vec_ds.distributed import Ranks
 from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
+from llm2vec_ds.engine.deepspeed_json import (
+    OWNED_BY_RECIPE,
+    check_combination,
+    optimizer_is_offloaded,
+    read_json,
+)
 from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
 
 log = logging.getLogger(__name__)
 
-OWNED_BY_RECIPE = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-)
+PAGED_8BIT = "paged_adamw_8bit"
 
 
 def start_process_group(ranks: Ranks) -> torch.device:
@@ -76,7 +72,8 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
         UserError: the file is missing, no JSON object, or holds "auto" (which only the Hugging Face
             Trainer resolves; DeepSpeed drops such values silently); or hpZ's groups do not fill the world.
     """
-    config = _read_json(recipe.deepspeed) if recipe.deepspeed else {}
+    config = read_json(recipe.deepspeed) if recipe.deepspeed else {}
+    check_combination(recipe, config, on_cuda=torch.cuda.is_available())
     group_size = min(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), world_size)
     if group_size > 1 and world_size % group_size:
         raise UserError(
@@ -95,26 +92,37 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
         "gradient_accumulation_steps": 1,
         # Explicit, because the default became 1.0 in DeepSpeed 0.19.3.
         "gradient_clipping": optimizer.max_grad_norm,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": optimizer.lr,
-                "betas": list(optimizer.betas),
-                "eps": optimizer.eps,
-                "weight_decay": optimizer.weight_decay,
-                # DeepSpeed refuses torch's Adam where it keeps the states on the host.
-                "torch_adam": not _optimizer_is_offloaded(config),
-            },
-        },
+        **_optimizer(optimizer, torch_adam=not optimizer_is_offloaded(config)),
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 2**62,
         **_monitors(recipe),
     }
 
 
-def _optimizer_is_offloaded(config: Mapping[str, Any]) -> bool:
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
+def _optimizer(optimizer: OptimizerConfig, *, torch_adam: bool) -> dict[str, Any]:
+    """DeepSpeed's section; it refuses torch's Adam where it keeps the states on the host. An optimizer that
+    DeepSpeed does not build itself stands under a name of its own, for `Engine` to take out."""
+    options = {
+        "lr": optimizer.lr,
+        "betas": list(optimizer.betas),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+    }
+    if optimizer.name == "paged_adamw_8bit":
+        return {PAGED_8BIT: options, "zero_allow_untested_optimizer": True}
+    return {"optimizer": {"type": "AdamW", "params": {**options, "torch_adam": torch_adam}}}
+
+
+def _client_optimizer(config: dict[str, Any]) -> Callable[[Any], torch.optim.Optimizer] | None:
+    """Maker of an optimizer that DeepSpeed does not know; taken out of `config`."""
+    options = config.pop(PAGED_8BIT, None)
+    if options is None:
+        return None
+    import bitsandbytes
+
+    return lambda parameters: bitsandbytes.optim.PagedAdamW8bit(
+        parameters, **{**options, "betas": tuple(options["betas"])}
+    )
 
 
 def partition_for(config: dict[str, Any]) -> Callable[[], AbstractContextManager[Any]]:
@@ -177,28 +185,6 @@ def _monitors(recipe: Recipe) -> dict[str, Any]:
     return {"csv_monitor" if name == "csv" else name: sections[name] for name in recipe.monitor}
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise UserError(f"DeepSpeed config {path} not found: see ds_configs/ for ready ones")
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"DeepSpeed config {path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"DeepSpeed config {path} must be a JSON object")
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    if key := _auto_key({k: v for k, v in config.items() if k not in OWNED_BY_RECIPE}):
-        raise UserError(f'DeepSpeed config {path}: `{key}` is "auto", give a value (or leave the key out)')
-    return config
-
-
-def _auto_key(value: Any, prefix: str = "") -> str | None:
-    if isinstance(value, dict):
-        found = (_auto_key(child, f"{prefix}.{key}" if prefix else key) for key, child in value.items())
-        return next((key for key in found if key), None)
-    return prefix if value == "auto" else None
-
-
 def _cast_what_is_whole(model: nn.Module) -> None:
     """Adapters of a partitioned trunk to bf16, as DeepSpeed casts those of a whole one: it leaves a model
     with partitioned parameters as it is, and ZeRO-3 wants one dtype. The optimizer's copy is fp32."""
@@ -216,15 +202,20 @@ class Engine:
         if config["bf16"]["enabled"]:
             _cast_what_is_whole(model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        config = dict(config)
+        optimizer = _client_optimizer(config)
         try:
-            self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
+            self._engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=trainable, config=config, optimizer=optimizer
+            )
         except ValidationError as error:  # a section of the JSON that the recipe names
             mistakes = "; ".join(f"`{m['loc'][0]}`: {m['msg']}" for m in error.errors())
             raise UserError(
                 f"DeepSpeed refuses a section ({error.title}) of the JSON that `deepspeed` names: {mistakes}"
             ) from None
         self.zero_stage = int(self._engine.zero_optimization_stage())
-        self.state = TrainableState(self._engine)
+        # bitsandbytes packs its moments in blocks that are no tensors of a parameter's shape.
+        self.state = TrainableState(self._engine, has_moments=optimizer is None)
 
     def forward(self, *inputs: Any) -> Any:
         return self._engine(*inputs)

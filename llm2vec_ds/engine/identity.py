@@ -23,11 +23,17 @@ FREE_KEYS = (
     "monitor",
     "step_timeout_s",
     "held_out_every_steps",
+    "evaluation",
     "data.prepared_dir",
     "data.path",
     "data.held_out_path",
     "model.path",
+    "model.config_file",
     "deepspeed",
+    "evaluation",
+    "machine",
+    "batch.max_tokens_per_micro_batch",
+    "batch.halve_if_out_of_memory",
 )
 """Recipe keys that may differ on resume: where things lie and how ranks share the work. Data and model are
 known by what they hold, wherever they lie."""

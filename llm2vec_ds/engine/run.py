@@ -33,12 +33,14 @@ from llm2vec_ds.engine.deepspeed_engine import (
     start_process_group,
 )
 from llm2vec_ds.engine.identity import changes, identity_of, made_by
+from llm2vec_ds.engine.memory import explains_full_memory, watched
 from llm2vec_ds.engine.preemption import STOP_FILE, StopRequest
-from llm2vec_ds.engine.trainer import FINISHED, Trainer
+from llm2vec_ds.engine.trainer import FINISHED, Evaluation, Trainer
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.loss.contrastive import check_widths
 from llm2vec_ds.loss.embedding_cache import ContrastiveModel
 from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
+from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
 from llm2vec_ds.stages.base import Stage
@@ -54,8 +56,12 @@ Partition = Callable[[], AbstractContextManager[Any]]
 T = TypeVar("T")
 
 
-def train(recipe: Recipe) -> Path:
+@explains_full_memory
+def train(recipe: Recipe, evaluation: Evaluation | None = None) -> Path:
     """Runs a recipe on this process and, under a launcher, its peers; returns the run's folder.
+
+    Args:
+        evaluation: called as `recipe.evaluation` says.
 
     Raises:
         UserError: anything the user can mend, before training where it can be known then.
@@ -75,17 +81,18 @@ def train(recipe: Recipe) -> Path:
         device = start_process_group(ranks)
         if recipe.deterministic:
             _use_deterministic_algorithms()
-        try:
-            _train(recipe, ranks, device, folder, stop)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                "the GPU's memory is full: lower batch.max_tokens_per_micro_batch (now "
-                f"{recipe.batch.max_tokens_per_micro_batch}), or set model.activation_checkpointing=true"
-            ) from None
+        _train(recipe, ranks, device, folder, stop, evaluation)
     return folder
 
 
-def _train(recipe: Recipe, ranks: Ranks, device: torch.device, folder: Path, stop: StopRequest) -> None:
+def _train(
+    recipe: Recipe,
+    ranks: Ranks,
+    device: torch.device,
+    folder: Path,
+    stop: StopRequest,
+    evaluation: Evaluation | None,
+) -> None:
     dtype = TrunkOptions(precision=recipe.model.precision, device=device).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     stage = build_stage(recipe, device, partition_for(config))
@@ -107,8 +114,18 @@ def _train(recipe: Recipe, ranks: Ranks, device: torch.device, folder: Path, sto
             ranks.world_size,
         )
     engine = Engine(stage.model, config)
-    trainer = Trainer(recipe, stage, engine, folder, store=store, identity=identity, stop=stop)
-    trainer.run(checkpoint)
+    trainer = Trainer(
+        recipe,
+        stage,
+        engine,
+        folder,
+        store=store,
+        identity=identity,
+        stop=stop,
+        evaluation=evaluation,
+    )
+    with watched(recipe, stage, engine, folder):
+        trainer.run(checkpoint)
 
 
 def _checkpoint_to_resume(
@@ -173,7 +190,7 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
         return _mntp_stage(recipe, recipe.mntp, tokenizer, texts, held_out[0] if held_out else None, options)
     config = recipe.contrastive
     assert config is not None
-    trunk = _agreed(lambda: load_trunk(recipe.model.path, options))
+    trunk = _agreed(lambda: load_trunk(_stack(recipe).base, options))
     if mistake := check_widths(config.matryoshka_dims, trunk.config.hidden_size):
         raise UserError(mistake)
     _make_trainable(recipe, trunk)
@@ -202,7 +219,7 @@ def _mntp_stage(
     held_out: PreparedTexts | None,
     options: TrunkOptions,
 ) -> MntpStage:
-    trunk, linear = _agreed(lambda: load_trunk_and_head(recipe.model.path, options))
+    trunk, linear = _agreed(lambda: load_trunk_and_head(_stack(recipe).base, options))
     if recipe.adapter is not None:
         linear.requires_grad_(False)  # adapters alone train; an untied head would otherwise, for nothing
     head = MaskedTokenHead(linear, trunk.config, config.head_chunk_tokens)
@@ -220,8 +237,20 @@ def _mntp_stage(
 
 def _encoder(recipe: Recipe, trunk: Any, tokenizer: Any) -> Encoder:
     template = template_for(recipe.data.template, tokenizer)
-    settings = EncoderSettings(recipe.pooling, template=template.form, special_tokens=template.special_tokens)
-    return Encoder(trunk, tokenizer, settings)
+    settings = EncoderSettings(
+        recipe.pooling,
+        template=template.form,
+        special_tokens=template.special_tokens,
+        pooled_tokens=recipe.pooled_tokens,
+    )
+    encoder = Encoder(trunk, tokenizer, settings)
+    if recipe.model.quantization is not None:
+        encoder.stack = _stack(recipe)
+    return encoder
+
+
+def _stack(recipe: Recipe) -> AdapterStack:
+    return read_stack(recipe.model.path, recipe.model.quantization, recipe.adapter)
 
 
 def _trunk_options(recipe: Recipe, device: torch.device, partition: Partition) -> TrunkOptions:
@@ -237,6 +266,7 @@ def _trunk_options(recipe: Recipe, device: torch.device, partition: Partition) -
         device,
         partition,
         model.trust_remote_code,
+        model.quantization,
     )
 
 
@@ -244,8 +274,12 @@ def _make_trainable(recipe: Recipe, trunk: Any) -> None:
     if recipe.adapter is not None:
         # Here, so that the adapters do not depend on what loading drew: under ZeRO-3 it fills memory first.
         torch.manual_seed(recipe.seed)
+        put_stack_in(trunk, stack := _stack(recipe))
         names = add_lora(trunk, recipe.adapter)
-        log.info("LoRA rank %s on %s linear layers", recipe.adapter.rank, len(names))
+        below = f" over {len(stack.earlier)} of earlier stages" if stack.earlier else ""
+        log.info(
+            "%s rank %s on %s linear layers%s", recipe.adapter.variant, recipe.adapter.rank, len(names), below
+        )
     if recipe.model.activation_checkpointing:
         trunk.activation_checkpointing_enable({"use_reentrant": False})
 

@@ -8,6 +8,7 @@ more than one part beside its own share of the model.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,6 +23,8 @@ from llm2vec_ds.distributed import rank, world_size
 from llm2vec_ds.durable import write_file
 from llm2vec_ds.engine.checkpoint import Hashes
 
+log = logging.getLogger(__name__)
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PART_BYTES = 2**30
 
@@ -31,16 +34,25 @@ Tensors = dict[str, torch.Tensor]
 class TrainableState:
     """Reads and sets the state of a model under a DeepSpeed engine; all ranks call together."""
 
-    def __init__(self, engine: Any) -> None:
-        """Args: engine: what `deepspeed.initialize` returned."""
+    def __init__(self, engine: Any, *, has_moments: bool = True) -> None:
+        """
+        Args:
+            engine: what `deepspeed.initialize` returned.
+            has_moments: False for an optimizer whose moments are no tensors of a parameter's shape. They are
+                not saved then, and begin anew on resume.
+        """
         self._engine = engine
+        self._moments = MOMENTS if has_moments else ()
         self._zero_stage = int(engine.zero_optimization_stage())
         # Named as in the model, not as in DeepSpeed's groups.
         self._parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-        self._is_plain = not hasattr(engine.optimizer, "optimizer")  # torch's AdamW over the parameters
+        self._is_plain = not hasattr(engine.optimizer, "optimizer")  # over the parameters themselves
+        self._base_optimizer = engine.optimizer if self._is_plain else engine.optimizer.optimizer
 
     def write(self, folder: Path) -> Hashes:
         """Writes this rank's parts; size and SHA-256 of each."""
+        if not self._moments:
+            log.warning("this optimizer's moments are in no checkpoint: on resume they begin anew")
         hashes: Hashes = {}
         for number, names in enumerate(self._parts()):
             tensors: Tensors = {}
@@ -69,7 +81,8 @@ class TrainableState:
                 for name in sorted({key.rpartition("/")[0] for key in tensors.keys()}):  # noqa: SIM118
                     if name not in self._parameters:
                         raise ValueError(f"{folder}: this model has no trainable parameter {name}")
-                    whole = {k: tensors.get_tensor(f"{name}/{k}") for k in ("value", "step", *MOMENTS)}
+                    keys = ("value", "step", *self._moments)
+                    whole = {key: tensors.get_tensor(f"{name}/{key}") for key in keys}
                     if whole["value"].shape != self._shape(name):
                         raise ValueError(
                             f"{folder}: {name} has shape {tuple(whole['value'].shape)}, "
@@ -77,6 +90,8 @@ class TrainableState:
                         )
                     self._write(name, whole)
                     missing.discard(name)
+        if not self._moments:
+            self._base_optimizer.state.clear()
         if missing:
             raise ValueError(f"{folder}: the trainable parameter {min(missing)} is not in it")
 
@@ -100,13 +115,13 @@ class TrainableState:
     def _read(self, name: str) -> Tensors:
         parameter = self._parameters[name]
         if self._is_plain:
-            state = self._engine.optimizer.state[parameter]
-            moments = {key: state.get(key, torch.zeros_like(parameter)) for key in MOMENTS}
-            step = state.get("step", torch.tensor(0.0))
+            state = self._base_optimizer.state[parameter]
+            moments = {key: state.get(key, torch.zeros_like(parameter)) for key in self._moments}
+            step = torch.tensor(float(state.get("step", 0.0)))
             return {"value": parameter.detach(), **moments, "step": step}
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        moments = {key: safe_get_full_optimizer_state(parameter, key) for key in self._moments}
         step = torch.tensor(float(next(self._flat_states())["step"]))
         return {"value": safe_get_full_fp32_param(parameter), **moments, "step": step}
 
@@ -114,9 +129,9 @@ class TrainableState:
         parameter = self._parameters[name]
         if self._is_plain:
             parameter.data.copy_(whole["value"])
-            state = self._engine.optimizer.state[parameter]
+            state = self._base_optimizer.state[parameter]
             state["step"] = whole["step"].clone()
-            for key in MOMENTS:
+            for key in self._moments:
                 state[key] = whole[key].to(parameter.device, copy=True)
             return
         for state in self._flat_states():
@@ -129,7 +144,7 @@ class TrainableState:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         safe_set_full_fp32_param(parameter, whole["value"].to(parameter.device))
-        for key in MOMENTS:
+        for key in self._moments:
             safe_set_full_optimizer_state(parameter, whole[key].to(parameter.device), key)
 
     def _write_working_copy(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
@@ -156,9 +171,9 @@ class TrainableState:
             return padded[rank() * n_own :][:n_own]
 
         safe_set_local_fp32_param(parameter, own_part(whole["value"]))
-        for key in MOMENTS:
+        for key in self._moments:
             safe_set_local_optimizer_state(parameter, own_part(whole[key]), key)
 
     def _flat_states(self) -> Iterator[dict[str, Any]]:
         """Adam's states of DeepSpeed's flat tensors; one count of steps in all."""
-        return (state for state in self._engine.optimizer.optimizer.state.values() if "step" in state)
+        return (state for state in self._base_optimizer.state.values() if "step" in state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from llm2vec_ds.config import OptimizerConfig, Recipe
 from llm2vec_ds.data.batches import rank_slice
 from llm2vec_ds.distributed import TRAFFIC, all_gather_object, all_reduce_sum, barrier, rank, world_size
 from llm2vec_ds.durable import write_file
+from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore, Manifest
 from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.identity import made_by
@@ -23,10 +24,14 @@ from llm2vec_ds.engine.monitor import FiniteCheck, MetricsLog, peak_mib
 from llm2vec_ds.engine.preemption import StopRequest
 from llm2vec_ds.engine.watchdog import Watchdog
 from llm2vec_ds.errors import Stopped, UserError, writing
+from llm2vec_ds.model.adapter_stack import adapter_state
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.stages.base import Stage
 
 log = logging.getLogger(__name__)
+
+Evaluation = Callable[[Encoder], dict[str, float]]
+"""Measures the encoder as it stands, on every rank alike."""
 
 FINISHED = "finished"
 """File in the run's folder that holds the number of steps, written after the encoder."""
@@ -48,6 +53,7 @@ class Trainer:
         store: where checkpoints are kept.
         identity: what the run is made of, written into each checkpoint.
         stop: asked at every step's end.
+        evaluation: measures beside the stage's own held-out texts.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Trainer:
         store: CheckpointStore,
         identity: dict[str, Any],
         stop: StopRequest,
+        evaluation: Evaluation | None = None,
     ) -> None:
         self.recipe = recipe
         self.stage = stage
@@ -69,6 +76,7 @@ class Trainer:
         self.identity = identity
         self.made_by = made_by()
         self.stop = stop
+        self.evaluation = evaluation
         self.device = stage.encoder.device
         self.check = FiniteCheck(stage.model, self.device)
         self.watchdog = Watchdog(recipe.step_timeout_s, folder)
@@ -103,7 +111,7 @@ class Trainer:
         log_rows.step(metrics)
         numbers = {k: v for k, v in metrics.items() if k != "step" and not isinstance(v, dict)}
         self.engine.write_metrics({f"train/{k}": v for k, v in numbers.items()}, step + 1)
-        score = self._measure(step + 1, log_rows) if self._held_out_is_due(step + 1) else None
+        score = self._measure(step + 1, log_rows)
         ends = step + 1 == self.recipe.max_steps
         if self._is_best(score) or (asked and not ends) or self._save_is_due(step + 1):
             log_rows.sync()
@@ -164,9 +172,8 @@ class Trainer:
                 "or in the other ranks' logs, is the cause: mend it and run again with resume=true"
             ) from None
 
-    def _held_out_is_due(self, step: int) -> bool:
-        every = self.recipe.held_out_every_steps
-        return step == self.recipe.max_steps or (every > 0 and step % every == 0)
+    def _is_due(self, step: int, every: int) -> bool:
+        return step in (0, self.recipe.max_steps) or (every > 0 and step % every == 0)
 
     def _save_is_due(self, step: int) -> bool:
         every = self.recipe.checkpoint.every_steps
@@ -177,21 +184,26 @@ class Trainer:
         return score is not None and (best is None or order(score) < order(best))
 
     def _measure(self, step: int, log_rows: MetricsLog) -> float | None:
-        """Held-out metrics; the value by which the best checkpoint is kept, if there is one."""
-        self.watchdog.begin(f"the held-out measurement after step {step}")
-        self.engine.train(False)
-        with self._contact("the held-out measurement"):
-            metrics = self.stage.held_out(self.engine.forward)
-        if metrics is not None:
+        """What is due after `step`; the value by which the best checkpoint is kept, if there is one."""
+        self.watchdog.begin(f"the measurement after step {step}")
+        held_out_due = self._is_due(step, self.recipe.held_out_every_steps)
+        evaluation = self.recipe.evaluation
+        evaluation_due = evaluation is not None and self._is_due(step, evaluation.every_steps)
+        metrics: dict[str, float] = {}
+        with self._contact("the measurement"):
+            self.engine.train(False)
+            if held_out_due:
+                metrics |= self.stage.held_out(self.engine.forward) or {}
+            if evaluation_due and self.evaluation is not None:
+                metrics |= self.evaluation(self.stage.encoder)
+        if metrics:
             log_rows.held_out({"step": step, **metrics})
             self.engine.write_metrics({f"held_out/{k}": v for k, v in metrics.items()}, step)
         name = self.recipe.checkpoint.best_by
-        if name is None:
-            return None
-        if metrics is None or name not in metrics:
+        if name is not None and name not in metrics and step in (0, self.recipe.max_steps):
             known = f"one of {', '.join(metrics)}" if metrics else "nothing without data.held_out_path"
             raise UserError(f"checkpoint.best_by={name} is no held-out metric of this run: choose {known}")
-        return metrics[name]
+        return metrics.get(name) if name else None
 
     def _describe(self, row: int) -> str:
         words = self.stage.encoder.tokenizer.decode(self.stage.text(row).input_ids, skip_special_tokens=True)
@@ -235,8 +247,9 @@ class Trainer:
         self.watchdog.begin("writing the encoder")
         encoder = self.stage.encoder
         state_dict = merged_state_dict(encoder.trunk, self.engine.gather())
+        adapters = adapter_state(encoder.trunk, self.engine.gather()) if encoder.stack else None
         if rank() == 0:
-            encoder.save(self.folder / "encoder", state_dict)
+            encoder.save(self.folder / "encoder", state_dict, adapters)
             with writing(self.folder / FINISHED):
                 write_file(self.folder / FINISHED, f"{self.recipe.max_steps}\n".encode())
         barrier()

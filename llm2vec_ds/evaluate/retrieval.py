@@ -22,6 +22,6 @@ def ndcg_at_10(encoder: Encoder, data: RetrievalSet, *, progress: bool = False) 
     """Mean nDCG@10 (Järvelin & Kekäläinen, 2002) with cosine similarity as the score."""
     from sklearn.metrics import ndcg_score
 
-    queries = encoder.encode(data.queries, normalize=True, progress=progress)
-    passages = encoder.encode(data.passages, normalize=True, progress=progress)
+    queries = encoder.encode(data.queries, normalize=True, show_progress=progress)
+    passages = encoder.encode(data.passages, normalize=True, show_progress=progress)
     return float(ndcg_score(data.relevant.astype(int), queries @ passages.T, k=10))

@@ -70,7 +70,7 @@ def sts_spearman(encoder: Encoder, pairs: GradedPairs, *, progress: bool = False
     from scipy.stats import spearmanr
 
     texts = list(dict.fromkeys(pairs.first + pairs.second))
-    vectors = encoder.encode(texts, normalize=True, progress=progress)
+    vectors = encoder.encode(texts, normalize=True, show_progress=progress)
     row = {text: index for index, text in enumerate(texts)}
     first = vectors[[row[text] for text in pairs.first]]
     second = vectors[[row[text] for text in pairs.second]]

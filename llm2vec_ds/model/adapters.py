@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,12 +12,17 @@ from torch import nn
 
 from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.quantization import dequantized
 
+TRAINED = "default"
+"""Name of the adapter that trains."""
 GatherParameters = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 
 
-def add_lora(trunk: nn.Module, config: AdapterConfig) -> list[str]:
+def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> list[str]:
     """Freezes the trunk and puts trainable fp32 adapters on its linear layers; returns their names.
+
+    Adapters of other names that are there already stay, frozen, and go on adding their updates.
 
     Raises:
         UserError: `target_modules` match no linear layer.
@@ -30,27 +36,72 @@ def add_lora(trunk: nn.Module, config: AdapterConfig) -> list[str]:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
-        init_lora_weights=config.zero_init,
+        use_rslora=config.variant == "rslora",
+        use_dora=config.variant == "dora",
+        init_lora_weights="pissa_niter_16" if config.variant == "pissa" else config.zero_init,
     )
-    trunk.requires_grad_(False)
+    earlier = adapter_names(trunk)
     try:
-        inject_adapter_in_model(lora, trunk)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # stacked on purpose
+            inject_adapter_in_model(lora, trunk, name)
     except ValueError as error:
         linear = sorted({n.rpartition(".")[2] for n, m in trunk.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(
             f"adapter.target_modules {targets}: {str(error).splitlines()[0][:120]}; "
             f"linear layers here: {', '.join(linear)}"
         ) from None
-    for parameter in trunk.parameters():
+    layers = {where: module for where, module in trunk.named_modules() if isinstance(module, LoraLayer)}
+    for layer in layers.values():
+        layer.set_adapter([n for n in (*earlier, name) if n in layer.lora_A])
+    for where, parameter in trunk.named_parameters():
+        parameter.requires_grad_(_belongs_to(where, name))
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return [name for name, module in trunk.named_modules() if isinstance(module, LoraLayer)]
+    return [where for where, layer in layers.items() if name in layer.lora_A]
+
+
+def adapter_names(trunk: nn.Module) -> list[str]:
+    """Names of the adapters on a trunk, in the order in which they came."""
+    from peft.tuners.lora import LoraLayer
+
+    found: dict[str, None] = {}
+    for module in trunk.modules():
+        if isinstance(module, LoraLayer):
+            found |= dict.fromkeys(module.lora_A)
+    return list(found)
+
+
+def _belongs_to(parameter_name: str, adapter: str) -> bool:
+    """peft's names end in `lora_A.ADAPTER.weight`, with DoRA also `lora_magnitude_vector.ADAPTER.weight`."""
+    parts = parameter_name.split(".")
+    return len(parts) > 2 and parts[-2] == adapter and parts[-3].startswith("lora_")
+
+
+def merged_weight(layer: Any) -> torch.Tensor:
+    """A layer's matrix with every active adapter's update, in fp32; 4-bit weights are dequantised first.
+
+    LoRA adds scale · B·A; DoRA (arXiv 2402.09353) turns W into m · (W + scale · B·A) / ‖W + scale · B·A‖,
+    row by row, and adds the difference to W.
+    """
+    base = dequantized(layer.get_base_layer().weight).float()
+    total = base.clone()
+    for name in layer.active_adapters:
+        update = layer.get_delta_weight(name).float()
+        if layer.use_dora.get(name):
+            moved = base + update
+            length = layer.lora_magnitude_vector[name].weight.float() / moved.norm(dim=1)
+            update = moved * length[:, None] - base
+        total += update
+    return total
 
 
 def merged_state_dict(
     trunk: nn.Module, gather: GatherParameters = lambda parameters: nullcontext()
 ) -> dict[str, torch.Tensor]:
     """The trunk's weights on the CPU under their original names, each adapter's update added in fp32.
+
+    4-bit weights are given as the dequantised matrices on which the adapters were trained.
 
     Args:
         gather: context that makes partitioned parameters whole (ZeRO-3); every rank must call this
@@ -70,25 +121,23 @@ def merged_state_dict(
         if isinstance(module, LoraLayer):
             inside_adapters += (prefix,)
             with gather(list(module.parameters())):
-                _check_whole(prefix, module.named_parameters())
+                check_whole(prefix, module.named_parameters())
                 base = module.get_base_layer()
-                update = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
-                weight = base.weight.detach().float() + update
-                state[f"{prefix}weight"] = weight.to(base.weight.dtype).cpu().clone()
+                state[f"{prefix}weight"] = merged_weight(module).to(base.weight.dtype).cpu().clone()
                 if base.bias is not None:
                     state[f"{prefix}bias"] = base.bias.detach().cpu().clone()
             continue
         own = dict(module.named_parameters(recurse=False))
         with gather(list(own.values())):
-            _check_whole(prefix, own.items())
-            state.update({prefix + key: value.detach().cpu().clone() for key, value in own.items()})
+            check_whole(prefix, own.items())
+            state.update({prefix + key: dequantized(value).cpu().clone() for key, value in own.items()})
         for key, buffer in module.named_buffers(recurse=False):
             if key not in module._non_persistent_buffers_set:
                 state[prefix + key] = buffer.detach().cpu().clone()
     return state
 
 
-def _check_whole(prefix: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+def check_whole(prefix: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Refuses what ZeRO-3 writes when it goes wrong: empty or partial tensors."""
     for name, parameter in parameters:
         whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape there

@@ -20,6 +20,7 @@ from llm2vec_ds.model.bidirectional import (
     is_causal,
     with_causal,
 )
+from llm2vec_ds.model.quantization import nf4_config, prepare_for_training
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class TrunkOptions:
     """How a trunk is built. `causal=None` keeps what the folder says (an LLM: bidirectional).
 
     `partition` makes a context in which weights are read into parameters that each rank holds a part of
-    (ZeRO-3); all ranks must then load together.
+    (ZeRO-3); all ranks must then load together. `quantization` is None or `nf4`.
     """
 
     causal: bool | None = False
@@ -39,6 +40,7 @@ class TrunkOptions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     partition: Callable[[], AbstractContextManager[Any]] = nullcontext
     trust_remote_code: bool = False
+    quantization: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,6 +92,9 @@ def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[Any, nn.Linea
 def _check(trunk: Any, model: nn.Module, options: TrunkOptions) -> None:
     if not is_causal(trunk.config):
         check_can_be_bidirectional(trunk)
+    if options.quantization is not None:
+        trunk.is_loaded_in_4bit = True  # transformers tells the outermost model only; peft asks the trunk
+        prepare_for_training(model)
     model.to(options.device).eval()
 
 
@@ -119,15 +124,17 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
         config.attention_dropout = options.attention_dropout
     backend = _attention_backend(config, causal, options)
     log.info(
-        "%s: %s attention by %s (%s), %s on %s",
+        "%s: %s%s attention by %s (%s), %s on %s",
         path,
+        f"{options.quantization}, " if options.quantization else "",
         "causal" if causal else "bidirectional",
         backend.name,
         backend.reason,
         str(options.dtype).removeprefix("torch."),
         options.device,
     )
-    with options.partition():
+    # In 4 bits a model is read whole by every rank, and split afterwards where ZeRO-3 asks for it.
+    with options.partition() if options.quantization is None else nullcontext():
         model, info = _from_pretrained(
             auto_class,
             path,
@@ -136,10 +143,18 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
             attn_implementation=register(options.attention),
             output_loading_info=True,
             trust_remote_code=options.trust_remote_code,
+            **_quantized(options),
         )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} lacks weights: {', '.join(missing[:5])}; start from the full language model")
     return model
+
+
+def _quantized(options: TrunkOptions) -> dict[str, Any]:
+    """Weights are quantised one by one as they are read: none but the largest is ever whole."""
+    if options.quantization is None:
+        return {}
+    return {"quantization_config": nf4_config(options.dtype), "device_map": {"": options.device}}
 
 
 def _attention_backend(config: Any, causal: bool, options: TrunkOptions) -> AttentionBackend:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from llm2vec_ds.config import parse_recipe
 from llm2vec_ds.engine import trainable_state
 from llm2vec_ds.engine.run import train
+from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
 from tests.support.ranks import run_ranks
 from tests.support.runs import NO_DROPOUT, recipe
@@ -156,6 +157,32 @@ def test_another_run_is_named_and_refused_unless_forced(
     assert "resume=force" in str(refused.value)
     train(parse_recipe({**changed, "resume": "force"}))
     assert len(rows_of(tmp_path / "run")) == 6
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_moments_that_cannot_be_saved_begin_anew(
+    zero_stage: int, tmp_path: Path, tiny_model_dir: Path, texts_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed, weights are those of the checkpoint, and the first step is Adam's first: of size lr."""
+    whole = TrainableState.__init__
+    monkeypatch.setattr(
+        TrainableState, "__init__", lambda self, engine, **_: whole(self, engine, has_moments=False)
+    )
+    values = recipe_of("mntp", zero_stage, tiny_model_dir, texts_file, tmp_path / "run", **NO_DROPOUT)
+    values["optimizer"] = {"lr": 1e-3, "schedule": "constant", "max_grad_norm": 0}
+    train(parse_recipe(values))
+    resumed = cut_off(values, tmp_path / "resumed")
+    train(parse_recipe(resumed))
+    folders = [tmp_path / name / "checkpoints" for name in ("run", "resumed")]
+    assert rows_of(tmp_path / "resumed")[3]["loss"] == rows_of(tmp_path / "run")[3]["loss"]
+    last = load_parts(folders[1] / "step-00000006")
+    assert last
+    assert all(key.endswith(("/value", "/step")) for key in last)
+    assert {float(value) for key, value in last.items() if key.endswith("/step")} == {3.0}
+
+
+def load_parts(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: value for part in folder.glob("*.safetensors") for key, value in load_file(part).items()}
 
 
 def test_a_changed_model_is_noticed(tmp_path: Path, tiny_model_dir: Path, texts_file: Path) -> None:

@@ -72,6 +72,7 @@ def test_a_run_learns_and_leaves_its_folder(tmp_path: Path, tiny_model_dir: Path
         "encoder",
         "finished",
         "held_out.jsonl",
+        "memory.json",
         "metrics.jsonl",
         "recipe.yaml",
     ]

@@ -19,7 +19,7 @@ class FakeEncoder:
     def __init__(self, table: dict[str, list[float]]) -> None:
         self.table = table
 
-    def encode(self, texts: list[str], *, normalize: bool, progress: bool) -> np.ndarray:
+    def encode(self, texts: list[str], *, normalize: bool, show_progress: bool) -> np.ndarray:
         assert normalize
         vectors = np.asarray([self.table[text] for text in texts])
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

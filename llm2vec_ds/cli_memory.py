@@ -1,0 +1,89 @@
+"""Commands of a small machine: `plan` (what fits) and `merge` (adapters into the original weights)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm2vec_ds.cli_common import Overrides, RecipeFile, examples, quiet_libraries
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command(
+        epilog=examples(
+            "plan recipes/qlora_7b_24gb.yaml",
+            "plan recipes/llama2_7b_chat/mntp.yaml --nodes 4 --gpus-per-node 8 --gpu-memory-gib 80 --json",
+        )
+    )(plan)
+    app.command(epilog=examples("merge runs/qlora_7b_24gb/mntp/encoder --output merged"))(merge)
+
+
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(metavar="N", help="Machines.", min=1)] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(metavar="G", help="GPUs of each; 0: a CPU.", min=0)
+    ] = None,
+    gpu_memory_gib: Annotated[
+        float | None,
+        typer.Option(metavar="M", help="GiB of one GPU, or of a CPU's host.", min=0.1),
+    ] = None,
+    interconnect_gbps: Annotated[
+        float | None, typer.Option(metavar="B", help="What one GPU sends, gigabits a second.", min=0.001)
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(metavar="F", help="Dense bf16 speed of one GPU, 10¹² a second.", min=0.001)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of the table.")] = False,
+) -> None:
+    """Say what a recipe needs and what fits, without weights, data or network: memory by part, bytes sent.
+
+    The machine is the recipe's `machine`, or what the options say.
+    """
+    from llm2vec_ds.config import load_stages
+
+    given = {
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "memory_gib": gpu_memory_gib,
+        "interconnect_gbps": interconnect_gbps,
+        "tflops": tflops,
+    }
+    machine = [f"machine.{key}={value}" for key, value in given.items() if value is not None]
+    stages = load_stages(recipe, [*(overrides or []), *machine])
+    quiet_libraries()
+    from llm2vec_ds.planner import table
+    from llm2vec_ds.planner.plan import Planner
+
+    results = [table.as_json(Planner(stage, recipe)) for stage in stages]
+    if as_json:
+        print(json.dumps(results if len(results) > 1 else results[0], indent=1))
+    else:
+        print("\n\n".join(map(table.as_table, results)))
+
+
+def merge(
+    encoder: Annotated[Path, typer.Argument(help="The encoder/ of a run over NF4.")],
+    output: Annotated[Path, typer.Option(help="Folder of the new encoder.")],
+    original: Annotated[
+        str | None,
+        typer.Option(help="The original model, folder or hub id; default: training's."),
+    ] = None,
+) -> None:
+    """Put the adapters of a run over NF4 into the original weights, and say how much vectors move by it.
+
+    `encoder/` itself holds the dequantised NF4 weights that the adapters were trained on.
+    """
+    quiet_libraries()
+    from llm2vec_ds.merge import merge_into_original
+
+    difference = merge_into_original(encoder, output, original)
+    print(
+        f"{output}: against {encoder}, cosine of a text's vectors {difference.mean_cosine:.4f} on average, "
+        f"{difference.least_cosine:.4f} at least ({difference.n_texts} texts)"
+    )

@@ -1,0 +1,114 @@
+"""Sentences with a label for each word: CoNLL-U, CoNLL column files, or a hub data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2vec_ds.errors import UserError
+
+CONLLU_COLUMNS = {"form": 1, "lemma": 2, "upos": 3, "xpos": 4, "deprel": 7}
+HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class TaggedSentence:
+    """Words and one label each."""
+
+    words: list[str]
+    labels: list[str]
+
+
+def load_tagged(source: str, column: str) -> list[TaggedSentence]:
+    """Reads sentences and the labels of one column.
+
+    Args:
+        source: a .conllu file; a CoNLL column file (a word a line, columns parted by blanks, an empty line
+            after a sentence); or `hub:owner/name@split`.
+        column: in .conllu `upos`, `xpos`, `deprel` or a number; in a column file a number from 0, negative
+            ones from the end (-1: the last); in a hub data set its name, such as `ner_tags`.
+
+    Raises:
+        UserError: the source cannot be read, has no such column, or holds no sentence.
+    """
+    if source.startswith(HUB):
+        sentences = _from_hub(source, column)
+    else:
+        path = Path(source)
+        number = _column_number(column, path)
+        try:
+            with path.open(encoding="utf-8") as file:
+                blocks = list(_blocks(file, source, conllu=path.suffix == ".conllu"))
+        except OSError as error:
+            raise UserError(f"{source}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{source} is not UTF-8 text") from None
+        word = CONLLU_COLUMNS["form"] if path.suffix == ".conllu" else 0
+        sentences = [_sentence(block, word, number, source) for block in blocks]
+    if not sentences:
+        raise UserError(f"{source} holds no sentence")
+    return sentences
+
+
+def _column_number(column: str, path: Path) -> int:
+    if path.suffix == ".conllu" and column in CONLLU_COLUMNS:
+        return CONLLU_COLUMNS[column]
+    try:
+        return int(column)
+    except ValueError:
+        known = ", ".join(CONLLU_COLUMNS) if path.suffix == ".conllu" else "a number such as -1 (the last)"
+        raise UserError(f"{path} has no column {column!r}: choose {known}") from None
+
+
+Line = tuple[int, list[str]]
+
+
+def _blocks(lines: Any, source: str, *, conllu: bool) -> Iterator[list[Line]]:
+    """Sentences as numbered lines of columns. Multi-word tokens and empty nodes of CoNLL-U are no words."""
+    block: list[Line] = []
+    for number, line in enumerate(lines, 1):
+        columns = line.rstrip("\n").split("\t") if conllu else line.split()
+        if not line.strip() or columns[0] == "-DOCSTART-":
+            if block:
+                yield block
+            block = []
+        elif conllu and (line.startswith("#") or not columns[0].isdigit()):
+            if not line.startswith("#") and not set("-.") & set(columns[0]):
+                raise UserError(f"{source}, line {number}: expected a line of CoNLL-U")
+        else:
+            block.append((number, columns))
+    if block:
+        yield block
+
+
+def _sentence(block: list[Line], word: int, label: int, source: str) -> TaggedSentence:
+    for number, columns in block:
+        if not -len(columns) <= label < len(columns):
+            raise UserError(f"{source}, line {number}: no column {label}, it has {len(columns)}")
+    return TaggedSentence([c[word] for _, c in block], [c[label] for _, c in block])
+
+
+def _from_hub(source: str, column: str) -> list[TaggedSentence]:
+    """The hub's own Parquet conversion: many such sets come as scripts, which `datasets` runs no more."""
+    from datasets import load_dataset
+
+    name, _, split = source.removeprefix(HUB).partition("@")
+    if not split:
+        raise UserError(f"{source}: name the split, such as {source}@test")
+    try:
+        data = load_dataset(name, revision="refs/convert/parquet", split=split)
+    except Exception as error:  # its errors are many, and all of them say that the data cannot be had
+        raise UserError(f"{source} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    if column not in data.column_names or "tokens" not in data.column_names:
+        raise UserError(
+            f"{source} needs the columns tokens and {column}: it has {', '.join(data.column_names)}"
+        )
+    names = getattr(data.features[column].feature, "names", None)
+    return [
+        TaggedSentence(
+            row["tokens"], [names[i] for i in row[column]] if names else list(map(str, row[column]))
+        )
+        for row in data
+    ]

@@ -1,0 +1,57 @@
+"""The texts of a source by row: exactly one for each row, so that row n's vector is vector n."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from llm2vec_ds.data.sources import Source, stream_texts
+
+UNREADABLE = ("binary", "not UTF-8")
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Rows `start:stop` of a source, read anew by each iteration; None stands for an unreadable line.
+
+    `key`: where the user names the column, for messages.
+    """
+
+    source: Source
+    column: str
+    start: int
+    stop: int
+    key: str = "--text-column"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[str | None]:
+        return islice(_rows(self.source, self.column, self.key), self.start, self.stop)
+
+
+def count_rows(source: Source, column: str, key: str = "--text-column") -> int:
+    """How many rows `source` has; reads it through.
+
+    Raises:
+        UserError: as `stream_texts`.
+    """
+    return sum(1 for _ in _rows(source, column, key))
+
+
+def _rows(source: Source, column: str, key: str) -> Iterator[str | None]:
+    counts: Counter[str] = Counter()
+    n_told = 0
+
+    def unreadable() -> Iterator[None]:
+        nonlocal n_told
+        n_found = sum(counts[reason] for reason in UNREADABLE)
+        yield from [None] * (n_found - n_told)
+        n_told = n_found
+
+    for text in stream_texts(source, column, counts, whole=False, key=key):
+        yield from unreadable()
+        yield text
+    yield from unreadable()

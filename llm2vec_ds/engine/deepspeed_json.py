@@ -1,0 +1,93 @@
+"""The DeepSpeed JSON that a recipe names: reading and checking it needs no DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm2vec_ds.config import Recipe
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.quantization import check_bitsandbytes
+
+OWNED_BY_RECIPE = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The file's object, without keys that begin with `_`.
+
+    Raises:
+        UserError: the file is missing, no JSON object, or holds "auto" where it would be dropped silently.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"DeepSpeed config {path} not found: see ds_configs/ for ready ones")
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"DeepSpeed config {path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"DeepSpeed config {path} must be a JSON object")
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    if key := _auto_key({k: v for k, v in config.items() if k not in OWNED_BY_RECIPE}):
+        raise UserError(f'DeepSpeed config {path}: `{key}` is "auto", give a value (or leave the key out)')
+    return config
+
+
+def _auto_key(value: Any, prefix: str = "") -> str | None:
+    if isinstance(value, dict):
+        found = (_auto_key(child, f"{prefix}.{key}" if prefix else key) for key, child in value.items())
+        return next((key for key in found if key), None)
+    return prefix if value == "auto" else None
+
+
+def optimizer_is_offloaded(config: Mapping[str, Any]) -> bool:
+    """Does this JSON keep the optimizer's states on the host?"""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return bool(offload.get("device", "none") != "none")
+
+
+def _parameters_are_offloaded(config: Mapping[str, Any]) -> bool:
+    offload = config.get("zero_optimization", {}).get("offload_param") or {}
+    return bool(offload.get("device", "none") != "none")
+
+
+def check_combination(recipe: Recipe, config: Mapping[str, Any], *, on_cuda: bool) -> None:
+    """Refuses what does not work together, by name and before anything is loaded.
+
+    Raises:
+        UserError: names both sides and the mend.
+    """
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if recipe.adapter is not None and recipe.adapter.variant == "pissa" and stage == 3:
+        raise UserError(
+            f"adapter.variant: pissa needs whole weights for its start, and {recipe.deepspeed} splits them "
+            "(ZeRO-3): use deepspeed=ds_configs/zero2.json, or another variant"
+        )
+    if recipe.model.quantization is not None and _parameters_are_offloaded(config):
+        raise UserError(
+            f"model.quantization: nf4 keeps its weights on the GPU, and {recipe.deepspeed} keeps parameters "
+            "on the host (offload_param): use deepspeed=ds_configs/zero3.json, or quantization=null"
+        )
+    if recipe.optimizer.name != "paged_adamw_8bit":
+        return
+    check_bitsandbytes("optimizer.name: paged_adamw_8bit")
+    if not on_cuda:
+        raise UserError(
+            "optimizer.name: paged_adamw_8bit needs a CUDA GPU (its kernels page GPU memory): use "
+            "optimizer.name=adamw here"
+        )
+    if optimizer_is_offloaded(config):
+        raise UserError(
+            f"optimizer.name: paged_adamw_8bit lives on the GPU, and {recipe.deepspeed} keeps the optimizer "
+            "on the host: use optimizer.name=adamw, or a JSON without offload_optimizer"
+        )

@@ -1,0 +1,173 @@
+"""Memory of a run: planned and measured side by side, what to do when it is full, a smaller start."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from llm2vec_ds.config import MachineConfig, Recipe
+from llm2vec_ds.data.packing import pack
+from llm2vec_ds.data.prompts import TokenizedText
+from llm2vec_ds.distributed import all_reduce_max_int, rank, world_size
+from llm2vec_ds.engine.deepspeed_engine import Engine
+from llm2vec_ds.engine.monitor import peak_mib
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.planner.plan import GIB, Memory, Planner
+from llm2vec_ds.stages.base import Stage
+
+log = logging.getLogger(__name__)
+
+MIB = 2**20
+
+
+def explains_full_memory(train: Callable[..., Path]) -> Callable[..., Path]:
+    """`train`, but a GPU whose memory is full becomes a UserError that says what to lower."""
+
+    @wraps(train)
+    def explained(recipe: Recipe, *arguments: Any) -> Path:
+        try:
+            return train(recipe, *arguments)
+        except torch.OutOfMemoryError as error:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            said = explain_full_memory(recipe, device, _planner(recipe, device), error)
+        raise UserError(said)
+
+    return explained
+
+
+@contextmanager
+def watched(recipe: Recipe, stage: Stage, engine: Engine, folder: Path) -> Iterator[None]:
+    """Around training: plans first, shrinks the token budget if the recipe allows it, and at the end writes
+    `memory.json` with planned and measured peak.
+
+    Raises:
+        UserError: as `fit_token_budget`.
+    """
+    device = stage.encoder.device
+    planner = _planner(recipe, device) if rank() == 0 else None
+    planned = planner.memory(recipe.deepspeed) if planner else None
+    if planned is not None:
+        log.info("planned peak: %.0f MiB", planned_mib(planned, device))
+    if recipe.batch.halve_if_out_of_memory:
+        fit_token_budget(recipe, stage, engine)
+    yield
+    if planned is not None:
+        _report(planned, device, folder)
+
+
+def planned_mib(planned: Memory, device: torch.device) -> float:
+    """What `peak_mib` would measure: tensors on a GPU, the whole process on a CPU."""
+    return (planned.peak - (planned.reserved if device.type == "cuda" else 0)) / MIB
+
+
+def explain_full_memory(
+    recipe: Recipe, device: torch.device, planner: Planner | None, error: BaseException
+) -> str:
+    """One line: what was planned, what is held, what to lower."""
+    said = ["the GPU's memory is full"]
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        held = torch.cuda.memory_allocated(device)
+        said.append(f"{held / GIB:.1f} of {total / GIB:.1f} GiB held by tensors")
+    if planner is not None:
+        parts = planner.memory(recipe.deepspeed)
+        names = ("weights", "adapters", "optimizer", "activations", "temporaries", "embedding_bank")
+        shown = ", ".join(f"{name} {getattr(parts, name) / GIB:.1f}" for name in names)
+        said.append(f"planned {parts.peak / GIB:.1f} GiB ({shown})")
+    return f"{'; '.join(said)}. {_mends(recipe, planner)} ({' '.join(str(error).split())[:80]})"
+
+
+def _mends(recipe: Recipe, planner: Planner | None) -> str:
+    budget, least = recipe.batch.max_tokens_per_micro_batch, recipe.data.max_tokens
+    fitting = planner.largest_token_budget() if planner is not None else 0
+    lower = max(least, min(fitting or budget // 2, budget // 2))
+    mends = []
+    if lower < budget:
+        mends.append(f"batch.max_tokens_per_micro_batch={lower} (now {budget})")
+    if not recipe.model.activation_checkpointing:
+        mends.append("model.activation_checkpointing=true")
+    if recipe.model.quantization is None and recipe.adapter is not None:
+        mends.append("model.quantization=nf4")
+    mends.append("a JSON of ds_configs/ that splits or offloads more (llm2vec-ds plan tells which)")
+    return f"Try {', or '.join(mends)}"
+
+
+def fit_token_budget(recipe: Recipe, stage: Any, engine: Engine) -> None:
+    """Halves the stage's token budget until one full micro-batch passes on every rank.
+
+    Forward and backward run before any step, without gradients being kept or exchanged, so that a rank
+    whose memory is full leaves none waiting; ranks then agree.
+
+    Raises:
+        UserError: under ZeRO-3, whose passes exchange weights; or not even one text fits.
+    """
+    if engine.zero_stage == 3:
+        raise UserError(
+            "batch.halve_if_out_of_memory does not work under ZeRO-3, whose ranks wait for each other in "
+            "every pass: leave it out, and see llm2vec-ds plan for a budget that fits"
+        )
+    least = recipe.data.max_tokens
+    while all_reduce_max_int(int(not _fits(stage, recipe)), stage.encoder.device):
+        if stage.max_tokens <= least:
+            raise UserError(
+                f"not even {least} tokens (data.max_tokens) fit into the GPU's memory: lower "
+                "data.max_tokens, or see llm2vec-ds plan"
+            )
+        stage.max_tokens = max(least, stage.max_tokens // 2)
+        log.warning("memory is full: all ranks go on with %s tokens a micro-batch", stage.max_tokens)
+
+
+def _fits(stage: Any, recipe: Recipe) -> bool:
+    """Does a full micro-batch pass here? Gradients are computed and dropped: no hook of DeepSpeed's runs."""
+    n_texts = max(1, stage.max_tokens // recipe.data.max_tokens)
+    ids = [3] * recipe.data.max_tokens
+    texts = [TokenizedText(ids, 0, len(ids), 0)] * n_texts
+    labels = [np.asarray(ids)] * n_texts if recipe.mntp is not None else None
+    parameters = [p for p in stage.model.parameters() if p.requires_grad]
+    stage.model.train()
+    full = False
+    try:
+        outcome = stage.model(pack(texts, labels).to(stage.encoder.device))
+        torch.autograd.grad(outcome[0].sum(), parameters, allow_unused=True)
+    except torch.OutOfMemoryError:
+        full = True  # what the pass holds is freed only when this error is gone
+    if full and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return not full
+
+
+def _planner(recipe: Recipe, device: torch.device) -> Planner | None:
+    """A plan for this very machine; None, and said so, for a model that cannot be built without memory."""
+    if device.type == "cuda":
+        memory, gpus, nodes = torch.cuda.get_device_properties(device).total_memory, world_size(), 1
+    else:
+        memory, gpus, nodes = psutil.virtual_memory().total, 0, world_size()
+    machine = MachineConfig(nodes=nodes, gpus_per_node=gpus, memory_gib=memory / GIB)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return Planner(recipe, machine=machine)
+    except (UserError, RuntimeError, NotImplementedError, AttributeError) as error:
+        log.warning("memory is not planned: %s", " ".join(str(error).split())[:160])
+        return None
+
+
+def _report(planned: Memory, device: torch.device, folder: Path) -> None:
+    expected, measured = planned_mib(planned, device), peak_mib(device)
+    log.info("peak memory: planned %.0f MiB, measured %.0f MiB", expected, measured)
+    parts = {name: round(value / MIB, 3) for name, value in vars(planned).items()}
+    values = {
+        "planned_peak_mib": round(expected, 1),
+        "measured_peak_mib": round(measured, 1),
+        "planned_parts_mib": parts,
+    }
+    with writing(folder / "memory.json"):
+        (folder / "memory.json").write_text(json.dumps(values, indent=1) + "\n")

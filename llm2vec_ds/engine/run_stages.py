@@ -1,0 +1,43 @@
+"""Several stages of one recipe file, one after the other."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llm2vec_ds.config import EvaluationConfig, Recipe
+from llm2vec_ds.engine.run import train
+from llm2vec_ds.engine.trainer import Evaluation
+
+log = logging.getLogger(__name__)
+
+
+def train_stages(
+    recipes: list[Recipe],
+    evaluation_of: Callable[[EvaluationConfig | None], Evaluation | None] = lambda config: None,
+) -> Path:
+    """Trains each; of several, one whose `encoder/` is there is not trained again (`overwrite` does).
+
+    Args:
+        evaluation_of: makes what `recipe.evaluation` measures during training.
+
+    Returns:
+        The last one's run folder.
+
+    Raises:
+        UserError: as `train`.
+    """
+    for recipe in recipes:
+        folder = Path(recipe.output_dir)
+        if len(recipes) > 1 and not recipe.overwrite and (folder / "encoder").is_dir():
+            log.info("%s: done already, %s", recipe.stage, folder / "encoder")
+            continue
+        train(recipe, evaluation_of(recipe.evaluation))
+        gc.collect()  # engine and model refer to each other; the next stage needs their memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return folder

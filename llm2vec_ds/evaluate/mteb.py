@@ -1,0 +1,212 @@
+"""MTEB 2.x (Muennighoff et al., 2023, arXiv 2210.07316; Enevoldsen et al., 2025, arXiv 2502.13595).
+
+mteb is imported with this module: commands import it when they run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import PromptType
+
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.evaluate.identity import key_of, model_name, weights_key
+from llm2vec_ds.evaluate.shards import RankEncoder
+from llm2vec_ds.work_folder import replace_text
+
+log = logging.getLogger(__name__)
+
+DIGITS = 6
+"""To which mteb rounds what it stores: a score is the same measured and read."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A task's main score, between 0 and 1 (a correlation: −1 and 1)."""
+
+    task: str
+    type: str
+    metric: str
+    value: float
+
+
+class MtebEncoder(AbsEncoder):
+    """Our packed encoder as mteb sees it. Vectors do not depend on mteb's batch size: all texts of a call are
+    packed by token count."""
+
+    def __init__(self, encoder: RankEncoder, meta: ModelMeta, instructions: Mapping[str, str] | None) -> None:
+        """`instructions`: by task, over those of mteb's metadata; None: no instruction at all."""
+        self.model = None
+        self.encoder = encoder
+        self.mteb_model_meta = meta
+        self.instructions = instructions
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """`[N, D]` fp32, not normalised."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        return self.encoder.encode(texts, self.instruction(task_metadata, prompt_type))
+
+    def instruction(self, task: Any, prompt_type: PromptType | None) -> str | None:
+        """Queries, and the texts of tasks without sides, get the task's instruction; documents stay bare."""
+        if self.instructions is None or prompt_type == PromptType.document:
+            return None
+        prompt = self.instructions.get(task.name, task.prompt)
+        if isinstance(prompt, dict):
+            prompt = prompt.get("query")
+        return f"{prompt.strip().rstrip('.:')}:" if prompt else None
+
+
+def read_instructions(file: str | None) -> dict[str, str] | None:
+    """A JSON or YAML file `{task: instruction}`; `none` means no instruction anywhere, None only mteb's own.
+
+    Raises:
+        UserError: no such file, or not of that form.
+    """
+    import yaml
+
+    if file is None:
+        return {}
+    if file == "none":
+        return None
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--instructions {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--instructions {file}: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+        raise UserError(f"--instructions {file} must map names of tasks to instructions")
+    return {str(name): value for name, value in values.items()}
+
+
+def model_meta(model: str, encoder: RankEncoder, instructions: Mapping[str, str] | None) -> ModelMeta:
+    """Its revision changes with whatever changes vectors, so that stored results are those of this model."""
+    trunk, settings = encoder.encoder.trunk, encoder.encoder.settings
+    parts = [
+        weights_key(model),
+        getattr(trunk.config, "_commit_hash", None),
+        bool(getattr(trunk.config, "is_causal", True)),
+        str(trunk.dtype),
+        vars(settings),
+        None if instructions is None else dict(instructions),
+    ]
+    return ModelMeta.create_empty(
+        {
+            "name": model_name(model),
+            "revision": key_of(*parts),
+            "embed_dim": encoder.encoder.dimensions,
+            "max_tokens": settings.max_tokens,
+            "similarity_fn_name": ScoringFunction.COSINE,
+            "framework": ["PyTorch"],
+            "use_instructions": instructions is not None,
+        }
+    )
+
+
+def evaluate_mteb(encoder: MtebEncoder, tasks: list[Any], output: Path) -> list[Score]:
+    """Runs what `output` does not hold yet (mteb's own layout, under `output/results`).
+
+    Raises:
+        UserError: a data set cannot be had, or `output` cannot be written.
+    """
+    cache = mteb.ResultCache(output)
+    with writing(f"--output {output}"):
+        output.mkdir(parents=True, exist_ok=True)
+    scores = []
+    for task in tasks:
+        _drop_result_of_other_data(cache, task, encoder.mteb_model_meta)
+        with writing(f"--output {output}"):
+            score = measure(encoder, task, cache)
+        scores.append(score)
+        log.info("%s: %s %.4f", score.task, score.metric, score.value)
+    return scores
+
+
+def measure(encoder: MtebEncoder, task: Any, cache: Any | None) -> Score:
+    """One task's score; results that `cache` (mteb's `ResultCache`) holds are taken from there.
+
+    Raises:
+        UserError: its data cannot be had.
+    """
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        results = mteb.evaluate(encoder, task, cache=cache, co2_tracker=False, show_progress_bar=False)
+    except (
+        ConnectionError,
+        DatasetNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    ) as error:
+        cause = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{task.metadata.name}: its data cannot be had from the hub ({cause}): connect to the network, "
+            "or fetch it into the Hugging Face cache first"
+        ) from None
+    value = round(float(results.task_results[0].get_score()), DIGITS)
+    return Score(task.metadata.name, task.metadata.type, task.metadata.main_score, value)
+
+
+def _drop_result_of_other_data(cache: Any, task: Any, meta: Any) -> None:
+    """mteb takes a complete result for good even where the data have changed since."""
+    stored = cache.load_task_result(task.metadata.name, meta)
+    if stored is not None and stored.dataset_revision != task.metadata.revision:
+        log.info("%s: its data have changed since they were measured: again", task.metadata.name)
+        cache.get_task_result_path(task.metadata.name, meta).unlink()
+
+
+def summary(model: str, meta: ModelMeta, scores: list[Score]) -> dict[str, Any]:
+    """What `--json` prints: each task's main score, the mean of each type, and the mean of all tasks."""
+    types = list(dict.fromkeys(score.type for score in scores))
+    means = {kind: float(np.mean([s.value for s in scores if s.type == kind])) for kind in types}
+    return {
+        "model": model,
+        "revision": meta.revision,
+        "mteb": mteb.__version__,
+        "tasks": {
+            score.task: {"type": score.type, "metric": score.metric, "main_score": score.value}
+            for score in scores
+        },
+        "mean_by_type": means,
+        "mean": float(np.mean([score.value for score in scores])),
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The summary as a Markdown table."""
+    lines = ["| task | type | metric | score |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {task['type']} | {task['metric']} | {task['main_score']:.4f} |"
+        for name, task in result["tasks"].items()
+    ]
+    if len(result["tasks"]) > 1:
+        lines += [f"| mean | {kind} | | {value:.4f} |" for kind, value in result["mean_by_type"].items()]
+        lines.append(f"| mean | all tasks | | {result['mean']:.4f} |")
+    return "\n".join(lines)
+
+
+def write_summary(result: Mapping[str, Any], output: Path) -> None:
+    """`scores.json` and `scores.md` beside mteb's own results."""
+    with writing(f"--output {output}"):
+        replace_text(output / "scores.json", json.dumps(result, indent=1) + "\n")
+        replace_text(output / "scores.md", table(result) + "\n")

@@ -1,0 +1,250 @@
+"""Which mteb tasks to run: names, benchmarks, the paper's subset, and local files as mteb's own task classes.
+
+mteb is imported with this module: commands import it when they run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mteb
+from datasets import Dataset, DatasetDict
+from mteb.abstasks.classification import AbsTaskClassification
+from mteb.abstasks.clustering import AbsTaskClustering
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.sts import AbsTaskSTS
+from mteb.abstasks.task_metadata import TaskMetadata
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.evaluate.identity import file_key
+from llm2vec_ds.evaluate.sts import load_graded_pairs
+
+SUBSETS = {
+    "paper15": [
+        "ArguAna",
+        "NFCorpus",
+        "SciFact",
+        "StackOverflowDupQuestions",
+        "SciDocsRR",
+        "BiorxivClusteringS2S",
+        "MedrxivClusteringS2S",
+        "TwentyNewsgroupsClustering",
+        "SprintDuplicateQuestions",
+        "Banking77Classification",
+        "EmotionClassification",
+        "MassiveIntentClassification:en",
+        "STS17:en-en",
+        "SICK-R",
+        "STSBenchmark",
+    ],
+}
+"""`paper15`: 15 tasks of MTEB (eng, v1) on which the paper compares its variants. The list is not confirmed:
+no public source of it was at hand."""
+
+LOCAL = ("sts", "retrieval", "clustering", "classification")
+
+
+def tasks_for(names: Sequence[str], benchmark: str | None = None, subset: str | None = None) -> list[Any]:
+    """The tasks asked for, in order.
+
+    Args:
+        names: `sts:FILE`, `retrieval:FOLDER`, `clustering:FILE`, `classification:FILE`, mteb's name of a
+            task, or such a name with one of its subsets (`STS17:en-en`).
+        benchmark: mteb's name of a benchmark.
+        subset: a key of `SUBSETS`.
+
+    Raises:
+        UserError: nothing asked for, an unknown name, unusable local data, or two tasks of one name.
+    """
+    if subset is not None and subset not in SUBSETS:
+        raise UserError(f"--subset {subset!r} is unknown: choose {', '.join(SUBSETS)}")
+    tasks = [_task(name) for name in [*names, *SUBSETS.get(subset or "", [])]]
+    if benchmark is not None:
+        tasks += _known(mteb.get_benchmark, "--benchmark", benchmark).tasks
+    if not tasks:
+        raise UserError("nothing to evaluate: give --task, --benchmark or --subset")
+    twice = [name for name, n in Counter(task.metadata.name for task in tasks).items() if n > 1]
+    if twice:
+        raise UserError(f"two tasks have the name {twice[0]}: give one of them, or rename its file")
+    return tasks
+
+
+def _known(get: Any, option: str, name: str) -> Any:
+    try:
+        return get(name)
+    except KeyError as error:
+        said = " ".join(str(error.args[0]).removeprefix("KeyError: ").split())
+        raise UserError(f"{option} {said[:200]}") from None
+
+
+def _task(name: str) -> Any:
+    kind, _, rest = name.partition(":")
+    if kind in LOCAL:
+        return _local(kind, Path(rest))
+    task = _known(mteb.get_task, "--task", kind)
+    if not rest:
+        return task
+    if rest not in task.hf_subsets:
+        known = ", ".join(task.hf_subsets)[:200]
+        raise UserError(f"--task {name}: {kind} has no subset {rest!r}: choose of {known}")
+    return mteb.get_task(kind, hf_subsets=[rest])
+
+
+def _local(kind: str, path: Path) -> Any:
+    if not path.exists():
+        raise UserError(f"--task {kind}:{path}: there is no such file or folder")
+    if path.is_dir() != (kind == "retrieval"):
+        expected = "a folder in BEIR's layout" if kind == "retrieval" else "a file"
+        raise UserError(f"--task {kind}:{path}: {kind} needs {expected}")
+    make = {
+        "sts": _sts,
+        "retrieval": _retrieval,
+        "clustering": _clustering,
+        "classification": _classification,
+    }
+    return make[kind](path)
+
+
+def _metadata(path: Path, task_type: str, main_score: str, files: Sequence[Path], split: str) -> TaskMetadata:
+    """No prompt: local tasks have an instruction only where the instruction file names them."""
+    return TaskMetadata(
+        name=f"{task_type}-{path.stem}",
+        description=f"{task_type} on local data.",
+        dataset={"path": str(path), "revision": file_key(*files)},
+        type=task_type,
+        eval_splits=[split],
+        eval_langs=["eng-Latn"],
+        main_score=main_score,
+    )
+
+
+def _made(base: type, metadata: TaskMetadata, dataset: Any, **settings: Any) -> Any:
+    """An instance of mteb's class that already holds its data; no hub is asked."""
+
+    def load_data(self: Any, *args: Any, **options: Any) -> None:
+        self.dataset, self.data_loaded = dataset, True
+
+    namespace = {"metadata": metadata, "load_data": load_data, **settings}
+    return type(metadata.name, (base,), namespace)()
+
+
+def _sts(path: Path) -> Any:
+    pairs = load_graded_pairs(path)
+    columns = {"sentence1": pairs.first, "sentence2": pairs.second, "score": pairs.scores}
+    metadata = _metadata(path, "STS", "cosine_spearman", [path], "test")
+    lowest, highest = min(pairs.scores), max(pairs.scores)
+    data = DatasetDict(test=Dataset.from_dict(columns))
+    return _made(AbsTaskSTS, metadata, data, min_score=lowest, max_score=highest)
+
+
+def _clustering(path: Path) -> Any:
+    rows = _labelled(path)
+    data = Dataset.from_dict(
+        {"sentences": [row["text"] for row in rows], "labels": [row["label"] for row in rows]}
+    )
+    metadata = _metadata(path, "Clustering", "v_measure", [path], "test")
+    # Of a small local set all documents count; mteb's default samples 4 %.
+    return _made(AbsTaskClustering, metadata, DatasetDict(test=data), max_fraction_of_documents_to_embed=None)
+
+
+def _classification(path: Path) -> Any:
+    """With a `split` column (train, test) as mteb's tasks; without one by cross-validation over all rows."""
+    rows = _labelled(path)
+    names = sorted({row["label"] for row in rows})
+
+    def part(chosen: list[dict[str, str]]) -> Dataset:
+        labels = [names.index(row["label"]) for row in chosen]
+        return Dataset.from_dict({"text": [row["text"] for row in chosen], "label": labels})
+
+    if not any("split" in row for row in rows):
+        metadata = _metadata(path, "Classification", "accuracy", [path], "train")
+        return _made(AbsTaskClassification, metadata, DatasetDict(train=part(rows)), is_cross_validation=True)
+    parts = {name: [row for row in rows if row.get("split") == name] for name in ("train", "test")}
+    if empty := [name for name, chosen in parts.items() if not chosen]:
+        raise UserError(f"{path}: no row has {empty[0]!r} in its column `split`")
+    metadata = _metadata(path, "Classification", "accuracy", [path], "test")
+    data = DatasetDict({name: part(chosen) for name, chosen in parts.items()})
+    return _made(AbsTaskClassification, metadata, data)
+
+
+def _labelled(path: Path) -> list[dict[str, str]]:
+    """Rows with `text` and `label` of a CSV or JSON-lines file."""
+    rows = list(_json_rows(path)) if path.suffix == ".jsonl" else _csv_rows(path)
+    for number, row in enumerate(rows, 1):
+        if not all(isinstance(row.get(name), (str, int)) for name in ("text", "label")):
+            raise UserError(f"{path}, data row {number}: expected the columns text and label")
+    rows = [{name: str(value) for name, value in row.items() if value is not None} for row in rows]
+    if len({row["label"] for row in rows}) < 2:
+        raise UserError(f"{path}: a task needs at least two different labels")
+    return rows
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from None
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: expected an object")
+            yield row
+
+
+def _retrieval(folder: Path) -> Any:
+    """BEIR's layout (Thakur et al., 2021): corpus.jsonl, queries.jsonl, qrels/*.tsv."""
+    corpus_file, queries_file = folder / "corpus.jsonl", folder / "queries.jsonl"
+    qrels = folder / "qrels" / "test.tsv"
+    for file in (corpus_file, queries_file, qrels):
+        if not file.is_file():
+            raise UserError(
+                f"--task retrieval:{folder}: {file.relative_to(folder)} is missing (BEIR's layout)"
+            )
+    corpus = [(row.get("_id"), row.get("title") or "", row.get("text")) for row in _json_rows(corpus_file)]
+    queries = [(row.get("_id"), row.get("text")) for row in _json_rows(queries_file)]
+    for file, rows in ((corpus_file, corpus), (queries_file, queries)):
+        if not rows or not all(isinstance(row[0], str) and isinstance(row[-1], str) for row in rows):
+            raise UserError(f"{file}: every line needs _id and text")
+    relevant = _relevant(qrels, {row[0] for row in queries}, {row[0] for row in corpus})
+    ids, titles, texts = zip(*corpus, strict=True)
+    query_ids, query_texts = zip(*queries, strict=True)
+    split = {
+        "corpus": Dataset.from_dict({"id": ids, "title": titles, "text": texts}),
+        "queries": Dataset.from_dict({"id": query_ids, "text": query_texts}),
+        "relevant_docs": relevant,
+        "top_ranked": None,
+    }
+    metadata = _metadata(folder, "Retrieval", "ndcg_at_10", [corpus_file, queries_file, qrels], "test")
+    return _made(AbsTaskRetrieval, metadata, {"default": {"test": split}})
+
+
+def _relevant(file: Path, queries: set[Any], corpus: set[Any]) -> dict[str, dict[str, int]]:
+    relevant: dict[str, dict[str, int]] = {}
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            query, document, score = line.split("\t")
+            relevance = int(score)
+        except ValueError:
+            raise UserError(f"{file}, line {number}: expected query-id, corpus-id, score by tabs") from None
+        if query not in queries or document not in corpus:
+            raise UserError(f"{file}, line {number}: no such query or document")
+        relevant.setdefault(query, {})[document] = relevance
+    if not relevant:
+        raise UserError(f"{file} names no relevant document")
+    return relevant

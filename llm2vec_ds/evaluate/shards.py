@@ -1,0 +1,106 @@
+"""One evaluation on all GPUs: rank 0 asks for vectors, every rank encodes its share of the texts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llm2vec_ds.distributed import (
+    Ranks,
+    broadcast_object,
+    export_ranks,
+    gather_rows,
+    rank,
+    ranks_from_environment,
+    world_size,
+)
+from llm2vec_ds.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device | None]:
+    """The ranks of a launcher, and this process's device; without one None: an encoder takes every GPU."""
+    ranks: Ranks = ranks_from_environment()
+    if ranks.world_size == 1:
+        yield None
+        return
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
+    export_ranks(ranks)
+    if on_gpu:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class RankEncoder:
+    """An encoder as evaluation calls it; this rank encodes everything."""
+
+    encoder: Encoder
+    batch_tokens: int = 4096
+
+    def encode(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
+        """Vectors of `texts` in their order, `[N, D]` fp32, not normalised.
+
+        Equal texts are encoded once. A text without characters has the zero vector, which is like no other;
+        some public data sets hold such texts.
+        """
+        distinct = list(dict.fromkeys(text for text in texts if text.strip()))
+        place = {text: row for row, text in enumerate(distinct)}
+        vectors = self._vectors(distinct, instruction)
+        empty = np.zeros((1, vectors.shape[1]), dtype=np.float32)
+        if len(blank := [text for text in texts if not text.strip()]):
+            log.warning("%s of %s texts are empty: their vector is zero", len(blank), len(texts))
+        rows = [place.get(text, len(distinct)) for text in texts]
+        whole: np.ndarray = np.concatenate([vectors, empty])[rows]
+        return whole
+
+    def _vectors(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
+        if not texts:
+            return np.empty((0, self.encoder.dimensions), dtype=np.float32)
+        vectors: np.ndarray = self.encoder.encode(
+            texts,
+            instruction=instruction,
+            batch_tokens=self.batch_tokens,
+            show_progress=rank() == 0,
+        )
+        return vectors
+
+
+@dataclass(frozen=True)
+class ShardedEncoder(RankEncoder):
+    """An encoder that is loaded on every rank. Rank 0 calls `encode`, the others are in `serve`."""
+
+    def serve(self) -> None:
+        """Encodes this rank's share of what rank 0 asks for, until rank 0 is done."""
+        while (asked := broadcast_object(None)) is not None:
+            self._share(*asked)
+
+    def done(self) -> None:
+        """Lets the other ranks leave `serve`."""
+        broadcast_object(None)
+
+    def _vectors(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
+        broadcast_object((texts, instruction))
+        return self._share(texts, instruction)
+
+    def _share(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
+        """Ranks take every W-th text; all of them hold all vectors afterwards."""
+        own = RankEncoder._vectors(self, texts[rank() :: world_size()], instruction)
+        if world_size() == 1:
+            return own
+        order = np.concatenate([np.arange(r, len(texts), world_size()) for r in range(world_size())])
+        vectors = np.empty((len(texts), own.shape[1]), dtype=np.float32)
+        vectors[order] = gather_rows(torch.from_numpy(own).to(self.encoder.device)).cpu().numpy()
+        return vectors

@@ -1,0 +1,160 @@
+"""A frozen encoder's vector for each word of a sentence."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llm2vec_ds.data.packing import pack, plan_micro_batches
+from llm2vec_ds.data.prompts import TokenizedText
+from llm2vec_ds.data.tagged import TaggedSentence
+from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.errors import writing
+
+log = logging.getLogger(__name__)
+
+Shift = Literal["same_token", "next_token"]
+SHIFTS: tuple[Shift, ...] = ("same_token", "next_token")
+
+
+@dataclass(frozen=True)
+class WordFeatures:
+    """Vectors of N words, by shift, and which word is whose.
+
+    A word's vector is the mean over its sub-words' hidden states (`same_token`), or over the hidden states
+    one token before each of them (`next_token`), which a next-token objective trains to say what comes.
+
+    Attributes:
+        vectors: by shift `[N, D]` fp32, perhaps memory-mapped.
+        labels: `[N]` of each word.
+        sentence: `[N]` number of the sentence that a word is of, rising.
+        n_unscored: words without vectors: cut off as too far in a long sentence, or at a text's very first
+            token, which has none before it. They are left out with either shift, so that both are measured on
+            the same words.
+    """
+
+    vectors: dict[Shift, np.ndarray]
+    labels: list[str]
+    sentence: np.ndarray
+    n_unscored: int
+
+
+def word_features(
+    encoder: Encoder,
+    sentences: Sequence[TaggedSentence],
+    *,
+    batch_tokens: int = 4096,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> WordFeatures:
+    """Runs the encoder once over the sentences, or reads what `cache` holds.
+
+    Args:
+        cache: a folder for this encoder and these sentences alone; made when missing.
+    """
+    texts, places = zip(*(_tokens_of_words(encoder, s.words) for s in sentences), strict=True)
+    n_words = [[i for i, tokens in enumerate(words) if tokens] for words in places]
+    labels = [s.labels[i] for s, kept in zip(sentences, n_words, strict=True) for i in kept]
+    sentence = np.repeat(np.arange(len(sentences)), [len(kept) for kept in n_words])
+    n_unscored = sum(len(s.words) for s in sentences) - len(labels)
+    kept_places = [[tokens for tokens in words if tokens] for words in places]
+    vectors = _cached(cache)
+    if vectors is None:
+        vectors = _vectors(encoder, texts, kept_places, batch_tokens, progress)
+        if cache is not None:
+            vectors = _store(cache, vectors)
+    return WordFeatures(vectors, labels, sentence, n_unscored)
+
+
+def _tokens_of_words(encoder: Encoder, words: Sequence[str]) -> tuple[TokenizedText, list[list[int]]]:
+    """The sentence, words parted by blanks, and the tokens of each word; no tokens for a word that cannot be
+    scored. A word has the tokens that hold any of its characters, or nothing but the blank before it."""
+    limit = encoder.settings.max_tokens
+    encoding: Any = encoder.tokenizer(" ".join(words), return_attention_mask=False, verbose=False)
+    n_tokens = len(encoding["input_ids"])
+    # Special tokens that the tokenizer adds have no characters (None).
+    spans = [encoding[0].token_to_chars(i) or (0, 0) for i in range(n_tokens)]
+    places: list[list[int]] = []
+    begin, first = 0, 0
+    for word in words:
+        end = begin + len(word)
+        while first < n_tokens and spans[first][1] < begin:
+            first += 1
+        tokens = []
+        for i in range(first, n_tokens):
+            start, stop = spans[i]
+            if start >= end:
+                break
+            if stop > start and (stop > begin or start >= begin - 1):
+                tokens.append(i)
+        scored = tokens and tokens[0] > 0 and tokens[-1] < limit
+        places.append(tokens if scored else [])
+        begin = end + 1
+    input_ids = encoding["input_ids"][:limit]
+    return TokenizedText(input_ids, 0, len(input_ids), 0), places
+
+
+@torch.no_grad()
+def _vectors(
+    encoder: Encoder,
+    texts: Sequence[TokenizedText],
+    places: Sequence[Sequence[Sequence[int]]],
+    max_tokens: int,
+    progress: bool,
+) -> dict[Shift, np.ndarray]:
+    starts = np.concatenate([[0], np.cumsum([len(words) for words in places])])
+    shape = (int(starts[-1]), encoder.dimensions)
+    vectors: dict[Shift, np.ndarray] = {shift: np.empty(shape, dtype=np.float32) for shift in SHIFTS}
+    was_training = encoder.training
+    encoder.eval()
+    budget = max(max_tokens, encoder.settings.max_tokens)
+    with tqdm(total=len(texts), desc="words", unit="sentence", disable=None if progress else True) as bar:
+        for group in plan_micro_batches([len(text) for text in texts], budget):
+            batch = pack([texts[i] for i in group]).to(encoder.device)
+            hidden_TD = encoder.hidden_states(batch).float().cpu()
+            offset = 0
+            for i in group:
+                of_text = hidden_TD[offset : offset + len(texts[i])]
+                for shift in SHIFTS:
+                    back = 1 if shift == "next_token" else 0
+                    vectors[shift][starts[i] : starts[i + 1]] = _means(of_text, places[i], back)
+                offset += len(texts[i])
+            bar.update(len(group))
+    encoder.train(was_training)
+    return vectors
+
+
+def _means(hidden_TD: torch.Tensor, places: Sequence[Sequence[int]], back: int) -> np.ndarray:
+    """`[words, D]`: mean over each word's tokens, `back` tokens earlier."""
+    word = torch.tensor([w for w, tokens in enumerate(places) for _ in tokens], dtype=torch.long)
+    token = torch.tensor([t - back for tokens in places for t in tokens], dtype=torch.long)
+    sums = torch.zeros(len(places), hidden_TD.shape[1]).index_add_(0, word, hidden_TD[token])
+    counts = torch.tensor([[len(tokens)] for tokens in places], dtype=torch.float32).reshape(-1, 1)
+    means: np.ndarray = (sums / counts).numpy()
+    return means
+
+
+def _cached(folder: Path | None) -> dict[Shift, np.ndarray] | None:
+    if folder is None or not folder.is_dir():
+        return None
+    log.info("%s: word vectors of an earlier run", folder)
+    return {shift: np.load(folder / f"{shift}.npy", mmap_mode="r") for shift in SHIFTS}
+
+
+def _store(folder: Path, vectors: dict[Shift, np.ndarray]) -> dict[Shift, np.ndarray]:
+    """The folder is complete or absent."""
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    with writing(f"word vectors {folder}"):
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for shift, rows in vectors.items():
+            np.save(unfinished / f"{shift}.npy", rows)
+        unfinished.rename(folder)
+    return vectors

@@ -1,0 +1,138 @@
+"""Adapters of earlier stages over one quantised base: stacked, because a merge into 4 bits would round them.
+
+An encoder folder that was trained over NF4 holds merged weights for use, and in `adapters/` the base's
+name and each stage's adapter, from which the next stage goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm2vec_ds.config import AdapterConfig
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.adapters import TRAINED, GatherParameters, adapter_names, add_lora, check_whole
+
+FOLDER, INDEX = "adapters", "stack.json"
+
+
+@dataclass(frozen=True)
+class AdapterStack:
+    """A base model and adapters over it, in the order of their training.
+
+    Attributes:
+        base: folder or hub id.
+        earlier: each adapter's settings and its file.
+        trained: settings of the one that trains now, if any.
+    """
+
+    base: str
+    earlier: tuple[tuple[AdapterConfig, Path], ...] = ()
+    trained: AdapterConfig | None = None
+
+
+def read_stack(path: str, quantization: str | None, trained: AdapterConfig | None) -> AdapterStack:
+    """What to load for `model.path`: the base and adapters of an encoder folder that has them, if the run is
+    quantised; else the folder itself.
+
+    Raises:
+        UserError: the folder's index is damaged.
+    """
+    index = Path(path) / FOLDER / INDEX
+    if quantization is None or not index.is_file():
+        return AdapterStack(path, trained=trained)
+    try:
+        said = json.loads(index.read_text())
+        earlier = [
+            (AdapterConfig(**item["settings"]), index.parent / item["file"]) for item in said["adapters"]
+        ]
+        return AdapterStack(said["base"], tuple(earlier), trained)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is damaged ({error}): take the encoder folder from its run again") from None
+
+
+def put_stack_in(trunk: nn.Module, stack: AdapterStack) -> None:
+    """Adds the earlier adapters, frozen and without dropout.
+
+    Raises:
+        UserError: a file is missing or of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for number, (settings, file) in enumerate(stack.earlier):
+        name = _stacked(number)
+        add_lora(
+            trunk, settings.model_copy(update={"dropout": 0.0, "variant": _without_start(settings)}), name
+        )
+        try:
+            values = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"adapter {file} cannot be read: {error}") from None
+        own = _parameters(trunk, name)
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in values.items()}:
+            raise UserError(f"adapter {file} is of another model than {stack.base}: check {INDEX} beside it")
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(values[key])
+    trunk.requires_grad_(False)
+
+
+def adapter_state(
+    trunk: nn.Module, gather: GatherParameters = lambda parameters: nullcontext()
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Each adapter's values, fp32 on the CPU, by its name and `LAYER.lora_A` …
+
+    Args:
+        gather: see `merged_state_dict`; every rank must call this function.
+
+    Raises:
+        RuntimeError: a parameter is not whole although gathered.
+    """
+    state = {}
+    for name in adapter_names(trunk):
+        own = _parameters(trunk, name)
+        with gather(list(own.values())):
+            check_whole(f"adapter {name}: ", own.items())
+            state[name] = {k: v.detach().float().cpu().clone() for k, v in own.items()}
+    return state
+
+
+def write_stack(stack: AdapterStack, state: dict[str, dict[str, torch.Tensor]], folder: Path) -> None:
+    """Writes `folder/adapters/`: an index, and a safetensors file for each adapter of `adapter_state`."""
+    from safetensors.torch import save_file
+
+    (folder / FOLDER).mkdir(parents=True)
+    names = [_stacked(number) for number in range(len(stack.earlier))]
+    settings = [own for own, _ in stack.earlier]
+    if stack.trained is not None:
+        names, settings = [*names, TRAINED], [*settings, stack.trained]
+    items: list[dict[str, Any]] = []
+    for number, (name, own) in enumerate(zip(names, settings, strict=True)):
+        file = f"{number}.safetensors"
+        save_file(state[name], folder / FOLDER / file)
+        items.append({"file": file, "settings": own.model_dump(mode="json")})
+    base = str(Path(stack.base).resolve()) if Path(stack.base).exists() else stack.base
+    (folder / FOLDER / INDEX).write_text(json.dumps({"base": base, "adapters": items}, indent=1) + "\n")
+
+
+def _stacked(number: int) -> str:
+    return f"stacked_{number}"
+
+
+def _parameters(trunk: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters by `LAYER.lora_A`, `LAYER.lora_B`, `LAYER.lora_magnitude_vector`."""
+    ending = f".{name}.weight"
+    found = ((key, value) for key, value in trunk.named_parameters() if ".lora_" in key)
+    return {key.removesuffix(ending): value for key, value in found if key.endswith(ending)}
+
+
+def _without_start(settings: AdapterConfig) -> str:
+    """PiSSA is LoRA with another start, and what was trained is loaded."""
+    return "lora" if settings.variant == "pissa" else settings.variant

@@ -1,0 +1,150 @@
+"""A recipe's model on the meta device: every tensor has shape and dtype, and no memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm2vec_ds.config import AdapterConfig, Recipe
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.loss.mntp import MaskedTokenHead
+from llm2vec_ds.model.adapters import add_lora
+from llm2vec_ds.model.bidirectional import with_causal
+from llm2vec_ds.model.loading import TrunkOptions
+from llm2vec_ds.model.quantization import quantize_shapes
+from llm2vec_ds.planner.flash_shapes import register_for_shapes
+
+META = torch.device("meta")
+
+
+@dataclass
+class MetaModel:
+    """What the engine would train. `head` is None for contrastive stages; adapters are not in yet."""
+
+    whole: nn.Module
+    trunk: Any
+    head: MaskedTokenHead | None
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.trunk.layers)
+
+    def cut(self, n_layers: int) -> None:
+        """Keeps the first layers: what one layer more needs is then known without running them all."""
+        self.trunk.layers = self.trunk.layers[:n_layers]
+        self.trunk.config.num_hidden_layers = n_layers
+
+
+def model_config(recipe: Recipe, recipe_file: Path | None = None) -> Any:
+    """transformers' config of the recipe's model: from its folder, `model.config_file`, beside the recipe, or
+    the hub's cache on this machine. Nothing is downloaded.
+
+    Raises:
+        UserError: none of these has it.
+    """
+    from transformers import AutoConfig
+
+    beside = recipe_file.parent / "config.json" if recipe_file else None
+    own = Path(recipe.model.path) / "config.json"
+    named = Path(recipe.model.config_file) if recipe.model.config_file else None
+    if named is not None and not named.is_file():
+        raise UserError(f"model.config_file {named} not found: give the path of the model's config.json")
+    found = next((path for path in (own, named, beside) if path is not None and path.is_file()), None)
+    try:
+        if found is not None:
+            return AutoConfig.from_pretrained(found)
+        return AutoConfig.from_pretrained(recipe.model.path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[:120] if found else "its config.json is not on this machine"
+        raise UserError(
+            f"model {recipe.model.path!r} cannot be planned: {cause}. Name one with model.config_file, or "
+            "put it beside the recipe"
+        ) from None
+
+
+def meta_model(recipe: Recipe, config: Any, options: TrunkOptions) -> MetaModel:
+    """Trunk and head, without adapters, as a run would hold them on `options.device`."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    config = with_causal(config, recipe.model.causal)
+    objective = recipe.mntp or recipe.contrastive
+    assert objective is not None
+    if objective.attention_dropout:
+        config.attention_dropout = objective.attention_dropout
+    attention = register_for_shapes(options.device.type, objective.attention_dropout)
+    auto_class = AutoModelForCausalLM if recipe.mntp is not None else AutoModel
+    with META:
+        model = auto_class.from_config(config, dtype=options.dtype, attn_implementation=attention)
+        trunk = model.base_model
+        head = None
+        if recipe.model.quantization is not None:
+            quantize_shapes(model, options.dtype)
+            trunk.is_loaded_in_4bit = True
+        if recipe.mntp is not None:
+            head = MaskedTokenHead(model.get_output_embeddings(), trunk.config, recipe.mntp.head_chunk_tokens)
+    if recipe.adapter is not None:
+        model.requires_grad_(False)
+    return MetaModel(model, trunk, head)
+
+
+def trainable_shapes(model: MetaModel, adapter: AdapterConfig | None) -> list[torch.Size]:
+    """Shapes of what will train: of all weights, or of the adapters that `add_lora` would put in."""
+    if adapter is None:
+        return [parameter.shape for parameter in model.whole.parameters()]
+    shapes = []
+    for name, module in model.trunk.named_modules():
+        if not isinstance(module, nn.Linear) or not _is_target(name, adapter):
+            continue
+        shapes += [
+            torch.Size([adapter.rank, module.in_features]),
+            torch.Size([module.out_features, adapter.rank]),
+        ]
+        if adapter.variant == "dora":
+            shapes.append(torch.Size([module.out_features]))
+    return shapes
+
+
+def _is_target(name: str, adapter: AdapterConfig) -> bool:
+    targets = adapter.target_modules
+    return isinstance(targets, str) or any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def put_adapters_in(model: MetaModel, recipe: Recipe, options: TrunkOptions) -> None:
+    """Adapters, dropout and checkpointing as in a run, for `simulate`."""
+    if recipe.adapter is not None:
+        with META:
+            add_lora(model.trunk, recipe.adapter)
+    if options.device.type != "cpu":
+        _fuse_dropout(model.trunk)
+        _as_deepspeed_casts(model.whole, options.dtype)
+    if recipe.model.activation_checkpointing:
+        model.trunk.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def _as_deepspeed_casts(model: nn.Module, dtype: torch.dtype) -> None:
+    """Adapters are bf16 in a bf16 run, with an fp32 copy in the optimizer."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+class _FusedDropout(nn.Module):
+    """Keeps a byte for each element, as CUDA's dropout does; the meta device would take the CPU's way."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(x, self.p, True)[0]
+
+
+def _fuse_dropout(trunk: nn.Module) -> None:
+    for module in list(trunk.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Dropout) and child.p > 0:
+                setattr(module, name, _FusedDropout(child.p))

@@ -1,0 +1,330 @@
+"""Puts the parts together: what a recipe needs on its machine, what would fit, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2vec_ds.config import MachineConfig, Recipe
+from llm2vec_ds.engine.deepspeed_json import read_json
+from llm2vec_ds.model.adapter_stack import read_stack
+from llm2vec_ds.model.loading import TrunkOptions
+from llm2vec_ds.model.quantization import weight_storages
+from llm2vec_ds.planner.meta_model import (
+    MetaModel,
+    meta_model,
+    model_config,
+    put_adapters_in,
+    trainable_shapes,
+)
+from llm2vec_ds.planner.simulate import PassBytes, simulate
+from llm2vec_ds.planner.states import States, states
+from llm2vec_ds.planner.traffic import bandwidth_gbps, step_bytes, step_time
+from llm2vec_ds.planner.workload import Bank, Workload, embedding_bank, workload
+
+GIB = 2**30
+RESERVED = {"cuda": GIB * 3 // 4, "cpu": GIB}
+"""What no tensor of ours takes: CUDA's context and its libraries, or Python with torch on a CPU."""
+FRAGMENTATION = 0.05
+"""Share of the peak that the allocator cannot hand out."""
+BY_COST = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+"""Files of ds_configs/, from the least traffic to the most."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU. `peak` is not their sum: the loss and a micro-batch do not run at once."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+    temporaries: int
+    logits_chunk: int
+    embedding_bank: int
+    reserved: int
+    peak: int
+    host: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One DeepSpeed JSON on this machine."""
+
+    deepspeed: str | None
+    peak: int
+    host: int
+    fits: bool
+    sent_bytes: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the meta model told, for any number of texts in a micro-batch and any ZeRO stage."""
+
+    frozen_bytes: int
+    frozen: list[torch.Size]
+    trainable: list[torch.Size]
+    n_parameters: int
+    linear_parameters: int
+    attention_width: int
+    vocabulary: int
+    width: int
+    dtype: torch.dtype
+    two_sizes: tuple[tuple[int, PassBytes], tuple[int, PassBytes]]
+
+    def a_pass(self, n_texts: int) -> PassBytes:
+        """Bytes grow in a straight line with the texts."""
+        (n_a, a), (n_b, b) = self.two_sizes
+
+        def line(x: int, y: int) -> int:
+            return round(x + (y - x) * (n_texts - n_a) / (n_b - n_a))
+
+        return PassBytes(line(a.activations, b.activations), line(a.peak, b.peak), min(a.logits, b.logits))
+
+
+class Planner:
+    """A recipe on a machine. Everything that takes time happens once, on the meta device."""
+
+    def __init__(
+        self, recipe: Recipe, recipe_file: Path | None = None, machine: MachineConfig | None = None
+    ) -> None:
+        """Raises UserError where the model's config.json is not at hand."""
+        self.recipe = recipe
+        self.machine = machine or recipe.machine
+        self.device = torch.device("cuda" if self.machine.gpus_per_node else "cpu")
+        self.world_size = self.machine.nodes * max(1, self.machine.gpus_per_node)
+        self.load = workload(recipe, self.world_size)
+        self.shapes = shapes(recipe, model_config(recipe, recipe_file), self.device, self.load)
+
+    def zero(self, deepspeed: str | None) -> dict[str, Any]:
+        section = (read_json(deepspeed) if deepspeed else {}).get("zero_optimization", {})
+        return dict(section)
+
+    def states(self, deepspeed: str | None) -> States:
+        return states(
+            self.shapes.frozen_bytes,
+            self.shapes.frozen,
+            self.shapes.trainable,
+            self.shapes.dtype,
+            self.zero(deepspeed),
+            self.world_size,
+            eight_bit=self.recipe.optimizer.name == "paged_adamw_8bit",
+        )
+
+    def bank(self, load: Workload | None = None) -> Bank:
+        config = self.recipe.contrastive
+        return embedding_bank(load or self.load, self.shapes.width, config.exchange if config else "gather")
+
+    def memory(self, deepspeed: str | None, load: Workload | None = None) -> Memory:
+        load = load or self.load
+        held, bank, one = self.states(deepspeed), self.bank(load), self.shapes.a_pass(load.texts_a_pass)
+        if load.cached:
+            step = max(one.peak + bank.kept, bank.in_loss)
+        else:
+            step = max(one.peak, one.activations + bank.in_loss)
+        # The optimizer's own step, when activations are gone: gradients in fp32 and one temporary.
+        trainable_part = sum(s.numel() for s in self.shapes.trainable) // (
+            self.world_size if self.zero(deepspeed) else 1
+        )
+        step = max(step, 0 if held.optimizer == 0 else 2 * 4 * trainable_part)
+        tensors = held.on_device + step
+        reserved = RESERVED[self.device.type] + int(FRAGMENTATION * tensors)
+        return Memory(
+            weights=held.frozen,
+            adapters=held.trainable,
+            gradients=held.gradients,
+            optimizer=held.optimizer,
+            buffers=held.buffers,
+            activations=one.activations,
+            temporaries=one.peak - one.activations,
+            logits_chunk=one.logits,
+            embedding_bank=bank.in_loss,
+            reserved=reserved,
+            peak=tensors + reserved,
+            host=held.host,
+        )
+
+    def limit(self) -> int:
+        return int(self.machine.memory_gib * GIB)
+
+    def fits(self, deepspeed: str | None, load: Workload | None = None) -> bool:
+        return self.memory(deepspeed, load).peak <= self.limit()
+
+    def sent_bytes(self, deepspeed: str | None) -> int:
+        config = self.recipe.contrastive
+        wire = 2 if config is not None and config.exchange_precision == "bf16" else 4
+        item = self.shapes.dtype.itemsize
+        return step_bytes(
+            self.load,
+            self.zero(deepspeed),
+            gradient_bytes=item * sum(s.numel() for s in self.shapes.trainable),
+            weight_bytes=item * self.shapes.n_parameters,
+            width=self.shapes.width,
+            element_bytes=wire,
+            exchange=config.exchange if config else "gather",
+        )
+
+    def step_time_ms(self) -> dict[str, float] | None:
+        """Compute and communication; None for a CPU, of which nothing is known."""
+        if self.device.type == "cpu":
+            return None
+        recipe, shapes_, head = self.recipe, self.shapes, 0.0
+        if recipe.mntp is not None:
+            masked = self.load.texts * self.load.tokens_a_text * recipe.mntp.mask_rate
+            head = masked * 2 * 2.0 * shapes_.vocabulary * shapes_.width
+        time = step_time(
+            self.load,
+            self.machine,
+            self.sent_bytes(recipe.deepspeed),
+            linear_parameters=shapes_.linear_parameters,
+            attention_width=shapes_.attention_width,
+            head_operations=head,
+            trains_all=recipe.adapter is None,
+            checkpointing=recipe.model.activation_checkpointing,
+        )
+        return {
+            "compute": time.compute_ms,
+            "communication": time.communication_ms,
+            "total": time.total_ms,
+        }
+
+    def largest_token_budget(self) -> int:
+        """The largest `batch.max_tokens_per_micro_batch` that fits, in whole texts; 0 if none does."""
+        n_texts = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_texts_a_pass(n)))
+        return n_texts * self.load.tokens_a_text
+
+    def largest_global_batch(self) -> int | None:
+        """Examples of a contrastive step that fit by memory of vectors; None for MNTP, which has none."""
+        if not self.load.documents:
+            return None
+        a_rank = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_examples(n)))
+        return a_rank * self.world_size
+
+    def _with_texts_a_pass(self, n_texts: int) -> Workload:
+        texts = max(n_texts, self.load.texts)
+        return dataclasses.replace(self.load, texts_a_pass=n_texts, texts=texts)
+
+    def _with_examples(self, n: int) -> Workload:
+        """At this recipe's token budget, so that the cache runs where the batch grows."""
+        factor = n / self.load.queries
+        budget = max(1, self.recipe.batch.max_tokens_per_micro_batch // self.load.tokens_a_text)
+        texts = round(self.load.texts * factor)
+        return dataclasses.replace(
+            self.load,
+            texts=texts,
+            texts_a_pass=min(texts, budget),
+            queries=n,
+            documents=round(self.load.documents * factor),
+        )
+
+    def choices(self) -> list[Choice]:
+        """The recipe's own JSON and those of the folder beside it, each with what it would take."""
+        names: list[str | None] = [None] if self.world_size == 1 else []
+        if folder := _ds_configs(self.recipe):
+            wanted: tuple[str, ...] = BY_COST[2:] if self.world_size == 1 else BY_COST
+            if self.recipe.model.quantization is not None:
+                wanted = tuple(name for name in wanted if name != "zero3_offload")
+            if self.recipe.optimizer.name != "adamw":
+                wanted = tuple(name for name in wanted if "offload" not in name)
+            names += [str(path) for name in wanted if (path := folder / f"{name}.json").is_file()]
+        if self.recipe.deepspeed not in names:
+            names.append(self.recipe.deepspeed)
+        return [self._choice(name) for name in names]
+
+    def _choice(self, name: str | None) -> Choice:
+        memory = self.memory(name)
+        return Choice(name, memory.peak, memory.host, memory.peak <= self.limit(), self.sent_bytes(name))
+
+    def bandwidth_gbps(self) -> float:
+        return bandwidth_gbps(self.machine)
+
+
+def shapes(recipe: Recipe, config: Any, device: torch.device, load: Workload) -> Shapes:
+    """Builds the model on the meta device, counts it, and runs its first layers there."""
+    options = TrunkOptions(recipe.model.causal, "auto", recipe.model.precision, device=device)
+    model = meta_model(recipe, config, options)
+    n_layers = model.n_layers
+    own = list(model.whole.parameters())
+    trainable = trainable_shapes(model, recipe.adapter)
+    if recipe.contrastive is not None and recipe.contrastive.learn_scale:
+        trainable.append(torch.Size([1]))
+    text_config = model.trunk.config.get_text_config()
+    head_dim = getattr(text_config, "head_dim", None) or (
+        text_config.hidden_size // text_config.num_attention_heads
+    )
+    counted = sum(weight_storages(model.whole).values())
+    # QLoRA's later stages hold the adapters of the earlier ones: those that are there, or that will be.
+    n_stacked = len(read_stack(recipe.model.path, recipe.model.quantization, None).earlier)
+    if recipe.model.quantization is not None and recipe.mntp is None:
+        n_stacked = max(n_stacked, 1)
+    counted += n_stacked * options.dtype.itemsize * sum(shape.numel() for shape in trainable)
+    return_values: dict[str, Any] = {
+        "frozen_bytes": counted - (0 if recipe.adapter else sum(p.numel() * p.itemsize for p in own)),
+        "frozen": [p.shape for p in own] if recipe.adapter else [],
+        "trainable": trainable,
+        "n_parameters": sum(_whole_shape(p).numel() for p in own)
+        + (sum(s.numel() for s in trainable) if recipe.adapter else 0),
+        "linear_parameters": _linear_parameters(model),
+        "attention_width": n_layers * text_config.num_attention_heads * head_dim,
+        "vocabulary": text_config.vocab_size,
+        "width": text_config.hidden_size,
+        "dtype": options.dtype,
+    }
+    return Shapes(**return_values, two_sizes=_two_sizes(model, recipe, options, load, n_layers))
+
+
+def _two_sizes(
+    model: MetaModel, recipe: Recipe, options: TrunkOptions, load: Workload, n_layers: int
+) -> tuple[tuple[int, PassBytes], tuple[int, PassBytes]]:
+    """A whole pass of the planned size, and one of twice that, from runs of two layers and of one more."""
+    few, more = min(2, n_layers), min(3, n_layers)
+    model.cut(more)
+    put_adapters_in(model, recipe, options)
+    sizes = (load.texts_a_pass, 2 * load.texts_a_pass)
+    long = [simulate(model, recipe, n, load.tokens_a_text) for n in sizes]
+    model.cut(few)
+    short = [simulate(model, recipe, n, load.tokens_a_text) for n in sizes]
+    passes = []
+    for a, b in zip(short, long, strict=True):
+        activations = b.activations + (n_layers - more) * (b.activations - a.activations)
+        passes.append(PassBytes(activations, activations + b.peak - b.activations, b.logits))
+    return (sizes[0], passes[0]), (sizes[1], passes[1])
+
+
+def _whole_shape(parameter: Any) -> torch.Size:
+    """Of a weight in 4 bits, the shape that it stands for."""
+    state = getattr(parameter, "quant_state", None)
+    shape: torch.Size = parameter.shape if state is None else state.shape
+    return shape
+
+
+def _linear_parameters(model: MetaModel) -> int:
+    linear = (m for m in model.trunk.modules() if isinstance(m, torch.nn.Linear))
+    return sum(m.in_features * m.out_features for m in linear)
+
+
+def _largest(fits: Any) -> int:
+    """The largest n ≥ 1 that fits, if what is needed grows with n; 0 if none does."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+        if high > 2**40:
+            return low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _ds_configs(recipe: Recipe) -> Path | None:
+    own = [Path(recipe.deepspeed).parent] if recipe.deepspeed else []
+    return next((folder for folder in (*own, Path("ds_configs")) if folder.is_dir()), None)

@@ -1,0 +1,139 @@
+"""A plan as a JSON object and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from llm2vec_ds.planner.plan import FRAGMENTATION, GIB, RESERVED, Planner
+from llm2vec_ds.planner.traffic import UTILISATION
+
+MEANINGS = {
+    "weights": "frozen weights, scales of NF4 included",
+    "adapters": "what trains, as the device holds it",
+    "gradients": "the most that is held of them",
+    "optimizer": "fp32 copy where there is one, both moments",
+    "buffers": "DeepSpeed's buckets, gathered weights",
+    "activations": "held for backward by one micro-batch",
+    "temporaries": "the most beside them",
+    "logits_chunk": "MNTP's head, at most: part of the temporaries",
+    "embedding_bank": "a contrastive step's vectors while the loss runs",
+    "reserved": "context, libraries, fragmentation",
+}
+
+
+def as_json(planner: Planner) -> dict[str, Any]:
+    """Everything that `llm2vec-ds plan --json` prints; bytes unless a name says otherwise."""
+    recipe, load, machine = planner.recipe, planner.load, planner.machine
+    memory = planner.memory(recipe.deepspeed)
+    choices = planner.choices()
+    fitting = [choice for choice in choices if choice.fits]
+    largest_batch = planner.largest_global_batch()
+    return {
+        "stage": recipe.stage,
+        "machine": {**machine.model_dump(), "interconnect_gbps": planner.bandwidth_gbps()},
+        "parameters": planner.shapes.n_parameters,
+        "trainable_parameters": sum(shape.numel() for shape in planner.shapes.trainable),
+        "dtype": str(planner.shapes.dtype).removeprefix("torch."),
+        "quantization": recipe.model.quantization,
+        "deepspeed": recipe.deepspeed,
+        "step": {
+            "texts_a_rank": load.texts,
+            "tokens_a_text": load.tokens_a_text,
+            "micro_batches": load.micro_batches,
+            "tokens_a_micro_batch": load.texts_a_pass * load.tokens_a_text,
+        },
+        "memory_bytes": asdict(memory),
+        "limit_bytes": planner.limit(),
+        "fits": memory.peak <= planner.limit(),
+        "choices": [asdict(choice) for choice in choices],
+        "use": fitting[0].deepspeed if fitting else None,
+        "some_choice_fits": bool(fitting),
+        "largest_token_budget": planner.largest_token_budget(),
+        "largest_global_batch": largest_batch,
+        "largest_in_batch_negatives": _negatives(planner, largest_batch),
+        "sent_bytes_a_step": planner.sent_bytes(recipe.deepspeed),
+        "step_ms": planner.step_time_ms(),
+        "assumptions": assumptions(planner),
+    }
+
+
+def _negatives(planner: Planner, global_batch: int | None) -> int | None:
+    """Documents of all ranks less the own positive."""
+    if global_batch is None:
+        return None
+    return max(0, global_batch * planner.load.documents // planner.load.queries - 1)
+
+
+def assumptions(planner: Planner) -> list[str]:
+    """What the figures rest on."""
+    device, machine = planner.device.type, planner.machine
+    said = [
+        f"every text has data.max_tokens = {planner.load.tokens_a_text} tokens",
+        f"{RESERVED[device] / GIB:.2f} GiB and {FRAGMENTATION:.0%} of the tensors are not ours",
+        "attention is a fused kernel, which holds no score matrix"
+        if device == "cuda"
+        else "attention is torch's; its dropout holds the weights of every pair",
+    ]
+    if device == "cuda":
+        said += [
+            f"{UTILISATION:.0%} of {machine.tflops:g} TFLOP/s; reading NF4 and the optimizer take no time",
+            f"{planner.bandwidth_gbps():g} Gb/s from each GPU, no overlap with compute",
+        ]
+    return said
+
+
+def as_table(plan: dict[str, Any]) -> str:
+    """For people."""
+    machine, step, memory = plan["machine"], plan["step"], plan["memory_bytes"]
+    place = (
+        f"{machine['nodes']} × {machine['gpus_per_node']} GPUs of {machine['memory_gib']:g} GiB"
+        if machine["gpus_per_node"]
+        else f"one CPU process, {machine['memory_gib']:g} GiB"
+    )
+    held = plan["quantization"] or plan["dtype"]
+    lines = [
+        f"{plan['stage']} on {place}: {plan['parameters'] / 1e6:,.1f} M parameters, "
+        f"{plan['trainable_parameters'] / 1e6:,.1f} M of them train; {held}; "
+        f"{plan['deepspeed'] or 'no DeepSpeed JSON'}",
+        f"a rank's step: {step['micro_batches']} micro-batch(es) of {step['tokens_a_micro_batch']:,} tokens",
+        "",
+    ]
+    lines += [f"{name:15} {memory[name] / GIB:9.3f} GiB  {text}" for name, text in MEANINGS.items()]
+    verdict = "fits" if plan["fits"] else "DOES NOT FIT"
+    lines += [
+        f"{'peak':15} {memory['peak'] / GIB:9.3f} GiB  of {machine['memory_gib']:g}: {verdict}",
+        f"{'host':15} {memory['host'] / GIB:9.3f} GiB  a rank, offloaded",
+        "",
+        f"{'deepspeed':33} {'peak GiB':>9} {'host GiB':>9} {'sent MB':>10}",
+    ]
+    for choice in plan["choices"]:
+        mark = "fits" if choice["fits"] else "too much"
+        lines.append(
+            f"{choice['deepspeed'] or 'null':33} {choice['peak'] / GIB:9.2f} {choice['host'] / GIB:9.2f} "
+            f"{choice['sent_bytes'] / 1e6:10,.0f}  {mark}"
+        )
+    lines += ["", _advice(plan)]
+    if time := plan["step_ms"]:
+        lines.append(
+            f"a step: about {time['total']:,.0f} ms ({time['compute']:,.0f} compute, "
+            f"{time['communication']:,.0f} communication)"
+        )
+    return "\n".join([*lines, "assumed: " + "; ".join(plan["assumptions"])])
+
+
+def _advice(plan: dict[str, Any]) -> str:
+    if not plan["some_choice_fits"]:
+        budget = plan["largest_token_budget"]
+        mend = (
+            f"batch.max_tokens_per_micro_batch={budget}" if budget else "model.quantization=nf4, or more GPUs"
+        )
+        return f"nothing here fits: try {mend}, model.activation_checkpointing=true"
+    said = f"use deepspeed={plan['use'] or 'null'}; with {plan['deepspeed'] or 'no JSON'} at most "
+    said += f"batch.max_tokens_per_micro_batch={plan['largest_token_budget']}"
+    if plan["largest_global_batch"] is not None:
+        said += (
+            f", batch.global_batch_size={plan['largest_global_batch']} "
+            f"({plan['largest_in_batch_negatives']:,} negatives for a query)"
+        )
+    return said

@@ -1,0 +1,76 @@
+"""Texts without end, a bounded number at a time; and one model on several devices."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+from llm2vec_ds.distributed import ranks_from_environment
+
+TEXTS_A_BLOCK = 4096
+CHARACTERS_A_BLOCK = 2**24
+
+Device = torch.device | str
+T = TypeVar("T")
+R = TypeVar("R")
+M = TypeVar("M", bound=nn.Module)
+
+
+def text_blocks(texts: Iterable[T]) -> Iterator[list[T]]:
+    """`texts` in order, at most TEXTS_A_BLOCK at once and no more after CHARACTERS_A_BLOCK characters."""
+    block: list[T] = []
+    n_characters = 0
+    for text in texts:
+        block.append(text)
+        n_characters += len(text) if isinstance(text, str) else 0
+        if len(block) == TEXTS_A_BLOCK or n_characters >= CHARACTERS_A_BLOCK:
+            yield block
+            block, n_characters = [], 0
+    if block:
+        yield block
+
+
+def devices(chosen: Device | Sequence[Device] | None) -> list[torch.device]:
+    """The chosen ones; None: every GPU there is, or this rank's under a launcher, or the CPU."""
+    if chosen is not None:
+        return [torch.device(d) for d in ([chosen] if isinstance(chosen, Device) else chosen)]
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if n_gpus == 0:
+        return [torch.device("cpu")]
+    ranks = ranks_from_environment()
+    if ranks.world_size > 1:
+        return [torch.device("cuda", ranks.local_rank % n_gpus)]
+    return [torch.device("cuda", index) for index in range(n_gpus)]
+
+
+class Replicas(Generic[M]):
+    """A module and copies of it, one a device; they follow no later change of its weights."""
+
+    def __init__(self, module: M, devices: Sequence[torch.device]) -> None:
+        first, *others = devices
+        self._modules = [module.to(first), *(copy.deepcopy(module).to(device) for device in others)]
+
+    def map(self, function: Callable[[M, T], R], items: Iterable[T]) -> Iterator[R]:
+        """`function(module, item)` of each item, in their order; each device takes the next when it is free.
+
+        Threads suffice: what takes time leaves Python.
+        """
+        free: SimpleQueue[M] = SimpleQueue()
+        for module in self._modules:
+            free.put(module)
+
+        def work(item: T) -> R:
+            module = free.get()
+            try:
+                return function(module, item)
+            finally:
+                free.put(module)
+
+        with ThreadPoolExecutor(max_workers=len(self._modules)) as pool:
+            yield from pool.map(work, items)

@@ -1,0 +1,78 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# What the scripts of this folder share. Each sets `me` (its name in messages) and sources this file.
+
+say() { echo "$me: $*"; }
+
+fail() { # one line with cause and mend, then the end of the script
+  echo "$me: error: $*" >&2
+  exit "${exit_code:-1}"
+}
+
+need_job() { # the scripts that SLURM runs
+  [ -n "${SLURM_JOB_ID:-}" ] || exit_code=2 fail "this is a batch script, submit it: sbatch slurm/$me.sh (--help: how)"
+  root=${LLM2VEC_DS_ROOT:-$PWD}
+  cd "$root" || exit_code=2 fail "the folder $root is not on this node: it must be on a disk that all nodes share"
+}
+
+log_file() { # where this job writes
+  scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p'
+}
+
+job_state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || echo unknown; }
+
+# What srun is given for every step: the CPUs, which it does not take over from sbatch (since SLURM 22.05), and
+# the site's container, if it has one (pyxis), with the repository mounted where it is.
+step_options() {
+  common_options=(${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"})
+  [ -z "${LLM2VEC_DS_CONTAINER_IMAGE:-}" ] || common_options+=(
+    --container-image="$LLM2VEC_DS_CONTAINER_IMAGE"
+    --container-mounts="$root:$root${LLM2VEC_DS_CONTAINER_MOUNTS:+,$LLM2VEC_DS_CONTAINER_MOUNTS}"
+    --container-workdir="$root"
+  )
+}
+
+# Of a step of all tasks. One that fails ends the others at once, and when one has ended the rest get a minute:
+# without these two a single lost rank would hold all nodes until the job's time limit.
+all_ranks=(--kill-on-bad-exit=1 --wait=60)
+
+first_node() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1; }
+
+on_first_node() { # one task where rank 0 will be
+  srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$(first_node)" "${common_options[@]}" "$@"
+}
+
+silent_nodes() { # names of the job's nodes on which no command starts
+  local node
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    timeout "${LLM2VEC_DS_NODE_TIMEOUT_S:-60}" srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 \
+      --nodelist="$node" true >/dev/null 2>&1 || echo "$node" &
+  done
+  wait
+}
+
+# Rank 0's address and port for all ranks. The address is a number, so no name has to resolve. The port
+# depends on job and attempt: a second job on a shared node, or a process left over, is not in its way.
+export_rendezvous() { # address
+  export MASTER_ADDR=$1 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_COUNT:-0}) % 12000))
+  unset RANK WORLD_SIZE LOCAL_RANK # of the shell that submitted: SLURM's own variables count
+}
+
+export_defaults() {
+  # Where the site has not said otherwise.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+  export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+  export PYTHONUNBUFFERED=1
+  # Minutes that a collective (NCCL or gloo) waits for the other ranks; DeepSpeed's own default is 10. Longer
+  # than the recipe's `step_timeout_s`, whose message names rank and step, and than rank 0 takes to prepare
+  # texts while the others wait.
+  export DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-60}
+  # NCCL: an error on one rank's connection ends the rank instead of leaving it in a kernel for ever.
+  export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+  if [ -n "${LLM2VEC_DS_INTERFACE:-}" ]; then
+    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$LLM2VEC_DS_INTERFACE}
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$LLM2VEC_DS_INTERFACE}
+  fi
+  # What runs is the checkout that the job was submitted from, whatever is installed.
+  export PYTHONPATH=$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}
+  python=${LLM2VEC_DS_PYTHON:-python}
+}

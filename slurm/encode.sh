@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=llm2vec-encode
+#SBATCH --array=0-7
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%A_%a.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+set -euo pipefail
+me=encode
+
+usage() {
+  cat <<'TEXT'
+Encodes a corpus as a job array, one GPU and one shard a task.
+
+  sbatch --array=0-63 [SBATCH-OPTION …] slurm/encode.sh MODEL INPUT OUTPUT [ENCODE-OPTION …]
+  sbatch --array=0-63%16 slurm/encode.sh runs/mistral_7b_instruct/supervised/encoder corpus.jsonl vectors --normalize
+
+The array says how many shards there are: 0-(N-1), at most M of them at once with %M. The same command again
+encodes what is missing: a finished shard is left alone.
+TEXT
+}
+
+main() {
+  case ${1:-} in -h | --help) usage && exit 0 ;; esac
+  [ $# -ge 3 ] || exit_code=2 fail "MODEL, INPUT and OUTPUT are needed (--help: how)"
+  local model=$1 input=$2 output=$3 index n code=0
+  shift 3
+  need_job
+  [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || exit_code=2 fail "no job array: submit with --array=0-7 for 8 shards"
+  index=$SLURM_ARRAY_TASK_ID n=$SLURM_ARRAY_TASK_COUNT
+  # shellcheck disable=SC2153 # SLURM's, not a misspelling
+  # A part of an array (--array=3,5) would be counted as a whole one, and cut the corpus differently.
+  if [ "$SLURM_ARRAY_TASK_MIN" != 0 ] || [ "$SLURM_ARRAY_TASK_MAX" != $((n - 1)) ]; then
+    exit_code=2 fail "--array must be 0-(N-1) for N shards: give the whole array again, finished shards are left alone"
+  fi
+  step_options
+  export_defaults
+  say "shard $index of $n of $input on $SLURM_JOB_NODELIST, attempt ${SLURM_RESTART_COUNT:-0}"
+  on_first_node "$python" -m llm2vec_ds encode --model "$model" --input "$input" --output "$output" \
+    --shard "$index/$n" "$@" || code=$?
+  [ "$code" = 0 ] || exit_code=$code fail "shard $index of $n failed (code $code), see above: mend it and submit the same array again"
+  say "shard $index of $n is in $output"
+}
+
+common=${LLM2VEC_DS_ROOT:-$PWD}/slurm/common.sh
+[ -f "$common" ] || { echo "$me: error: no $common: submit from the repository's folder, or set LLM2VEC_DS_ROOT" >&2 && exit 2; }
+# shellcheck source=slurm/common.sh
+source "$common"
+main "$@"

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+set -euo pipefail
+me=pipeline_7b
+
+usage() {
+  cat <<'TEXT'
+Submits prepare, MNTP, SimCSE, supervised training and evaluation as jobs, each after the one before has ended
+well. Run on a login node:
+
+  source slurm/site.env
+  slurm/pipeline_7b.sh                                   # recipes/mistral_7b_instruct/, 4 nodes of 8 GPUs
+  slurm/pipeline_7b.sh [SBATCH-OPTION …] [RECIPES] [KEY=VALUE …] [-- EVALUATE-OPTION …]
+  slurm/pipeline_7b.sh --nodes=1 recipes/llama3_8b_instruct/ checkpoint.every_steps=50 -- --task sts:stsb_test.csv
+
+RECIPES is what stands before mntp.yaml, simcse.yaml and supervised.yaml: a folder with /, or recipes/smoke_.
+SBATCH-OPTION (written --name=value) goes to the three trainings, KEY=VALUE to them and to prepare.
+EVALUATE-OPTION is for `llm2vec-ds evaluate mteb` on the last encoder, results beside it (--subset paper15).
+A stage that fails cancels those after it. The same command again goes on: finished stages end at once.
+TEXT
+}
+
+read_arguments() {
+  recipes=recipes/mistral_7b_instruct/ options=() overrides=() evaluation=(--subset paper15)
+  local stage
+  while [ $# -gt 0 ]; do
+    case $1 in
+      -h | --help) usage && exit 0 ;;
+      --) shift && evaluation=("$@") && break ;;
+      --*=* | --exclusive) options+=("$1") ;;
+      -*) exit_code=2 fail "option $1: write options of sbatch as --name=value (--help: how)" ;;
+      model.path=* | output_dir=*) exit_code=2 fail "$1 would be that of all three stages: change it in their recipes" ;;
+      *=*) overrides+=("$1") ;;
+      *) recipes=$1 ;;
+    esac
+    shift
+  done
+  recipe_files=()
+  for stage in "${stages[@]}"; do
+    recipe_files+=("$recipes$stage.yaml")
+    [ -f "$recipes$stage.yaml" ] || exit_code=2 fail "no $recipes$stage.yaml: RECIPES is what stands before it, e.g. recipes/mistral_7b_instruct/"
+  done
+}
+
+submit() { # NAME SBATCH-OPTION … SCRIPT ARGUMENT …: after the job `before`, which is then this one
+  local name=$1
+  shift
+  before=$(sbatch --parsable --job-name="llm2vec-$name" --kill-on-invalid-dep=yes \
+    ${before:+--dependency="afterok:$before"} "$@") || fail "$name was not accepted, see above: mend it and run this again"
+  before=${before%%;*} # a cluster's name may follow
+  say "$name: job $before"
+}
+
+main() {
+  local stage before='' output_dir
+  stages=(mntp simcse supervised)
+  read_arguments "$@"
+  command -v sbatch >/dev/null || exit_code=2 fail "no sbatch here: run this on a login node of the cluster"
+  submit prepare slurm/prepare.sh "${recipe_files[@]}" "${overrides[@]}"
+  for stage in "${stages[@]}"; do
+    submit "$stage" "${options[@]}" slurm/train_7b.sh "$recipes$stage.yaml" "${overrides[@]}"
+  done
+  output_dir=$(sed -n 's/^output_dir: *//p' "${recipes}supervised.yaml")
+  submit evaluate slurm/evaluate.sh "$output_dir/encoder" "$output_dir/evaluation" "${evaluation[@]}"
+}
+
+common=${LLM2VEC_DS_ROOT:-$PWD}/slurm/common.sh
+[ -f "$common" ] || { echo "$me: error: no $common: submit from the repository's folder, or set LLM2VEC_DS_ROOT" >&2 && exit 2; }
+# shellcheck source=slurm/common.sh
+source "$common"
+main "$@"

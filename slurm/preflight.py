@@ -1,0 +1,178 @@
+"""One rank of the check before a long run; rank 0 names the bad nodes, or prints `preflight: fit`.
+
+    srun … python slurm/preflight.py [--cpu] [--folder OUTPUT_DIR]
+
+Each node looks at itself (GPU, disk), then all meet at rank 0 (who is missing?), then they compute together
+(all-reduce) and compare clocks. PREFLIGHT_NODES names the nodes in the order of ranks. The exit code says
+nothing: srun would name rank 0's node for it, which need not be the bad one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from llm2vec_ds.data.prepare import cache_root
+from llm2vec_ds.distributed import Ranks, export_ranks, ranks_from_environment
+from llm2vec_ds.network import interface_towards
+
+MIN_FREE_GIB = float(os.environ.get("LLM2VEC_DS_MIN_FREE_GIB", "50"))
+"""On the disk of the run's folder; a 7B model is 14 GB, a checkpoint of LoRA adapters below 1 GB."""
+MAX_CLOCK_SKEW_S = 1.0
+"""Between a node and rank 0's. Files' times and logs of the nodes are compared with each other."""
+TIMEOUT = timedelta(seconds=float(os.environ.get("LLM2VEC_DS_NODE_TIMEOUT_S", "60")))
+MESSAGE_MIB = 64
+
+
+def own_problems(ranks: Ranks, folder: Path, cpu: bool) -> Iterator[str]:
+    """What this process can find without the others."""
+    if not cpu:
+        yield from gpu_problems(ranks)
+    if ranks.local_rank:
+        return
+    free_gib_wanted = {folder: MIN_FREE_GIB, cache_root(): 1.0, Path(tempfile.gettempdir()): 1.0}
+    for path, wanted_gib in free_gib_wanted.items():
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(bytes(2**20))
+                file.flush()
+                os.fsync(file.fileno())
+            status = os.statvfs(path)
+        except OSError as error:
+            yield f"disk: {path} cannot be written ({error.strerror})"
+            continue
+        free_gib = status.f_bavail * status.f_frsize / 2**30
+        if free_gib < wanted_gib:
+            yield f"disk: {path} has {free_gib:.0f} GiB free of {wanted_gib:.0f} (LLM2VEC_DS_MIN_FREE_GIB)"
+
+
+def gpu_problems(ranks: Ranks) -> Iterator[str]:
+    if not torch.cuda.is_available():
+        yield "GPU: none that torch sees (driver, or a torch without CUDA?)"
+    elif ranks.local_rank >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        yield f"GPU: none for local rank {ranks.local_rank}, {n} visible (--gpus-per-node?)"
+    else:
+        try:
+            x = torch.ones(1024, 1024, device=f"cuda:{ranks.local_rank}")
+            if float((x @ x)[0, 0]) != 1024.0:
+                yield f"GPU {ranks.local_rank}: wrong product"
+        except RuntimeError as error:
+            yield f"GPU {ranks.local_rank}: {str(error).splitlines()[0]}"
+
+
+def joint_problems(ranks: Ranks, store: dist.Store, folder: Path, cpu: bool) -> Iterator[str]:
+    """What shows only together; the same collectives on every rank."""
+    device = torch.device("cpu") if cpu else torch.device("cuda", ranks.local_rank)
+    if not cpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "gloo" if cpu else "nccl", store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
+    )
+    message = torch.full((MESSAGE_MIB * 2**18,), float(ranks.rank + 1), device=device)
+    dist.all_reduce(message[:1])
+    now_s, started_s = time.time(), time.perf_counter()  # all ranks are here
+    dist.all_reduce(message[1:])
+    wanted = ranks.world_size * (ranks.world_size + 1) / 2
+    if not bool((message == wanted).all()):
+        yield f"all-reduce: rank {ranks.rank} got {float(message[-1])}, not {wanted}"
+    if ranks.rank == 0:
+        elapsed_s = time.perf_counter() - started_s
+        print(f"preflight: all-reduce of {MESSAGE_MIB} MiB: {elapsed_s * 1e3:.0f} ms the first time")
+    clocks_s = torch.zeros(ranks.world_size, dtype=torch.float64, device=device)
+    clocks_s[ranks.rank] = now_s
+    dist.all_reduce(clocks_s)
+    skew_s = float(clocks_s[ranks.rank] - clocks_s[0])
+    if ranks.local_rank == 0 and abs(skew_s) > MAX_CLOCK_SKEW_S:
+        yield f"clock: {skew_s:+.1f} s from the first node's (is NTP running?)"
+    seen = folder / f".preflight-{os.environ['SLURM_JOB_ID']}"
+    if ranks.rank == 0:
+        seen.touch()
+    dist.barrier()
+    if ranks.local_rank == 0 and not seen.exists():
+        yield f"disk: {folder} is another one than on the first node: it must be shared"
+    dist.barrier()
+    if ranks.rank == 0:
+        seen.unlink()
+
+
+class Meeting:
+    """Reports of all ranks, phase by phase, through a store that rank 0 serves; no collective is needed."""
+
+    def __init__(self, ranks: Ranks, store: dist.Store) -> None:
+        self.ranks = ranks
+        self.store = store
+        self.nodes = os.environ["PREFLIGHT_NODES"].split()
+
+    def node_of(self, rank: int) -> str:
+        return self.nodes[rank * len(self.nodes) // self.ranks.world_size]
+
+    def problems(self, phase: str, own: list[str]) -> list[str]:
+        """Everyone's, `node: problem`, in the order of ranks; who does not report is a problem itself."""
+        self.store.set(f"{phase}/{self.ranks.rank}", json.dumps(own))
+        if self.ranks.rank > 0:
+            found: list[str] = json.loads(self.store.get(f"{phase}/all"))
+            return found
+        deadline, found = time.monotonic() + TIMEOUT.total_seconds(), []
+        for rank in range(self.ranks.world_size):
+            try:
+                left_s = max(deadline - time.monotonic(), 0.1)
+                self.store.wait([f"{phase}/{rank}"], timedelta(seconds=left_s))
+                reported = json.loads(self.store.get(f"{phase}/{rank}"))
+            except dist.DistError:
+                reported = [f"{phase}: rank {rank} does not answer"]
+            found += [f"{self.node_of(rank)}: {problem}" for problem in reported]
+        self.store.set(f"{phase}/all", json.dumps(found))
+        return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--cpu", action="store_true")
+    options.add_argument("--folder", type=Path, default=Path("runs"))
+    arguments = options.parse_args()
+    ranks = ranks_from_environment()
+    export_ranks(ranks)
+    if towards_rank_0 := interface_towards(os.environ["MASTER_ADDR"]):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", towards_rank_0)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=ranks.rank == 0,
+        timeout=3 * TIMEOUT,
+        wait_for_workers=False,
+    )
+    meeting = Meeting(ranks, store)
+    found = meeting.problems("meeting", list(own_problems(ranks, arguments.folder, arguments.cpu)))
+    if not found:
+        try:
+            own = list(
+                joint_problems(ranks, dist.PrefixStore("group", store), arguments.folder, arguments.cpu)
+            )
+        except RuntimeError as error:
+            own = [f"all-reduce: {str(error).splitlines()[0]}"]
+        found = meeting.problems("all-reduce", own)
+    if ranks.rank > 0:
+        store.add("left", 1)
+        return  # rank 0 speaks for all
+    for problem in found:
+        print(f"preflight: error: {problem}")
+    if not found:
+        print("preflight: fit")
+    ends = time.monotonic() + 5
+    while store.add("left", 0) < ranks.world_size - 1 and time.monotonic() < ends:
+        time.sleep(0.05)  # the others have yet to read from the store that ends with this process
+
+
+if __name__ == "__main__":
+    main()

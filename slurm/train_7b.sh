@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=llm2vec-train
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+set -euo pipefail
+me=train_7b asked='' interrupted='' training=''
+
+usage() {
+  cat <<'TEXT'
+One training stage as a SLURM job, one task a GPU. Killed, preempted or out of time, it goes on by itself.
+
+  source slurm/site.env                     # partition, account, caches: once in a shell
+  sbatch slurm/train_7b.sh                  # Mistral-7B, MNTP, 4 nodes of 8 GPUs
+  sbatch [SBATCH-OPTION …] slurm/train_7b.sh [RECIPE] [KEY=VALUE …]
+  sbatch --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 slurm/train_7b.sh recipes/qwen3_0.6b/mntp.yaml max_steps=500
+
+Submit it from the repository's folder. `--ntasks-per-node` and `--gpus-per-node` go together.
+  to stop it for good   touch OUTPUT_DIR/STOP   (saves, ends; remove STOP and submit again to go on)
+  to move it now        scancel --batch --signal=USR1 JOB   (saves, goes back into the queue)
+Settings (slurm/site.env): LLM2VEC_DS_MAX_REQUEUES, LLM2VEC_DS_PREFLIGHT, LLM2VEC_DS_CONTAINER_IMAGE, …
+TEXT
+}
+
+read_arguments() { # [RECIPE] [KEY=VALUE …]
+  recipe=recipes/mistral_7b_instruct/mntp.yaml
+  case ${1:-} in
+    -*) exit_code=2 fail "unknown option $1: options of sbatch stand before the script (--help: how)" ;;
+    '' | *=*) ;;
+    *) recipe=$1 && shift ;;
+  esac
+  overrides=("$@")
+  [ -f "$recipe" ] || exit_code=2 fail "recipe $recipe not found in $PWD: give a path from the repository's folder"
+}
+
+describe_run() { # facts beside the log; the lines that this script needs come first
+  log=$(log_file)
+  facts=${log%.out}.${SLURM_RESTART_COUNT:-0}.facts
+  case $log in /dev/*) facts=$SLURM_JOB_NAME-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.facts ;; esac
+  {
+    on_first_node "$python" slurm/run_facts.py "$recipe" "${overrides[@]}" ||
+      fail "the recipe cannot run, or $python lacks a package (see above): activate the environment before sbatch, or set LLM2VEC_DS_PYTHON"
+    printf '\n# code\ngit=%s\n' "$(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)"
+  } >"$facts"
+  output_dir=$(sed -n '1s/^output_dir=//p' "$facts")
+  export_rendezvous "$(sed -n '2s/^address=//p' "$facts")"
+  say "$recipe ${overrides[*]} on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks, rank 0 at $MASTER_ADDR:$MASTER_PORT, attempt ${SLURM_RESTART_COUNT:-0}, facts in $facts"
+}
+
+check_nodes() { # preflight with a signal pending is not worth its time
+  [ -z "$asked" ] || return 0
+  case ${LLM2VEC_DS_PREFLIGHT:-0} in
+    0) ;;
+    1) slurm/preflight.sh "$output_dir" || exit "$?" ;;
+    cpu) slurm/preflight.sh --cpu "$output_dir" || exit "$?" ;;
+    *) exit_code=2 fail "LLM2VEC_DS_PREFLIGHT=$LLM2VEC_DS_PREFLIGHT must be 1, 0 or cpu (nodes without GPU)" ;;
+  esac
+}
+
+# A signal reaches this shell only (`B:`). It is handed to srun, which hands it to every rank; TERM as USR1,
+# because srun kills its tasks on TERM. Repeated, since a rank that is still importing ignores it.
+ask_to_stop() {
+  interrupted=1
+  [ -z "$asked" ] || return 0
+  asked=1
+  say "asked to stop: the ranks will save after the step that they are in"
+  [ -z "$training" ] || repeat_signal &
+}
+repeat_signal() {
+  while kill -USR1 "$training" 2>/dev/null; do sleep 10; done
+}
+
+train() { # sets `code`; a trapped signal ends `wait`, so it is called until nothing came between
+  srun "${all_ranks[@]}" "${common_options[@]}" \
+    "$python" slurm/rank.py train "$recipe" resume=true "${overrides[@]}" &
+  training=$!
+  [ -z "$asked" ] || repeat_signal &
+  until
+    interrupted='' code=0
+    wait "$training" || code=$?
+    [ -z "$interrupted" ]
+  do :; done
+}
+
+requeue() { # why
+  local limit=${LLM2VEC_DS_MAX_REQUEUES:-100} attempt=${SLURM_RESTART_COUNT:-0} state
+  [ "$attempt" -lt "$limit" ] ||
+    fail "$1, but $attempt restarts are the limit: submit it again, or raise LLM2VEC_DS_MAX_REQUEUES"
+  state=$(job_state)
+  [ "$state" = RUNNING ] || fail "$1, but the job is $state: submit it again to go on"
+  say "$1: back into the queue"
+  scontrol requeue "$SLURM_JOB_ID" ||
+    fail "$1, but SLURM refuses to requeue: submit it again to go on (JobRequeue=1 and no --no-requeue would let it)"
+}
+
+last_error() { # of this attempt: the program's own line (not that of a peer left behind), else srun's first
+  local lines
+  lines=$(tail -n +"$((log_lines_before + 1))" "$log" | grep -a 'llm2vec-ds: error:\|^srun: error:.*task')
+  { grep 'llm2vec-ds: error:' <<<"$lines" | grep -v 'has lost another rank' ||
+    grep '^srun: error:' <<<"$lines" || echo "see $log"; } | head -n 1
+}
+
+judge() { # what the code of the step means for the job
+  local silent
+  if [ -e "$STOPPED_NOTE" ]; then
+    rm -f "$STOPPED_NOTE"
+    [ ! -e "$output_dir/STOP" ] || exit_code=75 fail "stopped by $output_dir/STOP, everything saved: remove it and submit again to go on"
+    requeue "stopped as asked, everything saved"
+  elif [ "$code" = 0 ]; then
+    say "finished: $output_dir"
+  else
+    [ "$(job_state)" = RUNNING ] || exit_code=$code fail "ended by SLURM before it could save (the job is $(job_state)): submit it again to go on"
+    silent=$(silent_nodes | sort | tr '\n' ' ')
+    [ -z "$silent" ] || { requeue "lost node ${silent% }" && return; }
+    exit_code=$code fail "training failed (code $code): $(last_error || true)"
+  fi
+}
+
+main() {
+  case ${1:-} in -h | --help) usage && exit 0 ;; esac
+  need_job
+  read_arguments "$@"
+  step_options
+  export_defaults
+  trap ask_to_stop USR1 USR2 TERM
+  describe_run
+  [ ! -e "$output_dir/STOP" ] || exit_code=75 fail "$output_dir/STOP keeps this run from starting: remove it first"
+  check_nodes
+  [ -z "$asked" ] || { requeue "asked to stop before training began" && return; }
+  export STOPPED_NOTE=$output_dir/stopped.$SLURM_JOB_ID
+  rm -f "$STOPPED_NOTE"
+  log_lines_before=$(wc -l <"$log")
+  train
+  judge
+}
+
+common=${LLM2VEC_DS_ROOT:-$PWD}/slurm/common.sh
+[ -f "$common" ] || { echo "$me: error: no $common: submit from the repository's folder, or set LLM2VEC_DS_ROOT" >&2 && exit 2; }
+# shellcheck source=slurm/common.sh
+source "$common"
+main "$@"

@@ -1,0 +1,73 @@
+"""Evaluation while training: measured when due, the same on two ranks, and the best step's encoder kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2vec_ds import Encoder
+from llm2vec_ds.config import EvaluationConfig, parse_recipe
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.evaluate.in_training import in_training_evaluation
+from llm2vec_ds.evaluate.sts import load_graded_pairs, sts_spearman
+from tests.evaluate.test_word_level import conllu
+from tests.support.runs import command, recipe, write_recipe
+from tests.support.tiny import sentences
+
+
+def pairs_file(folder: Path) -> Path:
+    texts = sentences(40, seed=3)
+    rows = [f"{a},{b},{i % 5}.{i}" for i, (a, b) in enumerate(zip(texts[:20], texts[20:], strict=True))]
+    path = folder / "pairs.csv"
+    path.write_text("sentence1,sentence2,score\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def held_out(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "held_out.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_best_step_is_kept(tiny_model_dir: Path, texts_file: Path, tmp_path: Path, ranks: int) -> None:
+    pairs = pairs_file(tmp_path)
+    values = recipe(
+        "simcse",
+        tiny_model_dir,
+        texts_file,
+        tmp_path / "run",
+        evaluation={"tasks": [f"sts:{pairs}"], "every_steps": 2},
+        checkpoint={"best_by": "STS-pairs", "lowest_is_best": False, "every_steps": 0},
+        optimizer={"lr": 0.02, "warmup_steps": 1},
+        **({"deepspeed": "ds_configs/zero3.json"} if ranks == 2 else {}),
+    )
+    outcome = command(["train", str(write_recipe(values, tmp_path / "recipe.yaml"))], ranks)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    rows = held_out(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    scores = [row["STS-pairs"] for row in rows]
+    assert len(set(scores)) > 1
+    encoder = Encoder.from_pretrained(tmp_path / "run" / "encoder", attention="torch")
+    assert sts_spearman(encoder, load_graded_pairs(pairs)) == pytest.approx(max(scores[1:]), abs=1e-3)
+
+
+def test_words_and_sentences_of_an_encoder(tiny_model_dir: Path, tmp_path: Path) -> None:
+    pairs, file = pairs_file(tmp_path), conllu(tmp_path / "a.conllu", 20)
+    words = {"train": str(file), "test": str(file), "max_steps": 20}
+    config = EvaluationConfig.model_validate({"tasks": [f"sts:{pairs}"], "words": words})
+    encoder = Encoder.from_pretrained(tiny_model_dir, attention="torch")
+    scores = in_training_evaluation(config)(encoder)
+    assert list(scores) == ["STS-pairs", "words_same_token", "words_next_token"]
+    assert scores["STS-pairs"] == pytest.approx(sts_spearman(encoder, load_graded_pairs(pairs)), abs=1e-4)
+
+
+def test_mistakes(tiny_model_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="evaluation measures nothing"):
+        in_training_evaluation(EvaluationConfig())
+    with pytest.raises(UserError, match="no such file"):
+        in_training_evaluation(EvaluationConfig(tasks=["sts:no/such.csv"]))
+    values = recipe("simcse", tiny_model_dir, texts_file, tmp_path, checkpoint={"best_by": "STS-pairs"})
+    with pytest.raises(UserError, match="needs held-out texts or an evaluation"):
+        parse_recipe(values)

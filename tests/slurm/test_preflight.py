@@ -1,0 +1,59 @@
+"""`slurm/preflight.sh` lets fit nodes pass and names those that are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.slurm_cluster import Cluster
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--nodelist=n1,n2")
+
+
+def test_nodes_and_what_is_wrong_with_them(cluster: Cluster, tmp_path: Path) -> None:
+    """Faults planted on n2, a job each; all at once, to save time."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\nreal = time.time\ntime.time = lambda: real() + 30\n"
+    )
+    path = f"{tmp_path}:{cluster.environment.get('PYTHONPATH', '')}"
+    faults = {
+        "none": ("UNUSED=1", "all of n[1-2] is fit"),
+        "disk": ("LLM2VEC_DS_CACHE=/proc/nowhere", "n2: disk: /proc/nowhere cannot be written"),
+        "clock": (f"PYTHONPATH={path}", "n2: clock: +30.0 s from the first node's"),
+        "network": ("GLOO_SOCKET_IFNAME=nowhere0", "n2: all-reduce: "),
+        "absent": ("PYTHONHOME=/nowhere", "n2: meeting: rank 1 does not answer"),
+        "GPU": ("UNUSED=1", "n1: GPU: none that torch sees"),
+    }
+    jobs = {}
+    for name, (fault, _) in faults.items():
+        arguments = [str(tmp_path / "runs"), *([] if name == "GPU" else ["--cpu"])]
+        jobs[name] = cluster.submit(
+            "slurm/preflight.sh",
+            *arguments,
+            options=OPTIONS,
+            BAD_NODE="n2",
+            BAD_EXPORT=fault,
+            LLM2VEC_DS_MIN_FREE_GIB="0.1",
+            LLM2VEC_DS_NODE_TIMEOUT_S="30",
+        )
+    for name, (_, said) in faults.items():
+        state = cluster.wait_for_state(jobs[name], "COMPLETED", "FAILED")["JobState"]
+        log = cluster.log(jobs[name])
+        assert state == ("COMPLETED" if name == "none" else "FAILED"), f"{name}: {log}"
+        assert said in log, f"{name}: {log}"
+        if name in ("disk", "clock", "absent"):
+            assert "error: n1:" not in log, f"{name}: {log}"
+
+
+def test_a_node_on_which_nothing_starts(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.lose_node("n2")
+    try:
+        job = cluster.submit("slurm/preflight.sh", "--cpu", str(tmp_path), options=OPTIONS)
+        assert cluster.wait_for_state(job, "FAILED", "NODE_FAIL", "COMPLETED")["JobState"] == "FAILED"
+        assert "no command starts on n2: submit with --exclude=n2" in cluster.log(job)
+    finally:
+        cluster.start_node("n2")
+        cluster.wait_until_idle()
