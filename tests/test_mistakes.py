@@ -274,8 +274,8 @@ MISTAKES = {
         files={"run/STOP": b""},
     ),
     "a best checkpoint without a measure": Mistake(
-        "TMP/r.yaml: checkpoint.best_by=loss needs held-out texts or an evaluation: set data.held_out_path or "
-        "evaluation.tasks",
+        "TMP/r.yaml: checkpoint.best_by=loss needs held-out texts or an evaluation: set data.held_out_path "
+        "or evaluation.tasks",
         changes={"checkpoint": {"best_by": "loss"}},
     ),
     "output_dir is a file": Mistake(
