@@ -146,7 +146,10 @@ def export(
     dtype: Annotated[str, typer.Option(help="auto (as the encoder is stored), fp32, bf16 or fp16.")] = "auto",
     prompt: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=TEXT", help="An instruction under a name, such as query=…; repeatable."),
+        typer.Option(
+            metavar="NAME=TEXT",
+            help="An instruction under a name, such as 'query=Find passages'; repeatable.",
+        ),
     ] = None,
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", help="Of the base model, where its card lacks it.")

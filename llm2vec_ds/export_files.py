@@ -86,7 +86,7 @@ def _head(template: Template, instruction: str | None) -> str:
 
 def _check(encoder: Encoder, template: Template, before: list[int], after: list[int]) -> None:
     settings, mend = encoder.settings, "use --format transformers"
-    if template.render(None, "x")[0].partition("x")[2]:
+    if template.form.partition("{text}")[2]:
         raise UserError(f"sentence-transformers cannot put {settings.template!r} around a text: {mend}")
     if not settings.special_tokens and (before or after):
         raise UserError(f"sentence-transformers cannot leave out the tokenizer's special tokens: {mend}")
@@ -145,7 +145,7 @@ def tokenizer_for(encoder: Encoder, prompts: dict[str, str]) -> Any:
     token of its own, though it belongs to the first word after it; so that blank vanishes where a string is
     a prompt and nothing else. For `eos` pooling the tokenizer adds the end-of-sequence token itself.
     """
-    from tokenizers import Regex, Tokenizer, normalizers, processors
+    from tokenizers import Regex, Tokenizer, normalizers
     from transformers import PreTrainedTokenizerFast
 
     original = padded_tokenizer(encoder.tokenizer)
@@ -153,15 +153,13 @@ def tokenizer_for(encoder: Encoder, prompts: dict[str, str]) -> Any:
     adds_eos = encoder.settings.pooling == "eos" and added_ids(original)[1][-1:] != [original.eos_token_id]
     if not alone and not adds_eos:
         return original
-    backend = Tokenizer.from_str(original.backend_tokenizer.to_str())
+    said = json.loads(original.backend_tokenizer.to_str())
+    if adds_eos:
+        said["post_processor"] = ends_with(said["post_processor"], original.eos_token, original.eos_token_id)
+    backend = Tokenizer.from_str(json.dumps(said))
     if alone:
         cuts = [normalizers.Replace(Regex(rf"(?<=\A{prompt}) \z"), "") for prompt in alone]
         backend.normalizer = normalizers.Sequence([*cuts, *filter(None, [backend.normalizer])])
-    if adds_eos:
-        eos = processors.TemplateProcessing(
-            "$A " + original.eos_token, special_tokens=[(original.eos_token, original.eos_token_id)]
-        )
-        backend.post_processor = processors.Sequence([*filter(None, [backend.post_processor]), eos])
     tokens = {name: token for name, token in original.special_tokens_map.items() if isinstance(token, str)}
     # Of no model's own class: those build normalizer and post-processor anew and lose what is added here.
     return PreTrainedTokenizerFast(
@@ -171,6 +169,30 @@ def tokenizer_for(encoder: Encoder, prompts: dict[str, str]) -> Any:
         model_max_length=original.model_max_length,
         **tokens,
     )
+
+
+def ends_with(post_processor: dict[str, Any] | None, token: str, token_id: int) -> dict[str, Any]:
+    """tokenizer.json's post-processor, with a token at the end of every text.
+
+    Into the template that is there: of two templates in a row, tokenizers heeds one alone.
+    """
+    end = {"SpecialToken": {"id": token, "type_id": 0}}
+    known = {token: {"id": token, "ids": [token_id], "tokens": [token]}}
+    if post_processor is None:
+        sequence = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
+        single = [sequence[0], end]
+        return {"type": "TemplateProcessing", "single": single, "pair": sequence, "special_tokens": known}
+    if post_processor["type"] == "TemplateProcessing":
+        single = [*post_processor["single"], end]
+        return {
+            **post_processor,
+            "single": single,
+            "special_tokens": {**post_processor["special_tokens"], **known},
+        }
+    parts = post_processor["processors"] if post_processor["type"] == "Sequence" else [post_processor]
+    others = [part for part in parts if part["type"] != "TemplateProcessing"]
+    template = next((part for part in parts if part["type"] == "TemplateProcessing"), None)
+    return {"type": "Sequence", "processors": [*others, ends_with(template, token, token_id)]}
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

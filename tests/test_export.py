@@ -15,9 +15,9 @@ import pytest
 import torch
 from tokenizers import processors
 
-from llm2vec_ds import Encoder, EncoderSettings, UserError
+from llm2vec_ds import Encoder, EncoderSettings, UserError, demo_model
 from llm2vec_ds.export import ExportOptions, export, push_folder
-from llm2vec_ds.export_card import origin
+from llm2vec_ds.export_card import licence, origin
 from tests.support.tiny import sentences, tiny_llama, tiny_tokenizer
 
 TEXTS = [f"{a} {b}" for a, b in zip(sentences(200, 1), sentences(200, 2), strict=True)]
@@ -62,22 +62,22 @@ ENCODERS = {
     "last": {"bos": True, "pooling": "last"},
     "eos pooling": {"bos": True, "pooling": "eos"},
     "bos pooling": {"bos": True, "pooling": "bos"},
-    "head": {"template": "Text: {text}"},
+    "head": {"template": "Text:{text}"},
     "no padding token": {"bos": True, "pad": False},
     "short": {"bos": True, "max_tokens": 16},
 }
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-@pytest.mark.parametrize("batch_size", [1, 32])
-def test_sentence_transformers_gives_the_vectors(name: str, batch_size: int, tmp_path: Path) -> None:
+def test_sentence_transformers_gives_the_vectors(name: str, tmp_path: Path) -> None:
     source = make(tmp_path / "encoder", **ENCODERS[name])
     export(source, tmp_path / "out", ExportOptions())
-    encoder = Encoder.from_pretrained(source)
-    found = sentence_transformer(tmp_path / "out").encode(TEXTS, batch_size=batch_size)
-    np.testing.assert_allclose(found, encoder.encode(TEXTS), atol=2e-5)
+    expected = Encoder.from_pretrained(source).encode(TEXTS)
+    model = sentence_transformer(tmp_path / "out")
+    for batch_size in (1, 32):
+        np.testing.assert_allclose(model.encode(TEXTS, batch_size=batch_size), expected, atol=2e-5)
     own = Encoder.from_pretrained(tmp_path / "out").encode(TEXTS)
-    np.testing.assert_allclose(own, encoder.encode(TEXTS), atol=2e-5)
+    np.testing.assert_allclose(own, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"bos": True}, {"bos": True, "pooled_tokens": "all"}], ids=str)
@@ -296,6 +296,11 @@ def test_the_card_tells_stages_scores_and_licence(tmp_path: Path) -> None:
     assert "private" not in card
     assert str(tmp_path) not in card
     assert (tmp_path / "out" / "LICENSE.txt").read_text() == "terms"
+
+
+def test_the_demos_model_carries_its_licence(tmp_path: Path) -> None:
+    demo_model._write_card(tmp_path)
+    assert licence(str(tmp_path), None) == "apache-2.0"
 
 
 def test_an_unknown_licence_is_said_not_guessed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -112,6 +112,7 @@ def _merge(trunk: nn.Module, folder: Path) -> int:
             base.weight.copy_((base.weight.float() + update).to(base.weight.dtype))
             parent, _, child = name.rpartition(".")
             setattr(trunk.get_submodule(parent), child, base)
+    del trunk.peft_config  # else the next adapter would be taken for a second one beside this
     return len(layers)
 
 
