@@ -99,10 +99,14 @@ class Ablation:
         if done.exists() and done.read_text() == key:
             log.info("%s, seed %s: trained before", run, seed)
             return
+        begun = folder.with_name(f"{run}.begun")
+        going_on = ["resume=true"] if begun.exists() and begun.read_text() == key else []
         folder.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-        log.info("llm2vec-ds train %s", file)
-        if subprocess.run([sys.executable, "-m", "llm2vec_ds", "train", str(file)], check=False).returncode:
+        replace_text(begun, key)
+        log.info("llm2vec-ds train %s", " ".join([str(file), *going_on]))
+        command = [sys.executable, "-m", "llm2vec_ds", "train", str(file), *going_on]
+        if subprocess.run(command, check=False).returncode:
             raise UserError(f"training stopped, see above; repeat it with: llm2vec-ds train {file}")
         replace_text(done, key)
 

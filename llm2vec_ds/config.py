@@ -305,6 +305,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig | None = None
+    """Tasks measured during training; null: none."""
     mntp: MntpConfig | None = None
     simcse: SimcseConfig | None = None
     supervised: SupervisedConfig | None = None
