@@ -115,3 +115,23 @@ def test_qlora_steps_beside_the_plan(tmp_path: Path) -> None:
     assert [line["stage"] for line in lines] == ["mntp", "simcse"]
     assert all(line["tokens_per_s"] > 0 and line["measured_peak_mib"] > 0 for line in lines)
     assert all(line["planned_parts_mib"]["adapters"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("work", ["mntp", "encode"])
+def test_the_speed_of_a_work_alone(work: str, tiny_model_dir: Path) -> None:
+    """Rivals have environments of their own from the package index, which no test makes."""
+    outcome = run(
+        "run.py", "--work", work, "--model", str(tiny_model_dir), "--steps", "1", "--rounds", "1", "--json"
+    )
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    result = json.loads(outcome.stdout.splitlines()[-1])
+    assert result["ours"]["seconds_median"] > 0
+    assert result["ours"]["peak_mib"] > 100
+    assert 0 < result["share_of_peak"] < 1
+    assert result["units"] == {"mntp": 4 * 512, "encode": 1000}[work]
+
+
+def test_a_rival_without_the_work_is_refused() -> None:
+    outcome = run("run.py", "--work", "mntp", "--against", "sentence-transformers")
+    assert outcome.returncode == 2
+    assert "has no MNTP: compare with llm2vec" in outcome.stderr
