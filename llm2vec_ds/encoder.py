@@ -127,7 +127,7 @@ class Encoder(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Last hidden state of every token, `[T, D]`."""
-        return _hidden_states(self.trunk, batch)
+        return trunk_hidden_states(self.trunk, batch)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """One vector a text, `[S, D]` fp32, not normalised."""
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
     def _vectors(self, trunk: Any, batch: PackedBatch) -> torch.Tensor:
         if self.settings.pooled_tokens == "all":
             batch = replace(batch, pool_mask=torch.ones_like(batch.pool_mask))
-        return POOLINGS[self.settings.pooling](_hidden_states(trunk, batch), batch)
+        return POOLINGS[self.settings.pooling](trunk_hidden_states(trunk, batch), batch)
 
     @overload
     def encode(
@@ -360,7 +360,8 @@ class Encoder(nn.Module):
         save_torch_state_dict(state_dict or merged_state_dict(self.trunk), folder)
 
 
-def _hidden_states(trunk: Any, batch: PackedBatch) -> torch.Tensor:
+def trunk_hidden_states(trunk: Any, batch: PackedBatch) -> torch.Tensor:
+    """Last hidden state of every token of a packed batch, `[T, D]`."""
     output = trunk(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llm2vec_ds.durable import replace_file
 from llm2vec_ds.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,7 @@ def write_at(path: Path, content: bytes, offset: int, whence: int = os.SEEK_SET)
 
 def replace_text(path: Path, text: str) -> None:
     """The file holds the old text or the new one, never a part."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text)
-    new.rename(path)
+    replace_file(path, text.encode())
 
 
 def _empty_unless_same(folder: Path, key: str) -> None:

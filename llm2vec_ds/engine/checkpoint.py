@@ -21,7 +21,7 @@ from typing import Any
 
 from llm2vec_ds.distributed import all_gather_object, barrier, rank
 from llm2vec_ds.durable import remove_folder, rename, sync_folder, write_file
-from llm2vec_ds.errors import UserError, reason
+from llm2vec_ds.errors import UserError, reason, writing
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,10 @@ class CheckpointStore:
         self._together(finish, unfinished, manifest.step, only_rank_0=True)
         self._known_valid.add(folder)
         if rank() == 0:
-            self._delete_old()
+            try:
+                self._delete_old()
+            except OSError as error:  # the new checkpoint is there all the same
+                log.warning("an old checkpoint in %s cannot be deleted: %s", self.folder, error.strerror)
         return folder
 
     def _together(
@@ -209,10 +212,15 @@ class CheckpointStore:
         return Checkpoint(folder, manifest)
 
     def clear_unfinished(self) -> None:
-        """What killed runs left under other names."""
-        for pattern in (".unfinished-*", ".removed-*"):
-            for left in self.folder.glob(pattern):
-                shutil.rmtree(left)
+        """Deletes what killed runs left under other names.
+
+        Raises:
+            UserError: it cannot be deleted.
+        """
+        with writing(self.folder):
+            for pattern in (".unfinished-*", ".removed-*"):
+                for left in self.folder.glob(pattern):
+                    shutil.rmtree(left)
 
     def _folders(self) -> list[tuple[int, Path]]:
         """Step and folder, newest first; whether they are valid is not known."""

@@ -100,9 +100,11 @@ def _blocks(file: Path) -> list[bytes]:
     return blocks
 
 
-def made_by() -> dict[str, Any]:
-    """Versions, commit, ranks and threads: what bit-equal losses need to be the same."""
+def made_by(recipe: Recipe) -> dict[str, Any]:
+    """Versions, commit, ranks, threads and token budget: what bit-equal losses need to be the same."""
     return {
+        "max_tokens_per_micro_batch": recipe.batch.max_tokens_per_micro_batch,
+        "deepspeed": recipe.deepspeed,
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "python": platform.python_version(),
         "git_commit": _git_commit(),

@@ -148,7 +148,7 @@ def _checkpoint_to_resume(
                 "on nevertheless, or overwrite=true without resume to start again"
             )
         log.warning("resume=force: going on although %s", words)
-    now = made_by()
+    now = made_by(recipe)
     if moved := [f"{k} {manifest.made_by[k]} → {now[k]}" for k in now if manifest.made_by.get(k) != now[k]]:
         log.warning("losses may differ in their last digits, or in dropout: %s", ", ".join(moved))
     log.info("going on from %s", checkpoint.folder)

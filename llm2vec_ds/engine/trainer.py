@@ -74,7 +74,7 @@ class Trainer:
         self.folder = folder
         self.store = store
         self.identity = identity
-        self.made_by = made_by()
+        self.made_by = made_by(recipe)
         self.stop = stop
         self.evaluation = evaluation
         self.device = stage.encoder.device

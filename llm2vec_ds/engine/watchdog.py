@@ -31,6 +31,7 @@ class Watchdog:
         self._folder = folder
         self._doing = ""
         self._deadline: float | None = None
+        self._ends = False
         self._changed = threading.Condition()
         self._main = threading.get_ident()
         self._thread: threading.Thread | None = None
@@ -69,11 +70,15 @@ class Watchdog:
 
     def _stop_process(self) -> None:
         stacks = self._folder / f"hang-rank-{rank()}.txt"
-        with stacks.open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        try:
+            with stacks.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            where = f"stacks in {stacks}"
+        except OSError as error:  # a full disk must not keep the run hanging
+            where = f"no stacks: {stacks} cannot be written, {error.strerror}"
         print(
             f"llm2vec-ds: error: {self._doing} on rank {rank()} of {world_size()} ({socket.gethostname()}) "
-            f"has taken more than {self._timeout_s:g} s ({self._place()}; stacks in {stacks}). Another rank "
+            f"has taken more than {self._timeout_s:g} s ({self._place()}; {where}). Another rank "
             "hangs or has died: look for a rank at another place, then run again with resume=true; raise "
             "step_timeout_s if a step does take that long",
             file=sys.stderr,

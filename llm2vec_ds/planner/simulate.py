@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.config import Recipe
+from llm2vec_ds.encoder import trunk_hidden_states
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.planner.meta_model import META, MetaModel
 
@@ -94,16 +95,7 @@ def simulate(model: MetaModel, recipe: Recipe, n_texts: int, tokens_a_text: int)
     ]
     try:
         with live:
-            hidden_TD = model.trunk(
-                input_ids=stream.input_ids[None],
-                position_ids=stream.position_ids[None],
-                attention_mask=None,
-                use_cache=False,
-                cu_seq_lens_q=stream.cu_seqlens,
-                cu_seq_lens_k=stream.cu_seqlens,
-                max_length_q=stream.max_seqlen,
-                max_length_k=stream.max_seqlen,
-            ).last_hidden_state[0]
+            hidden_TD = trunk_hidden_states(model.trunk, stream)
             with live.fresh_peak():
                 result = _head_or_pooling(model, recipe, hidden_TD, pooled)
             logits = live.last

@@ -147,3 +147,20 @@ def test_what_killed_saves_left_is_cleared(tmp_path: Path) -> None:
         (tmp_path / left / PART).write_bytes(b"part of")
     store.clear_unfinished()
     assert names(store) == ["step-00000001"]
+
+
+def test_an_old_checkpoint_that_stays_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    save(store, 1)
+
+    def busy(*_: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr("llm2vec_ds.engine.checkpoint.remove_folder", busy)
+    save(store, 2)
+    assert "cannot be deleted: Device or resource busy" in caplog.text
+    found = store.newest_valid()
+    assert found is not None
+    assert found.step == 2
