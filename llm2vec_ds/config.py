@@ -39,8 +39,9 @@ class ModelConfig(Section):
     picks by device and says what it picked and why (docs/kernels.md)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Trunk weights and activations. `auto`: bf16 on CUDA, fp32 on CPU (where bf16 is very slow)."""
-    activation_checkpointing: bool = False
-    """Recompute each layer's activations in backward: less memory, about a third more time."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
+    """What backward computes again instead of keeping it: `none`; `selective`, all but matrix products and
+    attention (docs/performance.md); `full`, whole layers: least memory, about a third more time."""
     trust_remote_code: bool = False
     """Run code that lies beside the model, where it needs its own: read it first."""
     quantization: Literal["nf4"] | None = None

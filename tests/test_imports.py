@@ -35,6 +35,8 @@ FLOW = [
     "model.quantization",
     "model.loading",
     "model.pooling",
+    "model.lora_linear",
+    "model.recomputation",
     "model.adapters",
     "model.imported",
     "streaming",

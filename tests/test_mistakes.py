@@ -660,7 +660,7 @@ def test_a_full_gpu(
     assert_reads(
         error_line(capsys),
         "the GPU's memory is full; planned … GiB (weights …). Try batch.max_tokens_per_micro_batch=80 "
-        "(now 160), or model.activation_checkpointing=true, or model.quantization=nf4, or … (CUDA out of "
+        "(now 160), or model.activation_checkpointing=full, or model.quantization=nf4, or … (CUDA out of "
         "memory. Tried …)",
     )
 

@@ -57,7 +57,7 @@ def check_qlora(path: Path) -> None:
     assert [recipe.stage for recipe in stages] == ["mntp", "simcse", "supervised"]
     for recipe in stages:
         assert recipe.model.quantization == "nf4"
-        assert recipe.model.activation_checkpointing
+        assert recipe.model.activation_checkpointing == "full"
         assert recipe.optimizer.name == "paged_adamw_8bit"
         assert recipe.output_dir == f"runs/{path.stem}/{recipe.stage}"
         assert (ROOT / str(recipe.model.config_file)).is_file()

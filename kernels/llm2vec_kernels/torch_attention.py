@@ -15,13 +15,10 @@ import torch
 import torch.nn.functional as F
 
 
-def equal_length_runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yields (first token, number of texts, length) of each run of neighbouring texts of one length."""
-    first_token = 0
+def equal_length_runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Yields (number of texts, length) of each run of neighbouring texts of one length."""
     for length, run in groupby(filter(None, cu_seqlens.diff().tolist())):
-        n_texts = sum(1 for _ in run)
-        yield first_token, n_texts, length
-        first_token += n_texts * length
+        yield sum(1 for _ in run), length
 
 
 def torch_attention(
@@ -37,12 +34,12 @@ def torch_attention(
     causal: bool = False,
 ) -> torch.Tensor:
     """Attention inside each text of the packed stream, `[T, Hq, D]`; see `dispatch.attention`."""
+    runs = list(equal_length_runs(cu_seqlens))
+    # Split, not sliced: the backward of a slice is a whole tensor of zeros, one for each run.
+    parts = (x.split([n_texts * length for n_texts, length in runs]) for x in (q_THD, k_THD, v_THD))
     outputs = []
-    for first, n_texts, length in equal_length_runs(cu_seqlens):
-        q_NHLD, k_NHLD, v_NHLD = (
-            x[first : first + n_texts * length].unflatten(0, (n_texts, length)).transpose(1, 2)
-            for x in (q_THD, k_THD, v_THD)
-        )
+    for (n_texts, length), *part in zip(runs, *parts, strict=True):
+        q_NHLD, k_NHLD, v_NHLD = (x.unflatten(0, (n_texts, length)).transpose(1, 2) for x in part)
         mask_LL = _window_mask(length, window, causal, q_THD.device)
         if softcap is None:
             out_NHLD = F.scaled_dot_product_attention(

@@ -93,8 +93,8 @@ def _mends(recipe: Recipe, planner: Planner | None) -> str:
     mends = []
     if lower < budget:
         mends.append(f"batch.max_tokens_per_micro_batch={lower} (now {budget})")
-    if not recipe.model.activation_checkpointing:
-        mends.append("model.activation_checkpointing=true")
+    if recipe.model.activation_checkpointing != "full":
+        mends.append("model.activation_checkpointing=full")
     if recipe.model.quantization is None and recipe.adapter is not None:
         mends.append("model.quantization=nf4")
     mends.append("a JSON of ds_configs/ that splits or offloads more (llm2vec-ds plan tells which)")

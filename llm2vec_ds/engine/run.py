@@ -43,6 +43,7 @@ from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
 from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
+from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.stages.base import Stage
 from llm2vec_ds.stages.mntp import MntpStage
 from llm2vec_ds.stages.simcse import simcse_stage
@@ -280,8 +281,7 @@ def _make_trainable(recipe: Recipe, trunk: Any) -> None:
         log.info(
             "%s rank %s on %s linear layers%s", recipe.adapter.variant, recipe.adapter.rank, len(names), below
         )
-    if recipe.model.activation_checkpointing:
-        trunk.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(trunk, recipe.model.activation_checkpointing)
 
 
 def _prepared(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[Path]]]:

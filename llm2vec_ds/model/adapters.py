@@ -30,6 +30,8 @@ def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> li
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
+    from llm2vec_ds.model.lora_linear import lora_linear_for
+
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     lora = LoraConfig(
         r=config.rank,
@@ -40,6 +42,7 @@ def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> li
         use_dora=config.variant == "dora",
         init_lora_weights="pissa_niter_16" if config.variant == "pissa" else config.zero_init,
     )
+    lora._register_custom_module({nn.Linear: lora_linear_for})
     earlier = adapter_names(trunk)
     try:
         with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,12 +40,22 @@ def register_for_shapes(device_type: str, attention_dropout: float) -> str:
         return register("torch")
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(
+        NAME, partial(_attend, _on_cpu if device_type == "cpu" else _FlashShapes.apply)
+    )
     AttentionMaskInterface.register(NAME, lambda *_, attention_mask=None, **__: attention_mask)
     return NAME
 
 
+def _on_cpu(q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor) -> torch.Tensor:
+    """The very operation, which selective activation checkpointing keeps; SDPA on meta would take another."""
+    heads_first = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
+    out_THD: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)[0]
+    return out_THD[0].transpose(0, 1)
+
+
 def _attend(
+    attention: Any,
     module: nn.Module,
     query_BHLD: torch.Tensor,
     key_BHLD: torch.Tensor,
@@ -53,4 +64,4 @@ def _attend(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHLD, key_BHLD, value_BHLD))
-    return _FlashShapes.apply(q, k, v).unflatten(0, (query_BHLD.shape[0], query_BHLD.shape[2])), None
+    return attention(q, k, v).unflatten(0, (query_BHLD.shape[0], query_BHLD.shape[2])), None

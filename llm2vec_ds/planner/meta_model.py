@@ -16,6 +16,7 @@ from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.bidirectional import with_causal
 from llm2vec_ds.model.loading import TrunkOptions
 from llm2vec_ds.model.quantization import quantize_shapes
+from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.planner.flash_shapes import register_for_shapes
 
 META = torch.device("meta")
@@ -121,8 +122,7 @@ def put_adapters_in(model: MetaModel, recipe: Recipe, options: TrunkOptions) -> 
     if options.device.type != "cpu":
         _fuse_dropout(model.trunk)
         _as_deepspeed_casts(model.whole, options.dtype)
-    if recipe.model.activation_checkpointing:
-        model.trunk.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model.trunk, recipe.model.activation_checkpointing)
 
 
 def _as_deepspeed_casts(model: nn.Module, dtype: torch.dtype) -> None:

@@ -187,7 +187,7 @@ class Planner:
             attention_width=shapes_.attention_width,
             head_operations=head,
             trains_all=recipe.adapter is None,
-            checkpointing=recipe.model.activation_checkpointing,
+            checkpointing=recipe.model.activation_checkpointing == "full",
         )
         return {
             "compute": time.compute_ms,

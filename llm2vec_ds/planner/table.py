@@ -128,7 +128,7 @@ def _advice(plan: dict[str, Any]) -> str:
         mend = (
             f"batch.max_tokens_per_micro_batch={budget}" if budget else "model.quantization=nf4, or more GPUs"
         )
-        return f"nothing here fits: try {mend}, model.activation_checkpointing=true"
+        return f"nothing here fits: try {mend}, model.activation_checkpointing=full"
     said = f"use deepspeed={plan['use'] or 'null'}; with {plan['deepspeed'] or 'no JSON'} at most "
     said += f"batch.max_tokens_per_micro_batch={plan['largest_token_budget']}"
     if plan["largest_global_batch"] is not None:

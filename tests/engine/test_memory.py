@@ -61,7 +61,7 @@ def test_a_full_memory_is_explained(
         "memory is full; planned",
         "weights 0.0",
         "batch.max_tokens_per_micro_batch=80 (now 160)",
-        "model.activation_checkpointing=true",
+        "model.activation_checkpointing=full",
         "model.quantization=nf4",
         "no memory for 1",
     ):

@@ -87,11 +87,12 @@ def test_a_run_learns_and_leaves_its_folder(tmp_path: Path, tiny_model_dir: Path
     assert "simcse" not in resolved
 
 
+@pytest.mark.parametrize("which", ["none", "full"])
 def test_activation_checkpointing_changes_no_loss(
-    one_process: Any, tmp_path: Path, tiny_model_dir: Path, texts_file: Path
+    which: str, one_process: Any, tmp_path: Path, tiny_model_dir: Path, texts_file: Path
 ) -> None:
     values = recipe("mntp", tiny_model_dir, texts_file, tmp_path / "run", **NO_DROPOUT)
-    values["model"]["activation_checkpointing"] = True
+    values["model"]["activation_checkpointing"] = which
     losses = [row["loss"] for row in trained(values)]
     assert losses == pytest.approx([row["loss"] for row in one_process["mntp"][0]], rel=1e-5)
 

@@ -13,6 +13,7 @@ from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional
+from llm2vec_ds.model.recomputation import Recomputation, recompute_activations
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 LENGTHS = (7, 1, 12, 7, 3)
@@ -97,10 +98,11 @@ def test_the_last_token_moves_the_first_and_the_reverse() -> None:
         torch.testing.assert_close(before[6:], last[6:], rtol=0, atol=1e-6)
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("which", ["selective", "full"])
+def test_activation_checkpointing_changes_no_gradient(which: Recomputation) -> None:
     model = trunk()
     expected = with_gradients(model, packed_vectors(model, texts()))
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model, which)
     model.train()
     assert_same(with_gradients(model, packed_vectors(model, texts())), expected)
 

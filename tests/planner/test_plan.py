@@ -69,7 +69,7 @@ def test_nf4_and_checkpointing_and_zero3_each_take_less() -> None:
     assert nf4.weights < 0.31 * plain.weights
     split = planner(LLAMA, gpus_per_node=2).memory("ds_configs/zero3.json")
     assert split.weights == pytest.approx(plain.weights / 2, rel=1e-3)
-    stored = planner(LLAMA, "model.activation_checkpointing=false", gpus_per_node=2).memory(None)
+    stored = planner(LLAMA, "model.activation_checkpointing=none", gpus_per_node=2).memory(None)
     assert stored.activations > 5 * plain.activations
 
 
