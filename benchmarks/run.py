@@ -63,7 +63,7 @@ def add_masked_batch(spec: Spec, folder: Path) -> None:
     )
     assert isinstance(stage, MntpStage)
     rows = stage.global_batch(0)
-    batches, _ = stage._masked_batches(stage.texts, rows, 0)
+    batches, _ = stage.batches(0, rows)
     for batch in batches:
         assert batch.labels is not None
         for start, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False):
@@ -105,6 +105,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         limit = BLOCKS * BLOCK_TOKENS
         spec.texts = [" ".join(spec.texts)[: 12 * limit]]
         add_masked_batch(spec, folder / "masked")
+    spec.rival_checkpointing = arguments.rival_checkpointing
     ours_spec = spec.write(folder / "ours.json", input_ids=[], labels=[])
     rival: Rival | None = RIVALS.get(arguments.against)
     if rival is not None:
@@ -119,6 +120,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "work": arguments.work,
         "against": arguments.against,
+        "rival_checkpointing": arguments.rival_checkpointing,
         "units": spec.n_units,
         "ours": ours,
     }
@@ -170,6 +172,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--environments", default="runs/rivals", help="where rivals are installed (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rival-checkpointing",
+        action="store_true",
+        help="the rival recomputes its layers in backward: where its memory would not do otherwise",
     )
     parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
     arguments = parser.parse_args()

@@ -28,6 +28,7 @@ FLOW = [
     "data.corpus",
     "data.batches",
     "data.packing",
+    "data.prefetch",
     "data.masking",
     "data.tagged",
     "model.bidirectional",

@@ -30,6 +30,7 @@ class Spec:
     scale: float = 20.0
     mask_rate: float = 0.2
     max_tokens: int = 512
+    rival_checkpointing: bool = False
     texts: list[str] = field(default_factory=list)
     examples: list[list[str]] = field(default_factory=list)
     input_ids: list[list[int]] = field(default_factory=list)

@@ -25,10 +25,16 @@ def with_lora(model, spec):
     return get_peft_model(model, config)
 
 
+def recompute(model, spec):
+    if spec["rival_checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def mntp_step(spec):
     model = LlamaBiForMNTP.from_pretrained(spec["model"], attn_implementation="sdpa")
     model.set_model_for_peft(with_lora(model.get_model_for_peft(), spec))
     model.lm_head.requires_grad_(False)
+    recompute(model.model, spec)
     longest = max(map(len, spec["input_ids"]))
     pad = [longest - len(ids) for ids in spec["input_ids"]]
     batch = {
@@ -46,6 +52,7 @@ def contrastive_step(spec):
         spec["model"], attn_implementation="sdpa", max_length=spec["max_tokens"]
     )
     wrapped.model = with_lora(wrapped.model, spec)
+    recompute(wrapped.model, spec)
     loss = HardNegativeNLLLoss(scale=spec["scale"])
     examples = spec["examples"] or [[text, text] for text in spec["texts"]]
 

@@ -33,6 +33,8 @@ def train(spec):
             r=spec["lora_rank"], lora_alpha=spec["lora_alpha"], target_modules="all-linear", lora_dropout=0.0
         )
     )
+    if spec["rival_checkpointing"]:
+        model[0].auto_model.gradient_checkpointing_enable({"use_reentrant": False})
     loss_of = losses.MultipleNegativesRankingLoss(model, scale=spec["scale"])
     examples = spec["examples"] or [[text, text] for text in spec["texts"]]
     parameters = [p for p in model.parameters() if p.requires_grad]

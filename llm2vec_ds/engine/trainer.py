@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from llm2vec_ds.config import OptimizerConfig, Recipe
 from llm2vec_ds.data.batches import rank_slice
+from llm2vec_ds.data.prefetch import Prefetch
 from llm2vec_ds.distributed import TRAFFIC, all_gather_object, all_reduce_sum, barrier, rank, world_size
 from llm2vec_ds.durable import write_file
 from llm2vec_ds.encoder import Encoder
@@ -80,6 +82,7 @@ class Trainer:
         self.device = stage.encoder.device
         self.check = FiniteCheck(stage.model, self.device)
         self.watchdog = Watchdog(recipe.step_timeout_s, folder)
+        self.prefetch = Prefetch(self._rows_and_batches, recipe.max_steps)
         self._best_score: float | None = all_gather_object(store.best_score())[0]
 
     def run(self, checkpoint: Checkpoint | None = None) -> None:
@@ -102,7 +105,13 @@ class Trainer:
                     self._step_and_save(step, log_rows)
                 self._finish()
         finally:
+            self.prefetch.close()
             log_rows.close()
+
+    def _rows_and_batches(self, step: int) -> tuple[np.ndarray, Any]:
+        """This rank's part of the step."""
+        rows = rank_slice(self.stage.global_batch(step), rank(), world_size())
+        return rows, self.stage.batches(step, rows)
 
     def _step_and_save(self, step: int, log_rows: MetricsLog) -> None:
         self.watchdog.begin(f"step {step + 1}")
@@ -126,9 +135,10 @@ class Trainer:
     def _step(self, step: int) -> tuple[dict[str, Any], bool]:
         """Metrics, and whether any rank has been asked to stop."""
         recipe, started, sent_before = self.recipe, time.perf_counter(), TRAFFIC.sent_bytes.copy()
-        rows = rank_slice(self.stage.global_batch(step), rank(), world_size())
+        rows, batches = self.prefetch(step)
+        data_s = time.perf_counter() - started
         self.engine.train()
-        result = self.stage.step(step, rows, self.engine.forward, self._backward)
+        result = self.stage.step(step, rows, batches, self.engine.forward, self._backward)
         self.check.stop_if_not_finite(step + 1, result.bad_rows, self._describe)
         lr = learning_rate(step, recipe.max_steps, recipe.optimizer)
         grad_norm = self.engine.step(lr)
@@ -147,6 +157,7 @@ class Trainer:
             "n_tokens": n_tokens,
             "tokens_per_s": n_tokens / elapsed_s,
             "step_ms": elapsed_s * 1e3,
+            "data_ms": data_s * 1e3,
             "peak_mib": peak_mib(self.device),
             "comm_bytes": sent.total(),
             "comm_bytes_by_kind": dict(sent),
@@ -234,7 +245,7 @@ class Trainer:
         learning rate of zero, whose effects the checkpoint then overwrites."""
         rows = rank_slice(self.stage.global_batch(0)[: world_size()], rank(), world_size())
         self.engine.train()
-        self.stage.step(0, rows, self.engine.forward, self._backward)
+        self.stage.step(0, rows, self.stage.batches(0, rows), self.engine.forward, self._backward)
         self.check.forget()
         self.engine.step(0.0)
 

@@ -57,8 +57,14 @@ class Stage(Protocol):
     def text(self, row: int) -> TokenizedText:
         """What a row is, for error messages."""
 
-    def step(self, step: int, rows: np.ndarray, forward: Forward, backward: Backward) -> StepResult:
-        """Forward and backward for this rank's `rows` of the global batch."""
+    def batches(self, step: int, rows: np.ndarray) -> Any:
+        """This rank's `rows` of the global batch as packed micro-batches on the CPU, in the form that the
+        stage's own `step` takes; called from a thread of its own."""
+
+    def step(
+        self, step: int, rows: np.ndarray, batches: Any, forward: Forward, backward: Backward
+    ) -> StepResult:
+        """Forward and backward for `rows`, whose micro-batches are `batches`."""
 
     def held_out(self, forward: Forward) -> dict[str, float] | None:
         """Metrics on texts that do not train, the same on every rank; None without such texts."""

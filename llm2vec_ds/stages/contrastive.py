@@ -51,10 +51,13 @@ class ContrastiveStage:
         (example,) = self.examples([row])
         return example[0]
 
-    def step(self, step: int, rows: np.ndarray, forward: Forward, backward: Backward) -> StepResult:
-        device = self.encoder.device
-        packed = PackedExamples(self.examples(rows), self.max_tokens)
-        batches = [batch.to(device) for batch in packed.batches]
+    def batches(self, step: int, rows: np.ndarray) -> PackedExamples:
+        return PackedExamples(self.examples(rows), self.max_tokens)
+
+    def step(
+        self, step: int, rows: np.ndarray, batches: PackedExamples, forward: Forward, backward: Backward
+    ) -> StepResult:
+        device, packed = self.encoder.device, batches
         n_passes = equal_count(packed.groups, device)
         n_hits = torch.zeros((), device=device)
         last_scale = torch.zeros((), device=device)
@@ -67,7 +70,7 @@ class ContrastiveStage:
 
         vectors, share = vectors_loss_backward(
             forward,
-            batches,
+            [batch.to(device) for batch in packed.batches],
             [dropout_seed(self.seed, step, rank(), index) for index in range(n_passes)],
             loss_share,
             lambda scalar, index, last: backward(scalar, rows=packed.rows(rows, index), last=last),
@@ -77,7 +80,7 @@ class ContrastiveStage:
         loss, hits, n_global = all_reduce_sum(torch.stack([share, n_hits, n_queries])).tolist()
         return StepResult(
             loss=loss,
-            n_tokens=sum(batch.n_tokens for batch in batches),
+            n_tokens=sum(batch.n_tokens for batch in packed.batches),
             metrics={"accuracy": hits / n_global, "scale": float(last_scale)},
             bad_rows=packed.not_finite(rows, vectors),
         )

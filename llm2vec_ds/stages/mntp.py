@@ -21,6 +21,10 @@ HELD_OUT_STEP = 2**32
 """Masking key of held-out texts: the same masks at every evaluation, and never those of a training step."""
 
 
+MaskedBatches = tuple[list[PackedBatch], list[np.ndarray]]
+"""Packed micro-batches with labels, and the row numbers in each."""
+
+
 class MntpStage:
     """Loss: cross-entropy summed over masked tokens, divided by their number over all ranks."""
 
@@ -49,17 +53,22 @@ class MntpStage:
         (text,) = self.texts[[row]]
         return text
 
-    def step(self, step: int, rows: np.ndarray, forward: Forward, backward: Backward) -> StepResult:
-        batches, groups = self._masked_batches(self.texts, rows, step)
+    def batches(self, step: int, rows: np.ndarray) -> MaskedBatches:
+        return self._masked_batches(self.texts, rows, step)
+
+    def step(
+        self, step: int, rows: np.ndarray, batches: MaskedBatches, forward: Forward, backward: Backward
+    ) -> StepResult:
+        packed, groups = batches
         device = self.encoder.device
-        n_masked = sum(_n_masked(batch) for batch in batches)
+        n_masked = sum(_n_masked(batch) for batch in packed)
         n_masked_global = max(float(all_reduce_sum(torch.tensor(float(n_masked), device=device))), 1.0)
         n_passes = equal_count(groups, device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         bad_rows: list[int] = []
         for index in range(n_passes):
-            own = index < len(batches)
-            batch, group = (batches[index], groups[index]) if own else (batches[0], groups[0])
+            own = index < len(packed)
+            batch, group = (packed[index], groups[index]) if own else (packed[0], groups[0])
             torch.manual_seed(dropout_seed(self.seed, step, rank(), index))
             loss_M, hit_M, text_M = forward(batch.to(device))
             share = loss_M.sum() / n_masked_global
@@ -69,7 +78,7 @@ class MntpStage:
                 bad_rows.extend(int(group[i]) for i in bad.tolist())
                 sums += torch.stack([loss_M.detach().sum(), hit_M.sum()])
         loss, accuracy = (all_reduce_sum(sums) / n_masked_global).tolist()
-        n_tokens = sum(batch.n_tokens for batch in batches)
+        n_tokens = sum(batch.n_tokens for batch in packed)
         return StepResult(loss, n_tokens, {"accuracy": accuracy}, bad_rows)
 
     @torch.no_grad()
@@ -87,10 +96,7 @@ class MntpStage:
         loss, hits, count = all_reduce_sum(sums).tolist()
         return {"loss": loss / max(count, 1), "accuracy": hits / max(count, 1), "n_masked": count}
 
-    def _masked_batches(
-        self, texts: PreparedTexts, rows: np.ndarray, step: int
-    ) -> tuple[list[PackedBatch], list[np.ndarray]]:
-        """Packed micro-batches with labels, and the row numbers in each."""
+    def _masked_batches(self, texts: PreparedTexts, rows: np.ndarray, step: int) -> MaskedBatches:
         batches, groups = [], []
         for group in plan_micro_batches(texts.lengths[rows], self.max_tokens):
             own_rows = rows[group]

@@ -77,7 +77,9 @@ def test_a_run_learns_and_leaves_its_folder(tmp_path: Path, tiny_model_dir: Path
         "recipe.yaml",
     ]
     assert [row["step"] for row in rows] == list(range(1, 31))
-    assert {"loss", "lr", "grad_norm", "tokens_per_s", "step_ms", "peak_mib", "n_tokens"} <= rows[0].keys()
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "step_ms", "data_ms", "peak_mib", "n_tokens"} <= rows[
+        0
+    ].keys()
     assert rows[0]["lr"] == pytest.approx(2.5e-3)
     held_out = [json.loads(line) for line in (run / "held_out.jsonl").read_text().splitlines()]
     assert [row["step"] for row in held_out] == [0, 10, 20, 30]

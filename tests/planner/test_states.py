@@ -53,7 +53,7 @@ def _measure(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[dict[
         engine = MeasuringEngine(stage.model, config)
         rows = stage.global_batch(0)[rank::world]
         engine.train()
-        stage.step(0, rows, engine.forward, partial(_backward, engine))
+        stage.step(0, rows, stage.batches(0, rows), engine.forward, partial(_backward, engine))
         engine.step(1e-3)
         weights = engine.parts() if engine.zero_stage == 3 else weight_bytes(stage.model)
         results.append(weights | {"gradients": engine.gradient_bytes, "optimizer": engine.optimizer_bytes})
