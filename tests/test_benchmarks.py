@@ -121,7 +121,7 @@ def test_qlora_steps_beside_the_plan(tmp_path: Path) -> None:
 def test_the_speed_of_a_work_alone(work: str, tiny_model_dir: Path) -> None:
     """Rivals have environments of their own from the package index, which no test makes."""
     outcome = run(
-        "run.py", "--work", work, "--model", str(tiny_model_dir), "--steps", "1", "--rounds", "1", "--json"
+        "run.py", "--work", work, "--model", str(tiny_model_dir), "--steps", "1", "--rounds", "2", "--json"
     )
     assert outcome.returncode == 0, outcome.stderr[-2000:]
     result = json.loads(outcome.stdout.splitlines()[-1])

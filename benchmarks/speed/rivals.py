@@ -62,7 +62,8 @@ def model_for(rival: Rival, model: Path, folder: Path) -> Path:
     for file in model.iterdir():
         if file.suffix == ".safetensors":
             (target / file.name).symlink_to(file.resolve())
-        elif file.is_file():
+        elif file.is_file() and file.name != "chat_template.jinja":
+            # sentence-transformers would put every text into the template, with its system prompt.
             shutil.copyfile(file, target / file.name)
     config = json.loads((model / "config.json").read_text())
     if not rival.old_model:

@@ -23,6 +23,7 @@ def recipe_of(spec: dict[str, Any], folder: Path) -> Recipe:
         "model": {"path": spec["model"]},
         "data": {"path": str(folder / "data.jsonl"), "max_tokens": spec["max_tokens"]},
         "output_dir": str(folder / "run"),
+        "overwrite": True,
         "max_steps": spec["n_steps"] + 1,
         "checkpoint": {"every_steps": 0},
         "adapter": {"rank": spec["lora_rank"], "alpha": spec["lora_alpha"], "dropout": 0.0},

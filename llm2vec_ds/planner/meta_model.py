@@ -32,7 +32,11 @@ class MetaModel:
 
     @property
     def n_layers(self) -> int:
-        return len(self.trunk.layers)
+        layers = getattr(self.trunk, "layers", None)
+        if layers is None:
+            name = type(self.trunk).__name__
+            raise UserError(f"{name} keeps its layers under another name than `layers`: it cannot be planned")
+        return len(layers)
 
     def cut(self, n_layers: int) -> None:
         """Keeps the first layers: what one layer more needs is then known without running them all."""
