@@ -125,8 +125,11 @@ class LoraLinear(PeftLoraLinear):
 
     def _only_adapter(self, x: torch.Tensor) -> str | None:
         """Its name; None for what `lora_linear` does not do: merged, switched off or stacked adapters,
-        variants (DoRA), biases, mixed dtypes, weights that train, or that ZeRO-3 has partitioned."""
+        variants (DoRA), biases, mixed dtypes, weights that train, or that ZeRO-3 has partitioned; nor bf16,
+        whose sums are rounded in another place here, so that ZeRO-3 would differ from the other stages."""
         if self.merged or self.disable_adapters or len(self.active_adapters) != 1:
+            return None
+        if x.dtype not in (torch.float32, torch.float64):
             return None
         (adapter,) = self.active_adapters
         if adapter not in self.lora_A or adapter in self.lora_variant or self.lora_bias[adapter]:

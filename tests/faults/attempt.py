@@ -163,7 +163,7 @@ def _plant_in_step(fault: Fault) -> None:
 
     whole_step = ContrastiveStage.step
 
-    def step(self: Any, number: int, rows: Any, forward: Any, backward: Any) -> Any:
+    def step(self: Any, number: int, rows: Any, batches: Any, forward: Any, backward: Any) -> Any:
         if number == fault.at:
             if fault.kind == "hang":
                 time.sleep(3600)
@@ -172,7 +172,7 @@ def _plant_in_step(fault: Fault) -> None:
             if fault.kind == "signal":
                 os.kill(os.getpid(), signal.SIGUSR1)
                 os.kill(os.getpid(), signal.SIGTERM)  # a second one must not break the save
-        result = whole_step(self, number, rows, forward, backward)
+        result = whole_step(self, number, rows, batches, forward, backward)
         if number == fault.at and fault.kind == "nan":
             result.bad_rows.append(int(rows[0]))
         return result
