@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,8 @@ import numpy as np
 from speed.limit import matmul_peak_gflop_per_s, needed_gflop
 from speed.rivals import RIVALS, Rival, model_for, python_of
 from speed.work import BLOCK_TOKENS, BLOCKS, UNITS, WORKS, Spec, make_spec
+
+from llm2vec_ds.ablate import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = Path(__file__).resolve().parent / "speed" / "worker_ours.py"
@@ -191,7 +192,7 @@ def main() -> None:
         result = measure(arguments, Path(folder))
     result["machine"] = {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": platform.processor() or platform.machine(),
+        "hardware": hardware(),
         "threads": arguments.threads,
         "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")},
         "rival_pins": list(RIVALS[arguments.against].pins) if arguments.against != "none" else [],

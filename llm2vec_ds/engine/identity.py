@@ -29,6 +29,7 @@ FREE_KEYS = (
     "data.held_out_path",
     "model.path",
     "model.config_file",
+    "model.activation_checkpointing",
     "deepspeed",
     "evaluation",
     "machine",

@@ -41,7 +41,7 @@ from llm2vec_ds.loss.contrastive import check_widths
 from llm2vec_ds.loss.embedding_cache import ContrastiveModel
 from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
 from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
-from llm2vec_ds.model.adapters import add_lora
+from llm2vec_ds.model.adapters import add_lora, n_fused
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
 from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.stages.base import Stage
@@ -279,8 +279,14 @@ def _make_trainable(recipe: Recipe, trunk: Any) -> None:
         names = add_lora(trunk, recipe.adapter)
         below = f" over {len(stack.earlier)} of earlier stages" if stack.earlier else ""
         log.info(
-            "%s rank %s on %s linear layers%s", recipe.adapter.variant, recipe.adapter.rank, len(names), below
+            "%s rank %s on %s linear layers%s, %s of them one operation with their layer",
+            recipe.adapter.variant,
+            recipe.adapter.rank,
+            len(names),
+            below,
+            n_fused(trunk),
         )
+    log.info("activation checkpointing: %s", recipe.model.activation_checkpointing)
     recompute_activations(trunk, recipe.model.activation_checkpointing)
 
 

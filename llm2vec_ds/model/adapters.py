@@ -64,6 +64,14 @@ def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> li
     return [where for where, layer in layers.items() if name in layer.lora_A]
 
 
+def n_fused(trunk: nn.Module) -> int:
+    """Linear layers that are one operation with their adapter (`LoraLinear`); the others take peft's way."""
+    from llm2vec_ds.model.lora_linear import LoraLinear
+
+    layers = (module for module in trunk.modules() if isinstance(module, LoraLinear))
+    return sum(layer.only_adapter(layer.get_base_layer().weight.dtype) is not None for layer in layers)
+
+
 def adapter_names(trunk: nn.Module) -> list[str]:
     """Names of the adapters on a trunk, in the order in which they came."""
     from peft.tuners.lora import LoraLayer

@@ -51,13 +51,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 @lora_linear.register_fake
 def _shapes(
-    x_TI: torch.Tensor,
-    dropped_TI: torch.Tensor | None,
-    weight_OI: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    a_RI: torch.Tensor,
-    b_OR: torch.Tensor,
-    scale: float,
+    x_TI: torch.Tensor, dropped_TI: Any, weight_OI: torch.Tensor, bias_O: Any, a_RI: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     leading = x_TI.shape[:-1]
     return x_TI.new_empty(*leading, len(weight_OI)), x_TI.new_empty(*leading, len(a_RI))
@@ -66,9 +60,8 @@ def _shapes(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x_TI, dropped_TI, weight_OI, _, a_RI, b_OR, ctx.scale = inputs
     ctx.set_materialize_grads(False)
-    ctx.trains_adapter = a_RI.requires_grad or b_OR.requires_grad
-    kept = (x_TI if dropped_TI is None else dropped_TI, output[1]) if ctx.trains_adapter else (None, None)
-    ctx.save_for_backward(*kept, weight_OI, a_RI, b_OR)
+    adapted_TI = x_TI if dropped_TI is None else dropped_TI
+    ctx.save_for_backward(adapted_TI, output[1], weight_OI, a_RI, b_OR)
     ctx.has_dropout = dropped_TI is not None
 
 
@@ -80,7 +73,7 @@ def _backward(
     adapted_TI, low_TR, weight_OI, a_RI, b_OR = ctx.saved_tensors
     needs_x, needs_dropped, needs_weight, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
     if needs_weight or needs_bias:
-        raise NotImplementedError("lora_linear trains adapters over frozen weights only")
+        raise RuntimeError("lora_linear is for a frozen weight and bias: they would get no gradient")
     leading = d_out_TO.shape[:-1]
     flat_TO = _rows(d_out_TO)
     d_low_TR = flat_TO @ b_OR
@@ -106,7 +99,7 @@ class LoraLinear(PeftLoraLinear):
     """peft's LoRA layer, whose forward is one operation where there is one plain adapter to apply."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter = self._only_adapter(x)
+        adapter = self.only_adapter(x.dtype)
         if adapter is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()
@@ -123,20 +116,24 @@ class LoraLinear(PeftLoraLinear):
         )[0]
         return out
 
-    def _only_adapter(self, x: torch.Tensor) -> str | None:
-        """Its name; None for what `lora_linear` does not do: merged, switched off or stacked adapters,
-        variants (DoRA), biases, mixed dtypes, weights that train, or that ZeRO-3 has partitioned; nor bf16,
-        whose sums are rounded in another place here, so that ZeRO-3 would differ from the other stages."""
+    def only_adapter(self, dtype: torch.dtype) -> str | None:
+        """The adapter that is one operation with its layer for inputs of `dtype`.
+
+        None for what `lora_linear` does not do: merged, switched off or stacked adapters, variants (DoRA),
+        biases, mixed dtypes, weights that train, or that ZeRO-3 has partitioned; nor bf16, whose sums are
+        rounded in another place here, so that ZeRO-3 would differ from the other stages.
+        """
         if self.merged or self.disable_adapters or len(self.active_adapters) != 1:
             return None
-        if x.dtype not in (torch.float32, torch.float64):
+        if dtype not in (torch.float32, torch.float64):
             return None
         (adapter,) = self.active_adapters
         if adapter not in self.lora_A or adapter in self.lora_variant or self.lora_bias[adapter]:
             return None
         base = self.get_base_layer()
-        tensors = (base.weight, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
-        if base.weight.requires_grad or any(t.dtype != x.dtype or hasattr(t, "ds_id") for t in tensors):
+        own = list(base.parameters())
+        tensors = (*own, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
+        if any(p.requires_grad for p in own) or any(t.dtype != dtype or hasattr(t, "ds_id") for t in tensors):
             return None
         return adapter
 

@@ -169,6 +169,7 @@ class Planner:
             width=self.shapes.width,
             element_bytes=wire,
             exchange=config.exchange if config else "gather",
+            recomputes=self.recipe.model.activation_checkpointing != "none",
         )
 
     def step_time_ms(self) -> dict[str, float] | None:

@@ -25,12 +25,14 @@ def step_bytes(
     width: int,
     element_bytes: int,
     exchange: str,
+    recomputes: bool,
 ) -> int:
     """The sums of docs/scaling.md, for ZeRO-3 its upper bound.
 
     Args:
         gradient_bytes: G, of what trains. weight_bytes: P, of all weights.
         width: D, of a vector. element_bytes: b, of its numbers on the wire; gradients go home in fp32.
+        recomputes: layers run again in backward, and ZeRO-3 gathers them for that.
     """
     world, m = load.world_size, load.micro_batches
     share = (world - 1) / world
@@ -40,7 +42,7 @@ def step_bytes(
         0: 2 * g,
         1: 3 * g,
         2: 2 * m * g + g,
-        3: m * g + (load.forwards + m) * p,
+        3: m * g + (load.forwards + m + (m if recomputes else 0)) * p,
     }[stage]
     return int(engine) + _loss_bytes(load, width, element_bytes, exchange)
 

@@ -8,7 +8,7 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
 from llm2vec_ds.config import AdapterConfig
-from llm2vec_ds.model.adapters import add_lora
+from llm2vec_ds.model.adapters import add_lora, n_fused
 from llm2vec_ds.model.lora_linear import LoraLinear
 
 
@@ -86,12 +86,12 @@ def calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:
         return operation(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "lora_linear", counting)
-    model(torch.randn(4, 12, dtype=torch.float64))
+    model(torch.randn(4, 12, dtype=next(model.parameters()).dtype))
     return n_calls
 
 
 def test_a_plain_adapter_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert calls(with_adapters(), monkeypatch) == 2
+    assert calls(with_adapters(), monkeypatch) == n_fused(with_adapters()) == 2
 
 
 def _stacked(model: nn.Module) -> None:
@@ -111,15 +111,25 @@ def _merged(model: nn.Module) -> None:
             layer.merge()
 
 
+def _bf16(model: nn.Module) -> None:
+    model.bfloat16()
+
+
+def _trained_bias(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith("bias"))
+
+
 def _partitioned(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.ds_id = 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("change", [_stacked, _mixed_dtypes, _merged, _partitioned])
+@pytest.mark.parametrize("change", [_stacked, _mixed_dtypes, _merged, _partitioned, _bf16, _trained_bias])
 def test_what_it_does_not_do_is_left_to_peft(change: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = with_adapters()
+    model = with_adapters(bias=True)
     change(model)  # type: ignore[operator]
+    assert n_fused(model) == 0
     assert calls(model, monkeypatch) == 0
 
 
