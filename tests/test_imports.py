@@ -33,6 +33,7 @@ FLOW = [
     "data.tagged",
     "model.bidirectional",
     "model.attention",
+    "model.fused_layers",
     "model.quantization",
     "model.loading",
     "model.pooling",

@@ -8,17 +8,10 @@ Shape legend: T tokens of all texts, N texts in a run, L their common length, H 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby
-
 import torch
 import torch.nn.functional as F
 
-
-def equal_length_runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Yields (number of texts, length) of each run of neighbouring texts of one length."""
-    for length, run in groupby(filter(None, cu_seqlens.diff().tolist())):
-        yield sum(1 for _ in run), length
+from llm2vec_kernels.cpu_attention import cpu_attention, equal_length_runs, window_mask
 
 
 def torch_attention(
@@ -34,13 +27,15 @@ def torch_attention(
     causal: bool = False,
 ) -> torch.Tensor:
     """Attention inside each text of the packed stream, `[T, Hq, D]`; see `dispatch.attention`."""
+    if q_THD.device.type == "cpu" and softcap is None and dropout_p == 0:
+        return cpu_attention(q_THD, k_THD, v_THD, cu_seqlens, softmax_scale, window, causal)[0]
     runs = list(equal_length_runs(cu_seqlens))
     # Split, not sliced: the backward of a slice is a whole tensor of zeros, one for each run.
     parts = (x.split([n_texts * length for n_texts, length in runs]) for x in (q_THD, k_THD, v_THD))
     outputs = []
     for (n_texts, length), *part in zip(runs, *parts, strict=True):
         q_NHLD, k_NHLD, v_NHLD = (x.unflatten(0, (n_texts, length)).transpose(1, 2) for x in part)
-        mask_LL = _window_mask(length, window, causal, q_THD.device)
+        mask_LL = window_mask(length, window, causal, q_THD.device)
         if softcap is None:
             out_NHLD = F.scaled_dot_product_attention(
                 q_NHLD,
@@ -56,14 +51,6 @@ def torch_attention(
             out_NHLD = _softcapped(q_NHLD, k_NHLD, v_NHLD, mask_LL, softmax_scale, softcap, dropout_p, causal)
         outputs.append(out_NHLD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if outputs else torch.zeros_like(q_THD)
-
-
-def _window_mask(length: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
-    """`[L, L]` bool for a window that is shorter than the text; None where every key is in reach."""
-    if window is None or window >= length - 1:
-        return None
-    ones_LL = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones_LL.tril(0 if causal else window).triu(-window)
 
 
 def _softcapped(

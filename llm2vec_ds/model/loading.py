@@ -20,6 +20,7 @@ from llm2vec_ds.model.bidirectional import (
     is_causal,
     with_causal,
 )
+from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.quantization import nf4_config, prepare_for_training
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,9 @@ def _check(trunk: Any, model: nn.Module, options: TrunkOptions) -> None:
         trunk.is_loaded_in_4bit = True  # transformers tells the outermost model only; peft asks the trunk
         prepare_for_training(model)
     model.to(options.device).eval()
+    fused = ", ".join(f"{n} {kind}" for kind, n in fuse_layers(trunk).items())
+    if options.device.type == "cpu":
+        log.info("fused layers: %s", fused or "none that are known")
 
 
 def _check_class(trunk_class: Any, model_type: str, causal: bool) -> None:

@@ -37,6 +37,7 @@ _FUSED = frozenset(
     f"{name}.default"
     for name in (
         "llm2vec_ds.lora_linear",
+        "llm2vec_kernels.cpu_attention",
         "aten._scaled_dot_product_flash_attention_for_cpu",
         "aten._scaled_dot_product_flash_attention",
         "aten._scaled_dot_product_efficient_attention",

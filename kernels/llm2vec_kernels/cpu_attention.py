@@ -1,0 +1,135 @@
+"""Packed attention on a CPU as one operation: PyTorch's fused kernel, text length by text length.
+
+One operation rather than a call a length that autograd follows: it costs no graph of slices, and selective
+activation checkpointing keeps its result.
+
+Shape legend: T tokens of all texts, N texts in a run, L their common length, H query heads, K key/value
+heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward_of_run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def equal_length_runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Yields (number of texts, length) of each run of neighbouring texts of one length."""
+    for length, run in groupby(filter(None, cu_seqlens.diff().tolist())):
+        yield sum(1 for _ in run), length
+
+
+def window_mask(length: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
+    """`[L, L]` bool for a window that is shorter than the text; None where every key is in reach."""
+    if window is None or window >= length - 1:
+        return None
+    ones_LL = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones_LL.tril(0 if causal else window).triu(-window)
+
+
+@torch.library.custom_op("llm2vec_kernels::cpu_attention", mutates_args=(), device_types="cpu")
+def cpu_attention(
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    softmax_scale: float,
+    window: int | None,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention inside each text, without dropout or softcap; see `dispatch.attention`.
+
+    Returns:
+        `[T, H, D]`, and the log-sum-exp of the scores `[T, H]` for backward.
+    """
+    out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+    lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=torch.promote_types(q_THD.dtype, torch.float32))
+    for run, mask in _runs(cu_seqlens, q_THD.dtype, window, causal):
+        q, k, v, out, lse = map(run, (q_THD, k_TKD, v_TKD, out_THD, lse_TH))
+        out_run, lse_run = _forward(
+            q, k, v, 0.0, causal and mask is None, attn_mask=mask, scale=softmax_scale
+        )
+        out.copy_(out_run)
+        lse.copy_(lse_run)
+    return out_THD, lse_TH
+
+
+@cpu_attention.register_fake
+def _shapes(q_THD: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_dtype = torch.promote_types(q_THD.dtype, torch.float32)
+    return q_THD.new_empty(q_THD.shape), q_THD.new_empty(q_THD.shape[:2], dtype=lse_dtype)
+
+
+@torch.library.custom_op("llm2vec_kernels::cpu_attention_backward", mutates_args=(), device_types="cpu")
+def cpu_attention_backward(
+    d_out_THD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    out_THD: torch.Tensor,
+    lse_TH: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    softmax_scale: float,
+    window: int | None,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients with respect to q, k and v, in their shapes."""
+    inputs = (q_THD, k_TKD, v_TKD)
+    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    for run, mask in _runs(cu_seqlens, q_THD.dtype, window, causal):
+        tensors = map(run, (d_out_THD, *inputs, out_THD, lse_TH))
+        found = _backward_of_run(*tensors, 0.0, causal and mask is None, attn_mask=mask, scale=softmax_scale)
+        for gradient, part in zip(gradients, found, strict=True):
+            run(gradient).copy_(part)
+    return gradients  # type: ignore[return-value]
+
+
+@cpu_attention_backward.register_fake
+def _gradient_shapes(
+    d_out_THD: torch.Tensor, *inputs: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v = (x.new_empty(x.shape) for x in inputs[:3])
+    return q, k, v
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.softmax_scale, ctx.window, ctx.causal = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, d_out_THD: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
+    if d_out_THD is None:
+        return (None,) * 7
+    q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+    gradients = cpu_attention_backward(
+        d_out_THD, q, k, v, out, lse, cu_seqlens, ctx.softmax_scale, ctx.window, ctx.causal
+    )
+    return (*gradients, None, None, None, None)
+
+
+cpu_attention.register_autograd(_backward, setup_context=_keep)
+
+
+def _runs(
+    cu_seqlens: torch.Tensor, dtype: torch.dtype, window: int | None, causal: bool
+) -> Iterator[tuple[Any, torch.Tensor | None]]:
+    """For each run of equally long texts: a function `[T, …]` → its view `[N, …, L, …]`; and its mask."""
+    start = 0
+    for n_texts, length in equal_length_runs(cu_seqlens):
+        end = start + n_texts * length
+
+        def view(x: torch.Tensor, start: int = start, end: int = end, length: int = length) -> torch.Tensor:
+            return x[start:end].unflatten(0, (-1, length)).transpose(1, 2)
+
+        mask_LL = window_mask(length, window, causal, cu_seqlens.device)
+        if mask_LL is not None:  # the kernel adds its mask, and takes it in the dtype of q alone
+            mask_LL = torch.zeros_like(mask_LL, dtype=dtype).masked_fill_(~mask_LL, float("-inf"))
+        yield view, mask_LL
+        start = end

@@ -1,0 +1,206 @@
+"""What stands between a layer's matrix products, one operation each: RMSNorm, rotary embedding, SwiGLU.
+
+Spelt out in PyTorch, each of them writes and reads several tensors as large as the activations and keeps
+some of them for backward. Here a few rows at a time go through all steps while they are in the processor's
+cache, and backward computes again what is cheap: RMSNorm keeps its input and a number a row, SwiGLU its two
+inputs, the rotary embedding nothing.
+
+Custom operations, so that selective activation checkpointing sees one where there were many. For CPUs.
+
+Shape legend: T tokens (or any leading dimensions), D width, H heads, E head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+ELEMENTS_A_THREAD = 2**17
+"""Of a chunk: 128 KiB in fp32, a few of which fit a core's cache; PyTorch gives no thread fewer."""
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same few rows of all tensors at a time."""
+    width = max(tensor[0].numel() for tensor in tensors) if len(tensors[0]) else 1
+    n_rows = max(1, ELEMENTS_A_THREAD * torch.get_num_threads() // width)
+    return zip(*(tensor.split(n_rows) for tensor in tensors), strict=True)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+@torch.library.custom_op("llm2vec_kernels::rms_norm", mutates_args=(), device_types="cpu")
+def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight · x / √(mean x² + eps) (Zhang and Sennrich, 2019, arXiv 1910.07467).
+
+    Computed in fp32 or wider; the normalised row is rounded to x's dtype before the weight, as
+    transformers' Llama does it.
+
+    Returns:
+        `[T, D]`, and 1 / √(mean x² + eps) `[T]` for backward.
+    """
+    rows_TD = _rows(x_TD)
+    out_TD = torch.empty_like(rows_TD)
+    inverse_T1 = rows_TD.new_empty(len(rows_TD), 1, dtype=_wide(x_TD.dtype))
+    for x, inverse, out in _chunks(rows_TD, inverse_T1, out_TD):
+        wide = x.to(inverse.dtype)
+        torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=inverse)
+        inverse.square_().div_(x.shape[1]).add_(eps).rsqrt_()
+        torch.mul(wide, inverse, out=out)
+        out.mul_(weight_D)
+    return out_TD.view(x_TD.shape), inverse_T1.view(x_TD.shape[:-1])
+
+
+@rms_norm.register_fake
+def _rms_norm_shapes(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=_wide(x.dtype))
+
+
+@torch.library.custom_op("llm2vec_kernels::rms_norm_backward", mutates_args=(), device_types="cpu")
+def rms_norm_backward(
+    d_out_TD: torch.Tensor,
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    inverse_T: torch.Tensor,
+    weight_is_frozen: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x `[T, D]` and of the weight `[D]` (zeros where it is frozen).
+
+    With n = x · inverse and g = d_out · weight: inverse · (g − n · mean(g · n)), and Σ d_out · n.
+    """
+    rows_TD = _rows(x_TD)
+    d_x_TD = torch.empty_like(rows_TD)
+    d_weight_D = torch.zeros(weight_D.shape, dtype=inverse_T.dtype)
+    for d_out, x, inverse, d_x in _chunks(_rows(d_out_TD), rows_TD, inverse_T.reshape(-1, 1), d_x_TD):
+        normal = x * inverse
+        if not weight_is_frozen:
+            d_weight_D.add_((d_out * normal).sum(0))
+        g = d_out.to(inverse.dtype) * weight_D
+        mean = (g * normal).mean(1, keepdim=True)
+        torch.mul(g.sub_(normal.mul_(mean)), inverse, out=d_x)
+    return d_x_TD.view(x_TD.shape), d_weight_D.to(weight_D.dtype)
+
+
+@rms_norm_backward.register_fake
+def _rms_norm_gradient_shapes(
+    _: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *__: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x_TD, weight_D, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_TD, weight_D, output[1])
+
+
+def _differentiate_rms_norm(
+    ctx: Any, d_out_TD: torch.Tensor | None, _: Any
+) -> tuple[torch.Tensor | None, ...]:
+    if d_out_TD is None:
+        return None, None, None
+    needs_weight = ctx.needs_input_grad[1]
+    d_x_TD, d_weight_D = rms_norm_backward(d_out_TD, *ctx.saved_tensors, not needs_weight)
+    return d_x_TD, d_weight_D if needs_weight else None, None
+
+
+rms_norm.register_autograd(_differentiate_rms_norm, setup_context=_keep_rms_norm)
+
+
+@torch.library.custom_op("llm2vec_kernels::swiglu", mutates_args=(), device_types="cpu")
+def swiglu(gate_TD: torch.Tensor, up_TD: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up (Shazeer, 2020, arXiv 2002.05202), `[T, D]`; silu is rounded to gate's dtype."""
+    gates_TD = _rows(gate_TD)
+    out_TD = torch.empty_like(gates_TD)
+    for gate, up, out in _chunks(gates_TD, _rows(up_TD), out_TD):
+        torch.ops.aten.silu.out(gate, out=out)
+        out.mul_(up)
+    return out_TD.view(gate_TD.shape)
+
+
+@swiglu.register_fake
+def _swiglu_shapes(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("llm2vec_kernels::swiglu_backward", mutates_args=(), device_types="cpu")
+def swiglu_backward(
+    d_out_TD: torch.Tensor, gate_TD: torch.Tensor, up_TD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up, `[T, D]`."""
+    gates_TD = _rows(gate_TD)
+    d_gate_TD, d_up_TD = torch.empty_like(gates_TD), torch.empty_like(gates_TD)
+    for d_out, gate, up, d_gate, d_up in _chunks(_rows(d_out_TD), gates_TD, _rows(up_TD), d_gate_TD, d_up_TD):
+        torch.ops.aten.silu.out(gate, out=d_up)
+        d_up.mul_(d_out)
+        torch.mul(d_out, up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+    return d_gate_TD.view(gate_TD.shape), d_up_TD.view(gate_TD.shape)
+
+
+@swiglu_backward.register_fake
+def _swiglu_gradient_shapes(
+    _: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _keep_swiglu(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_swiglu(ctx: Any, d_out_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return swiglu_backward(d_out_TD, *ctx.saved_tensors)
+
+
+swiglu.register_autograd(_differentiate_swiglu, setup_context=_keep_swiglu)
+
+
+@torch.library.custom_op("llm2vec_kernels::rotate", mutates_args=(), device_types="cpu")
+def rotate(
+    x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, backward: bool = False
+) -> torch.Tensor:
+    """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), `[T, H, E]`.
+
+    The first and the second half of a head's dimensions make the pairs, as in transformers' Llama:
+    with x = (a, b): (a · cos − b · sin, b · cos + a · sin).
+
+    Args:
+        backward: the transposed rotation, which takes a gradient back.
+    """
+    half = x_THE.shape[-1] // 2
+    out_THE = torch.empty_like(x_THE, memory_format=torch.contiguous_format)
+    for x, cos, sin, out in _chunks(x_THE, cos_TE[:, None], sin_TE[:, None], out_THE):
+        torch.mul(x, cos, out=out)
+        sin_of_a, sin_of_b = (sin[..., half:], sin[..., :half])
+        if backward:
+            out[..., :half].addcmul_(x[..., half:], sin_of_a)
+            out[..., half:].addcmul_(x[..., :half], sin_of_b, value=-1)
+        else:
+            out[..., :half].addcmul_(x[..., half:], sin_of_b, value=-1)
+            out[..., half:].addcmul_(x[..., :half], sin_of_a)
+    return out_THE
+
+
+@rotate.register_fake
+def _rotate_shapes(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep_rotate(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, cos_TE, sin_TE, ctx.backward = inputs
+    ctx.save_for_backward(cos_TE, sin_TE)
+
+
+def _differentiate_rotate(ctx: Any, d_out_THE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return rotate(d_out_THE, *ctx.saved_tensors, not ctx.backward), None, None, None
+
+
+rotate.register_autograd(_differentiate_rotate, setup_context=_keep_rotate)

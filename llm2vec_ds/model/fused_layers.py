@@ -1,0 +1,122 @@
+"""A trunk's norms, gated activations and rotary embeddings as one operation each, where it means the same.
+
+Which layers these are is told by their code, not by a model's name: a class whose `forward` compiles to the
+very bytecode of transformers' Llama computes what Llama computes, and so may be computed another way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from llm2vec_kernels.row_ops import rms_norm, rotate, swiglu
+from torch import nn
+from transformers.models.llama import modeling_llama as llama
+
+ROTARY = "apply_rotary_pos_emb"
+SILU = (nn.SiLU, type(llama.ACT2FN["silu"]))
+
+
+def fuse_layers(trunk: nn.Module) -> Counter[str]:
+    """Changes the class of each layer that can be fused; returns how many of each kind were.
+
+    Parameters, their names and hooks stay. What is not recognised stays as it is, and on other devices than
+    a CPU all of it computes what it did.
+    """
+    fused: Counter[str] = Counter()
+    for module in trunk.modules():
+        kind = _kind(module)
+        if kind is not None:
+            kept: Any = type(module)
+            module.__class__ = _fused_class(kept, kind)
+            fused[kind] += 1
+    return fused
+
+
+def _kind(module: nn.Module) -> str | None:
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        return None
+    if _same_code(forward, llama.LlamaRMSNorm.forward):
+        return "RMSNorm"
+    if _same_code(forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, SILU):
+        return "SwiGLU"
+    if ROTARY in forward.__code__.co_names and _same_code(
+        forward.__globals__.get(ROTARY), llama.apply_rotary_pos_emb
+    ):
+        return "rotary embedding"
+    return None
+
+
+def _same_code(function: Any, known: Any) -> bool:
+    """Instructions, names, constants but the docstring, and the same of the functions of their module that
+    they call; how the source is spelt does not count."""
+    if not isinstance(function, FunctionType) or not isinstance(known, FunctionType):
+        return False
+    a, b = function.__code__, known.__code__
+    if a.co_code != b.co_code or a.co_names != b.co_names:
+        return False
+    texts = (function.__doc__, known.__doc__)
+    if [c for c in a.co_consts if c not in texts] != [c for c in b.co_consts if c not in texts]:
+        return False
+    called = [name for name in b.co_names if isinstance(known.__globals__.get(name), FunctionType)]
+    return all(_same_code(function.__globals__.get(name), known.__globals__[name]) for name in called)
+
+
+@cache
+def _fused_class(kept: Any, kind: str) -> Any:
+    """A class of the same name over `kept`, so that nothing that asks for the type sees a change."""
+    forward = {"RMSNorm": _rms_norm, "SwiGLU": _swiglu}.get(kind)
+    changed = _on_cpu(forward, kept.forward) if forward else _with_fused_rotary(kept.forward)
+    return type(kept.__name__, (kept,), {"forward": changed, "__module__": kept.__module__})
+
+
+def _on_cpu(fused: Callable[[Any, torch.Tensor], torch.Tensor], plain: Any) -> Any:
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = (fused if hidden_states.device.type == "cpu" else plain)(self, hidden_states)
+        return out
+
+    return forward
+
+
+def _rms_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
+
+
+def _swiglu(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    gated = swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states))
+    out: torch.Tensor = self.down_proj(gated)
+    return out
+
+
+def _with_fused_rotary(forward: Any) -> FunctionType:
+    """The same attention code, in whose own globals the rotary embedding is ours: no module is patched."""
+    changed = {**forward.__globals__, ROTARY: _rotate_both}
+    copied = FunctionType(
+        forward.__code__, changed, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return copied
+
+
+def _rotate_both(
+    q_BHLE: torch.Tensor, k_BHLE: torch.Tensor, cos_BLE: torch.Tensor, sin_BLE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary embedding of queries and keys `[B, H, L, E]` by the angles of `[B, L, E]` or `[1, L, E]`."""
+    if q_BHLE.device.type != "cpu":
+        plain: tuple[torch.Tensor, torch.Tensor] = llama.apply_rotary_pos_emb(
+            q_BHLE, k_BHLE, cos_BLE, sin_BLE
+        )
+        return plain
+    n_rows, _, length, _ = q_BHLE.shape
+    cos_TE, sin_TE = (x.expand(n_rows, -1, -1).flatten(0, 1) for x in (cos_BLE, sin_BLE))
+
+    def rotated(x_BHLE: torch.Tensor) -> torch.Tensor:
+        x_THE = x_BHLE.transpose(1, 2).flatten(0, 1)
+        return rotate(x_THE, cos_TE, sin_TE).unflatten(0, (n_rows, length)).transpose(1, 2)
+
+    return rotated(q_BHLE), rotated(k_BHLE)

@@ -1,0 +1,119 @@
+"""RMSNorm, SwiGLU and rotary embedding as one operation each, against their formulas in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llm2vec_kernels import row_ops
+
+EPS = 1e-5
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As a product with a matrix for each token."""
+    half = x.shape[-1] // 2
+    zero, one = torch.zeros(half, half, dtype=x.dtype), torch.eye(half, dtype=x.dtype)
+    turned = torch.cat([torch.cat([zero, -one], 1), torch.cat([one, zero], 1)], 0)
+    matrix = torch.diag_embed(cos) + torch.diag_embed(sin) @ turned
+    return torch.einsum("tij,thj->thi", matrix, x)
+
+
+Function = Callable[..., torch.Tensor]
+CASES: dict[str, tuple[Function, Function, Callable[[int, int], list[torch.Tensor]], int]] = {
+    "rms_norm": (
+        lambda x, weight: row_ops.rms_norm(x, weight, EPS)[0],
+        rms_norm,
+        lambda n, width: [torch.randn(n, width), torch.randn(width)],
+        2,
+    ),
+    "swiglu": (row_ops.swiglu, swiglu, lambda n, width: [torch.randn(n, width), torch.randn(n, width)], 2),
+    "rotate": (
+        row_ops.rotate,
+        rotate,
+        lambda n, width: [torch.randn(n, 3, 2 * width), *torch.randn(2, n, 2 * width)],
+        1,
+    ),
+}
+"""Ours, the formula, its inputs, and how many of them have gradients."""
+
+
+def outcome(function: Function, inputs: list[torch.Tensor], n_differentiable: int) -> list[torch.Tensor]:
+    """Output and gradients for a fixed random one of the output."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs[:n_differentiable]]
+    out = function(*leaves, *inputs[n_differentiable:])
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_ops, "ELEMENTS_A_THREAD", 16)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(0, 23), width=st.integers(1, 20))
+def test_equals_the_formula(name: str, n: int, width: int) -> None:
+    ours, formula, inputs_of, n_differentiable = CASES[name]
+    torch.manual_seed(n * 100 + width)
+    inputs = [x.double() for x in inputs_of(n, width)]
+    found, expected = (outcome(f, inputs, n_differentiable) for f in (ours, formula))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("name", CASES)
+def test_passes_torchs_own_checks(name: str) -> None:
+    """Shapes without data, no aliasing, gradients by finite differences."""
+    ours, _, inputs_of, n_differentiable = CASES[name]
+    inputs: list[Any] = [x.double() for x in inputs_of(7, 6)]
+    for x in inputs[:n_differentiable]:
+        x.requires_grad_()
+    operation = {"rms_norm": row_ops.rms_norm, "swiglu": row_ops.swiglu, "rotate": row_ops.rotate}[name]
+    torch.library.opcheck(operation, (*inputs, EPS) if name == "rms_norm" else tuple(inputs))
+    assert torch.autograd.gradcheck(ours, inputs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_is_as_near_as_its_rounding(name: str) -> None:
+    ours, formula, inputs_of, n_differentiable = CASES[name]
+    torch.manual_seed(0)
+    inputs = [x.bfloat16() for x in inputs_of(40, 24)]
+    found = outcome(ours, inputs, n_differentiable)
+    expected = outcome(formula, [x.double() for x in inputs], n_differentiable)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.double(), b, rtol=2**-6, atol=2**-6 * float(b.abs().max()))
+
+
+def test_a_frozen_weight_gets_no_gradient() -> None:
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4)
+    row_ops.rms_norm(x, weight, EPS)[0].sum().backward()
+    assert x.grad is not None
+    assert weight.grad is None
+
+
+def test_rows_may_lie_anywhere_in_memory() -> None:
+    """Queries come transposed from their projection, and leading dimensions are free."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, dtype=torch.float64).transpose(0, 1)
+    weight = torch.randn(6, dtype=torch.float64)
+    torch.testing.assert_close(row_ops.rms_norm(x, weight, EPS)[0], rms_norm(x, weight))
+    torch.testing.assert_close(row_ops.swiglu(x, x.contiguous()), swiglu(x, x))
+    cos, sin = torch.randn(2, 4, 6, dtype=torch.float64)
+    torch.testing.assert_close(row_ops.rotate(x, cos, sin), rotate(x, cos, sin))
