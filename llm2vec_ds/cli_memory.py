@@ -39,6 +39,10 @@ def plan(
     tflops: Annotated[
         float | None, typer.Option(metavar="F", help="Dense bf16 speed of one GPU, 10¹² a second.", min=0.001)
     ] = None,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN", help="Folder of a run on this machine; fits a step's time. Repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of the table.")] = False,
 ) -> None:
     """Say what a recipe needs and what fits, without weights, data or network: memory by part, bytes sent.
@@ -58,9 +62,12 @@ def plan(
     stages = load_stages(recipe, [*(overrides or []), *machine])
     quiet_libraries()
     from llm2vec_ds.planner import table
+    from llm2vec_ds.planner.measured import measured_speed
     from llm2vec_ds.planner.plan import Planner
 
-    results = [table.as_json(Planner(stage, recipe)) for stage in stages]
+    planners = [Planner(stage, recipe) for stage in stages]
+    fit = measured_speed(measured, planners[0].device) if measured else None
+    results = [table.as_json(planner, fit) for planner in planners]
     if as_json:
         print(json.dumps(results if len(results) > 1 else results[0], indent=1))
     else:

@@ -33,7 +33,7 @@ def window_mask(length: int, window: int | None, causal: bool, device: torch.dev
     return ones_LL.tril(0 if causal else window).triu(-window)
 
 
-@torch.library.custom_op("llm2vec_kernels::cpu_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llm2vec::cpu_attention", mutates_args=(), device_types="cpu")
 def cpu_attention(
     q_THD: torch.Tensor,
     k_TKD: torch.Tensor,
@@ -66,7 +66,7 @@ def _shapes(q_THD: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return q_THD.new_empty(q_THD.shape), q_THD.new_empty(q_THD.shape[:2], dtype=lse_dtype)
 
 
-@torch.library.custom_op("llm2vec_kernels::cpu_attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llm2vec::cpu_attention_backward", mutates_args=(), device_types="cpu")
 def cpu_attention_backward(
     d_out_THD: torch.Tensor,
     q_THD: torch.Tensor,

@@ -36,7 +36,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-@torch.library.custom_op("llm2vec_kernels::rms_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llm2vec::rms_norm", mutates_args=(), device_types="cpu")
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """weight · x / √(mean x² + eps) (Zhang and Sennrich, 2019, arXiv 1910.07467).
 
@@ -63,7 +63,7 @@ def _rms_norm_shapes(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tens
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=_wide(x.dtype))
 
 
-@torch.library.custom_op("llm2vec_kernels::rms_norm_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llm2vec::rms_norm_backward", mutates_args=(), device_types="cpu")
 def rms_norm_backward(
     d_out_TD: torch.Tensor,
     x_TD: torch.Tensor,
@@ -114,7 +114,7 @@ def _differentiate_rms_norm(
 rms_norm.register_autograd(_differentiate_rms_norm, setup_context=_keep_rms_norm)
 
 
-@torch.library.custom_op("llm2vec_kernels::swiglu", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llm2vec::swiglu", mutates_args=(), device_types="cpu")
 def swiglu(gate_TD: torch.Tensor, up_TD: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up (Shazeer, 2020, arXiv 2002.05202), `[T, D]`; silu is rounded to gate's dtype."""
     gates_TD = _rows(gate_TD)
@@ -130,7 +130,7 @@ def _swiglu_shapes(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("llm2vec_kernels::swiglu_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llm2vec::swiglu_backward", mutates_args=(), device_types="cpu")
 def swiglu_backward(
     d_out_TD: torch.Tensor, gate_TD: torch.Tensor, up_TD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,7 +163,7 @@ def _differentiate_swiglu(ctx: Any, d_out_TD: torch.Tensor) -> tuple[torch.Tenso
 swiglu.register_autograd(_differentiate_swiglu, setup_context=_keep_swiglu)
 
 
-@torch.library.custom_op("llm2vec_kernels::rotate", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("llm2vec::rotate", mutates_args=(), device_types="cpu")
 def rotate(
     x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, backward: bool = False
 ) -> torch.Tensor:

@@ -30,6 +30,7 @@ from llm2vec_ds.engine.deepspeed_json import (
 )
 from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.lora_linear import LoraLinear
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +194,21 @@ def _cast_what_is_whole(model: nn.Module) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
+def _gather_for_adapted_layers(model: nn.Module) -> None:
+    """Lets ZeRO-3 gather a layer's weight and its adapter's before the one operation that uses them all:
+    by itself it gathers a module's own parameters, and these belong to modules inside."""
+    import deepspeed
+
+    for layer in model.modules():
+        if not isinstance(layer, LoraLinear):
+            continue
+        layer.gathers_weights = True
+        layer.gathers_weights = layer.only_adapter(layer.get_base_layer().weight.dtype) is not None
+        if layer.gathers_weights:
+            for parameter in layer.parameters():
+                deepspeed.zero.register_external_parameter(layer, parameter)
+
+
 class Engine:
     """A model under DeepSpeed: forward, backward with a chosen boundary, step, whole parameters."""
 
@@ -214,6 +230,8 @@ class Engine:
                 f"DeepSpeed refuses a section ({error.title}) of the JSON that `deepspeed` names: {mistakes}"
             ) from None
         self.zero_stage = int(self._engine.zero_optimization_stage())
+        if self.zero_stage == 3:
+            _gather_for_adapted_layers(model)
         # bitsandbytes packs its moments in blocks that are no tensors of a parameter's shape.
         self.state = TrainableState(self._engine, has_moments=optimizer is None)
 

@@ -168,6 +168,7 @@ def _report(planned: Memory, device: torch.device, folder: Path) -> None:
         "planned_peak_mib": round(expected, 1),
         "measured_peak_mib": round(measured, 1),
         "planned_parts_mib": parts,
+        "n_ranks": world_size(),
     }
     with writing(folder / "memory.json"):
         (folder / "memory.json").write_text(json.dumps(values, indent=1) + "\n")

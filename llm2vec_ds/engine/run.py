@@ -115,6 +115,7 @@ def _train(
             ranks.world_size,
         )
     engine = Engine(stage.model, config)
+    log.info("linear layers that are one operation with their adapter: %s", n_fused(stage.model))
     trainer = Trainer(
         recipe,
         stage,
@@ -279,12 +280,11 @@ def _make_trainable(recipe: Recipe, trunk: Any) -> None:
         names = add_lora(trunk, recipe.adapter)
         below = f" over {len(stack.earlier)} of earlier stages" if stack.earlier else ""
         log.info(
-            "%s rank %s on %s linear layers%s, %s of them one operation with their layer",
+            "%s rank %s on %s linear layers%s",
             recipe.adapter.variant,
             recipe.adapter.rank,
             len(names),
             below,
-            n_fused(trunk),
         )
     log.info("activation checkpointing: %s", recipe.model.activation_checkpointing)
     recompute_activations(trunk, recipe.model.activation_checkpointing)

@@ -17,6 +17,8 @@ from llm2vec_kernels.row_ops import rms_norm, rotate, swiglu
 from torch import nn
 from transformers.models.llama import modeling_llama as llama
 
+DEVICES = ("cpu", "meta")
+"""Where the operations run, or tell their shapes."""
 ROTARY = "apply_rotary_pos_emb"
 SILU = (nn.SiLU, type(llama.ACT2FN["silu"]))
 
@@ -77,7 +79,7 @@ def _fused_class(kept: Any, kind: str) -> Any:
 
 def _on_cpu(fused: Callable[[Any, torch.Tensor], torch.Tensor], plain: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = (fused if hidden_states.device.type == "cpu" else plain)(self, hidden_states)
+        out: torch.Tensor = (fused if hidden_states.device.type in DEVICES else plain)(self, hidden_states)
         return out
 
     return forward
@@ -107,7 +109,7 @@ def _rotate_both(
     q_BHLE: torch.Tensor, k_BHLE: torch.Tensor, cos_BLE: torch.Tensor, sin_BLE: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary embedding of queries and keys `[B, H, L, E]` by the angles of `[B, L, E]` or `[1, L, E]`."""
-    if q_BHLE.device.type != "cpu":
+    if q_BHLE.device.type not in DEVICES:
         plain: tuple[torch.Tensor, torch.Tensor] = llama.apply_rotary_pos_emb(
             q_BHLE, k_BHLE, cos_BLE, sin_BLE
         )

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -39,10 +38,13 @@ def lora_linear(
     Returns:
         `[T, O]` and `[T, R]`, in the dtype of all tensors.
     """
-    low_TR = F.linear(x_TI if dropped_TI is None else dropped_TI, a_RI)
-    out_TO = F.linear(x_TI, weight_OI, bias_O)
-    _rows(out_TO).addmm_(_rows(low_TR), b_OR.T, alpha=scale)
-    return out_TO, low_TR
+    rows_TI = _rows(x_TI)
+    low_TR = (rows_TI if dropped_TI is None else _rows(dropped_TI)) @ a_RI.T
+    # Not functional.linear, which DeepSpeed replaces by one that rounds in another place.
+    out_TO = rows_TI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, rows_TI, weight_OI.T)
+    out_TO.addmm_(low_TR, b_OR.T, alpha=scale)
+    leading = x_TI.shape[:-1]
+    return out_TO.view(*leading, len(weight_OI)), low_TR.view(*leading, len(a_RI))
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -98,6 +100,9 @@ lora_linear.register_autograd(_backward, setup_context=_keep)
 class LoraLinear(PeftLoraLinear):
     """peft's LoRA layer, whose forward is one operation where there is one plain adapter to apply."""
 
+    gathers_weights = False
+    """Has ZeRO-3 been told that this module's forward uses the weights of the modules in it?"""
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter = self.only_adapter(x.dtype)
         if adapter is None or args or kwargs:
@@ -120,12 +125,9 @@ class LoraLinear(PeftLoraLinear):
         """The adapter that is one operation with its layer for inputs of `dtype`.
 
         None for what `lora_linear` does not do: merged, switched off or stacked adapters, variants (DoRA),
-        biases, mixed dtypes, weights that train, or that ZeRO-3 has partitioned; nor bf16, whose sums are
-        rounded in another place here, so that ZeRO-3 would differ from the other stages.
+        biases, mixed dtypes, weights that train, or that ZeRO-3 has partitioned and does not gather here.
         """
         if self.merged or self.disable_adapters or len(self.active_adapters) != 1:
-            return None
-        if dtype not in (torch.float32, torch.float64):
             return None
         (adapter,) = self.active_adapters
         if adapter not in self.lora_A or adapter in self.lora_variant or self.lora_bias[adapter]:
@@ -133,7 +135,9 @@ class LoraLinear(PeftLoraLinear):
         base = self.get_base_layer()
         own = list(base.parameters())
         tensors = (*own, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
-        if any(p.requires_grad for p in own) or any(t.dtype != dtype or hasattr(t, "ds_id") for t in tensors):
+        if any(p.requires_grad for p in own) or any(t.dtype != dtype for t in tensors):
+            return None
+        if not self.gathers_weights and any(hasattr(t, "ds_id") for t in tensors):
             return None
         return adapter
 

@@ -37,14 +37,16 @@ _FUSED = frozenset(
     f"{name}.default"
     for name in (
         "llm2vec_ds.lora_linear",
-        "llm2vec_kernels.cpu_attention",
+        "llm2vec.cpu_attention",
+        "llm2vec.flash_attention",
+        "llm2vec_ds.attention_shapes",  # what stands for it in a plan
         "aten._scaled_dot_product_flash_attention_for_cpu",
         "aten._scaled_dot_product_flash_attention",
         "aten._scaled_dot_product_efficient_attention",
         "aten._scaled_dot_product_cudnn_attention",
     )
 )
-"""Kept whatever their size. Attention that PyTorch does not see as an operation (Triton) runs again."""
+"""Kept whatever their size. Attention that is none of these operations runs again."""
 
 
 def _is_kept(func: Any, args: tuple[Any, ...]) -> bool:

@@ -6,31 +6,39 @@ from functools import partial
 from typing import Any
 
 import torch
+from llm2vec_kernels.cpu_attention import cpu_attention
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from llm2vec_ds.model.attention import register
 
 NAME = "llm2vec_shapes"
 
 
-class _FlashShapes(torch.autograd.Function):
-    """`[T, H, D]` in and out; keeps q, k, v, the output and a log-sum-exp a row and head, as every fused
-    kernel does (FlashAttention, arXiv 2205.14135)."""
+@torch.library.custom_op("llm2vec_ds::attention_shapes", mutates_args=())
+def _attention_shapes(
+    q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[T, H, D]` and a log-sum-exp a row and head: what every fused kernel makes, and keeps beside its
+    inputs (FlashAttention, arXiv 2205.14135)."""
+    raise NotImplementedError("shapes only")
 
-    @staticmethod
-    def forward(ctx: Any, *qkv_THD: torch.Tensor) -> torch.Tensor:
-        query = qkv_THD[0]
-        out_THD = query.new_empty(query.shape)
-        ctx.save_for_backward(*qkv_THD, out_THD, query.new_empty(query.shape[:2], dtype=torch.float32))
-        return out_THD
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_THD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        *qkv_THD, _, lse_TH = ctx.saved_tensors
-        torch.empty_like(lse_TH)
-        return tuple(x.new_empty(x.shape) for x in qkv_THD)
+@_attention_shapes.register_fake
+def _(q_THD: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return q_THD.new_empty(q_THD.shape), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    *qkv_THD, _, lse_TH = ctx.saved_tensors
+    torch.empty_like(lse_TH)
+    return tuple(x.new_empty(x.shape) for x in qkv_THD)
+
+
+_attention_shapes.register_autograd(_backward, setup_context=_keep)
 
 
 def register_for_shapes(device_type: str, attention_dropout: float) -> str:
@@ -40,18 +48,21 @@ def register_for_shapes(device_type: str, attention_dropout: float) -> str:
         return register("torch")
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(
-        NAME, partial(_attend, _on_cpu if device_type == "cpu" else _FlashShapes.apply)
-    )
+    AttentionInterface.register(NAME, partial(_attend, _on_cpu if device_type == "cpu" else _on_gpu))
     AttentionMaskInterface.register(NAME, lambda *_, attention_mask=None, **__: attention_mask)
     return NAME
 
 
-def _on_cpu(q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor) -> torch.Tensor:
-    """The very operation, which selective activation checkpointing keeps; SDPA on meta would take another."""
-    heads_first = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
-    out_THD: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)[0]
-    return out_THD[0].transpose(0, 1)
+def _on_gpu(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+    out_THD: torch.Tensor = _attention_shapes(q_THD, k_TKD, v_TKD)[0]
+    return out_THD
+
+
+def _on_cpu(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+    """The very operation of a run; which texts there are does not count."""
+    cu_seqlens = torch.empty(2, dtype=torch.int32, device=q_THD.device)
+    out_THD: torch.Tensor = cpu_attention(q_THD, k_TKD, v_TKD, cu_seqlens, 1.0, None, False)[0]
+    return out_THD
 
 
 def _attend(

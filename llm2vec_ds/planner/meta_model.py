@@ -14,6 +14,7 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.loss.mntp import MaskedTokenHead
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.bidirectional import with_causal
+from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.loading import TrunkOptions
 from llm2vec_ds.model.quantization import quantize_shapes
 from llm2vec_ds.model.recomputation import recompute_activations
@@ -123,7 +124,9 @@ def put_adapters_in(model: MetaModel, recipe: Recipe, options: TrunkOptions) -> 
     if recipe.adapter is not None:
         with META:
             add_lora(model.trunk, recipe.adapter)
-    if options.device.type != "cpu":
+    if options.device.type == "cpu":
+        fuse_layers(model.trunk)
+    else:
         _fuse_dropout(model.trunk)
         _as_deepspeed_casts(model.whole, options.dtype)
     recompute_activations(model.trunk, recipe.model.activation_checkpointing)

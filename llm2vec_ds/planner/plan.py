@@ -23,7 +23,8 @@ from llm2vec_ds.planner.meta_model import (
 )
 from llm2vec_ds.planner.simulate import PassBytes, simulate
 from llm2vec_ds.planner.states import States, states
-from llm2vec_ds.planner.traffic import bandwidth_gbps, step_bytes, step_time
+from llm2vec_ds.planner.step_time import Speed, StepTime, Work, assumed_speed, operations
+from llm2vec_ds.planner.traffic import bandwidth_gbps, step_bytes
 from llm2vec_ds.planner.workload import Bank, Workload, embedding_bank, workload
 
 GIB = 2**30
@@ -172,29 +173,34 @@ class Planner:
             recomputes=self.recipe.model.activation_checkpointing != "none",
         )
 
-    def step_time_ms(self) -> dict[str, float] | None:
-        """Compute and communication; None for a CPU, of which nothing is known."""
-        if self.device.type == "cpu":
-            return None
-        recipe, shapes_, head = self.recipe, self.shapes, 0.0
-        if recipe.mntp is not None:
-            masked = self.load.texts * self.load.tokens_a_text * recipe.mntp.mask_rate
-            head = masked * 2 * 2.0 * shapes_.vocabulary * shapes_.width
-        time = step_time(
-            self.load,
-            self.machine,
-            self.sent_bytes(recipe.deepspeed),
-            linear_parameters=shapes_.linear_parameters,
-            attention_width=shapes_.attention_width,
-            head_operations=head,
-            trains_all=recipe.adapter is None,
-            checkpointing=recipe.model.activation_checkpointing == "full",
+    def work(self, n_tokens: float | None = None) -> Work:
+        """Of one rank's step with that many tokens; None: every text as long as it may be."""
+        load, shapes_ = self.load, self.shapes
+        whole = load.texts * load.tokens_a_text
+        n_tokens = whole if n_tokens is None else n_tokens
+        micro_batches = max(1, round(load.micro_batches * n_tokens / whole))
+        cached = load.documents > 0 and micro_batches > 1
+        return Work(
+            operations(
+                self.recipe,
+                n_tokens,
+                n_tokens / load.texts,
+                cached=cached,
+                linear_parameters=shapes_.linear_parameters,
+                attention_width=shapes_.attention_width,
+                head_parameters=shapes_.vocabulary * shapes_.width,
+            ),
+            micro_batches * (2 if cached else 1),
         )
-        return {
-            "compute": time.compute_ms,
-            "communication": time.communication_ms,
-            "total": time.total_ms,
-        }
+
+    def step_time(self, speed: Speed | None = None) -> StepTime | None:
+        """With a fitted speed, or the assumed one of a GPU; None for a CPU, of which nothing is assumed."""
+        if speed is None:
+            if self.device.type == "cpu":
+                return None
+            speed = assumed_speed(self.machine)
+        sent = self.sent_bytes(self.recipe.deepspeed) * 8 / (self.bandwidth_gbps() * 1e9)
+        return StepTime(speed.seconds(self.work()) * 1e3, sent * 1e3)
 
     def largest_token_budget(self) -> int:
         """The largest `batch.max_tokens_per_micro_batch` that fits, in whole texts; 0 if none does."""

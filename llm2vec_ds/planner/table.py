@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llm2vec_ds.planner.plan import FRAGMENTATION, GIB, RESERVED, Planner
-from llm2vec_ds.planner.traffic import UTILISATION
+from llm2vec_ds.planner.step_time import UTILISATION, Fit
 
 MEANINGS = {
     "weights": "frozen weights, scales of NF4 included",
@@ -22,12 +22,17 @@ MEANINGS = {
 }
 
 
-def as_json(planner: Planner) -> dict[str, Any]:
-    """Everything that `llm2vec-ds plan --json` prints; bytes unless a name says otherwise."""
+def as_json(planner: Planner, fit: Fit | None = None) -> dict[str, Any]:
+    """Everything that `llm2vec-ds plan --json` prints; bytes unless a name says otherwise.
+
+    Args:
+        fit: of measured steps; None: the time of a step rests on assumptions.
+    """
     recipe, load, machine = planner.recipe, planner.load, planner.machine
     memory = planner.memory(recipe.deepspeed)
     choices = planner.choices()
     fitting = [choice for choice in choices if choice.fits]
+    time = planner.step_time(fit.speed if fit else None)
     largest_batch = planner.largest_global_batch()
     return {
         "stage": recipe.stage,
@@ -53,8 +58,11 @@ def as_json(planner: Planner) -> dict[str, Any]:
         "largest_global_batch": largest_batch,
         "largest_in_batch_negatives": _negatives(planner, largest_batch),
         "sent_bytes_a_step": planner.sent_bytes(recipe.deepspeed),
-        "step_ms": planner.step_time_ms(),
-        "assumptions": assumptions(planner),
+        "step_ms": None
+        if time is None
+        else {"compute": time.compute_ms, "communication": time.communication_ms, "total": time.total_ms},
+        "step_time_fit": asdict(fit) if fit else None,
+        "assumptions": assumptions(planner, fit),
     }
 
 
@@ -65,7 +73,7 @@ def _negatives(planner: Planner, global_batch: int | None) -> int | None:
     return max(0, global_batch * planner.load.documents // planner.load.queries - 1)
 
 
-def assumptions(planner: Planner) -> list[str]:
+def assumptions(planner: Planner, fit: Fit | None = None) -> list[str]:
     """What the figures rest on."""
     device, machine = planner.device.type, planner.machine
     said = [
@@ -75,12 +83,26 @@ def assumptions(planner: Planner) -> list[str]:
         if device == "cuda"
         else "attention is torch's; its dropout holds the weights of every pair",
     ]
+    if fit is not None:
+        said.append(_fitted_to(fit))
+    elif device == "cuda":
+        said.append(
+            f"{UTILISATION:.0%} of {machine.tflops:g} TFLOP/s; reading NF4 and the optimizer take no time"
+        )
     if device == "cuda":
-        said += [
-            f"{UTILISATION:.0%} of {machine.tflops:g} TFLOP/s; reading NF4 and the optimizer take no time",
-            f"{planner.bandwidth_gbps():g} Gb/s from each GPU, no overlap with compute",
-        ]
+        said.append(f"{planner.bandwidth_gbps():g} Gb/s from each GPU, no overlap with compute")
     return said
+
+
+def _fitted_to(fit: Fit) -> str:
+    text = (
+        f"steps take what {fit.n_steps} of {fit.n_runs} measured run(s) took: "
+        f"{fit.speed.operations_per_s / 1e12:.3g} TFLOP/s and {fit.speed.pass_s * 1e3:.0f} ms a pass, "
+        f"off by {fit.median_error:.0%} in half of them, at most {fit.error_of_90_percent:.0%} in nine of ten"
+    )
+    if fit.left_out_error is None:
+        return text
+    return f"{text}, by {fit.left_out_error:.0%} in half of those of a run left out"
 
 
 def as_table(plan: dict[str, Any]) -> str:

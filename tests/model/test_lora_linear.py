@@ -111,10 +111,6 @@ def _merged(model: nn.Module) -> None:
             layer.merge()
 
 
-def _bf16(model: nn.Module) -> None:
-    model.bfloat16()
-
-
 def _trained_bias(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or name.endswith("bias"))
@@ -125,7 +121,7 @@ def _partitioned(model: nn.Module) -> None:
         parameter.ds_id = 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("change", [_stacked, _mixed_dtypes, _merged, _partitioned, _bf16, _trained_bias])
+@pytest.mark.parametrize("change", [_stacked, _mixed_dtypes, _merged, _partitioned, _trained_bias])
 def test_what_it_does_not_do_is_left_to_peft(change: object, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_adapters(bias=True)
     change(model)  # type: ignore[operator]

@@ -43,7 +43,7 @@ def calls(which: Recomputation) -> Counter[Any]:
 def test_products_run_once_and_the_rest_twice() -> None:
     none, selective, full = calls("none"), calls("selective"), calls("full")
     product = torch.ops.llm2vec_ds.lora_linear.default
-    attention = torch.ops.llm2vec_kernels.cpu_attention.default
+    attention = torch.ops.llm2vec.cpu_attention.default
     assert selective[product] == none[product] < full[product]
     assert selective[attention] == none[attention] < full[attention]
     assert selective[torch.ops.aten.silu.default] == 2 * none[torch.ops.aten.silu.default]

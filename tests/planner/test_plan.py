@@ -88,11 +88,11 @@ def test_more_nodes_send_more_and_a_slower_link_takes_longer() -> None:
     one, four = planner(LLAMA, gpus_per_node=8), planner(LLAMA, nodes=4, gpus_per_node=8)
     slow = planner(LLAMA, nodes=4, gpus_per_node=8, interconnect_gbps=10)
     assert one.sent_bytes("ds_configs/zero2.json") < four.sent_bytes("ds_configs/zero2.json")
-    times = [p.step_time_ms() for p in (four, slow)]
-    assert times[0] is not None
-    assert times[1] is not None
-    assert times[1]["communication"] == pytest.approx(20 * times[0]["communication"])
-    assert times[1]["compute"] == times[0]["compute"]
+    near, far = (p.step_time() for p in (four, slow))
+    assert near is not None
+    assert far is not None
+    assert far.communication_ms == pytest.approx(20 * near.communication_ms)
+    assert far.compute_ms == near.compute_ms
 
 
 def test_sent_bytes_are_those_of_the_scaling_document() -> None:
@@ -148,7 +148,7 @@ def test_gemma_and_a_cpu_are_planned_too() -> None:
     assert gemma.memory(None).peak > 2 * GIB
     smoke = planner(ROOT / "recipes" / "smoke_simcse.yaml")
     assert smoke.device == torch.device("cpu")
-    assert smoke.step_time_ms() is None
+    assert smoke.step_time() is None
     assert "attention is torch's" in table.as_table(table.as_json(smoke))
 
 

@@ -17,6 +17,7 @@ from llm2vec_ds.loss.mntp import MaskedTokenHead
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import with_causal
+from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.planner.plan import Planner
@@ -62,6 +63,7 @@ def saved_bytes(recipe: Recipe, config: Any) -> int:
     config.attention_dropout = objective.attention_dropout
     auto_class = AutoModelForCausalLM if recipe.mntp else AutoModel
     model = auto_class.from_config(config, dtype=torch.float32, attn_implementation=register("torch"))
+    fuse_layers(model.base_model)
     if recipe.adapter is not None:
         model.requires_grad_(False)
         add_lora(model.base_model, recipe.adapter)
