@@ -177,8 +177,8 @@ class CheckpointStore:
         return None
 
     def best(self) -> Checkpoint | None:
-        """The valid checkpoint with the best score; None if none has one."""
-        for _, folder in sorted(self._scored(), key=lambda scored: scored[0]):
+        """The valid checkpoint with the best score, the earliest of equals; None if none has one."""
+        for _, folder in sorted(self._scored()):
             try:
                 return self.check(folder)
             except ValueError as error:

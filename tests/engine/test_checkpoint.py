@@ -100,6 +100,16 @@ def test_the_last_are_kept_and_the_best(keep_last: int, tmp_path: Path) -> None:
     assert store.best_score() == 0.9
 
 
+def test_the_earliest_of_equals_is_the_best(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1, lowest_is_best=False)
+    for step, score in enumerate([0.1, 0.9, 0.9, 0.3, 0.9], start=1):
+        save(store, step, score)
+    assert names(store) == ["step-00000002", "step-00000005"]
+    best = store.best()
+    assert best is not None
+    assert best.step == 2
+
+
 def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
     """A new process saves once: the valid one must not be deleted for a damaged newer one."""
     store = CheckpointStore(tmp_path, keep_last=2)

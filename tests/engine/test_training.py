@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from llm2vec_ds.config import parse_recipe
 from llm2vec_ds.engine.run import build_stage
-from tests.support.runs import NO_DROPOUT, recipe, trained
+from tests.support.runs import NO_DROPOUT, command, recipe, trained, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +123,18 @@ def test_same_seed_same_losses_with_dropout(tmp_path: Path, tiny_model_dir: Path
         values["simcse"]["attention_dropout"] = 0.3
         losses.append([row["loss"] for row in trained(values)])
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_adapters_are_one_operation_with_their_layer_under_zero(
+    zero_stage: int, tiny_model_dir: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    values = recipe("simcse", tiny_model_dir, texts_file, tmp_path / "run", max_steps=1)
+    path = write_recipe(values, tmp_path / "r.yaml")
+    outcome = command(["train", str(path), f"deepspeed=ds_configs/zero{zero_stage}.json"], ranks=2)
+    said = outcome.stdout + outcome.stderr
+    n_adapted = re.search(r"lora rank 16 on (\d+) linear layers", said)
+    n_fused = re.search(r"one operation with their adapter: (\d+)", said)
+    assert n_adapted, said[-2000:]
+    assert n_fused
+    assert n_fused[1] == n_adapted[1] != "0"
