@@ -101,6 +101,25 @@ def test_half_precision_is_as_near_as_its_rounding(name: str) -> None:
         torch.testing.assert_close(a.double(), b, rtol=2**-6, atol=2**-6 * float(b.abs().max()))
 
 
+def test_a_wider_weight_widens_the_output_as_in_transformers() -> None:
+    """Norms are fp32 over quantised layers in bf16."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    torch.manual_seed(0)
+    norm, x = LlamaRMSNorm(24, EPS), torch.randn(7, 24).bfloat16()
+    norm.weight.data = torch.randn(24)
+    results = []
+    for function in (norm, lambda x: row_ops.rms_norm(x, norm.weight, EPS)[0]):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [leaf, norm.weight])])
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(
+            found, expected, rtol=2**-6, atol=2**-6 * float(expected.detach().abs().max())
+        )
+
+
 def test_a_frozen_weight_gets_no_gradient() -> None:
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4)
     row_ops.rms_norm(x, weight, EPS)[0].sum().backward()
