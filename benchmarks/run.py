@@ -49,6 +49,20 @@ def run_worker(python: Path | str, worker: Path, spec: Path, threads: int) -> di
     return {**result, "peak_mib": usage.ru_maxrss / 1024}
 
 
+def full_blocks(text: str, model: str) -> str:
+    """So much of the text that every step is BLOCKS blocks of BLOCK_TOKENS tokens, none of them short."""
+    from llm2vec_ds.model.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    n_tokens = BLOCKS * (BLOCK_TOKENS - len(tokenizer("")["input_ids"]))
+    encoded = tokenizer(text[: 12 * n_tokens], add_special_tokens=False, return_offsets_mapping=True)
+    # A word that is cut may tokenise otherwise: the next place where the count is right.
+    for _, end in encoded["offset_mapping"][n_tokens - 1 :]:
+        if len(tokenizer(text[:end], add_special_tokens=False)["input_ids"]) == n_tokens:
+            return text[:end]
+    sys.exit(f"error: the text of --data gives no {n_tokens} tokens for MNTP: give a longer one")
+
+
 def add_masked_batch(spec: Spec, folder: Path) -> None:
     """The very batch that our first step takes, masked, for the rivals."""
     sys.path.insert(0, str(OURS.parent))
@@ -103,8 +117,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         arguments.threads,
     )
     if arguments.work == "mntp":
-        limit = BLOCKS * BLOCK_TOKENS
-        spec.texts = [" ".join(spec.texts)[: 12 * limit]]
+        spec.texts = [full_blocks(" ".join(spec.texts), arguments.model)]
         add_masked_batch(spec, folder / "masked")
     spec.rival_checkpointing = arguments.rival_checkpointing
     ours_spec = spec.write(folder / "ours.json", input_ids=[], labels=[])

@@ -58,6 +58,7 @@ FLOW = [
     "engine.deepspeed_json",
     "engine.checkpoint",
     "engine.trainable_state",
+    "engine.host_heap",
     "engine.deepspeed_engine",
     "planner.flash_shapes",
     "planner.meta_model",

@@ -5,7 +5,6 @@ Only this folder imports deepspeed, and only when a run starts.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import logging
 import os
@@ -28,6 +27,7 @@ from llm2vec_ds.engine.deepspeed_json import (
     optimizer_is_offloaded,
     read_json,
 )
+from llm2vec_ds.engine.host_heap import large_blocks_go_back
 from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.lora_linear import LoraLinear
@@ -145,24 +145,12 @@ def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     seen_by_transformers = HfDeepSpeedConfig(config)  # which keeps a weak reference only
-    _set_mmap_threshold(2**20)
     try:
-        yield
+        with large_blocks_go_back():
+            yield
     finally:
-        _set_mmap_threshold(2**25)  # the most to which glibc raises it by itself
         unset_hf_deepspeed_config()
         del seen_by_transformers
-
-
-def _set_mmap_threshold(n_bytes: int) -> None:
-    """Blocks of that size on go back to the system when they are freed (glibc; elsewhere nothing).
-
-    By itself glibc raises the threshold to the largest block freed. Whole tensors then come from the heap,
-    between parts that stay, and a rank's memory grows to that of the whole model while it loads.
-    """
-    m_mmap_threshold = -3
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(m_mmap_threshold, n_bytes)
 
 
 def _monitors(recipe: Recipe) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from llm2vec_ds.engine.deepspeed_engine import (
     partition_for,
     start_process_group,
 )
+from llm2vec_ds.engine.host_heap import freed_memory_is_kept
 from llm2vec_ds.engine.identity import changes, identity_of, made_by
 from llm2vec_ds.engine.memory import explains_full_memory, watched
 from llm2vec_ds.engine.preemption import STOP_FILE, StopRequest
@@ -126,7 +127,8 @@ def _train(
         stop=stop,
         evaluation=evaluation,
     )
-    with watched(recipe, stage, engine, folder):
+    heap = freed_memory_is_kept() if device.type == "cpu" else nullcontext()
+    with heap, watched(recipe, stage, engine, folder):
         trainer.run(checkpoint)
 
 

@@ -111,12 +111,14 @@ def _chunk(
         logits.div_(softcap).tanh_()
         slope = logits.square().neg_().add_(1).mul_(factor)
         logits.mul_(softcap)
-    hit = logits.argmax(-1) == label
+    # Softmax in place: a call of logsumexp would hold the logits twice and exponentiate them twice.
+    highest, likeliest = logits.max(-1, keepdim=True)
     label = label[:, None]
-    lse = logits.logsumexp(-1, keepdim=True)
-    loss = lse - logits.gather(-1, label)
-    d_logits = logits.sub_(lse).exp_().scatter_add_(-1, label, -torch.ones_like(loss)).mul_(slope)
-    return loss[:, 0], hit, d_logits.to(weight_VD.dtype)
+    target = logits.gather(-1, label) - highest
+    total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+    loss = total.log() - target
+    d_logits = logits.div_(total).scatter_add_(-1, label, -torch.ones_like(loss)).mul_(slope)
+    return loss[:, 0], (likeliest == label)[:, 0], d_logits.to(weight_VD.dtype)
 
 
 class MntpModel(nn.Module):
