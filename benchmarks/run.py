@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from speed.limit import matmul_peak_gflop_per_s, needed_gflop
 from speed.rivals import RIVALS, Rival, model_for, python_of
-from speed.work import BLOCK_TOKENS, BLOCKS, UNITS, WORKS, Spec, make_spec
+from speed.work import BLOCK_TOKENS, BLOCKS, EXAMPLES, UNITS, WORKS, Spec, make_spec
 
 from llm2vec_ds.ablate import hardware
 
@@ -115,6 +115,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         Path(arguments.data) if arguments.data else None,
         arguments.steps,
         arguments.threads,
+        arguments.examples,
     )
     if arguments.work == "mntp":
         spec.texts = [full_blocks(" ".join(spec.texts), arguments.model)]
@@ -179,6 +180,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--steps", type=int, default=3, help="timed steps a round, after one that is not (default 3)"
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=EXAMPLES,
+        help="of the supervised batch: fewer where a rival's memory would not do (default %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=2, help="A B A B is two (default 2)")
     parser.add_argument(

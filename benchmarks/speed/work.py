@@ -47,7 +47,9 @@ class Spec:
         return {"mntp": tokens, "supervised": len(self.examples)}.get(self.work, len(self.texts))
 
 
-def make_spec(work: str, model: str, data: Path | None, n_steps: int, threads: int) -> Spec:
+def make_spec(
+    work: str, model: str, data: Path | None, n_steps: int, threads: int, n_examples: int = EXAMPLES
+) -> Spec:
     """`data`: a folder with stsb_*.csv, wikitext2_*.txt, ud_*.conllu; None: text that comes with Python."""
     spec = Spec(work, model, n_steps, threads)
     if work == "mntp":
@@ -55,7 +57,7 @@ def make_spec(work: str, model: str, data: Path | None, n_steps: int, threads: i
     elif work == "simcse":
         spec.texts = drawn(sentences(data), SENTENCES)
     elif work == "supervised":
-        spec.examples = triplets(paragraphs(data))
+        spec.examples = triplets(paragraphs(data), n_examples)
     else:
         spec.texts = sentences(data)
     return spec
@@ -89,9 +91,9 @@ def drawn(texts: list[str], n_texts: int) -> list[str]:
     return [texts[i] for i in chosen]
 
 
-def triplets(texts: list[str]) -> list[list[str]]:
+def triplets(texts: list[str], n_examples: int) -> list[list[str]]:
     """Query, positive, negative of 8 to 300 tokens (0.72 words a token), more short than long ones."""
     random = np.random.default_rng(0)
     words = cycle(" ".join(texts).split())
-    lengths = np.exp(random.uniform(np.log(8), np.log(300), (EXAMPLES, 3))) * 0.72
+    lengths = np.exp(random.uniform(np.log(8), np.log(300), (n_examples, 3))) * 0.72
     return [[" ".join(islice(words, max(int(n), 5))) for n in row] for row in lengths]
