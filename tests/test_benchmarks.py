@@ -94,7 +94,7 @@ def test_gpu_check_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.Monk
     assert [line["ok"] for line in result["checks"]] == [True]
     assert result["tests"]["summary"] == "9 passed"
     assert result["attention"] == [{"case": "sts"}]
-    assert started == ["-m", "benchmarks/attention.py"]
+    assert started == ["benchmarks/attention.py", "-m"]
 
 
 def test_qlora_steps_beside_the_plan(tmp_path: Path) -> None:
