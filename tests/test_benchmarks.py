@@ -50,7 +50,9 @@ def test_smoke_run_prints_a_line_a_case_and_pass() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
-@pytest.mark.parametrize("name", ["attention.py", "gpu_check.py", "qlora_memory.py recipe.yaml"])
+@pytest.mark.parametrize(
+    "name", ["attention.py", "gpu_check.py", "mntp_gpu.py", "qlora_memory.py recipe.yaml"]
+)
 def test_without_a_gpu_they_say_so_in_a_line(name: str) -> None:
     outcome = run(*name.split())
     assert outcome.returncode == 2
@@ -95,6 +97,18 @@ def test_gpu_check_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.Monk
     assert result["tests"]["summary"] == "9 passed"
     assert result["attention"] == [{"case": "sts"}]
     assert started == ["benchmarks/attention.py", "-m"]
+
+
+def test_mntp_in_a_tiny_shape() -> None:
+    shape = "--layers 2 --width 32 --inner 64 --heads 2 --vocab 100 --texts 2 --length 16 --steps 1"
+    outcome = run("mntp_gpu.py", "--cpu", *shape.split())
+    assert outcome.returncode == 0, outcome.stderr
+    lines = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [line["activation_checkpointing"] for line in lines] == ["selective", "none", "full"]
+    for line in lines:
+        assert line["tokens"] == 32
+        assert line["tokens_per_s"] > 0
+        assert 0 <= line["share_of_peak"] < 1
 
 
 def test_qlora_steps_beside_the_plan(tmp_path: Path) -> None:

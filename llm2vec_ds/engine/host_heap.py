@@ -26,8 +26,11 @@ def large_blocks_go_back() -> Iterator[None]:
     """Blocks of 1 MiB or more go back to the system when they are freed: for work whose parts stay.
 
     Whole tensors would otherwise come from the heap, between parts that stay, and a rank's memory grow to
-    that of the whole model while it loads its part.
+    that of the whole model while it loads its part. The environment's own settings are left alone.
     """
+    if _own_settings():
+        yield
+        return
     _mallopt(_MMAP_THRESHOLD, 2**20)
     try:
         yield
@@ -41,12 +44,13 @@ def freed_memory_is_kept() -> Iterator[None]:
 
     Left as it is where the environment has settings of its own (`MALLOC_TRIM_THRESHOLD_` and the like).
     """
-    if own := [name for name in _SETTINGS if name in os.environ]:
+    if own := _own_settings():
         log.info("freed memory goes where %s says", ", ".join(own))
         yield
         return
     _mallopt(_MMAP_MAX, 0)
     _mallopt(_TRIM_THRESHOLD, _NEVER)
+    log.info("freed memory is kept for the next step")
     try:
         yield
     finally:
@@ -55,6 +59,10 @@ def freed_memory_is_kept() -> Iterator[None]:
         _mallopt(_TRIM_THRESHOLD, 2 * _GLIBC_MMAP_THRESHOLD)
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
             trim(0)
+
+
+def _own_settings() -> list[str]:
+    return [name for name in _SETTINGS if name in os.environ]
 
 
 def _mallopt(which: int, value: int) -> None:
