@@ -29,15 +29,18 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_the_command_answers_in_ten_seconds_of_processor_time() -> None:
-    """Without a hub (conftest), for a model whose weights are not here. Other jobs do not count."""
-    before = time.process_time(), sum(_children_s())
+def _plan_of_llama() -> dict[str, Any]:
+    """Without a hub (conftest), for a model whose weights are not here."""
     outcome = command(
         ["plan", str(LLAMA), "--nodes", "4", "--gpus-per-node", "8", "--gpu-memory-gib", "80", "--json"]
     )
     assert outcome.returncode == 0, outcome.stderr
-    assert sum(_children_s()) - before[1] < 10
-    plan = json.loads(outcome.stdout)
+    plan: dict[str, Any] = json.loads(outcome.stdout)
+    return plan
+
+
+def test_command_answers_for_a_model_whose_weights_are_not_here() -> None:
+    plan = _plan_of_llama()
     assert plan["parameters"] == 6_738_415_616 + 39_976_960
     assert plan["memory_bytes"]["adapters"] == 2 * 39_976_960
     assert plan["fits"]
@@ -45,11 +48,11 @@ def test_the_command_answers_in_ten_seconds_of_processor_time() -> None:
     assert plan["machine"]["nodes"] == 4
 
 
-def _children_s() -> tuple[float, float]:
-    import os
-
-    times = os.times()
-    return times.children_user, times.children_system
+@pytest.mark.slow  # where no other test shares the cores
+def test_the_command_answers_in_ten_seconds() -> None:
+    began = time.monotonic()
+    _plan_of_llama()
+    assert time.monotonic() - began < 10
 
 
 def test_largest_budget_and_batch_are_the_last_that_fit() -> None:
