@@ -1,4 +1,4 @@
-"""Kernel tests and both benchmarks on this machine's GPU, into one file. Run by `make gpu-check`.
+"""Kernel tests and the kernels' benchmarks on this machine's GPU, into one file. Run by `make gpu-check`.
 
 Needs torch with CUDA, triton, transformers and peft; with pytest and hypothesis the kernels' tests run too,
 beside the numerical checks that this script makes itself. Each part has a time limit, less than nine minutes
@@ -189,6 +189,7 @@ def main() -> int:
     parts: dict[str, Callable[[], Any]] = {
         "checks": lambda: check_numbers(torch),
         "attention": lambda: json_lines(run_script(attention, 160)[1]),
+        "row_ops": lambda: json_lines(run_script(["benchmarks/row_ops.py"], 40)[1]),
         "tests": lambda: kernel_tests(130),
         "info_nce": lambda: info_nce_benchmark(started + BUDGET_S),
     }

@@ -33,6 +33,7 @@ from llm2vec_ds.loss.mntp import MaskedTokenHead
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import with_causal
+from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.recomputation import recompute_activations
 
 MASK_RATE = 0.2
@@ -93,6 +94,7 @@ def measure(options: argparse.Namespace, recomputation: str, peak: float) -> dic
         )
     trunk, linear = model.base_model, model.get_output_embeddings()
     linear.requires_grad_(False)
+    fuse_layers(trunk)
     head = MaskedTokenHead(linear, config, chunk_tokens=1024)
     add_lora(trunk, AdapterConfig(dropout=0.0))
     trainable = [p for p in trunk.parameters() if p.requires_grad]

@@ -96,7 +96,16 @@ def test_gpu_check_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.Monk
     assert [line["ok"] for line in result["checks"]] == [True]
     assert result["tests"]["summary"] == "9 passed"
     assert result["attention"] == [{"case": "sts"}]
-    assert started == ["benchmarks/attention.py", "-m"]
+    assert started == ["benchmarks/attention.py", "benchmarks/row_ops.py", "-m"]
+
+
+def test_row_operations_in_a_tiny_shape() -> None:
+    outcome = run("row_ops.py", *"--tokens 8 --width 32 --inner 48 --head-dim 8 --repeats 1".split())
+    assert outcome.returncode == 0, outcome.stderr
+    lines = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [line["operation"] for line in lines] == ["rms_norm", "rotate", "swiglu"]
+    for line in lines:
+        assert line["ratio"] == pytest.approx(line["transformers_ms"] / line["ms"], rel=0.2)
 
 
 def test_mntp_in_a_tiny_shape() -> None:

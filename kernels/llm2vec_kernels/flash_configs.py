@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels, by head dim, dtype and the shared memory of the card.
 
 Fixed tables instead of autotuning: a run starts at once, and every rank and every restart computes with
-the same tiles. `tests/kernels/test_flash_compile.py` compiles each entry for its card, without one, and
+the same tiles. `tests/kernels/test_compile.py` compiles each entry for its card, without one, and
 holds its shared memory to the card's limit. Chosen among those that fit by what the compiler says of
 registers and spills; not yet by measured time.
 """

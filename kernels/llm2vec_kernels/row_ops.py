@@ -2,10 +2,10 @@
 
 Spelt out in PyTorch, each of them writes and reads several tensors as large as the activations and keeps
 some of them for backward. Here a few rows at a time go through all steps while they are in the processor's
-cache, and backward computes again what is cheap: RMSNorm keeps its input and a number a row, SwiGLU its two
-inputs, the rotary embedding nothing.
+cache, or in a GPU's registers (`row_ops_triton`), and backward computes again what is cheap: RMSNorm keeps
+its input and a number a row, SwiGLU its two inputs, the rotary embedding nothing.
 
-Custom operations, so that selective activation checkpointing sees one where there were many. For CPUs.
+Custom operations, so that selective activation checkpointing sees one where there were many.
 
 Shape legend: T tokens (or any leading dimensions), D width, H heads, E head dim.
 """
@@ -13,12 +13,23 @@ Shape legend: T tokens (or any leading dimensions), D width, H heads, E head dim
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 ELEMENTS_A_THREAD = 2**17
 """Of a chunk: half a MiB in fp32. Smaller ones fit a nearer cache, but then each operation's start counts."""
+
+
+@lru_cache
+def runs_on(device: torch.device) -> bool:
+    """Do the operations run there, or tell their shapes (meta)? On CUDA they need Triton and compute
+    capability 8.0."""
+    if device.type == "cuda":
+        return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type in ("cpu", "meta")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -207,3 +218,16 @@ def _differentiate_rotate(ctx: Any, d_out_THE: torch.Tensor) -> tuple[torch.Tens
 
 
 rotate.register_autograd(_differentiate_rotate, setup_context=_keep_rotate)
+
+
+def _in_triton(name: str) -> Any:
+    def run(*inputs: Any) -> Any:
+        from llm2vec_kernels import row_ops_triton  # here, for machines without Triton
+
+        return getattr(row_ops_triton, name)(*inputs)
+
+    return run
+
+
+for _operation in (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate):
+    _operation.register_kernel("cuda")(_in_triton(_operation._name))

@@ -13,12 +13,10 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from llm2vec_kernels.row_ops import rms_norm, rotate, swiglu
+from llm2vec_kernels.row_ops import rms_norm, rotate, runs_on, swiglu
 from torch import nn
 from transformers.models.llama import modeling_llama as llama
 
-DEVICES = ("cpu", "meta")
-"""Where the operations run, or tell their shapes."""
 ROTARY = "apply_rotary_pos_emb"
 SILU = (nn.SiLU, type(llama.ACT2FN["silu"]))
 
@@ -26,8 +24,8 @@ SILU = (nn.SiLU, type(llama.ACT2FN["silu"]))
 def fuse_layers(trunk: nn.Module) -> Counter[str]:
     """Changes the class of each layer that can be fused; returns how many of each kind were.
 
-    Parameters, their names and hooks stay. What is not recognised stays as it is, and on other devices than
-    a CPU all of it computes what it did.
+    Parameters, their names and hooks stay. What is not recognised stays as it is, and on a device where the
+    operations do not run all of it computes what it did.
     """
     fused: Counter[str] = Counter()
     for module in trunk.modules():
@@ -73,13 +71,13 @@ def _same_code(function: Any, known: Any) -> bool:
 def _fused_class(kept: Any, kind: str) -> Any:
     """A class of the same name over `kept`, so that nothing that asks for the type sees a change."""
     forward = {"RMSNorm": _rms_norm, "SwiGLU": _swiglu}.get(kind)
-    changed = _on_cpu(forward, kept.forward) if forward else _with_fused_rotary(kept.forward)
+    changed = _where_it_runs(forward, kept.forward) if forward else _with_fused_rotary(kept.forward)
     return type(kept.__name__, (kept,), {"forward": changed, "__module__": kept.__module__})
 
 
-def _on_cpu(fused: Callable[[Any, torch.Tensor], torch.Tensor], plain: Any) -> Any:
+def _where_it_runs(fused: Callable[[Any, torch.Tensor], torch.Tensor], plain: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = (fused if hidden_states.device.type in DEVICES else plain)(self, hidden_states)
+        out: torch.Tensor = (fused if runs_on(hidden_states.device) else plain)(self, hidden_states)
         return out
 
     return forward
@@ -109,7 +107,7 @@ def _rotate_both(
     q_BHLE: torch.Tensor, k_BHLE: torch.Tensor, cos_BLE: torch.Tensor, sin_BLE: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary embedding of queries and keys `[B, H, L, E]` by the angles of `[B, L, E]` or `[1, L, E]`."""
-    if q_BHLE.device.type not in DEVICES:
+    if not runs_on(q_BHLE.device):
         plain: tuple[torch.Tensor, torch.Tensor] = llama.apply_rotary_pos_emb(
             q_BHLE, k_BHLE, cos_BLE, sin_BLE
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from llm2vec_kernels import AttentionBackend, AttentionNeeds, choose_attention_backend
+from llm2vec_kernels.row_ops import runs_on
 from torch import nn
 
 from llm2vec_ds.errors import UserError
@@ -97,9 +98,9 @@ def _check(trunk: Any, model: nn.Module, options: TrunkOptions) -> None:
         trunk.is_loaded_in_4bit = True  # transformers tells the outermost model only; peft asks the trunk
         prepare_for_training(model)
     model.to(options.device).eval()
-    fused = ", ".join(f"{n} {kind}" for kind, n in fuse_layers(trunk).items())
-    if options.device.type == "cpu":
-        log.info("fused layers: %s", fused or "none that are known")
+    fused = ", ".join(f"{n} {kind}" for kind, n in fuse_layers(trunk).items()) or "none that are known"
+    here = "" if runs_on(options.device) else ", but not on this device: it needs Triton and capability 8.0"
+    log.info("fused layers: %s%s", fused, here)
 
 
 def _check_class(trunk_class: Any, model_type: str, causal: bool) -> None:

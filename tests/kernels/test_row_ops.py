@@ -25,7 +25,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """As a product with a matrix for each token."""
     half = x.shape[-1] // 2
-    zero, one = torch.zeros(half, half, dtype=x.dtype), torch.eye(half, dtype=x.dtype)
+    zero, one = x.new_zeros(half, half), torch.eye(half, dtype=x.dtype, device=x.device)
     turned = torch.cat([torch.cat([zero, -one], 1), torch.cat([one, zero], 1)], 0)
     matrix = torch.diag_embed(cos) + torch.diag_embed(sin) @ turned
     return torch.einsum("tij,thj->thi", matrix, x)
@@ -55,7 +55,7 @@ def outcome(function: Function, inputs: list[torch.Tensor], n_differentiable: in
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:n_differentiable]]
     out = function(*leaves, *inputs[n_differentiable:])
     d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out))]
 
 
 @pytest.fixture
