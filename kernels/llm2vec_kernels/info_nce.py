@@ -22,19 +22,24 @@ Shape legend: Q queries, N documents, D width, B queries of one tile.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from llm2vec_kernels.devices import runs_triton
+from llm2vec_kernels.info_nce_epilogue import Epilogue, TorchEpilogue
 from llm2vec_kernels.info_nce_tiles import (
-    CHUNK_ELEMENTS,
+    HELD_ELEMENTS,
     MIN_TILE_ROWS,
     Block,
     BlockStatistics,
     add_product,
     document_chunks,
     full_precision,
+    product,
     score_tiles,
     slices,
 )
@@ -142,7 +147,7 @@ def info_nce(
     """Loss of each query over all documents, differentiable in query, document and a tensor `scale`.
 
     `positive_Q` names a document for every query; the other arguments are those of `block_log_sum_exp`.
-    Memory beyond the vectors and their gradients is one tile.
+    Memory beyond the vectors and their gradients is about one tile.
 
     The queries' gradient, and for fp32 vectors the documents' for equal weights, are computed along with
     the loss, while the tile is there: three matrix products in all, as with the full matrix. Where the
@@ -164,10 +169,21 @@ def _outcome(statistics: BlockStatistics) -> InfoNce:
     return InfoNce(lse_Q - positive_Q, positive_Q > negative_Q, lse_Q)
 
 
+def _tiles(block: Block, tile_mib: float) -> Iterator[tuple[slice, Epilogue]]:
+    """Rows, and what is to be done with their scores."""
+    epilogue: type[Epilogue] = TorchEpilogue
+    if runs_triton(block.query_QD.device):
+        from llm2vec_kernels.info_nce_triton import TritonEpilogue  # here, for machines without Triton
+
+        epilogue = TritonEpilogue
+    for rows, score_BN in score_tiles(block, tile_mib):
+        yield rows, epilogue(block.part(rows), score_BN)
+
+
 def _statistics(block: Block, tile_mib: float, sums: _Sums | None = None) -> BlockStatistics:
     """Of the whole block; where `sums` are given, they are added up for equal weights."""
     out = BlockStatistics(*block.query_QD.new_empty(3, len(block.query_QD), dtype=block.score_dtype))
-    for rows, tile in score_tiles(block, tile_mib):
+    for rows, tile in _tiles(block, tile_mib):
         own = tile.statistics()
         for whole, part in zip(out, own, strict=True):
             whole[rows] = part
@@ -182,7 +198,7 @@ def _block_gradients(
     weight_Q = weight_Q.to(block.score_dtype)
     relative_Q, largest = _relative(weight_Q)
     sums = _Sums(block, query=True, document=True)
-    for rows, tile in score_tiles(block, tile_mib):
+    for rows, tile in _tiles(block, tile_mib):
         sums.add(rows, tile.coefficients(lse_Q[rows], sums.factor), relative_Q[rows])
     return BlockGradients(
         sums.query_QD.mul_(weight_Q[:, None]),
@@ -197,14 +213,22 @@ def _document_gradient(
     """As `_block_gradients`, in the documents' dtype: a few documents at a time against all queries."""
     relative_Q, largest = _relative(weight_Q.to(block.score_dtype))
     out_ND = torch.empty_like(block.document_ND)
-    column_bytes = max(1, len(block.query_QD)) * block.score_dtype.itemsize
-    for documents in slices(len(out_ND), max(MIN_TILE_ROWS, int(tile_mib * 2**20) // column_bytes)):
+    for documents in slices(len(out_ND), _documents_of_a_tile(block, tile_mib)):
         part = block.part(documents=documents)
         sums = _Sums(part, query=False, document=True)
-        for rows, tile in score_tiles(part, tile_mib):
-            sums.add(rows, tile.coefficients(lse_Q[rows], sums.factor), relative_Q[rows])
+        for rows, tile in _tiles(part, tile_mib):
+            sums.add(rows, tile.coefficients(lse_Q[rows], sums.factor, relative_Q[rows]))
         out_ND[documents] = sums.document_ND.mul_(block.scale * largest / sums.factor).to(out_ND.dtype)
     return out_ND
+
+
+def _documents_of_a_tile(block: Block, tile_mib: float) -> int:
+    """Neither side of a tile is to be short (a product whose result is small does not fill a GPU), nor is the
+    documents' total, which is fp32, to be much larger than a tile."""
+    elements = int(tile_mib * 2**20) // block.score_dtype.itemsize
+    n_queries, width = block.query_QD.shape
+    n_documents = max(isqrt(elements) // 2, elements // max(1, n_queries))
+    return max(MIN_TILE_ROWS, min(n_documents, HELD_ELEMENTS // max(1, width)))
 
 
 def _relative(weight_Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,24 +254,24 @@ class _Sums:
             self.document_ND = torch.zeros_like(block.document_ND, dtype=wide)
 
     def add(self, rows: slice, coefficient_BN: torch.Tensor, relative_B: torch.Tensor | None = None) -> None:
-        """One tile's factor · g; `relative_B` weighs the rows in `document_ND`, 1 if None."""
-        query_BD = self.block.query_QD[rows].to(self.block.score_dtype)
+        """One tile's factor · g; `relative_B` weighs the rows in `document_ND` unless the tile has them."""
+        query_BD = self.block.query_QD[rows]
         if self.with_query:
-            sum_BD = torch.zeros_like(query_BD)
+            sum_BD = torch.empty_like(query_BD, dtype=self.block.score_dtype)
             for documents, document_CD in document_chunks(self.block):
-                add_product(sum_BD, coefficient_BN[:, documents], document_CD)
+                multiply = product if documents.start == 0 else add_product
+                multiply(coefficient_BN[:, documents], document_CD, sum_BD)
             sum_BD /= self.factor
             self.slope_Q[rows] = (query_BD * sum_BD).sum(1)
             self.query_QD[rows] = sum_BD.mul_(self.block.scale)
         if self.with_document:
-            weighted_BD = query_BD if relative_B is None else query_BD * relative_B[:, None]
-            weighted_BD = weighted_BD.to(coefficient_BN.dtype)
+            if relative_B is not None:
+                query_BD = query_BD * relative_B[:, None]
+            query_BD = query_BD.to(coefficient_BN.dtype)
             in_place = coefficient_BN.dtype == self.document_ND.dtype  # else each chunk's product is held
             n_documents, width = self.document_ND.shape
-            for documents in slices(
-                n_documents, n_documents if in_place else max(1, CHUNK_ELEMENTS // width)
-            ):
-                add_product(self.document_ND[documents], coefficient_BN[:, documents].T, weighted_BD)
+            for documents in slices(n_documents, n_documents if in_place else max(1, HELD_ELEMENTS // width)):
+                add_product(coefficient_BN[:, documents].T, query_BD, self.document_ND[documents])
 
 
 class _InfoNce(torch.autograd.Function):

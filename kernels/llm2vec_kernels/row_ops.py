@@ -13,23 +13,19 @@ Shape legend: T tokens (or any leading dimensions), D width, H heads, E head dim
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+from llm2vec_kernels.devices import runs_triton
 
 ELEMENTS_A_THREAD = 2**17
 """Of a chunk: half a MiB in fp32. Smaller ones fit a nearer cache, but then each operation's start counts."""
 
 
-@lru_cache
 def runs_on(device: torch.device) -> bool:
-    """Do the operations run there, or tell their shapes (meta)? On CUDA they need Triton and compute
-    capability 8.0."""
-    if device.type == "cuda":
-        return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type in ("cpu", "meta")
+    """Do the operations run there, or tell their shapes (meta)?"""
+    return device.type in ("cpu", "meta") or runs_triton(device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

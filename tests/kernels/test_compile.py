@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from llm2vec_kernels import row_ops_triton
+from llm2vec_kernels import info_nce_triton, row_ops_triton
 from llm2vec_kernels.flash_configs import (
     AMPERE,
     CARDS,
@@ -65,24 +66,27 @@ def cases_of(
 
 def row_cases(card: Card, width: int, dtype: str = "bf16") -> list[dict[str, Any]]:
     """RMSNorm over `width`, SwiGLU, and rotation of heads of 128."""
-    element = {"BLOCK": row_ops_triton.TILE_ELEMENTS}
+    element = {"BLOCK": row_ops_triton.TILE_ELEMENTS, "num_warps": 4}
     row = row_ops_triton.row_tile(width, torch.bfloat16)
     head = row_ops_triton.row_tile(64, torch.bfloat16)
-    head = {"HALF": head["D"], "BLOCK": head["BLOCK_D"], "ROWS": head["ROWS"], "HEADS": 32}
-    constants = [("swiglu", element), ("swiglu_backward", element)]
-    constants += [("rotate", {**head, "BACKWARD": backward}) for backward in (False, True)]
-    constants += [("rms_norm", {**row, "EPS": 1e-5})]
-    constants += [("rms_norm_backward", {**row, "WEIGHT_IS_FROZEN": frozen}) for frozen in (False, True)]
-    return [
-        {
-            "kernel": kernel,
-            "sm": SM[card],
-            "dtype": dtype,
-            "num_warps": own.pop("num_warps", 4),
-            "constants": {**own, "WIDE": "fp32"},
-        }
-        for kernel, own in ((kernel, dict(own)) for kernel, own in constants)
-    ]
+    head["HALF"], head["BLOCK"], head["HEADS"] = head.pop("D"), head.pop("BLOCK_D"), 32
+    cases = [("swiglu", element), ("swiglu_backward", element), ("rms_norm", {**row, "EPS": 1e-5})]
+    cases += [("rotate", {**head, "BACKWARD": backward}) for backward in (False, True)]
+    cases += [("rms_norm_backward", {**row, "WEIGHT_IS_FROZEN": frozen}) for frozen in (False, True)]
+    return [a_case(card, dtype, kernel, {**options, "WIDE": "fp32"}) for kernel, options in cases]
+
+
+def epilogue_cases(card: Card, n_documents: int, dtype: str, options: bool) -> list[dict[str, Any]]:
+    """Both passes over a tile of InfoNCE; `options`: with ids, limits and weights."""
+    tile = info_nce_triton.program_tile(n_documents)
+    tile |= {"HAS_SCALE": dtype != "fp32", "HAS_IDS": options, "HAS_LIMITS": options}
+    cases = [("statistics", {**tile, "WIDE": "fp32"}), ("coefficients", {**tile, "HAS_WEIGHTS": options})]
+    return [a_case(card, dtype, kernel, own) for kernel, own in cases]
+
+
+def a_case(card: Card, dtype: str, kernel: str, options: dict[str, Any]) -> dict[str, Any]:
+    warps = options.pop("num_warps")
+    return {"kernel": kernel, "sm": SM[card], "dtype": dtype, "num_warps": warps, "constants": options}
 
 
 def check(card: Card, cases: list[dict[str, Any]], cache: Path, at_least: int = 1) -> None:
@@ -110,15 +114,19 @@ def test_a_padded_head_dim_with_every_option_compiles_for_hopper(tmp_path: Path)
     check(HOPPER, cases_of(HOPPER, torch.float16, 80, options=True), tmp_path)
 
 
-def test_norm_rotation_and_swiglu_compile(tmp_path: Path) -> None:
-    check(CONSUMER, row_cases(CONSUMER, 4096), tmp_path, at_least=0)
+def test_the_other_kernels_compile(tmp_path: Path) -> None:
+    cases = [*row_cases(CONSUMER, 4096), *epilogue_cases(CONSUMER, 8192, "bf16", True)]
+    check(CONSUMER, cases, tmp_path, at_least=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_norm_rotation_and_swiglu_compile_for_every_card(card: Card, tmp_path: Path) -> None:
+def test_the_other_kernels_compile_for_every_card(card: Card, tmp_path: Path) -> None:
     cases = [case for width in (128, 576, 16384) for case in row_cases(card, width)]
-    check(card, [*cases, *row_cases(card, 2048, "fp32")], tmp_path, at_least=0)
+    cases += row_cases(card, 2048, "fp32")
+    for n_documents, dtype in itertools.product((64, 32768), ("bf16", "fp16", "fp32")):
+        cases += epilogue_cases(card, n_documents, dtype, options=n_documents == 64)
+    check(card, cases, tmp_path, at_least=0)
 
 
 @pytest.mark.slow

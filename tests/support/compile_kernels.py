@@ -11,6 +11,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from llm2vec_kernels import info_nce_triton
 from llm2vec_kernels import row_kernels as rows
 from llm2vec_kernels.flash_attention_backward import dkdv_kernel, dq_kernel
 from llm2vec_kernels.flash_attention_forward import forward_kernel
@@ -26,18 +27,27 @@ KERNELS = {
     "swiglu": rows.swiglu_kernel,
     "swiglu_backward": rows.swiglu_backward_kernel,
     "rotate": rows.rotate_kernel,
+    "statistics": info_nce_triton.statistics_kernel,
+    "coefficients": info_nce_triton.coefficients_kernel,
 }
-INT32_TENSORS = ("first_ptr", "past_ptr")
-FLOAT32_TENSORS = ("lse_ptr", "delta_ptr", "inverse_ptr", "sums_ptr")
+TYPES = {
+    **dict.fromkeys(("first_ptr", "past_ptr"), "*i32"),
+    **dict.fromkeys(("positive_ptr", "query_id_ptr", "document_id_ptr"), "*i64"),
+    **dict.fromkeys(("lse_ptr", "delta_ptr", "inverse_ptr", "sums_ptr"), "*fp32"),
+    **dict.fromkeys(
+        ("score_ptr", "positive_score_ptr", "best_negative_ptr", "limit_ptr", "row_weight_ptr"), "*fp32"
+    ),
+    "seed": "i64",
+}
 
 
 def argument_type(name: str, dtype: str) -> str:
     """Triton's name of an argument's type, as a launch would find it."""
+    if name in TYPES:
+        return TYPES[name]
     if name.endswith("_ptr"):
-        return "*i32" if name in INT32_TENSORS else "*fp32" if name in FLOAT32_TENSORS else f"*{dtype}"
-    if "_stride_" in name or name.startswith("n_"):
-        return "i32"
-    return "i64" if name == "seed" else "fp32"
+        return f"*{dtype}"
+    return "i32" if "_stride_" in name or name.startswith("n_") else "fp32"
 
 
 def shared_bytes(case: dict[str, Any]) -> int:
