@@ -25,6 +25,7 @@ from llm2vec_kernels.flash_tiles import (
     load_tile,
     log2_scores,
     sees,
+    sees_others,
     store_tile,
 )
 
@@ -137,7 +138,8 @@ def dq_kernel(
             )
             dq_MD = dot(dscore_MN.to(k_ND.dtype), k_ND, dq_MD)
 
-    store_tile(dq_ptr + own, dq_MD * scale, query0, out_stride_t, n_tokens, BLOCK_M, D, BLOCK_D)
+    dq_MD = tl.where(sees_others(first_M, past_M)[:, None], dq_MD * scale, 0.0)
+    store_tile(dq_ptr + own, dq_MD, query0, out_stride_t, n_tokens, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "seed"])
@@ -224,5 +226,6 @@ def dkdv_kernel(
 
     own = kv_head.to(tl.int64) * D
     stride_t = tl.num_programs(1) * D
-    store_tile(dk_ptr + own, dk_ND * scale, key0, stride_t, n_tokens, BLOCK_N, D, BLOCK_D)
+    dk_ND = tl.where(sees_others(first_N, past_N)[:, None], dk_ND * scale, 0.0)
+    store_tile(dk_ptr + own, dk_ND, key0, stride_t, n_tokens, BLOCK_N, D, BLOCK_D)
     store_tile(dv_ptr + own, dv_ND, key0, stride_t, n_tokens, BLOCK_N, D, BLOCK_D)

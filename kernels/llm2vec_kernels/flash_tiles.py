@@ -94,6 +94,13 @@ def sees(first_R, past_R, column_C):
 
 
 @triton.jit
+def sees_others(first_R, past_R):
+    """`[R]` bool. A token that sees only itself has weight 1 whatever its score, whose gradient is 0 then, no
+    rest that rounding leaves of a difference of equals."""
+    return past_R - first_R != 1
+
+
+@triton.jit
 def dot(a, b, sum):
     """sum + a·b in fp32; fp32 operands are multiplied as fp32, not rounded to TF32."""
     if INTERPRETED:

@@ -343,3 +343,13 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], messag
     q, k, v, _ = inputs((5,), *shape["heads"], shape["head_dim"], shape["dtype"])
     with pytest.raises(ValueError, match=message):
         kernel(q, k, v, (5,), **options)
+
+
+@pytest.mark.parametrize("window", [0, None])
+def test_a_token_that_sees_only_itself_gives_no_gradient_to_its_score(window: int | None) -> None:
+    """Its weight is 1 whatever the score; what rounding leaves of a difference of equals is not written."""
+    lengths = (1,) * (TILE + 3) if window is None else (TILE + 3, 5)
+    results = with_gradients(kernel, inputs(lengths, 4, 2, 32, FP32), lengths, FP32, window=window)
+    assert not results["dq"].any()
+    assert not results["dk"].any()
+    assert results["dv"].any()
