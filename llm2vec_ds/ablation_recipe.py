@@ -9,8 +9,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from llm2vec_ds.config import STAGES, Section, WordsConfig, apply_override
+from llm2vec_ds.config import Section, WordsConfig
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe import STAGES
+from llm2vec_ds.recipe_file import apply_override
 
 StageName = Literal["mntp", "simcse", "supervised"]
 

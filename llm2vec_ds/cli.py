@@ -70,7 +70,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     Starts as one process, under `deepspeed --num_gpus N --module llm2vec_ds train RECIPE`, or under any
     launcher that sets RANK, WORLD_SIZE and LOCAL_RANK (or `srun`, one task a GPU).
     """
-    from llm2vec_ds.config import load_stages
+    from llm2vec_ds.recipe_file import load_stages
 
     resolved = load_stages(recipe, overrides)
     quiet_libraries()
@@ -91,7 +91,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Killed, it goes on where it stopped. Training with the same keys finds the result by itself.
     """
-    from llm2vec_ds.config import load_stages
+    from llm2vec_ds.recipe_file import load_stages
 
     stages = load_stages(recipe, overrides)
     quiet_libraries()

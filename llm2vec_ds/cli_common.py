@@ -36,7 +36,7 @@ def quiet_libraries() -> None:
 
 def _recipe_keys(incomplete: str) -> list[str]:
     """For the shell: recipe keys that begin so."""
-    from llm2vec_ds.config import documented_keys
+    from llm2vec_ds.recipe import documented_keys
 
     return [f"{key}=" for key, _, _ in documented_keys() if key.startswith(incomplete)]
 

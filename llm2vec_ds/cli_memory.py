@@ -49,7 +49,7 @@ def plan(
 
     The machine is the recipe's `machine`, or what the options say.
     """
-    from llm2vec_ds.config import load_stages
+    from llm2vec_ds.recipe_file import load_stages
 
     given = {
         "nodes": nodes,

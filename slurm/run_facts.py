@@ -14,9 +14,9 @@ import subprocess
 import sys
 from importlib.metadata import distributions
 
-from llm2vec_ds.config import load_recipe
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.network import own_address
+from llm2vec_ds.recipe_file import load_recipe
 
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 

@@ -12,8 +12,8 @@ import yaml
 
 from llm2vec_ds.ablate import Ablation, run_ablation, table
 from llm2vec_ds.ablation_recipe import AblationRecipe, load_ablation, runs_of
-from llm2vec_ds.config import parse_recipe
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe import parse_recipe
 from tests.evaluate.test_in_training import pairs_file
 from tests.evaluate.test_word_level import conllu
 from tests.support.tiny import sentences

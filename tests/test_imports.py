@@ -19,6 +19,8 @@ FLOW = [
     "durable",
     "batch",
     "config",
+    "recipe",
+    "recipe_file",
     "distributed",
     "data.sources",
     "data.text_rows",

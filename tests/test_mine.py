@@ -13,12 +13,12 @@ import pytest
 
 from llm2vec_ds import mine as mine_module
 from llm2vec_ds.__main__ import main
-from llm2vec_ds.config import parse_recipe
 from llm2vec_ds.data.pairs import load_prepared_pairs, prepare_all
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.mine import mine
 from llm2vec_ds.mine_options import MiningOptions
+from llm2vec_ds.recipe import parse_recipe
 from tests.support.tiny import sentences, tiny_tokenizer
 from tests.test_mistakes import full_disk
 

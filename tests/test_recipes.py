@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2vec_ds.config import load_recipe, load_stages
 from llm2vec_ds.data.pairs import _read_instructions
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, with_causal
 from llm2vec_ds.planner.plan import Planner
+from llm2vec_ds.recipe_file import load_recipe, load_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from llm2vec_ds.config import DataConfig, Recipe
+from llm2vec_ds.config import DataConfig
 from llm2vec_ds.data.prepare import QUERY, Instructions, PreparedTexts, load_prepared, prepare
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.data.sources import COMPRESSIONS, find_source
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe import Recipe
 
 
 @dataclass(frozen=True)

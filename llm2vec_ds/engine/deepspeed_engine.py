@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from llm2vec_ds.config import OptimizerConfig, Recipe
+from llm2vec_ds.config import OptimizerConfig
 from llm2vec_ds.distributed import Ranks
 from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
 from llm2vec_ds.engine.deepspeed_json import (
@@ -31,6 +31,7 @@ from llm2vec_ds.engine.host_heap import large_blocks_go_back
 from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.lora_linear import LoraLinear
+from llm2vec_ds.recipe import Recipe
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm2vec_ds.config import Recipe
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.quantization import check_bitsandbytes
+from llm2vec_ds.recipe import Recipe
 
 OWNED_BY_RECIPE = (
     "train_batch_size",

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from llm2vec_ds.config import Recipe
 from llm2vec_ds.distributed import world_size
+from llm2vec_ds.recipe import Recipe
 
 FREE_KEYS = (
     "output_dir",

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import torch
 
-from llm2vec_ds.config import MachineConfig, Recipe
+from llm2vec_ds.config import MachineConfig
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.distributed import all_reduce_max_int, rank, world_size
@@ -22,6 +22,7 @@ from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.monitor import peak_mib
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.planner.plan import GIB, Memory, Planner
+from llm2vec_ds.recipe import Recipe
 from llm2vec_ds.stages.base import Stage
 
 log = logging.getLogger(__name__)

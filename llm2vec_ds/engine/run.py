@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llm2vec_ds.config import MntpConfig, Recipe, dump_recipe
+from llm2vec_ds.config import MntpConfig
 from llm2vec_ds.data.masking import Masking
 from llm2vec_ds.data.pairs import load_prepared_pairs, prepare_all
 from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
@@ -45,6 +45,8 @@ from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stac
 from llm2vec_ds.model.adapters import add_lora, n_fused
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
 from llm2vec_ds.model.recomputation import recompute_activations
+from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.recipe_file import dump_recipe
 from llm2vec_ds.stages.base import Stage
 from llm2vec_ds.stages.mntp import MntpStage
 from llm2vec_ds.stages.simcse import simcse_stage

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from llm2vec_ds.config import EvaluationConfig, Recipe
+from llm2vec_ds.config import EvaluationConfig
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.engine.trainer import Evaluation
+from llm2vec_ds.recipe import Recipe
 
 log = logging.getLogger(__name__)
 

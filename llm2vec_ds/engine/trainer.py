@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llm2vec_ds.config import OptimizerConfig, Recipe
+from llm2vec_ds.config import OptimizerConfig
 from llm2vec_ds.data.batches import rank_slice
 from llm2vec_ds.data.prefetch import Prefetch
 from llm2vec_ds.distributed import TRAFFIC, all_gather_object, all_reduce_sum, barrier, rank, world_size
@@ -28,6 +28,7 @@ from llm2vec_ds.engine.watchdog import Watchdog
 from llm2vec_ds.errors import Stopped, UserError, writing
 from llm2vec_ds.model.adapter_stack import adapter_state
 from llm2vec_ds.model.adapters import merged_state_dict
+from llm2vec_ds.recipe import Recipe
 from llm2vec_ds.stages.base import Stage
 
 log = logging.getLogger(__name__)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from llm2vec_ds.config import MachineConfig, load_recipe
+from llm2vec_ds.config import MachineConfig
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.planner.plan import Planner
 from llm2vec_ds.planner.step_time import Fit, Work, fit_speed
+from llm2vec_ds.recipe_file import load_recipe
 
 WARM_UP_STEPS = 1
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm2vec_ds.config import AdapterConfig, Recipe
+from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.loss.mntp import MaskedTokenHead
 from llm2vec_ds.model.adapters import add_lora
@@ -19,6 +19,7 @@ from llm2vec_ds.model.loading import TrunkOptions
 from llm2vec_ds.model.quantization import quantize_shapes
 from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.planner.flash_shapes import register_for_shapes
+from llm2vec_ds.recipe import Recipe
 
 META = torch.device("meta")
 

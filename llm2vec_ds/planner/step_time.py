@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm2vec_ds.config import MachineConfig, Recipe
+from llm2vec_ds.config import MachineConfig
+from llm2vec_ds.recipe import Recipe
 
 UTILISATION = 0.4
 """Share of the data sheet's speed that matrix products of this size reach: an assumption."""

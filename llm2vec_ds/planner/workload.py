@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llm2vec_ds.config import Recipe
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe import Recipe
 
 FP32 = 4
 TILE = 64 * 2**20

@@ -12,8 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llm2vec_ds.config import parse_recipe
 from llm2vec_ds.engine.run import build_stage
+from llm2vec_ds.recipe import parse_recipe
 from tests.support.runs import NO_DROPOUT, command, recipe, trained, write_recipe
 
 

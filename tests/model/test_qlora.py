@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm2vec_ds.config import AdapterConfig, parse_recipe
+from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.engine.deepspeed_engine import deepspeed_config
@@ -23,6 +23,7 @@ from llm2vec_ds.model.adapter_stack import put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora, merged_state_dict
 from llm2vec_ds.model.loading import TrunkOptions, load_trunk
 from llm2vec_ds.model.quantization import quantized_layers
+from llm2vec_ds.recipe import parse_recipe
 from tests.model.test_equalities import texts
 from tests.support.ranks import run_ranks
 from tests.support.runs import NO_DROPOUT, ROOT, recipe

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from llm2vec_ds.config import MachineConfig, load_recipe, parse_recipe
+from llm2vec_ds.config import MachineConfig
 from llm2vec_ds.planner import table
 from llm2vec_ds.planner.plan import GIB, Planner
 from llm2vec_ds.planner.workload import workload
+from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.recipe_file import load_recipe
 from tests.support.runs import ROOT, command
 from tests.test_mistakes import error_line, run
 

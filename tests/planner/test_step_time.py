@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from llm2vec_ds.config import load_recipe
 from llm2vec_ds.planner.measured import measured_speed
 from llm2vec_ds.planner.plan import Planner
 from llm2vec_ds.planner.step_time import Speed, Work, fit_speed
+from llm2vec_ds.recipe_file import load_recipe
 from tests.support.runs import recipe, trained, write_recipe
 from tests.test_mistakes import error_line, run
 
