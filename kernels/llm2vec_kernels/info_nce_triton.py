@@ -55,7 +55,7 @@ def load_scores(
     return tl.where(counts, score_RC, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_columns"])
+@triton.jit(do_not_specialize=["n_rows"])
 def statistics_kernel(
     score_ptr,  # [B, N]
     positive_ptr,  # [B] int64, −1: not here
@@ -101,7 +101,7 @@ def statistics_kernel(
     tl.store(best_negative_ptr + row_R, negative_R, mask=exists)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_columns"])
+@triton.jit(do_not_specialize=["n_rows"])
 def coefficients_kernel(
     score_ptr,  # [B, N]
     positive_ptr,  # [B] int64, −1: not here

@@ -225,5 +225,11 @@ def _in_triton(name: str) -> Any:
     return run
 
 
-for _operation in (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate):
-    _operation.register_kernel("cuda")(_in_triton(_operation._name))
+for _name, _operation in {
+    "rms_norm": rms_norm,
+    "rms_norm_backward": rms_norm_backward,
+    "swiglu": swiglu,
+    "swiglu_backward": swiglu_backward,
+    "rotate": rotate,
+}.items():
+    _operation.register_kernel("cuda")(_in_triton(_name))

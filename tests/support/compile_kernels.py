@@ -58,7 +58,7 @@ def shared_bytes(case: dict[str, Any]) -> int:
         constants["WIDE"] = tl.float32
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else argument_type(n, case["dtype"]) for n in names}
-    aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or "_stride_" in n]
+    aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or "_stride_" in n or n == "n_columns"]
     source = ASTSource(
         kernel,
         signature,
