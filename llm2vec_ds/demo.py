@@ -24,8 +24,8 @@ from llm2vec_ds.demo_model import demo_model_dir
 from llm2vec_ds.demo_text import DemoText, held_out_retrieval, training_text
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.evaluate.retrieval import ndcg_at_10
-from llm2vec_ds.evaluate.sts import load_graded_pairs, own_graded_pairs, sts_spearman
+from llm2vec_ds.evaluate.retrieval import RetrievalSet, ndcg_at_10
+from llm2vec_ds.evaluate.sts import GradedPairs, load_graded_pairs, own_graded_pairs, sts_spearman
 from llm2vec_ds.model.loading import load_tokenizer
 from llm2vec_ds.model.quantization import check_bitsandbytes
 from llm2vec_ds.report import plot_stages
@@ -100,13 +100,7 @@ def run_demo(
     recipes = _write_recipes(output, base, material, BUDGETS[budget], seed, "nf4" if qlora else None)
 
     def measure(name: str, folder: str | Path, causal: bool = False) -> dict[str, float]:
-        encoder = Encoder.from_pretrained(folder, causal=causal)
-        scores = {
-            "sts_spearman": sts_spearman(encoder, pairs, progress=True),
-            "retrieval_ndcg_at_10": ndcg_at_10(encoder, retrieval, progress=True),
-        }
-        log.info("%-13s STS Spearman %.4f, retrieval nDCG@10 %.4f", name, *scores.values())
-        return scores
+        return _measure(name, Encoder.from_pretrained(folder, causal=causal), pairs, retrieval)
 
     metrics: dict[str, Any] = {
         "causal": measure("causal", base, causal=True),
@@ -114,8 +108,7 @@ def run_demo(
     }
     for stage in ("mntp", "simcse"):
         _train(recipes[stage])
-        metrics[stage] = measure(stage, output / stage / "encoder")
-        metrics[stage] |= _trained(output / stage)
+        metrics[stage] = measure(stage, output / stage / "encoder") | _trained(output / stage)
     shutil.copytree(output / "simcse" / "encoder", output / "encoder", dirs_exist_ok=True)
     how = ", NF4" if qlora else ""
     plot_stages(metrics, output / "stages.png", f"{Path(base).name}, {budget} budget{how}")
@@ -136,6 +129,15 @@ def run_demo(
         *(output / n for n in ("encoder", "metrics.json", "stages.png")),
     )
     return metrics
+
+
+def _measure(name: str, encoder: Encoder, pairs: GradedPairs, retrieval: RetrievalSet) -> dict[str, float]:
+    scores = {
+        "sts_spearman": sts_spearman(encoder, pairs, progress=True),
+        "retrieval_ndcg_at_10": ndcg_at_10(encoder, retrieval, progress=True),
+    }
+    log.info("%-13s STS Spearman %.4f, retrieval nDCG@10 %.4f", name, *scores.values())
+    return scores
 
 
 def _write_recipes(
