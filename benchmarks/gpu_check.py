@@ -24,9 +24,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-BUDGET_S = 480
+BUDGET_S = 525
 CHECKS_S = 120
 """No check starts later: the first run of each compiles its kernels."""
+ROW_OPS_BOUND = 2**-7
+"""How far results of bf16 may be from transformers', whose roundings are others: relative, by their norms."""
 VERSIONS = ("torch", "triton", "transformers", "peft", "flash-attn", "flash-attn-3")
 # (dtype, query heads, key/value heads, head dim, options)
 CHECKS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
@@ -163,10 +165,9 @@ def kernel_tests(limit_s: float) -> dict[str, Any]:
 def info_nce_benchmark(deadline: float) -> list[Any]:
     """N up to a million while time lasts."""
     lines: list[Any] = []
-    script = ROOT / "benchmarks" / "info_nce.py"
     for n, dim in ((4096, 1024), (32768, 4096), (131072, 1024), (131072, 4096), (1_000_000, 1024)):
-        if script.is_file() and time.monotonic() < deadline - 5:
-            arguments = [str(script), "--n", str(n), "--dim", str(dim), "--json"]
+        if time.monotonic() < deadline - 5:
+            arguments = ["benchmarks/info_nce.py", "--n", str(n), "--dim", str(dim), "--json"]
             lines += json_lines(run_script(arguments, deadline - time.monotonic())[1])
     return lines
 
@@ -188,10 +189,10 @@ def main() -> int:
     attention = ["benchmarks/attention.py", "--flex", "none", "--deadline-s", "130"]
     parts: dict[str, Callable[[], Any]] = {
         "checks": lambda: check_numbers(torch),
-        "attention": lambda: json_lines(run_script(attention, 160)[1]),
         "row_ops": lambda: json_lines(run_script(["benchmarks/row_ops.py"], 40)[1]),
-        "tests": lambda: kernel_tests(130),
-        "info_nce": lambda: info_nce_benchmark(started + BUDGET_S),
+        "attention": lambda: json_lines(run_script(attention, 160)[1]),
+        "info_nce": lambda: info_nce_benchmark(time.monotonic() + 90),
+        "tests": lambda: kernel_tests(min(130, started + BUDGET_S - time.monotonic())),
     }
     for name, part in parts.items():
         result[name] = part()
@@ -199,6 +200,12 @@ def main() -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     failed = [line["check"] for line in result["checks"] if not line["ok"]]
+    failed += [f"{name}: no figures" for name in ("row_ops", "attention", "info_nce") if not result[name]]
+    failed += [
+        f"{line['operation']}: off by {line['relative_difference']}"
+        for line in result["row_ops"]
+        if not line["relative_difference"] < ROW_OPS_BOUND
+    ]
     if n_left_out := len(CHECKS) * len(LENGTHS) - len(result["checks"]):
         failed.append(f"{n_left_out} checks not made within {CHECKS_S} s")
     if result["tests"].get("exit_status"):

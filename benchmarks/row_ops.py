@@ -3,7 +3,8 @@
     python benchmarks/row_ops.py
 
 Forward and backward together, weights frozen. One JSON line an operation: milliseconds of both, their ratio
-(above 1: ours is faster), and GB/s of what must be read and written at least. On the GPU in bf16 if there is
+(above 1: ours is faster), GB/s of what must be read and written at least, and how far apart the results are
+(outputs and gradients, relative, by their norms). On the GPU in bf16 if there is
 one, else on the CPU in fp32. Without an installation: `PYTHONPATH=.:kernels`.
 """
 
@@ -37,7 +38,7 @@ def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     queries = random(1, tokens, heads, options.head_dim).transpose(1, 2)
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        return row_ops.rotate(x.transpose(1, 2)[0], cos[0], sin[0])
+        return row_ops.rotate(x.transpose(1, 2)[0], cos[0], sin[0])[None].transpose(1, 2)
 
     def rotate_spelt_out(x: torch.Tensor) -> torch.Tensor:
         return llama.apply_rotary_pos_emb(x, x[:, :0], cos, sin)[0]  # no keys
@@ -52,6 +53,20 @@ def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
             8,
         ),
     }
+
+
+def results(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Output and gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    gradient = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).reshape(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
+
+
+def relative_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """The largest of all tensors'."""
+    pairs = [(a.flatten().float(), b.flatten().float()) for a, b in zip(ours, theirs, strict=True)]
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def milliseconds(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], repeats: int) -> float:
@@ -88,6 +103,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name, (ours, rival, inputs, moved) in cases(options, device, dtype).items():
+        difference = relative_difference(*(results(function, inputs) for function in (ours, rival)))
         times = [milliseconds(function, inputs, options.repeats) for function in (ours, rival)]
         n_bytes = moved * inputs[0].numel() * dtype.itemsize
         line = {
@@ -97,6 +113,7 @@ def main() -> None:
             "ms": round(times[0], 3),
             "transformers_ms": round(times[1], 3),
             "ratio": round(times[1] / times[0], 2),
+            "relative_difference": float(f"{difference:.2g}"),
             "gb_per_s": round(n_bytes / times[0] / 1e6, 1),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "versions": {name: version(name) for name in ("torch", "transformers")},

@@ -72,10 +72,10 @@ def test_length_mixes_are_those_measured(mix: str, mean: float, longest: int) ->
     assert list(lengths) == sorted(lengths, reverse=True)
 
 
-def test_gpu_check_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it but the GPU: numbers from the interpreter, benchmarks replaced by what they print."""
+def gpu_check(monkeypatch: pytest.MonkeyPatch, root: Path, said: str) -> tuple[ModuleType, list[str]]:
+    """All of it but the GPU: numbers from the interpreter, parts replaced by what they print."""
     check = script("gpu_check")
-    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "ROOT", root)
     monkeypatch.setattr(check, "LENGTHS", {"mixed": (3, 0, 17)})
     monkeypatch.setattr(check, "CHECKS", (("float32", 2, 1, 16, {"window": 4}),))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -86,17 +86,45 @@ def test_gpu_check_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.Monk
 
     def run_script(arguments: list[str], limit_s: float) -> tuple[int, list[str]]:
         started.append(arguments[0])
-        return 0, ["a warning", '{"case": "sts"}', "9 passed"]
+        return 0, ["a warning", said, "9 passed"]
 
     monkeypatch.setattr(check, "run_script", run_script)
+    return check, started
+
+
+def test_gpu_check_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {"operation": "swiglu", "relative_difference": 1e-3}
+    check, started = gpu_check(monkeypatch, tmp_path, json.dumps(line))
     assert check.main() == 0
     (path,) = (tmp_path / "benchmarks" / "results").iterdir()
     assert path.name.endswith("_nvidia-h100-80gb-hbm3.json")
     result: dict[str, Any] = json.loads(path.read_text())
     assert [line["ok"] for line in result["checks"]] == [True]
     assert result["tests"]["summary"] == "9 passed"
-    assert result["attention"] == [{"case": "sts"}]
-    assert started == ["benchmarks/attention.py", "benchmarks/row_ops.py", "-m"]
+    assert result["attention"] == result["row_ops"] == [line]
+    assert result["info_nce"] == [line] * 5
+    parts = ["row_ops.py", "attention.py", *["info_nce.py"] * 5]
+    assert started == [*(f"benchmarks/{part}" for part in parts), "-m"]
+
+
+@pytest.mark.parametrize(
+    ("said", "failure"),
+    [
+        ("it crashed", "attention: no figures"),
+        ('{"operation": "swiglu", "relative_difference": 0.5}', "swiglu: off by 0.5"),
+        ('{"operation": "swiglu", "relative_difference": NaN}', "swiglu: off by nan"),
+    ],
+)
+def test_gpu_check_fails_where_a_part_does(
+    said: str,
+    failure: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check, _ = gpu_check(monkeypatch, tmp_path, said)
+    assert check.main() == 1
+    assert failure in capsys.readouterr().out
 
 
 def test_row_operations_in_a_tiny_shape() -> None:
@@ -105,6 +133,7 @@ def test_row_operations_in_a_tiny_shape() -> None:
     lines = [json.loads(line) for line in outcome.stdout.splitlines()]
     assert [line["operation"] for line in lines] == ["rms_norm", "rotate", "swiglu"]
     for line in lines:
+        assert line["relative_difference"] < 1e-6
         assert line["ratio"] == pytest.approx(line["transformers_ms"] / line["ms"], rel=0.2)
 
 

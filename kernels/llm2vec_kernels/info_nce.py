@@ -228,7 +228,8 @@ def _documents_of_a_tile(block: Block, tile_mib: float) -> int:
     elements = int(tile_mib * 2**20) // block.score_dtype.itemsize
     n_queries, width = block.query_QD.shape
     n_documents = max(isqrt(elements) // 2, elements // max(1, n_queries))
-    return max(MIN_TILE_ROWS, min(n_documents, HELD_ELEMENTS // max(1, width)))
+    n_documents = min(n_documents, HELD_ELEMENTS // max(1, width))
+    return max(MIN_TILE_ROWS, n_documents // MIN_TILE_ROWS * MIN_TILE_ROWS)  # rows aligned for tensor cores
 
 
 def _relative(weight_Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,6 +98,8 @@ def statistics_kernel(
     exists = row_R < n_rows
     tl.store(lse_ptr + row_R, shift_R + tl.log(total_R), mask=exists)
     tl.store(positive_score_ptr + row_R, own_R, mask=exists)
+    # A maximum passes over NaN, a sum does not.
+    negative_R = tl.where(total_R == total_R, negative_R, total_R)
     tl.store(best_negative_ptr + row_R, negative_R, mask=exists)
 
 
@@ -171,11 +173,12 @@ class TritonEpilogue:
             self.score_BN if dtype == self.score_BN.dtype else torch.empty_like(self.score_BN, dtype=dtype)
         )
         tile = program_tile(n_columns)
+        lse_B, row_weight_B = (x.contiguous() for x in (lse_B, lse_B if weight_B is None else weight_B))
         if n_rows:
             grid = (triton.cdiv(n_rows, tile["ROWS"]), triton.cdiv(n_columns, tile["COLUMNS"]))
             with torch.cuda.device_of(self.score_BN):
                 coefficients_kernel[grid](
-                    self.score_BN, *self._tensors(), lse_B, lse_B if weight_B is None else weight_B, out_BN,
+                    self.score_BN, *self._tensors(), lse_B, row_weight_B, out_BN,
                     n_rows, n_columns, self.block.scale, factor,
                     HAS_WEIGHTS=weight_B is not None, **self._options(), **tile,
                 )  # fmt: skip
@@ -184,8 +187,8 @@ class TritonEpilogue:
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         """Positive's column, ids and limits; where there are none, something that is not read."""
         block, unused = self.block, self.block.positive_Q
-        optional = (block.query_id_Q, block.document_id_N, block.score_limit_Q)
-        return block.positive_Q, *(unused if x is None else x.contiguous() for x in optional)
+        tensors = (block.positive_Q, block.query_id_Q, block.document_id_N, block.score_limit_Q)
+        return tuple(unused if x is None else x.contiguous() for x in tensors)
 
     def _options(self) -> dict[str, Any]:
         return {

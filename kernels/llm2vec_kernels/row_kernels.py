@@ -130,10 +130,10 @@ def rotate_kernel(
     BACKWARD: tl.constexpr,
 ):
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token_R = (row_R // HEADS).to(tl.int64)
+    token_R, head_R = (row_R // HEADS).to(tl.int64), (row_R % HEADS).to(tl.int64)
     dim_E = tl.arange(0, BLOCK)
     exists = (row_R < n_rows)[:, None] & (dim_E < HALF)[None, :]
-    x_a = x_ptr + (token_R * x_stride_t + (row_R % HEADS) * x_stride_h)[:, None] + dim_E[None, :]
+    x_a = x_ptr + (token_R * x_stride_t + head_R * x_stride_h)[:, None] + dim_E[None, :]
     angle_a = (token_R * (2 * HALF))[:, None] + dim_E[None, :]
     out_a = out_ptr + (row_R.to(tl.int64) * (2 * HALF))[:, None] + dim_E[None, :]
 

@@ -5,6 +5,7 @@ Shape legend: T rows (all leading dimensions), D width, P programs, H heads, E h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ WEIGHT_GRADIENT_PROGRAMS = 512
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """As `row_ops.rms_norm`."""
+    _check_shapes(x_TD.shape[-1:], weight_D)
     x_TD = x_TD.contiguous()
     out_TD = torch.empty_like(x_TD, dtype=torch.promote_types(x_TD.dtype, weight_D.dtype))
     inverse_T = x_TD.new_empty(x_TD.shape[:-1], dtype=torch.promote_types(x_TD.dtype, torch.float32))
@@ -48,6 +50,8 @@ def rms_norm_backward(
     weight_is_frozen: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `row_ops.rms_norm_backward`."""
+    _check_shapes(x_TD.shape[-1:], weight_D)
+    _check_shapes(x_TD.shape, d_out_TD)
     d_out_TD, x_TD = d_out_TD.contiguous(), x_TD.contiguous()
     d_x_TD = torch.empty_like(x_TD)
     n_rows, tile = inverse_T.numel(), row_tile(x_TD.shape[-1], x_TD.dtype)
@@ -66,6 +70,7 @@ def rms_norm_backward(
 
 def swiglu(gate_TD: torch.Tensor, up_TD: torch.Tensor) -> torch.Tensor:
     """As `row_ops.swiglu`."""
+    _check_shapes(gate_TD.shape, up_TD)
     gate_TD, up_TD = gate_TD.contiguous(), up_TD.contiguous()
     out_TD = torch.empty_like(gate_TD)
     _launch_elementwise(swiglu_kernel, gate_TD, up_TD, out_TD)
@@ -76,6 +81,7 @@ def swiglu_backward(
     d_out_TD: torch.Tensor, gate_TD: torch.Tensor, up_TD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `row_ops.swiglu_backward`."""
+    _check_shapes(gate_TD.shape, up_TD, d_out_TD)
     d_out_TD, gate_TD, up_TD = (x.contiguous() for x in (d_out_TD, gate_TD, up_TD))
     d_gate_TD, d_up_TD = torch.empty_like(gate_TD), torch.empty_like(up_TD)
     _launch_elementwise(swiglu_backward_kernel, d_out_TD, gate_TD, up_TD, d_gate_TD, d_up_TD)
@@ -86,6 +92,7 @@ def rotate(
     x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, backward: bool = False
 ) -> torch.Tensor:
     """As `row_ops.rotate`."""
+    _check_shapes((len(x_THE), x_THE.shape[-1]), cos_TE, sin_TE)
     if x_THE.stride(-1) != 1:
         x_THE = x_THE.contiguous()
     n_tokens, heads, head_dim = x_THE.shape
@@ -99,6 +106,17 @@ def rotate(
                 n_tokens * heads, **tile, HEADS=heads, BACKWARD=backward,
             )  # fmt: skip
     return out_THE
+
+
+def _check_shapes(expected: Sequence[int], *tensors: torch.Tensor) -> None:
+    """A kernel would read and write past the end, for example of a weight that ZeRO-3 has not gathered.
+
+    Raises:
+        ValueError: a shape is another.
+    """
+    for tensor in tensors:
+        if tensor.shape != tuple(expected):
+            raise ValueError(f"shape {tuple(tensor.shape)} does not fit, {tuple(expected)} is needed")
 
 
 def row_tile(width: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _check(trunk: Any, model: nn.Module, options: TrunkOptions) -> None:
         prepare_for_training(model)
     model.to(options.device).eval()
     fused = ", ".join(f"{n} {kind}" for kind, n in fuse_layers(trunk).items()) or "none that are known"
-    here = "" if runs_on(options.device) else ", but not on this device: it needs Triton and capability 8.0"
+    here = "" if runs_on(options.device) else ", but not on this device (see docs/kernels.md)"
     log.info("fused layers: %s%s", fused, here)
 
 

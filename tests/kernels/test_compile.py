@@ -72,15 +72,17 @@ def row_cases(card: Card, width: int, dtype: str = "bf16") -> list[dict[str, Any
     head["HALF"], head["BLOCK"], head["HEADS"] = head.pop("D"), head.pop("BLOCK_D"), 32
     cases = [("swiglu", element), ("swiglu_backward", element), ("rms_norm", {**row, "EPS": 1e-5})]
     cases += [("rotate", {**head, "BACKWARD": backward}) for backward in (False, True)]
+    wide = "float64" if dtype == "fp64" else "float32"
     cases += [("rms_norm_backward", {**row, "WEIGHT_IS_FROZEN": frozen}) for frozen in (False, True)]
-    return [a_case(card, dtype, kernel, {**options, "WIDE": "fp32"}) for kernel, options in cases]
+    return [a_case(card, dtype, kernel, {**options, "WIDE": wide}) for kernel, options in cases]
 
 
 def epilogue_cases(card: Card, n_documents: int, dtype: str, options: bool) -> list[dict[str, Any]]:
     """Both passes over a tile of InfoNCE; `options`: with ids, limits and weights."""
     tile = info_nce_triton.program_tile(n_documents)
-    tile |= {"HAS_SCALE": dtype != "fp32", "HAS_IDS": options, "HAS_LIMITS": options}
-    cases = [("statistics", {**tile, "WIDE": "fp32"}), ("coefficients", {**tile, "HAS_WEIGHTS": options})]
+    wide = "float64" if dtype == "fp64" else "float32"
+    tile |= {"HAS_SCALE": dtype in ("bf16", "fp16"), "HAS_IDS": options, "HAS_LIMITS": options}
+    cases = [("statistics", {**tile, "WIDE": wide}), ("coefficients", {**tile, "HAS_WEIGHTS": options})]
     return [a_case(card, dtype, kernel, own) for kernel, own in cases]
 
 
@@ -123,7 +125,8 @@ def test_the_other_kernels_compile(tmp_path: Path) -> None:
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_the_other_kernels_compile_for_every_card(card: Card, tmp_path: Path) -> None:
     cases = [case for width in (128, 576, 16384) for case in row_cases(card, width)]
-    cases += row_cases(card, 2048, "fp32")
+    cases += [*row_cases(card, 2048, "fp32"), *row_cases(card, 19, "fp64")]
+    cases += epilogue_cases(card, 1, "fp64", options=True)
     for n_documents, dtype in itertools.product((64, 32768), ("bf16", "fp16", "fp32")):
         cases += epilogue_cases(card, n_documents, dtype, options=n_documents == 64)
     check(card, cases, tmp_path, at_least=0)

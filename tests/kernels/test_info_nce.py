@@ -152,7 +152,7 @@ def in_blocks(case: Example, cuts: list[int], weight: torch.Tensor) -> tuple[tup
     return tuple(total), gradients
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(
     cuts=st.lists(st.integers(1, 59), min_size=1, max_size=3, unique=True),
     ids=st.booleans(),

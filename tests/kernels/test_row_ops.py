@@ -65,7 +65,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(n=st.integers(0, 23), width=st.integers(1, 20))
 def test_equals_the_formula(name: str, n: int, width: int) -> None:
     ours, formula, inputs_of, n_differentiable = CASES[name]

@@ -71,8 +71,8 @@ def small_tiles() -> Iterator[None]:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", OURS)
-@settings(max_examples=15, deadline=None)
-@given(n=st.integers(0, 23), width=st.integers(1, 20))
+@settings(max_examples=15)
+@given(n=st.integers(0, 23), width=st.sampled_from([1, 5, 16, 19]))
 def test_equals_the_formula(name: str, n: int, width: int) -> None:
     found, expected = found_and_expected(name, n, width, torch.float64)
     for a, b in zip(found, expected, strict=True):
@@ -122,6 +122,23 @@ def test_rows_may_lie_anywhere_in_memory() -> None:
     torch.testing.assert_close(ours.swiglu(x, x), formulas.swiglu(x, x))
     cos, sin = torch.randn(2, 2, 6, dtype=torch.float64, device=DEVICE)
     torch.testing.assert_close(ours.rotate(x, cos, sin), formulas.rotate(x, cos, sin))
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    """A weight that ZeRO-3 holds elsewhere has no elements here."""
+    x, none = torch.randn(4, 6, device=DEVICE), torch.empty(0, device=DEVICE)
+    inverse = torch.ones(4, device=DEVICE)
+    heads, angles = torch.randn(4, 2, 6, device=DEVICE), torch.randn(4, 4, device=DEVICE)
+    for refused in (
+        lambda: ours.rms_norm(x, none, EPS),
+        lambda: ours.rms_norm_backward(x, x, none, inverse, False),
+        lambda: ours.rms_norm_backward(x[:2], x, x[0], inverse, False),
+        lambda: ours.swiglu(x, x[:, :3]),
+        lambda: ours.swiglu_backward(x[:1], x, x),
+        lambda: ours.rotate(heads, angles, angles),
+    ):
+        with pytest.raises(ValueError, match="does not fit"):
+            refused()
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotate"])

@@ -19,7 +19,7 @@ def packed(lengths: list[int], heads: int, kv_heads: int, seed: int = 0) -> tupl
     return q, k, v, cu_seqlens
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=lengths_of_texts,
     kv_heads=st.sampled_from([1, 2, 4]),

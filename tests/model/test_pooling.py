@@ -43,7 +43,7 @@ def spans(draw: st.DrawFn) -> list[TokenizedText]:
 
 
 @pytest.mark.parametrize("name", POOLINGS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts=spans())
 def test_packed_equals_a_loop_with_gradients(name: str, texts: list[TokenizedText]) -> None:
     batch = pack(texts)

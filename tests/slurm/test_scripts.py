@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,16 @@ def test_shell_syntax(script: Path) -> None:
             check=False,
         )
         assert outcome.returncode == 0, outcome.stdout
+
+
+def test_prepare_reads_the_model_of_a_recipe() -> None:
+    (line,) = [
+        x for x in (ROOT / "slurm" / "prepare.sh").read_text().splitlines() if x.startswith("read_model=")
+    ]
+    code = line.removeprefix("read_model=").strip("'")
+    command = [sys.executable, "-c", code, "recipes/smoke_mntp.yaml", "model.path=my/llm"]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert outcome.stdout == "my/llm\n", outcome.stderr
 
 
 @pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.name)

@@ -44,7 +44,7 @@ TYPES = {
 def argument_type(name: str, dtype: str) -> str:
     """Triton's name of an argument's type, as a launch would find it."""
     if name in TYPES:
-        return TYPES[name]
+        return TYPES[name].replace("fp32", "fp64") if dtype == "fp64" else TYPES[name]
     if name.endswith("_ptr"):
         return f"*{dtype}"
     return "i32" if "_stride_" in name or name.startswith("n_") else "fp32"
@@ -55,7 +55,7 @@ def shared_bytes(case: dict[str, Any]) -> int:
     kernel = KERNELS[case["kernel"]]
     constants = case["constants"]
     if "WIDE" in constants:
-        constants["WIDE"] = tl.float32
+        constants["WIDE"] = getattr(tl, constants["WIDE"])
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else argument_type(n, case["dtype"]) for n in names}
     aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or "_stride_" in n or n == "n_columns"]
