@@ -47,7 +47,7 @@ def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
         "rms_norm": (lambda x: row_ops.rms_norm(x, norm.weight, EPS)[0], norm, [random(tokens, width)], 5),
         "rotate": (rotate, rotate_spelt_out, [queries], 4),
         "swiglu": (
-            row_ops.swiglu,
+            lambda gate, up: row_ops.gated_unit(gate, up, "silu"),
             lambda gate, up: torch.nn.functional.silu(gate) * up,
             [random(tokens, options.inner), random(tokens, options.inner)],
             8,

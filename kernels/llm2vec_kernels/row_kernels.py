@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rotary embedding in Triton: each reads its inputs once and writes its result once.
+"""RMSNorm, gated units and rotary embedding in Triton: each reads its inputs once and writes its result once.
 
 All arithmetic is fp32 (fp64 for fp64: WIDE). No atomics: backward gives the same bits every time.
 
@@ -13,6 +13,13 @@ import triton.language as tl
 from llm2vec_kernels.flash_tiles import load_tile, store_tile
 
 
+@triton.jit
+def load_factor(weight_ptr, dim_D, D: tl.constexpr, WIDE: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """What RMSNorm multiplies by, `[D]`."""
+    weight_D = tl.load(weight_ptr + dim_D, mask=dim_D < D, other=0.0).to(WIDE)
+    return weight_D + 1.0 if PLUS_ONE else weight_D
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def rms_norm_kernel(
     x_ptr,  # [T, D]
@@ -25,15 +32,18 @@ def rms_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
 ):
     row0 = tl.program_id(0) * ROWS
     row_R, dim_D = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     x_RD = load_tile(x_ptr, row0, D, n_rows, ROWS, D, BLOCK_D, True)
     wide_RD = x_RD.to(WIDE)
     inverse_R = tl.rsqrt(tl.sum(wide_RD * wide_RD, 1) / D + EPS)
-    normal_RD = (wide_RD * inverse_R[:, None]).to(x_RD.dtype).to(WIDE)
-    weight_D = tl.load(weight_ptr + dim_D, mask=dim_D < D, other=0.0).to(WIDE)
-    store_tile(out_ptr, normal_RD * weight_D[None, :], row0, D, n_rows, ROWS, D, BLOCK_D)
+    normal_RD = wide_RD * inverse_R[:, None]
+    if not PLUS_ONE:
+        normal_RD = normal_RD.to(x_RD.dtype).to(WIDE)
+    factor_D = load_factor(weight_ptr, dim_D, D, WIDE, PLUS_ONE)
+    store_tile(out_ptr, normal_RD * factor_D[None, :], row0, D, n_rows, ROWS, D, BLOCK_D)
     tl.store(inverse_ptr + row_R, inverse_R, mask=row_R < n_rows)
 
 
@@ -51,10 +61,11 @@ def rms_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
     WEIGHT_IS_FROZEN: tl.constexpr,
 ):
     dim_D = tl.arange(0, BLOCK_D)
-    weight_D = tl.load(weight_ptr + dim_D, mask=dim_D < D, other=0.0).to(WIDE)
+    factor_D = load_factor(weight_ptr, dim_D, D, WIDE, PLUS_ONE)
     sum_D = tl.zeros([BLOCK_D], WIDE)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         row0 = tile * ROWS
@@ -65,7 +76,7 @@ def rms_norm_backward_kernel(
         normal_RD = x_RD * inverse_R[:, None]
         if not WEIGHT_IS_FROZEN:
             sum_D += tl.sum(d_out_RD * normal_RD, 0)
-        g_RD = d_out_RD * weight_D[None, :]
+        g_RD = d_out_RD * factor_D[None, :]
         mean_R = tl.sum(g_RD * normal_RD, 1) / D
         d_x_RD = (g_RD - normal_RD * mean_R[:, None]) * inverse_R[:, None]
         store_tile(d_x_ptr, d_x_RD, row0, D, n_rows, ROWS, D, BLOCK_D)
@@ -73,32 +84,50 @@ def rms_norm_backward_kernel(
         tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + dim_D, sum_D, mask=dim_D < D)
 
 
+GELU_FACTOR = tl.constexpr(1.5957691216057308)
+"""2·√(2/π)."""
+GELU_CUBE = tl.constexpr(0.044715)
+
+
 @triton.jit
-def silu(x):
-    """x · sigmoid(x), and sigmoid(x)."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-x))
-    return x * sigmoid, sigmoid
+def activation(x, GELU: tl.constexpr):
+    """x · σ(z), and its derivative σ(z) + x · σ(z) · σ(−z) · z′.
+
+    SiLU: z = x. GELU by tanh: (1 + tanh u) / 2 = σ(2u), so z = 2·√(2/π) · (x + 0.044715 x³).
+    """
+    if GELU:
+        square = x * x
+        z = x * (1.0 + GELU_CUBE * square) * GELU_FACTOR
+        z_slope = (1.0 + 3.0 * GELU_CUBE * square) * GELU_FACTOR
+    else:
+        z, z_slope = x, 1.0
+    share = 1.0 / (1.0 + tl.exp(-z))
+    rest = 1.0 / (1.0 + tl.exp(z))  # 1 − share would lose its digits where x and z′ are large
+    return x * share, share + x * share * rest * z_slope
 
 
 @triton.jit(do_not_specialize=["n_elements"])
-def swiglu_kernel(gate_ptr, up_ptr, out_ptr, n_elements, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def gated_unit_kernel(
+    gate_ptr, up_ptr, out_ptr, n_elements, GELU: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = element < n_elements
     gate = tl.load(gate_ptr + element, mask=exists, other=0.0)
     up = tl.load(up_ptr + element, mask=exists, other=0.0).to(WIDE)
-    activated, _ = silu(gate.to(WIDE))
+    activated, _ = activation(gate.to(WIDE), GELU)
     out = activated.to(gate.dtype).to(WIDE) * up
     tl.store(out_ptr + element, out.to(out_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["n_elements"])
-def swiglu_backward_kernel(
+def gated_unit_backward_kernel(
     d_out_ptr,
     gate_ptr,
     up_ptr,
     d_gate_ptr,
     d_up_ptr,
     n_elements,
+    GELU: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -107,8 +136,7 @@ def swiglu_backward_kernel(
     d_out = tl.load(d_out_ptr + element, mask=exists, other=0.0).to(WIDE)
     gate = tl.load(gate_ptr + element, mask=exists, other=0.0).to(WIDE)
     up = tl.load(up_ptr + element, mask=exists, other=0.0).to(WIDE)
-    activated, sigmoid = silu(gate)
-    slope = sigmoid + activated * (1.0 - sigmoid)
+    activated, slope = activation(gate, GELU)
     tl.store(d_up_ptr + element, (d_out * activated).to(d_up_ptr.dtype.element_ty), mask=exists)
     tl.store(d_gate_ptr + element, (d_out * up * slope).to(d_gate_ptr.dtype.element_ty), mask=exists)
 

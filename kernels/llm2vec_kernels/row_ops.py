@@ -1,9 +1,9 @@
-"""What stands between a layer's matrix products, one operation each: RMSNorm, rotary embedding, SwiGLU.
+"""What stands between a layer's matrix products, one operation each: RMSNorm, rotary embedding, gated units.
 
 Spelt out in PyTorch, each of them writes and reads several tensors as large as the activations and keeps
 some of them for backward. Here a few rows at a time go through all steps while they are in the processor's
 cache, or in a GPU's registers (`row_ops_triton`), and backward computes again what is cheap: RMSNorm keeps
-its input and a number a row, SwiGLU its two inputs, the rotary embedding nothing.
+its input and a number a row, a gated unit its two inputs, the rotary embedding nothing.
 
 Custom operations, so that selective activation checkpointing sees one where there were many.
 
@@ -12,7 +12,7 @@ Shape legend: T tokens (or any leading dimensions), D width, H heads, E head dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,32 +44,48 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("llm2vec::rms_norm", mutates_args=(), device_types="cpu")
-def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, plus_one: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """weight · x / √(mean x² + eps) (Zhang and Sennrich, 2019, arXiv 1910.07467).
 
     Computed in fp32 or wider; the normalised row is rounded to x's dtype before the weight, as
     transformers' Llama does it.
 
+    Args:
+        plus_one: as Gemma does it, weight + 1 in place of weight, and nothing rounded before the result.
+
     Returns:
-        `[T, D]` in the wider dtype of x and weight, and 1 / √(mean x² + eps) `[T]` for backward.
+        `[T, D]`, in the wider dtype of x and weight (`plus_one`: in x's), and 1 / √(mean x² + eps) `[T]` for
+        backward.
     """
     rows_TD = _rows(x_TD)
-    out_TD = torch.empty_like(rows_TD, dtype=torch.promote_types(x_TD.dtype, weight_D.dtype))
+    out_TD = torch.empty_like(rows_TD, dtype=_rms_norm_dtype(x_TD, weight_D, plus_one))
+    factor_D = weight_D.to(_wide(x_TD.dtype)) + 1 if plus_one else weight_D
     inverse_T1 = rows_TD.new_empty(len(rows_TD), 1, dtype=_wide(x_TD.dtype))
     for x, inverse, out in _chunks(rows_TD, inverse_T1, out_TD):
         wide = x.to(inverse.dtype)
         torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=inverse)
         inverse.square_().div_(x.shape[1]).add_(eps).rsqrt_()
+        if plus_one:
+            torch.mul(wide * inverse, factor_D, out=out)
+            continue
         torch.mul(wide, inverse, out=out)
         if out.dtype != x.dtype:
             out.copy_(out.to(x.dtype))
-        out.mul_(weight_D)
+        out.mul_(factor_D)
     return out_TD.view(x_TD.shape), inverse_T1.view(x_TD.shape[:-1])
 
 
+def _rms_norm_dtype(x: torch.Tensor, weight: torch.Tensor, plus_one: bool) -> torch.dtype:
+    return x.dtype if plus_one else torch.promote_types(x.dtype, weight.dtype)
+
+
 @rms_norm.register_fake
-def _rms_norm_shapes(x: torch.Tensor, weight: torch.Tensor, _: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+def _rms_norm_shapes(
+    x: torch.Tensor, weight: torch.Tensor, _: Any, plus_one: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = x.new_empty(x.shape, dtype=_rms_norm_dtype(x, weight, plus_one))
     return out, x.new_empty(x.shape[:-1], dtype=_wide(x.dtype))
 
 
@@ -80,6 +96,7 @@ def rms_norm_backward(
     weight_D: torch.Tensor,
     inverse_T: torch.Tensor,
     weight_is_frozen: bool,
+    plus_one: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x `[T, D]` and of the weight `[D]` (zeros where it is frozen).
 
@@ -88,11 +105,12 @@ def rms_norm_backward(
     rows_TD = _rows(x_TD)
     d_x_TD = torch.empty_like(rows_TD)
     d_weight_D = torch.zeros(weight_D.shape, dtype=inverse_T.dtype)
+    factor_D = weight_D.to(inverse_T.dtype) + int(plus_one)
     for d_out, x, inverse, d_x in _chunks(_rows(d_out_TD), rows_TD, inverse_T.reshape(-1, 1), d_x_TD):
         normal = x * inverse
         if not weight_is_frozen:
             d_weight_D.add_((d_out * normal).sum(0))
-        g = d_out.to(inverse.dtype) * weight_D
+        g = d_out.to(inverse.dtype) * factor_D
         mean = (g * normal).mean(1, keepdim=True)
         torch.mul(g.sub_(normal.mul_(mean)), inverse, out=d_x)
     return d_x_TD.view(x_TD.shape), d_weight_D.to(weight_D.dtype)
@@ -106,7 +124,7 @@ def _rms_norm_gradient_shapes(
 
 
 def _keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x_TD, weight_D, _ = inputs
+    x_TD, weight_D, _, ctx.plus_one = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_TD, weight_D, output[1])
 
@@ -115,62 +133,83 @@ def _differentiate_rms_norm(
     ctx: Any, d_out_TD: torch.Tensor | None, _: Any
 ) -> tuple[torch.Tensor | None, ...]:
     if d_out_TD is None:
-        return None, None, None
+        return None, None, None, None
     needs_weight = ctx.needs_input_grad[1]
-    d_x_TD, d_weight_D = rms_norm_backward(d_out_TD, *ctx.saved_tensors, not needs_weight)
-    return d_x_TD, d_weight_D if needs_weight else None, None
+    d_x_TD, d_weight_D = rms_norm_backward(d_out_TD, *ctx.saved_tensors, not needs_weight, ctx.plus_one)
+    return d_x_TD, d_weight_D if needs_weight else None, None, None
 
 
 rms_norm.register_autograd(_differentiate_rms_norm, setup_context=_keep_rms_norm)
 
 
-@torch.library.custom_op("llm2vec::swiglu", mutates_args=(), device_types="cpu")
-def swiglu(gate_TD: torch.Tensor, up_TD: torch.Tensor) -> torch.Tensor:
-    """silu(gate) · up (Shazeer, 2020, arXiv 2002.05202), `[T, D]`; silu is rounded to gate's dtype."""
+_ACTIVATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "silu": (
+        lambda x, out: torch.ops.aten.silu.out(x, out=out),
+        lambda d, x, out: torch.ops.aten.silu_backward.grad_input(d, x, grad_input=out),
+    ),
+    "gelu_tanh": (
+        lambda x, out: torch.ops.aten.gelu.out(x, approximate="tanh", out=out),
+        lambda d, x, out: torch.ops.aten.gelu_backward.grad_input(d, x, approximate="tanh", grad_input=out),
+    ),
+}
+"""The function, and its derivative times d; each writes to `out`."""
+
+
+@torch.library.custom_op("llm2vec::gated_unit", mutates_args=(), device_types="cpu")
+def gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) · up (Shazeer, 2020, arXiv 2002.05202), `[T, D]`, the former rounded to gate's dtype.
+
+    Args:
+        activation: `silu` (SwiGLU) or `gelu_tanh` (GeGLU, with GELU approximated by tanh: Hendrycks and
+            Gimpel, 2016, arXiv 1606.08415).
+    """
+    activate, _ = _ACTIVATIONS[activation]
     gates_TD = _rows(gate_TD)
     out_TD = torch.empty_like(gates_TD)
     for gate, up, out in _chunks(gates_TD, _rows(up_TD), out_TD):
-        torch.ops.aten.silu.out(gate, out=out)
+        activate(gate, out)
         out.mul_(up)
     return out_TD.view(gate_TD.shape)
 
 
-@swiglu.register_fake
-def _swiglu_shapes(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+@gated_unit.register_fake
+def _gated_unit_shapes(gate: torch.Tensor, up: torch.Tensor, _: str) -> torch.Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("llm2vec::swiglu_backward", mutates_args=(), device_types="cpu")
-def swiglu_backward(
-    d_out_TD: torch.Tensor, gate_TD: torch.Tensor, up_TD: torch.Tensor
+@torch.library.custom_op("llm2vec::gated_unit_backward", mutates_args=(), device_types="cpu")
+def gated_unit_backward(
+    d_out_TD: torch.Tensor, gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of gate and up, `[T, D]`."""
+    activate, differentiate = _ACTIVATIONS[activation]
     gates_TD = _rows(gate_TD)
     d_gate_TD, d_up_TD = torch.empty_like(gates_TD), torch.empty_like(gates_TD)
     for d_out, gate, up, d_gate, d_up in _chunks(_rows(d_out_TD), gates_TD, _rows(up_TD), d_gate_TD, d_up_TD):
-        torch.ops.aten.silu.out(gate, out=d_up)
+        activate(gate, d_up)
         d_up.mul_(d_out)
         torch.mul(d_out, up, out=d_gate)
-        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        differentiate(d_gate, gate, d_gate)
     return d_gate_TD.view(gate_TD.shape), d_up_TD.view(gate_TD.shape)
 
 
-@swiglu_backward.register_fake
-def _swiglu_gradient_shapes(
-    _: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+@gated_unit_backward.register_fake
+def _gated_unit_gradient_shapes(
+    _: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, __: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-def _keep_swiglu(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _keep_gated_unit(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    gate_TD, up_TD, ctx.activation = inputs
+    ctx.save_for_backward(gate_TD, up_TD)
 
 
-def _differentiate_swiglu(ctx: Any, d_out_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return swiglu_backward(d_out_TD, *ctx.saved_tensors)
+def _differentiate_gated_unit(ctx: Any, d_out_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return (*gated_unit_backward(d_out_TD, *ctx.saved_tensors, ctx.activation), None)
 
 
-swiglu.register_autograd(_differentiate_swiglu, setup_context=_keep_swiglu)
+gated_unit.register_autograd(_differentiate_gated_unit, setup_context=_keep_gated_unit)
 
 
 @torch.library.custom_op("llm2vec::rotate", mutates_args=(), device_types="cpu")
@@ -228,8 +267,8 @@ def _in_triton(name: str) -> Any:
 for _name, _operation in {
     "rms_norm": rms_norm,
     "rms_norm_backward": rms_norm_backward,
-    "swiglu": swiglu,
-    "swiglu_backward": swiglu_backward,
+    "gated_unit": gated_unit,
+    "gated_unit_backward": gated_unit_backward,
     "rotate": rotate,
 }.items():
     _operation.register_kernel("cuda")(_in_triton(_name))

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 
 from llm2vec_kernels.row_kernels import (
+    gated_unit_backward_kernel,
+    gated_unit_kernel,
     rms_norm_backward_kernel,
     rms_norm_kernel,
     rotate_kernel,
-    swiglu_backward_kernel,
-    swiglu_kernel,
 )
 
 TILE_ELEMENTS = 4096
@@ -27,18 +27,22 @@ WEIGHT_GRADIENT_PROGRAMS = 512
 """Each adds up the rows that it takes; the sums of all are added up afterwards, always in one order."""
 
 
-def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, plus_one: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `row_ops.rms_norm`."""
     _check_shapes(x_TD.shape[-1:], weight_D)
     x_TD = x_TD.contiguous()
-    out_TD = torch.empty_like(x_TD, dtype=torch.promote_types(x_TD.dtype, weight_D.dtype))
+    dtype = x_TD.dtype if plus_one else torch.promote_types(x_TD.dtype, weight_D.dtype)
+    out_TD = torch.empty_like(x_TD, dtype=dtype)
     inverse_T = x_TD.new_empty(x_TD.shape[:-1], dtype=torch.promote_types(x_TD.dtype, torch.float32))
     if x_TD.numel():
         tile = row_tile(x_TD.shape[-1], x_TD.dtype)
         with torch.cuda.device_of(x_TD):
             rms_norm_kernel[(triton.cdiv(inverse_T.numel(), tile["ROWS"]),)](
-                x_TD, weight_D.contiguous(), out_TD, inverse_T, inverse_T.numel(), EPS=eps, **tile
-            )
+                x_TD, weight_D.contiguous(), out_TD, inverse_T, inverse_T.numel(),
+                EPS=eps, PLUS_ONE=plus_one, **tile,
+            )  # fmt: skip
     return out_TD, inverse_T
 
 
@@ -48,6 +52,7 @@ def rms_norm_backward(
     weight_D: torch.Tensor,
     inverse_T: torch.Tensor,
     weight_is_frozen: bool,
+    plus_one: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `row_ops.rms_norm_backward`."""
     _check_shapes(x_TD.shape[-1:], weight_D)
@@ -63,28 +68,29 @@ def rms_norm_backward(
         with torch.cuda.device_of(x_TD):
             rms_norm_backward_kernel[(n_programs,)](
                 d_out_TD, x_TD, weight_D.contiguous(), inverse_T, d_x_TD, sums_PD, n_rows, n_tiles,
-                **tile, WEIGHT_IS_FROZEN=weight_is_frozen,
+                **tile, PLUS_ONE=plus_one, WEIGHT_IS_FROZEN=weight_is_frozen,
             )  # fmt: skip
     return d_x_TD, sums_PD.sum(0).to(weight_D.dtype)
 
 
-def swiglu(gate_TD: torch.Tensor, up_TD: torch.Tensor) -> torch.Tensor:
-    """As `row_ops.swiglu`."""
+def gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> torch.Tensor:
+    """As `row_ops.gated_unit`."""
     _check_shapes(gate_TD.shape, up_TD)
     gate_TD, up_TD = gate_TD.contiguous(), up_TD.contiguous()
     out_TD = torch.empty_like(gate_TD)
-    _launch_elementwise(swiglu_kernel, gate_TD, up_TD, out_TD)
+    _launch_elementwise(gated_unit_kernel, activation, gate_TD, up_TD, out_TD)
     return out_TD
 
 
-def swiglu_backward(
-    d_out_TD: torch.Tensor, gate_TD: torch.Tensor, up_TD: torch.Tensor
+def gated_unit_backward(
+    d_out_TD: torch.Tensor, gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `row_ops.swiglu_backward`."""
+    """As `row_ops.gated_unit_backward`."""
     _check_shapes(gate_TD.shape, up_TD, d_out_TD)
     d_out_TD, gate_TD, up_TD = (x.contiguous() for x in (d_out_TD, gate_TD, up_TD))
     d_gate_TD, d_up_TD = torch.empty_like(gate_TD), torch.empty_like(up_TD)
-    _launch_elementwise(swiglu_backward_kernel, d_out_TD, gate_TD, up_TD, d_gate_TD, d_up_TD)
+    tensors = (d_out_TD, gate_TD, up_TD, d_gate_TD, d_up_TD)
+    _launch_elementwise(gated_unit_backward_kernel, activation, *tensors)
     return d_gate_TD, d_up_TD
 
 
@@ -140,14 +146,12 @@ def _warps(n_elements: int) -> int:
     return min(16, max(1, n_elements // ELEMENTS_A_WARP))
 
 
-def _launch_elementwise(kernel: triton.JITFunction, *tensors: torch.Tensor) -> None:
+def _launch_elementwise(kernel: triton.JITFunction, activation: str, *tensors: torch.Tensor) -> None:
     n_elements = tensors[0].numel()
+    gelu = {"silu": False, "gelu_tanh": True}[activation]
     if n_elements:
         with torch.cuda.device_of(tensors[0]):
             kernel[(triton.cdiv(n_elements, TILE_ELEMENTS),)](
-                *tensors,
-                n_elements,
-                BLOCK=TILE_ELEMENTS,
-                WIDE=_wide(tensors[0].dtype),
+                *tensors, n_elements, GELU=gelu, BLOCK=TILE_ELEMENTS, WIDE=_wide(tensors[0].dtype),
                 num_warps=_warps(TILE_ELEMENTS),
-            )
+            )  # fmt: skip

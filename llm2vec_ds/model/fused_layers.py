@@ -1,7 +1,7 @@
 """A trunk's norms, gated activations and rotary embeddings as one operation each, where it means the same.
 
 Which layers these are is told by their code, not by a model's name: a class whose `forward` compiles to the
-very bytecode of transformers' Llama computes what Llama computes, and so may be computed another way.
+very bytecode of transformers' Llama or Gemma computes what that computes, and so may be computed another way.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from llm2vec_kernels.row_ops import rms_norm, rotate, runs_on, swiglu
+from llm2vec_kernels.row_ops import gated_unit, rms_norm, rotate, runs_on
 from torch import nn
+from transformers.models.gemma import modeling_gemma as gemma
 from transformers.models.llama import modeling_llama as llama
 
 ROTARY = "apply_rotary_pos_emb"
 SILU = (nn.SiLU, type(llama.ACT2FN["silu"]))
+GELU_TANH = type(llama.ACT2FN["gelu_pytorch_tanh"])
 
 
 def fuse_layers(trunk: nn.Module) -> Counter[str]:
@@ -43,13 +45,25 @@ def _kind(module: nn.Module) -> str | None:
         return None
     if _same_code(forward, llama.LlamaRMSNorm.forward):
         return "RMSNorm"
-    if _same_code(forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, SILU):
-        return "SwiGLU"
+    if _is_gemmas_norm(type(module)):
+        return "RMSNorm + 1"
+    if _same_code(forward, llama.LlamaMLP.forward):
+        if isinstance(module.act_fn, SILU):
+            return "SwiGLU"
+        if isinstance(module.act_fn, GELU_TANH):
+            return "GeGLU"
     if ROTARY in forward.__code__.co_names and _same_code(
         forward.__globals__.get(ROTARY), llama.apply_rotary_pos_emb
     ):
         return "rotary embedding"
     return None
+
+
+def _is_gemmas_norm(kind: Any) -> bool:
+    """Its weight is stored less 1, and half of it is a method of its own."""
+    return _same_code(kind.forward, gemma.GemmaRMSNorm.forward) and _same_code(
+        getattr(kind, "_norm", None), gemma.GemmaRMSNorm._norm
+    )
 
 
 def _same_code(function: Any, known: Any) -> bool:
@@ -70,7 +84,7 @@ def _same_code(function: Any, known: Any) -> bool:
 @cache
 def _fused_class(kept: Any, kind: str) -> Any:
     """A class of the same name over `kept`, so that nothing that asks for the type sees a change."""
-    forward = {"RMSNorm": _rms_norm, "SwiGLU": _swiglu}.get(kind)
+    forward = FORWARDS.get(kind)
     changed = _where_it_runs(forward, kept.forward) if forward else _with_fused_rotary(kept.forward)
     return type(kept.__name__, (kept,), {"forward": changed, "__module__": kept.__module__})
 
@@ -87,10 +101,26 @@ def _rms_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
 
 
-def _swiglu(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    gated = swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states))
-    out: torch.Tensor = self.down_proj(gated)
-    return out
+def _gemmas_rms_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return rms_norm(hidden_states, self.weight, self.eps, True)[0]
+
+
+def _gated(activation: str) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        gated = gated_unit(self.gate_proj(hidden_states), self.up_proj(hidden_states), activation)
+        out: torch.Tensor = self.down_proj(gated)
+        return out
+
+    return forward
+
+
+FORWARDS = {
+    "RMSNorm": _rms_norm,
+    "RMSNorm + 1": _gemmas_rms_norm,
+    "SwiGLU": _gated("silu"),
+    "GeGLU": _gated("gelu_tanh"),
+}
+"""What takes the place of a layer's `forward`."""
 
 
 def _with_fused_rotary(forward: Any) -> FunctionType:

@@ -65,15 +65,17 @@ def cases_of(
 
 
 def row_cases(card: Card, width: int, dtype: str = "bf16") -> list[dict[str, Any]]:
-    """RMSNorm over `width`, SwiGLU, and rotation of heads of 128."""
-    element = {"BLOCK": row_ops_triton.TILE_ELEMENTS, "num_warps": 4}
+    """RMSNorm over `width`, gated units, and rotation of heads of 128."""
     row = row_ops_triton.row_tile(width, torch.bfloat16)
     head = row_ops_triton.row_tile(64, torch.bfloat16)
     head["HALF"], head["BLOCK"], head["HEADS"] = head.pop("D"), head.pop("BLOCK_D"), 32
-    cases = [("swiglu", element), ("swiglu_backward", element), ("rms_norm", {**row, "EPS": 1e-5})]
-    cases += [("rotate", {**head, "BACKWARD": backward}) for backward in (False, True)]
+    cases: list[tuple[str, dict[str, Any]]] = []
+    for yes in (False, True):
+        element = {"BLOCK": row_ops_triton.TILE_ELEMENTS, "num_warps": 4, "GELU": yes}
+        cases += [("gated_unit", element), ("gated_unit_backward", element)]
+        cases += [("rotate", {**head, "BACKWARD": yes}), ("rms_norm", {**row, "EPS": 1e-5, "PLUS_ONE": yes})]
+        cases += [("rms_norm_backward", {**row, "WEIGHT_IS_FROZEN": yes, "PLUS_ONE": yes})]
     wide = "float64" if dtype == "fp64" else "float32"
-    cases += [("rms_norm_backward", {**row, "WEIGHT_IS_FROZEN": frozen}) for frozen in (False, True)]
     return [a_case(card, dtype, kernel, {**options, "WIDE": wide}) for kernel, options in cases]
 
 

@@ -18,8 +18,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
 
 
+def rms_norm_plus_one(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x, weight + 1)
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate / (1 + torch.exp(-gate)) * up
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    bend = torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))
+    return 0.5 * gate * (1 + bend) * up
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -39,7 +48,24 @@ CASES: dict[str, tuple[Function, Function, Callable[[int, int], list[torch.Tenso
         lambda n, width: [torch.randn(n, width), torch.randn(width)],
         2,
     ),
-    "swiglu": (row_ops.swiglu, swiglu, lambda n, width: [torch.randn(n, width), torch.randn(n, width)], 2),
+    "rms_norm_plus_one": (
+        lambda x, weight: row_ops.rms_norm(x, weight, EPS, True)[0],
+        rms_norm_plus_one,
+        lambda n, width: [torch.randn(n, width), torch.randn(width)],
+        2,
+    ),
+    "swiglu": (
+        lambda gate, up: row_ops.gated_unit(gate, up, "silu"),
+        swiglu,
+        lambda n, width: [torch.randn(n, width), torch.randn(n, width)],
+        2,
+    ),
+    "geglu": (
+        lambda gate, up: row_ops.gated_unit(gate, up, "gelu_tanh"),
+        geglu,
+        lambda n, width: [3 * torch.randn(n, width), torch.randn(n, width)],
+        2,
+    ),
     "rotate": (
         row_ops.rotate,
         rotate,
@@ -84,8 +110,14 @@ def test_passes_torchs_own_checks(name: str) -> None:
     inputs: list[Any] = [x.double() for x in inputs_of(7, 6)]
     for x in inputs[:n_differentiable]:
         x.requires_grad_()
-    operation = {"rms_norm": row_ops.rms_norm, "swiglu": row_ops.swiglu, "rotate": row_ops.rotate}[name]
-    torch.library.opcheck(operation, (*inputs, EPS) if name == "rms_norm" else tuple(inputs))
+    operation, more = {
+        "rms_norm": (row_ops.rms_norm, (EPS,)),
+        "rms_norm_plus_one": (row_ops.rms_norm, (EPS, True)),
+        "swiglu": (row_ops.gated_unit, ("silu",)),
+        "geglu": (row_ops.gated_unit, ("gelu_tanh",)),
+        "rotate": (row_ops.rotate, ()),
+    }[name]
+    torch.library.opcheck(operation, (*inputs, *more))
     assert torch.autograd.gradcheck(ours, inputs)
 
 
@@ -133,6 +165,6 @@ def test_rows_may_lie_anywhere_in_memory() -> None:
     x = torch.randn(2, 4, 6, dtype=torch.float64).transpose(0, 1)
     weight = torch.randn(6, dtype=torch.float64)
     torch.testing.assert_close(row_ops.rms_norm(x, weight, EPS)[0], rms_norm(x, weight))
-    torch.testing.assert_close(row_ops.swiglu(x, x.contiguous()), swiglu(x, x))
+    torch.testing.assert_close(row_ops.gated_unit(x, x.contiguous(), "silu"), swiglu(x, x))
     cos, sin = torch.randn(2, 4, 6, dtype=torch.float64)
     torch.testing.assert_close(row_ops.rotate(x, cos, sin), rotate(x, cos, sin))

@@ -19,6 +19,8 @@ from llm2vec_kernels import row_ops_triton as ours
 from tests.kernels import test_row_ops as formulas
 from tests.support.interpreter import round_bf16_to_nearest
 
+# A sigmoid's exponential may be infinite: its share is then 0, as meant.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = formulas.EPS
 
@@ -28,15 +30,30 @@ def rms_norm(d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> list
     return [out, *ours.rms_norm_backward(d_out, x, weight, inverse, False)]
 
 
+def rms_norm_plus_one(d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+    out, inverse = ours.rms_norm(x, weight, EPS, True)
+    return [out, *ours.rms_norm_backward(d_out, x, weight, inverse, False, True)]
+
+
 def swiglu(d_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor]:
-    return [ours.swiglu(gate, up), *ours.swiglu_backward(d_out, gate, up)]
+    return [ours.gated_unit(gate, up, "silu"), *ours.gated_unit_backward(d_out, gate, up, "silu")]
+
+
+def geglu(d_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor]:
+    return [ours.gated_unit(gate, up, "gelu_tanh"), *ours.gated_unit_backward(d_out, gate, up, "gelu_tanh")]
 
 
 def rotate(d_out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> list[torch.Tensor]:
     return [ours.rotate(x, cos, sin), ours.rotate(d_out, cos, sin, True)]
 
 
-OURS = {"rms_norm": rms_norm, "swiglu": swiglu, "rotate": rotate}
+OURS = {
+    "rms_norm": rms_norm,
+    "rms_norm_plus_one": rms_norm_plus_one,
+    "swiglu": swiglu,
+    "geglu": geglu,
+    "rotate": rotate,
+}
 
 
 def found_and_expected(
@@ -102,6 +119,16 @@ def test_a_wider_weight_widens_the_output() -> None:
         torch.testing.assert_close(a.cpu(), b, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_rounds_where_the_cpu_does(plus_one: bool) -> None:
+    """Which is tested against transformers. Rows' sums are added up in another order."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 24).bfloat16(), torch.randn(24).bfloat16()
+    expected, _ = row_ops.rms_norm(x, weight, EPS, plus_one)
+    found, _ = ours.rms_norm(x.to(DEVICE), weight.to(DEVICE), EPS, plus_one)
+    assert (found.cpu() != expected).float().mean() < 0.01
+
+
 def test_a_frozen_weight_gets_no_gradient() -> None:
     x, weight = torch.randn(5, 6, device=DEVICE), torch.randn(6, device=DEVICE)
     inverse = ours.rms_norm(x, weight, EPS)[1]
@@ -119,7 +146,7 @@ def test_rows_may_lie_anywhere_in_memory() -> None:
     x = whole.transpose(0, 1)[..., 5:11]
     weight = torch.randn(6, dtype=torch.float64, device=DEVICE)
     torch.testing.assert_close(ours.rms_norm(x, weight, EPS)[0], formulas.rms_norm(x, weight))
-    torch.testing.assert_close(ours.swiglu(x, x), formulas.swiglu(x, x))
+    torch.testing.assert_close(ours.gated_unit(x, x, "silu"), formulas.swiglu(x, x))
     cos, sin = torch.randn(2, 2, 6, dtype=torch.float64, device=DEVICE)
     torch.testing.assert_close(ours.rotate(x, cos, sin), formulas.rotate(x, cos, sin))
 
@@ -133,15 +160,17 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         lambda: ours.rms_norm(x, none, EPS),
         lambda: ours.rms_norm_backward(x, x, none, inverse, False),
         lambda: ours.rms_norm_backward(x[:2], x, x[0], inverse, False),
-        lambda: ours.swiglu(x, x[:, :3]),
-        lambda: ours.swiglu_backward(x[:1], x, x),
+        lambda: ours.gated_unit(x, x[:, :3], "silu"),
+        lambda: ours.gated_unit_backward(x[:1], x, x, "silu"),
         lambda: ours.rotate(heads, angles, angles),
     ):
         with pytest.raises(ValueError, match="does not fit"):
             refused()
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotate"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "rms_norm_backward", "gated_unit", "gated_unit_backward", "rotate"]
+)
 def test_operations_of_cuda_tensors_run_here(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"llm2vec::{name}", "CUDA")
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma import modeling_gemma as gemma
 from transformers.models.llama import modeling_llama as llama
 
 from llm2vec_ds.model import fused_layers
@@ -19,7 +20,8 @@ PARTS = {
     "mistral": {"RMSNorm": 9, "SwiGLU": 4, "rotary embedding": 4},
     "qwen2": {"RMSNorm": 9, "SwiGLU": 4, "rotary embedding": 4},
     "qwen3": {"RMSNorm": 17, "SwiGLU": 4, "rotary embedding": 4},
-    "gemma2": {"rotary embedding": 4},  # its norm adds 1 to the weight, its activation is GELU
+    "gemma2": {"RMSNorm + 1": 17, "GeGLU": 4, "rotary embedding": 4},
+    "gemma3_text": {"RMSNorm + 1": 25, "GeGLU": 4, "rotary embedding": 4},
     "cohere": {},  # pairs of neighbours are rotated, LayerNorm
 }
 
@@ -67,6 +69,29 @@ def test_another_formula_under_a_known_name_is_left_alone() -> None:
             return self.weight * hidden_states.to(input_dtype)
 
     assert not fuse_layers(nn.Sequential(LlamaRMSNorm(4)))
+
+
+def test_gemmas_norm_counts_with_the_method_that_it_calls() -> None:
+    class GemmaRMSNorm(gemma.GemmaRMSNorm):
+        def _norm(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + self.eps)
+
+    assert not fuse_layers(nn.Sequential(GemmaRMSNorm(4)))
+    assert fuse_layers(nn.Sequential(gemma.GemmaRMSNorm(4))) == {"RMSNorm + 1": 1}
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_gemmas_norm_rounds_once(weight_dtype: torch.dtype) -> None:
+    """bf16 rows: to the last bit what transformers gives, whatever the weight's dtype."""
+    torch.manual_seed(0)
+    plain = gemma.GemmaRMSNorm(24)
+    plain.weight.data = torch.randn(24).to(weight_dtype)
+    fused = copy.deepcopy(plain)
+    fuse_layers(nn.Sequential(fused))
+    x = torch.randn(50, 24).bfloat16()
+    found, expected = fused(x), plain(x)
+    assert found.dtype == torch.bfloat16
+    assert (found != expected).float().mean() < 0.01  # rows' sums are added up in another order
 
 
 def test_another_activation_is_left_alone() -> None:
