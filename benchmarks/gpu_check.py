@@ -162,13 +162,21 @@ def kernel_tests(limit_s: float) -> dict[str, Any]:
     return {"ran": True, "exit_status": status, "summary": lines[-1] if lines else ""}
 
 
-def info_nce_benchmark(deadline: float) -> list[Any]:
+def figures(arguments: list[str], limit_s: float, crashed: list[str]) -> list[Any]:
+    """What a benchmark printed. Ended by its limit is not crashed: what it said by then counts."""
+    status, lines = run_script(arguments, limit_s)
+    if status > 0:
+        crashed.append(f"{' '.join(arguments)}: exit status {status}")
+    return json_lines(lines)
+
+
+def info_nce_benchmark(deadline: float, crashed: list[str]) -> list[Any]:
     """N up to a million while time lasts."""
     lines: list[Any] = []
     for n, dim in ((4096, 1024), (32768, 4096), (131072, 1024), (131072, 4096), (1_000_000, 1024)):
         if time.monotonic() < deadline - 5:
             arguments = ["benchmarks/info_nce.py", "--n", str(n), "--dim", str(dim), "--json"]
-            lines += json_lines(run_script(arguments, deadline - time.monotonic())[1])
+            lines += figures(arguments, deadline - time.monotonic(), crashed)
     return lines
 
 
@@ -187,11 +195,12 @@ def main() -> int:
     path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}_{gpu}.json"
     # Without FlexAttention, whose compilation alone outlasts the limit: its case is run by hand.
     attention = ["benchmarks/attention.py", "--flex", "none", "--deadline-s", "130"]
+    crashed: list[str] = []
     parts: dict[str, Callable[[], Any]] = {
         "checks": lambda: check_numbers(torch),
-        "row_ops": lambda: json_lines(run_script(["benchmarks/row_ops.py"], 40)[1]),
-        "attention": lambda: json_lines(run_script(attention, 160)[1]),
-        "info_nce": lambda: info_nce_benchmark(time.monotonic() + 90),
+        "row_ops": lambda: figures(["benchmarks/row_ops.py"], 40, crashed),
+        "attention": lambda: figures(attention, 160, crashed),
+        "info_nce": lambda: info_nce_benchmark(time.monotonic() + 90, crashed),
         "tests": lambda: kernel_tests(min(130, started + BUDGET_S - time.monotonic())),
     }
     for name, part in parts.items():
@@ -200,6 +209,7 @@ def main() -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     failed = [line["check"] for line in result["checks"] if not line["ok"]]
+    failed += crashed
     failed += [f"{name}: no figures" for name in ("row_ops", "attention", "info_nce") if not result[name]]
     failed += [
         f"{line['operation']}: off by {line['relative_difference']}"

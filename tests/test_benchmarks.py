@@ -72,7 +72,9 @@ def test_length_mixes_are_those_measured(mix: str, mean: float, longest: int) ->
     assert list(lengths) == sorted(lengths, reverse=True)
 
 
-def gpu_check(monkeypatch: pytest.MonkeyPatch, root: Path, said: str) -> tuple[ModuleType, list[str]]:
+def gpu_check(
+    monkeypatch: pytest.MonkeyPatch, root: Path, said: str, status: int = 0
+) -> tuple[ModuleType, list[str]]:
     """All of it but the GPU: numbers from the interpreter, parts replaced by what they print."""
     check = script("gpu_check")
     monkeypatch.setattr(check, "ROOT", root)
@@ -86,7 +88,7 @@ def gpu_check(monkeypatch: pytest.MonkeyPatch, root: Path, said: str) -> tuple[M
 
     def run_script(arguments: list[str], limit_s: float) -> tuple[int, list[str]]:
         started.append(arguments[0])
-        return 0, ["a warning", said, "9 passed"]
+        return status, ["a warning", said, "9 passed"]
 
     monkeypatch.setattr(check, "run_script", run_script)
     return check, started
@@ -108,21 +110,23 @@ def test_gpu_check_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("said", "failure"),
+    ("said", "status", "failure"),
     [
-        ("it crashed", "attention: no figures"),
-        ('{"operation": "swiglu", "relative_difference": 0.5}', "swiglu: off by 0.5"),
-        ('{"operation": "swiglu", "relative_difference": NaN}', "swiglu: off by nan"),
+        ("it said nothing", 0, "attention: no figures"),
+        ('{"operation": "swiglu", "relative_difference": 0.5}', 0, "swiglu: off by 0.5"),
+        ('{"operation": "swiglu", "relative_difference": NaN}', 0, "swiglu: off by nan"),
+        ('{"operation": "swiglu", "relative_difference": 0}', 1, "benchmarks/row_ops.py: exit status 1"),
     ],
 )
 def test_gpu_check_fails_where_a_part_does(
     said: str,
+    status: int,
     failure: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    check, _ = gpu_check(monkeypatch, tmp_path, said)
+    check, _ = gpu_check(monkeypatch, tmp_path, said, status)
     assert check.main() == 1
     assert failure in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 - `dispatch.attention`: variable-length attention over a packed stream of texts, by one of `backends`.
 - `flash_attention`: the Triton backend, forward and backward.
 - `info_nce`: the contrastive loss and its gradient, a tile of scores at a time.
+- `row_ops`: RMSNorm, rotary embedding and gated units, one operation each, on a CPU and in Triton.
 - `reference`: each kernel in plain PyTorch, slow and obvious: the specification the others meet.
 """
 

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llm2vec_kernels import reference
+from llm2vec_kernels import info_nce_tiles, reference
 from llm2vec_kernels.info_nce import block_gradients, block_log_sum_exp, info_nce, merge_statistics
+from llm2vec_kernels.info_nce_tiles import CHUNK_ELEMENTS
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,11 +204,14 @@ def test_number_of_matrix_products(dtype: torch.dtype, equal_weights: bool, prod
     assert counter.get_total_flops() == products * 2 * 150 * 260 * 24
 
 
+@pytest.mark.parametrize("chunk_elements", [CHUNK_ELEMENTS, 24 * 50])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("equal_weights", [True, False])
 def test_low_precision_loses_no_more_than_twice_what_the_full_matrix_does(
-    dtype: torch.dtype, equal_weights: bool
+    dtype: torch.dtype, equal_weights: bool, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With all documents in fp32 at once, and with a few at a time."""
+    monkeypatch.setattr(info_nce_tiles, "CHUNK_ELEMENTS", chunk_elements)
     case = example(150, 260, ids=False)
     weight = torch.ones(150) if equal_weights else torch.linspace(0.1, 2.0, 150)
     exact, naive, ours = case.leaves(torch.float64), case.leaves(dtype), case.leaves(dtype)

@@ -152,10 +152,16 @@ def products_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("products_as_on_a_gpu")
+@pytest.mark.parametrize("held_elements", [info_nce.HELD_ELEMENTS, 24 * 40])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("equal_weights", [True, False])
-def test_low_precision(dtype: torch.dtype, equal_weights: bool) -> None:
+def test_low_precision(
+    dtype: torch.dtype, equal_weights: bool, held_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Coefficients are rounded to the dtype before their products: that much may be lost."""
+    monkeypatch.setattr(
+        info_nce, "HELD_ELEMENTS", held_elements
+    )  # a product of documents in one part, or two
     case = on_device(example(150, 260))
     weight = torch.ones(150) if equal_weights else torch.linspace(0.1, 2.0, 150)
     ours = case.leaves(dtype)
