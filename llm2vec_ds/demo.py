@@ -84,12 +84,7 @@ def run_demo(
     Raises:
         UserError: unusable input, or `output` holds a demo already.
     """
-    if budget not in BUDGETS:
-        raise UserError(f"--budget {budget!r} is not one of {', '.join(BUDGETS)}")
-    if (output / "metrics.json").exists():
-        raise UserError(f"{output} already holds a demo: choose another --output or remove it")
-    if qlora:
-        check_bitsandbytes("--qlora")
+    _check(output, budget, qlora)
     pairs = load_graded_pairs(sts) if sts else own_graded_pairs()
     material = training_text(text)
     retrieval = held_out_retrieval()
@@ -129,6 +124,15 @@ def run_demo(
         *(output / n for n in ("encoder", "metrics.json", "stages.png")),
     )
     return metrics
+
+
+def _check(output: Path, budget: str, qlora: bool) -> None:
+    if budget not in BUDGETS:
+        raise UserError(f"--budget {budget!r} is not one of {', '.join(BUDGETS)}")
+    if (output / "metrics.json").exists():
+        raise UserError(f"{output} already holds a demo: choose another --output or remove it")
+    if qlora:
+        check_bitsandbytes("--qlora")
 
 
 def _measure(name: str, encoder: Encoder, pairs: GradedPairs, retrieval: RetrievalSet) -> dict[str, float]:
