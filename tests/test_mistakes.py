@@ -360,12 +360,15 @@ MISTAKES = {
     ),
     # The demo.
     "unknown budget": Mistake(
-        "--budget 'huge' is not one of quick, default, full", ("demo", "--budget", "huge")
+        "--budget 'huge' is not one of quick, default, full",
+        ("demo", "--output", "TMP/demo", "--budget", "huge"),
     ),
-    "no graded pairs": Mistake("TMP/p.csv: No such file or directory", ("demo", "--sts", "TMP/p.csv")),
+    "no graded pairs": Mistake(
+        "TMP/p.csv: No such file or directory", ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv")
+    ),
     "pairs without score": Mistake(
         "TMP/p.csv, data row 1: expected sentence1, sentence2, score (a number)",
-        ("demo", "--sts", "TMP/p.csv"),
+        ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv"),
         files={"p.csv": b"one,two\n"},
     ),
     # Mining.
