@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,46 @@ def rank() -> int:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def meeting(ranks: Ranks) -> Iterator[None]:
+    """What torch says when ranks do not find each other, in words.
+
+    Raises:
+        UserError: on any torch.distributed error inside.
+    """
+    try:
+        yield
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"rank {ranks.rank} of {ranks.world_size} does not meet the others at {place} "
+            f"({_one_line(error)}): start every rank, each with this MASTER_ADDR and a MASTER_PORT that is "
+            "free on rank 0's node and open to the others"
+        ) from None
+
+
+@contextmanager
+def contact(doing: str) -> Iterator[None]:
+    """What a collective says when a peer is gone, in words.
+
+    Raises:
+        UserError: a collective inside failed because another rank has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise UserError(
+            f"{doing}: rank {rank()} has lost another rank ({_one_line(error)}). The first error line above, "
+            "or in the other ranks' logs, is the cause: mend it and run again with resume=true"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 class Traffic:

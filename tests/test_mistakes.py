@@ -5,8 +5,12 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import re
 import resource
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -565,6 +569,29 @@ def test_a_monitor_without_its_package(
     assert run(monkeypatch, "train", write_recipe(values, tmp_path / "r.yaml")) == 2
     assert_reads(
         error_line(capsys), "monitor wandb needs the package wandb: pip install 'llm2vec-ds[monitor]'"
+    )
+
+
+def test_a_port_that_is_taken(tmp_path: Path, tiny_model_dir: Path, texts_file: Path) -> None:
+    """In a process of its own: the tests' own may have met its one rank already."""
+    values = recipe("simcse", tiny_model_dir, texts_file, tmp_path / "run")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        done = subprocess.run(
+            [sys.executable, "-m", "llm2vec_ds", "train", write_recipe(values, tmp_path / "r.yaml")],
+            env={**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **place},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert_reads(
+        done.stderr.splitlines()[-1],
+        f"llm2vec-ds: error: rank 0 of 2 does not meet the others at 127.0.0.1:{place['MASTER_PORT']} (…"
+        "address already in use): start every rank, each with this MASTER_ADDR and a MASTER_PORT that is "
+        "free on rank 0's node and open to the others",
     )
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from llm2vec_ds.config import OptimizerConfig
-from llm2vec_ds.distributed import Ranks
+from llm2vec_ds.distributed import Ranks, meeting
 from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
 from llm2vec_ds.engine.deepspeed_json import (
     OWNED_BY_RECIPE,
@@ -62,7 +62,8 @@ def start_process_group(ranks: Ranks) -> torch.device:
         torch.distributed.init_process_group(
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1
         )
-    deepspeed.init_distributed(backend, verbose=False)
+    with meeting(ranks):
+        deepspeed.init_distributed(backend, verbose=False)
     count_deepspeed_traffic()
     return torch.device("cuda", ranks.local_rank) if on_cuda else torch.device("cpu")
 

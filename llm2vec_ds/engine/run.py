@@ -20,6 +20,7 @@ from llm2vec_ds.data.prompts import template_for
 from llm2vec_ds.distributed import (
     Ranks,
     all_gather_object,
+    contact,
     export_ranks,
     rank,
     ranks_from_environment,
@@ -80,7 +81,7 @@ def train(recipe: Recipe, evaluation: Evaluation | None = None) -> Path:
         log.info("%s: finished already, nothing to do", folder)
         return folder
     stop = StopRequest(folder)
-    with stop.listening(recipe.checkpoint.signals):
+    with stop.listening(recipe.checkpoint.signals), contact("before or after the steps"):
         export_ranks(ranks)
         device = start_process_group(ranks)
         if recipe.deterministic:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from llm2vec_ds.config import OptimizerConfig
 from llm2vec_ds.data.batches import rank_slice
 from llm2vec_ds.data.prefetch import Prefetch
-from llm2vec_ds.distributed import TRAFFIC, all_gather_object, all_reduce_sum, barrier, rank, world_size
+from llm2vec_ds.distributed import (
+    TRAFFIC,
+    all_gather_object,
+    all_reduce_sum,
+    barrier,
+    contact,
+    rank,
+    world_size,
+)
 from llm2vec_ds.durable import write_file
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore, Manifest
@@ -116,7 +122,7 @@ class Trainer:
 
     def _step_and_save(self, step: int, log_rows: MetricsLog) -> None:
         self.watchdog.begin(f"step {step + 1}")
-        with self._contact(f"step {step + 1}"):
+        with contact(f"step {step + 1}"):
             metrics, asked = self._step(step)
         log_rows.step(metrics)
         numbers = {k: v for k, v in metrics.items() if k != "step" and not isinstance(v, dict)}
@@ -170,20 +176,6 @@ class Trainer:
         self.engine.backward(share * world_size(), last=last)
         self.check.end_of_backward(share, rows)
 
-    @contextmanager
-    def _contact(self, doing: str) -> Iterator[None]:
-        """What a collective says when a peer is gone, in words."""
-        try:
-            yield
-        except RuntimeError as error:
-            said = " ".join(str(error).split())
-            if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in said):
-                raise
-            raise UserError(
-                f"{doing}: rank {rank()} has lost another rank ({said[:160]}). The first error line above, "
-                "or in the other ranks' logs, is the cause: mend it and run again with resume=true"
-            ) from None
-
     def _is_due(self, step: int, every: int) -> bool:
         return step in (0, self.recipe.max_steps) or (every > 0 and step % every == 0)
 
@@ -202,7 +194,7 @@ class Trainer:
         evaluation = self.recipe.evaluation
         evaluation_due = evaluation is not None and self._is_due(step, evaluation.every_steps)
         metrics: dict[str, float] = {}
-        with self._contact("the measurement"):
+        with contact("the measurement"):
             self.engine.train(False)
             if held_out_due:
                 metrics |= self.stage.held_out(self.engine.forward) or {}
@@ -225,7 +217,7 @@ class Trainer:
         self.watchdog.begin(f"the checkpoint of step {step}")
         manifest = Manifest(step, self.identity, self.made_by, score)
         started = time.perf_counter()
-        with self._contact(f"the checkpoint of step {step}"):
+        with contact(f"the checkpoint of step {step}"):
             folder = self.store.save(manifest, self.engine.state.write)
         if self._is_best(score):
             self._best_score = score
@@ -233,7 +225,7 @@ class Trainer:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.watchdog.begin("loading the checkpoint")
-        with self._contact("loading the checkpoint"):
+        with contact("loading the checkpoint"):
             self._make_moments()
             try:
                 self.engine.state.load(checkpoint.folder, checkpoint.manifest.files)

@@ -20,6 +20,7 @@ from typing import Any
 
 from tests.support.ranks import free_port
 
+HUNG = -999
 DURABLE_OPERATIONS = ("write", "fsync", "rename")
 
 
@@ -30,14 +31,14 @@ class Fault:
     Attributes:
         rank: where.
         kind: `kill` (SIGKILL) or `full` (no space left) at a file operation, `hang`, `nan`, `memory` in a
-            step, `signal` (USR1 to itself) in a step.
+            step, `signal` (USR1 to itself) in a step, `absent` (SIGKILL) once the ranks have met.
         at: number of the file operation, or of the step, counted from 0.
         half: a write is cut in the middle instead of before its first byte.
     """
 
     rank: int
     kind: str
-    at: int
+    at: int = 0
     half: bool = False
 
 
@@ -58,7 +59,7 @@ def start(recipe: Path, world: int, log: Path, fault: Fault | None = None) -> li
 
 
 def wait(processes: list[BaseProcess], timeout_s: float = 120) -> list[int]:
-    """Exit codes (negative: a signal), −999 for a rank that had to be killed because it hung."""
+    """Exit codes (negative: a signal), `HUNG` for a rank that had to be killed because it did not end."""
     deadline = time.monotonic() + timeout_s
     codes = []
     for process in processes:
@@ -67,7 +68,7 @@ def wait(processes: list[BaseProcess], timeout_s: float = 120) -> list[int]:
         if hung:
             process.kill()
             process.join()
-        codes.append(-999 if hung else int(process.exitcode or 0))
+        codes.append(HUNG if hung else int(process.exitcode or 0))
     return codes
 
 
@@ -92,7 +93,7 @@ def _rank(rank: int, world: int, port: int, recipe: str, log: str, fault: Fault 
     trainable_state.PART_BYTES = 2**15  # several parts, so that each rank writes
     operations = _count_operations(fault)
     if fault is not None:
-        _plant_in_step(fault)
+        _plant(fault)
     from llm2vec_ds.__main__ import main
 
     sys.argv = ["llm2vec-ds", "train", recipe, "resume=true"]
@@ -156,11 +157,14 @@ def _is_own(frame: FrameType | None) -> bool:
     return False
 
 
-def _plant_in_step(fault: Fault) -> None:
+def _plant(fault: Fault) -> None:
     import torch
 
+    from llm2vec_ds.engine import run
     from llm2vec_ds.stages.contrastive import ContrastiveStage
 
+    if fault.kind == "absent":
+        run.build_stage = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     whole_step = ContrastiveStage.step
 
     def step(self: Any, number: int, rows: Any, batches: Any, forward: Any, backward: Any) -> Any:

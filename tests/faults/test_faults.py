@@ -100,6 +100,13 @@ def test_a_rank_that_dies_is_noticed_by_the_others(run: Run, undisturbed: list[f
     goes_on_to_the_same_end(run, undisturbed)
 
 
+def test_a_rank_that_dies_before_the_first_step_is_noticed_by_the_others(run: Run) -> None:
+    assert run.attempt(Fault(1, "absent")) == [2, -9]
+    (line,) = run.errors()
+    assert "before or after the steps: rank 0 has lost another rank" in line
+    assert "run again with resume=true" in line
+
+
 def test_a_hang_ends_with_rank_and_step(run: Run, undisturbed: list[float]) -> None:
     run.values["step_timeout_s"] = 5
     codes = run.attempt(Fault(1, "hang", 3))
