@@ -117,9 +117,15 @@ def _devices() -> Iterator[Finding]:
     import psutil
     import torch
     from llm2vec_kernels import AttentionNeeds, choose_attention_backend
+    from llm2vec_kernels.cpu_products import cpu_products
 
     memory_gib = psutil.virtual_memory().total / GIB
-    yield Finding("CPU", f"{torch.get_num_threads()} threads, {memory_gib:.0f} GiB memory")
+    products = cpu_products()
+    yield Finding(
+        "CPU",
+        f"{torch.get_num_threads()} threads, {memory_gib:.0f} GiB memory, fp32 products by {products.name} "
+        f"({products.reason})",
+    )
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         size = f"{card.total_memory / GIB:.0f} GiB, compute capability {card.major}.{card.minor}"

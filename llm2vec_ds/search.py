@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from llm2vec_kernels.cpu_products import product
 
 ROUNDING = 1e-6
 """Cosines nearer than this are equal in fp32."""
@@ -42,7 +43,7 @@ def best_rows(
     rows_BK = torch.full((len(queries_BD), k), -1, device=device)
     for start in range(0, len(documents_ND), rows_a_tile):
         tile_TD = torch.from_numpy(np.array(documents_ND[start : start + rows_a_tile])).to(device)
-        scores_BT = queries_BD @ tile_TD.T
+        scores_BT = product(queries_BD, tile_TD)
         _exclude(scores_BT, start, limits)
         score, row = scores_BT.topk(min(k, len(tile_TD)))
         row = torch.where(score > -torch.inf, row + start, -1)

@@ -35,6 +35,7 @@ FLOW = [
     "data.tagged",
     "model.bidirectional",
     "model.attention",
+    "model.cpu_linear",
     "model.fused_layers",
     "model.quantization",
     "model.loading",

@@ -6,16 +6,17 @@ import time
 from typing import Any
 
 import torch
+from llm2vec_kernels.cpu_products import product
 
 
 def matmul_peak_gflop_per_s(threads: int, size: int = 2048, seconds: float = 2.0) -> float:
-    """Best fp32 product of two square matrices in `seconds`."""
+    """Best fp32 product of two square matrices in `seconds`, by the faster library."""
     torch.set_num_threads(threads)
     a, b = torch.randn(size, size), torch.randn(size, size)
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
         started = time.perf_counter()
-        a @ b
+        product(a, b)
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best / 1e9
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llm2vec_kernels.cpu_products import cpu_products
 
 from llm2vec_ds.distributed import world_size
 from llm2vec_ds.recipe import Recipe
@@ -111,7 +112,9 @@ def made_by(recipe: Recipe) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "world_size": world_size(),
         "n_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu, products by {cpu_products().name}",
     }
 
 

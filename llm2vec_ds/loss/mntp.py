@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from llm2vec_kernels.cpu_products import product
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -64,7 +64,7 @@ class _HeadLoss(torch.autograd.Function):
             losses.append(loss)
             hits.append(hit)
             if ctx.needs_input_grad[0]:
-                torch.mm(d_logits, weight_VD, out=d_hidden)
+                d_hidden.copy_(product(d_logits, weight_VD.T))
         kept_MD = d_hidden_MD if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(hidden_MD, label_M, weight_VD, bias_V, kept_MD)
         ctx.options = options
@@ -105,7 +105,7 @@ def _chunk(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, hit, and ∂loss/∂(hidden · weightᵀ) in the weight's dtype; logits and softmax in fp32."""
     softcap, factor, _ = options
-    logits = F.linear(hidden, weight_VD, bias_V).float().mul_(factor)
+    logits = product(hidden, weight_VD, bias_V).float().mul_(factor)
     slope: torch.Tensor | float = factor
     if softcap is not None:
         logits.div_(softcap).tanh_()

@@ -21,6 +21,7 @@ from llm2vec_ds.model.bidirectional import (
     is_causal,
     with_causal,
 )
+from llm2vec_ds.model.cpu_linear import use_fast_products
 from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.quantization import nf4_config, prepare_for_training
 
@@ -101,6 +102,7 @@ def _check(trunk: Any, model: nn.Module, options: TrunkOptions) -> None:
     fused = ", ".join(f"{n} {kind}" for kind, n in fuse_layers(trunk).items()) or "none that are known"
     here = "" if runs_on(options.device) else ", but not on this device (see docs/kernels.md)"
     log.info("fused layers: %s%s", fused, here)
+    use_fast_products(trunk, options.device)
 
 
 def _check_class(trunk_class: Any, model_type: str, causal: bool) -> None:

@@ -15,9 +15,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llm2vec_kernels.cpu_products import product
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from llm2vec_ds.model.cpu_linear import CpuLinear
 
 
 @torch.library.custom_op("llm2vec_ds::lora_linear", mutates_args=())
@@ -39,9 +42,9 @@ def lora_linear(
         `[T, O]` and `[T, R]`, in the dtype of all tensors.
     """
     rows_TI = _rows(x_TI)
-    low_TR = (rows_TI if dropped_TI is None else _rows(dropped_TI)) @ a_RI.T
+    low_TR = product(rows_TI if dropped_TI is None else _rows(dropped_TI), a_RI)
     # Not functional.linear, which DeepSpeed replaces by one that rounds in another place.
-    out_TO = rows_TI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, rows_TI, weight_OI.T)
+    out_TO = product(rows_TI, weight_OI, bias_O)
     out_TO.addmm_(low_TR, b_OR.T, alpha=scale)
     leading = x_TI.shape[:-1]
     return out_TO.view(*leading, len(weight_OI)), low_TR.view(*leading, len(a_RI))
@@ -78,19 +81,19 @@ def _backward(
         raise RuntimeError("lora_linear is for a frozen weight and bias: they would get no gradient")
     leading = d_out_TO.shape[:-1]
     flat_TO = _rows(d_out_TO)
-    d_low_TR = flat_TO @ b_OR
+    d_low_TR = product(flat_TO, b_OR.T)
     d_x_TI = d_dropped_TI = d_a_RI = d_b_OR = None
     if needs_x:
-        d_x_TI = flat_TO @ weight_OI
+        d_x_TI = product(flat_TO, weight_OI.T)
         if not ctx.has_dropout:
             d_x_TI.addmm_(d_low_TR, a_RI, alpha=ctx.scale)
         d_x_TI = d_x_TI.view(*leading, a_RI.shape[1])
     if needs_dropped:
-        d_dropped_TI = (d_low_TR @ a_RI).mul_(ctx.scale).view(*leading, a_RI.shape[1])
+        d_dropped_TI = product(d_low_TR, a_RI.T).mul_(ctx.scale).view(*leading, a_RI.shape[1])
     if needs_a:
-        d_a_RI = (d_low_TR.T @ _rows(adapted_TI)).mul_(ctx.scale)
+        d_a_RI = product(d_low_TR.T, _rows(adapted_TI).T).mul_(ctx.scale)
     if needs_b:
-        d_b_OR = (flat_TO.T @ _rows(low_TR)).mul_(ctx.scale)
+        d_b_OR = product(_rows(low_TR).T, flat_TO.T).mul_(ctx.scale).T.contiguous()
     return d_x_TI, d_dropped_TI, None, None, d_a_RI, d_b_OR, None
 
 
@@ -145,4 +148,4 @@ class LoraLinear(PeftLoraLinear):
 def lora_linear_for(target: nn.Module, adapter_name: str, **options: Any) -> LoraLinear | None:
     """A `LoraLinear` for a plain linear layer, for peft's table of custom layers; None leaves it to peft."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    return LoraLinear(target, adapter_name, **options) if type(base) is nn.Linear else None
+    return LoraLinear(target, adapter_name, **options) if type(base) in (nn.Linear, CpuLinear) else None

@@ -76,8 +76,8 @@ def test_no_masked_token_is_no_loss() -> None:
 
 @pytest.mark.parametrize(("trained", "products"), [(False, 2), (True, 4)])
 def test_a_frozen_head_takes_two_matrix_products(trained: bool, products: int) -> None:
-    linear = torch.nn.Linear(16, 50).requires_grad_(trained)
-    hidden, label = torch.randn(20, 16, requires_grad=True), torch.arange(20)
+    linear = torch.nn.Linear(16, 50).double().requires_grad_(trained)  # fp32 may be oneDNN's, not counted
+    hidden, label = torch.randn(20, 16, dtype=torch.float64, requires_grad=True), torch.arange(20)
     with FlopCounterMode(display=False) as counter:
         loss, _ = MaskedTokenHead(linear, SimpleNamespace(), 8)(hidden, label)
         (loss * torch.linspace(0.1, 1.0, 20)).sum().backward()

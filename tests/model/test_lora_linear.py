@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from llm2vec_kernels.cpu_products import cpu_products
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
@@ -60,6 +63,27 @@ def test_equals_peft(shape: tuple[int, ...], bias: bool, dropout: float, input_t
     plain = outcome(as_peft_does(model), x)
     for a, b in zip(fused, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("onednn", ["0", "1"])
+def test_either_library_of_products_gives_what_peft_does(
+    onednn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM2VEC_ONEDNN", onednn)
+    cpu_products.cache_clear()
+    try:
+        model = with_adapters(bias=True, dropout=0.4)
+        x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+        kept = [torch.rand(5, n) > 0.4 for n in (12, 20)]  # as dropout draws others for fp32
+        masks = iter(2 * kept)
+        monkeypatch.setattr(nn.Dropout, "forward", lambda self, y: y * next(masks) / 0.6)
+        exact = outcome(as_peft_does(copy.deepcopy(model)), x)
+        fused = outcome(model.float(), x.detach().float().requires_grad_())
+    finally:
+        cpu_products.cache_clear()
+    for a, b in zip(fused, exact, strict=True):
+        # Of the largest value: some are small differences of large ones.
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=3e-6 * float(b.abs().max()))
 
 
 def test_gradcheck() -> None:

@@ -1,0 +1,88 @@
+"""fp32 products on a CPU by either library, against fp64; and which of them is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llm2vec_kernels import cpu_products as module
+from llm2vec_kernels.cpu_products import cpu_products, product
+
+WIDTHS = st.integers(1, 70)
+
+
+@pytest.fixture(autouse=True)
+def _chosen_anew() -> Iterator[None]:
+    cpu_products.cache_clear()
+    yield
+    cpu_products.cache_clear()
+
+
+@pytest.mark.parametrize("onednn", ["0", "1"])
+@settings(max_examples=30)
+@given(n_rows=st.integers(0, 70), inner=WIDTHS, outer=WIDTHS, turned=st.tuples(*[st.booleans()] * 3))
+def test_equals_fp64(
+    onednn: str, n_rows: int, inner: int, outer: int, turned: tuple[bool, bool, bool]
+) -> None:
+    """Each operand as it is or a transposed view, with and without bias."""
+    x_turned, weight_turned, has_bias = turned
+    generator = torch.Generator().manual_seed(n_rows + inner + outer)
+    x = torch.randn(n_rows, inner, generator=generator)
+    weight = torch.randn(outer, inner, generator=generator)
+    bias = torch.randn(outer, generator=generator) if has_bias else None
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    x = x.T.contiguous().T if x_turned else x
+    weight = weight.T.contiguous().T if weight_turned else weight
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM2VEC_ONEDNN", onednn)
+        cpu_products.cache_clear()
+        assert cpu_products().name == ("oneDNN" if onednn == "1" else "MKL")
+        found = product(x, weight, bias)
+    assert found.shape == exact.shape
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_pytorchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM2VEC_ONEDNN", "1")
+    x, weight = torch.randn(5, 7, dtype=dtype), torch.randn(3, 7, dtype=dtype)
+    assert torch.equal(product(x, weight), x @ weight.T)
+
+
+@pytest.mark.parametrize(
+    ("environment", "ratio", "there", "name", "reason"),
+    [
+        (None, 2.2, True, "oneDNN", "oneDNN has 2.2 times its speed here"),
+        (None, 1.1, True, "MKL", "oneDNN has 1.1 times its speed here"),
+        ("0", 2.2, True, "MKL", "LLM2VEC_ONEDNN=0"),
+        ("1", 0.9, True, "oneDNN", "LLM2VEC_ONEDNN=1"),
+        ("1", 2.2, False, "MKL", "this PyTorch has no oneDNN"),
+    ],
+)
+def test_the_much_faster_one_is_chosen_unless_the_user_says(
+    environment: str | None,
+    ratio: float,
+    there: bool,
+    name: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LLM2VEC_ONEDNN", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("LLM2VEC_ONEDNN", environment)
+    monkeypatch.setattr(module, "_speed_of_onednn", lambda: ratio)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
+    assert cpu_products() == (name, reason)
+
+
+def test_measuring_leaves_the_threads_as_they_were() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert 0.1 < module._speed_of_onednn() < 10
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
