@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llm2vec_kernels.cpu_products import cpu_products
 from speed.limit import matmul_peak_gflop_per_s, needed_gflop
 from speed.rivals import RIVALS, Rival, model_for, python_of
 from speed.work import BLOCK_TOKENS, BLOCKS, EXAMPLES, UNITS, WORKS, Spec, make_spec
@@ -160,6 +161,7 @@ def limits(spec: Spec, run: dict[str, Any], seconds: float) -> dict[str, Any]:
     return {
         "n_tokens": n_tokens,
         "matmul_peak_gflop_per_s": round(peak, 1),
+        "fp32_products_by": cpu_products().name,
         "share_of_peak": round(gflop / seconds / peak, 3),
     }
 

@@ -20,6 +20,9 @@ import torch
 MUCH_FASTER = 1.25
 """Above what chance makes of two that are as fast."""
 _SIZE, _ROUNDS = 512, 5
+_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+"""oneDNN compiles a product for its shapes, a megabyte of code, and keeps 1,024 of them; PyTorch's layer over
+it as many more. Packed batches differ in their number of tokens: hundreds of megabytes, hardly used again."""
 
 
 class CpuProducts(NamedTuple):
@@ -35,6 +38,8 @@ def cpu_products() -> CpuProducts:
     usual = "MKL" if torch.backends.mkl.is_available() else "PyTorch's usual library"
     if not torch.backends.mkldnn.is_available():
         return CpuProducts(usual, "this PyTorch has no oneDNN")
+    for name, capacity in _CACHES.items():
+        os.environ.setdefault(name, capacity)  # read at oneDNN's first product
     asked = os.environ.get("LLM2VEC_ONEDNN")
     if asked in ("0", "1"):
         return CpuProducts("oneDNN" if asked == "1" else usual, f"LLM2VEC_ONEDNN={asked}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -86,3 +89,32 @@ def test_measuring_leaves_the_threads_as_they_were() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+MANY_SHAPES = """
+import torch
+from llm2vec_kernels.cpu_products import product
+
+def resident_mib():
+    return int(open("/proc/self/statm").read().split()[1]) * 4 // 1024
+
+weights = [torch.randn(n, 64) for n in (512, 192, 64)]
+product(torch.randn(900, 64), weights[0])
+before = resident_mib()
+for n_rows in range(100, 500):
+    for weight in weights:
+        product(torch.randn(n_rows, 64), weight)
+print(resident_mib() - before)
+"""
+
+
+def test_compiled_products_of_many_shapes_do_not_pile_up() -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in module._CACHES}
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_SHAPES],
+        env={**environment, "LLM2VEC_ONEDNN": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 200, done.stdout
