@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -85,11 +86,13 @@ def meeting(ranks: Ranks) -> Iterator[None]:
     """What torch says when ranks do not find each other, in words.
 
     Raises:
-        UserError: on any torch.distributed error inside.
+        UserError: in place of what torch.distributed raises inside.
     """
     try:
         yield
-    except dist.DistError as error:
+    except RuntimeError as error:
+        if not _is_of_collectives(error):
+            raise
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
             f"rank {ranks.rank} of {ranks.world_size} does not meet the others at {place} "
@@ -100,24 +103,34 @@ def meeting(ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def contact(doing: str) -> Iterator[None]:
-    """What a collective says when a peer is gone, in words.
+    """What a failed collective says, in words.
 
     Raises:
-        UserError: a collective inside failed because another rank has ended.
+        UserError: a collective inside failed, most often because another rank has ended.
     """
     try:
         yield
     except RuntimeError as error:
-        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if world_size() == 1 or not _is_of_collectives(error):
             raise
+        said = _one_line(error)
+        what = f"rank {rank()} has lost another rank" if _GONE.search(said) else "a collective has failed"
         raise UserError(
-            f"{doing}: rank {rank()} has lost another rank ({_one_line(error)}). The first error line above, "
-            "or in the other ranks' logs, is the cause: mend it and run again with resume=true"
+            f"{doing}: {what} ({said}). The first error line above, or in the other ranks' logs, is the "
+            "cause: mend it and run again with resume=true"
         ) from None
 
 
+_GONE = re.compile(r"clos|reset|refused|timed? ?out|remote|broken pipe", re.IGNORECASE)
+
+
+def _is_of_collectives(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    """The last error where NCCL names one, else the beginning."""
+    return " ".join(str(error).rpartition("Last error:")[2].split())[:240]
 
 
 class Traffic:

@@ -35,7 +35,7 @@ class CpuProducts(NamedTuple):
 @cache
 def cpu_products() -> CpuProducts:
     """The choice for this process: measured once, unless `LLM2VEC_ONEDNN` in the environment is 0 or 1."""
-    usual = "MKL" if torch.backends.mkl.is_available() else "PyTorch's usual library"
+    usual = usual_library()
     if not torch.backends.mkldnn.is_available():
         return CpuProducts(usual, "this PyTorch has no oneDNN")
     for name, capacity in _CACHES.items():
@@ -44,26 +44,40 @@ def cpu_products() -> CpuProducts:
     if asked in ("0", "1"):
         return CpuProducts("oneDNN" if asked == "1" else usual, f"LLM2VEC_ONEDNN={asked}")
     ratio = _speed_of_onednn()
+    unknown = f"LLM2VEC_ONEDNN={asked} is neither 0 nor 1; " if asked else ""
     return CpuProducts(
-        "oneDNN" if ratio >= MUCH_FASTER else usual, f"oneDNN has {ratio:.1f} times its speed here"
+        "oneDNN" if ratio >= MUCH_FASTER else usual,
+        f"{unknown}oneDNN is {ratio:.1f} times as fast as {usual} here",
     )
+
+
+def usual_library() -> str:
+    """What PyTorch gives fp32 products to."""
+    return "MKL" if torch.backends.mkl.is_available() else "PyTorch's own choice"
 
 
 def product(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """x · Wᵀ + bias, `[T, O]`, without a graph: for the inside of operations, and for `torch.no_grad`.
 
     What is no fp32 on a CPU takes PyTorch's own way. Any strides will do, `weight.T` costs no copy.
+
+    Raises:
+        RuntimeError: a gradient is asked for, which would be lost.
     """
-    if takes_onednn(x_TI):
+    if torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad):
+        raise RuntimeError("product has no gradient: call it in an operation of its own, or under no_grad")
+    if is_onednns(x_TI) and x_TI.shape[1] > 0:  # an empty sum is 0, for which oneDNN has no product
         return _onednn(x_TI, weight_OI, bias_O)
     return x_TI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, x_TI, weight_OI.T)
 
 
-def takes_onednn(x: torch.Tensor) -> bool:
+def is_onednns(x: torch.Tensor) -> bool:
+    """Is a product of this tensor computed by oneDNN?"""
     return x.device.type == "cpu" and x.dtype == torch.float32 and cpu_products().name == "oneDNN"
 
 
 def _onednn(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    bias_O = None if bias_O is None else bias_O.contiguous()  # of a bias the strides are not read
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
     return out
 

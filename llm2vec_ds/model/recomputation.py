@@ -37,6 +37,7 @@ _FUSED = frozenset(
     f"{name}.default"
     for name in (
         "llm2vec_ds.lora_linear",
+        "mkldnn._linear_pointwise",
         "llm2vec.cpu_attention",
         "llm2vec.flash_attention",
         "llm2vec_ds.attention_shapes",  # what stands for it in a plan

@@ -46,9 +46,14 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def start(recipe: Path, world: int, log: Path, fault: Fault | None = None) -> list[BaseProcess]:
-    """Starts `llm2vec-ds train RECIPE resume=true` on `world` ranks; output goes to LOG.RANK."""
+    """Starts `llm2vec-ds train RECIPE resume=true` on `world` ranks.
+
+    Output goes to LOG.RANK; a rank that is set up and begins to train makes LOG.RANK.training.
+    """
     _CONTEXT.set_forkserver_preload(["llm2vec_ds.engine.run", "deepspeed", "peft", "tests.faults.attempt"])
     port = free_port()
+    for rank in range(world):
+        Path(f"{log}.{rank}.training").unlink(missing_ok=True)
     processes: list[BaseProcess] = []
     for rank in range(world):
         own = fault if fault is not None and fault.rank == rank else None
@@ -92,6 +97,7 @@ def _rank(rank: int, world: int, port: int, recipe: str, log: str, fault: Fault 
     torch.set_num_threads(1)
     trainable_state.PART_BYTES = 2**15  # several parts, so that each rank writes
     operations = _count_operations(fault)
+    _mark_training(Path(f"{log}.training"))
     if fault is not None:
         _plant(fault)
     from llm2vec_ds.__main__ import main
@@ -146,6 +152,18 @@ def _count_operations(fault: Fault | None) -> Callable[[], str]:
     for kind in DURABLE_OPERATIONS:
         setattr(os, kind, wrapped(kind, getattr(os, kind)))
     return lambda: " ".join(seen)
+
+
+def _mark_training(mark: Path) -> None:
+    from llm2vec_ds.engine.trainer import Trainer
+
+    whole_run = Trainer.run
+
+    def run(*arguments: Any) -> None:
+        mark.touch()
+        whole_run(*arguments)
+
+    Trainer.run = run  # type: ignore[method-assign]
 
 
 def _is_own(frame: FrameType | None) -> bool:

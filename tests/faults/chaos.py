@@ -4,8 +4,8 @@
 
 Two ranks under ZeRO-2, dropout on. After each kill the run is started again with resume=true, perhaps to be
 killed once more; at its end its losses and weights must be those of a run that nobody disturbed, bit by bit,
-and no checkpoint that was valid before a kill may be gone after it. A rank whose peer dies in a save must end
-by itself; one whose peer dies at a random moment, perhaps before they have met, is ended as launchers do.
+and no checkpoint that was valid before a kill may be gone after it. A rank whose peer dies must end by itself
+once all have begun to train; before, when they may not have met, it is ended as launchers do.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.tiny import save_tiny_llama, sentences
 WORLD, STEPS, EVERY_STEPS = 2, 6, 2
 KILLED = -9
 FINISHED = [0] * WORLD
-LAUNCHER_WAITS_S = 10
+LAUNCHER_WAITS_S = 20
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Outcome:
     """What a chaos run saw.
 
     Attributes:
-        hung: ranks that did not notice a peer's death in a save.
+        hung: ranks that did not notice a peer's death in a save, or any time after all had begun to train.
         points: file operations of an undisturbed run; `points_hit`: kills at them.
     """
 
@@ -142,7 +142,10 @@ class Chaos:
         time.sleep(self.random.uniform(0, self.whole_s))
         for process in self.random.sample(processes, self.random.randint(1, WORLD)):
             process.kill()
-        return wait(processes, timeout_s=LAUNCHER_WAITS_S)
+        codes = wait(processes, timeout_s=LAUNCHER_WAITS_S)
+        if all(Path(f"{log}.{rank}.training").exists() for rank in range(WORLD)):
+            self.outcome.hung += HUNG in codes
+        return codes
 
     def _after_kill(self, codes: list[int], name: str, newest: int) -> int:
         """Counts; the step of the newest valid checkpoint now."""

@@ -12,9 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm2vec_kernels import cpu_products as module
-from llm2vec_kernels.cpu_products import cpu_products, product
-
-WIDTHS = st.integers(1, 70)
+from llm2vec_kernels.cpu_products import cpu_products, product, usual_library
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +24,17 @@ def _chosen_anew() -> Iterator[None]:
 
 @pytest.mark.parametrize("onednn", ["0", "1"])
 @settings(max_examples=30)
-@given(n_rows=st.integers(0, 70), inner=WIDTHS, outer=WIDTHS, turned=st.tuples(*[st.booleans()] * 3))
+@given(
+    n_rows=st.integers(0, 70),
+    inner=st.integers(0, 70),
+    outer=st.integers(1, 70),
+    turned=st.tuples(*[st.booleans()] * 4),
+)
 def test_equals_fp64(
-    onednn: str, n_rows: int, inner: int, outer: int, turned: tuple[bool, bool, bool]
+    onednn: str, n_rows: int, inner: int, outer: int, turned: tuple[bool, bool, bool, bool]
 ) -> None:
-    """Each operand as it is or a transposed view, with and without bias."""
-    x_turned, weight_turned, has_bias = turned
+    """Each operand as it is or a view with other strides, with and without bias."""
+    x_turned, weight_turned, has_bias, bias_strided = turned
     generator = torch.Generator().manual_seed(n_rows + inner + outer)
     x = torch.randn(n_rows, inner, generator=generator)
     weight = torch.randn(outer, inner, generator=generator)
@@ -39,10 +42,12 @@ def test_equals_fp64(
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     x = x.T.contiguous().T if x_turned else x
     weight = weight.T.contiguous().T if weight_turned else weight
+    if bias is not None and bias_strided:
+        bias = torch.stack([bias, -bias], dim=1)[:, 0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM2VEC_ONEDNN", onednn)
         cpu_products.cache_clear()
-        assert cpu_products().name == ("oneDNN" if onednn == "1" else "MKL")
+        assert cpu_products().name == ("oneDNN" if onednn == "1" else usual_library())
         found = product(x, weight, bias)
     assert found.shape == exact.shape
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
@@ -55,21 +60,25 @@ def test_other_dtypes_are_pytorchs(dtype: torch.dtype, monkeypatch: pytest.Monke
     assert torch.equal(product(x, weight), x @ weight.T)
 
 
+FAST = "oneDNN is 2.2 times as fast as USUAL here"
+
+
 @pytest.mark.parametrize(
-    ("environment", "ratio", "there", "name", "reason"),
+    ("environment", "ratio", "there", "is_onednn", "reason"),
     [
-        (None, 2.2, True, "oneDNN", "oneDNN has 2.2 times its speed here"),
-        (None, 1.1, True, "MKL", "oneDNN has 1.1 times its speed here"),
-        ("0", 2.2, True, "MKL", "LLM2VEC_ONEDNN=0"),
-        ("1", 0.9, True, "oneDNN", "LLM2VEC_ONEDNN=1"),
-        ("1", 2.2, False, "MKL", "this PyTorch has no oneDNN"),
+        (None, 2.2, True, True, FAST),
+        (None, 1.1, True, False, "oneDNN is 1.1 times as fast as USUAL here"),
+        ("0", 2.2, True, False, "LLM2VEC_ONEDNN=0"),
+        ("1", 0.9, True, True, "LLM2VEC_ONEDNN=1"),
+        ("no", 2.2, True, True, f"LLM2VEC_ONEDNN=no is neither 0 nor 1; {FAST}"),
+        ("1", 2.2, False, False, "this PyTorch has no oneDNN"),
     ],
 )
 def test_the_much_faster_one_is_chosen_unless_the_user_says(
     environment: str | None,
     ratio: float,
     there: bool,
-    name: str,
+    is_onednn: bool,
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -78,7 +87,13 @@ def test_the_much_faster_one_is_chosen_unless_the_user_says(
         monkeypatch.setenv("LLM2VEC_ONEDNN", environment)
     monkeypatch.setattr(module, "_speed_of_onednn", lambda: ratio)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
-    assert cpu_products() == (name, reason)
+    usual = usual_library()
+    assert cpu_products() == ("oneDNN" if is_onednn else usual, reason.replace("USUAL", usual))
+
+
+def test_a_gradient_is_not_lost_silently() -> None:
+    with pytest.raises(RuntimeError, match="product has no gradient"):
+        product(torch.randn(2, 3, requires_grad=True), torch.randn(4, 3))
 
 
 def test_measuring_leaves_the_threads_as_they_were() -> None:

@@ -1,8 +1,9 @@
-"""Linear layers by the faster product where no graph is asked for, PyTorch's own elsewhere."""
+"""Linear layers by the faster library of products, against PyTorch's in fp64; and what stays PyTorch's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -38,36 +39,75 @@ def n_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def layer(bias: bool = True) -> nn.Module:
+def layer(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    made = nn.Sequential(nn.Linear(12, 20, bias=bias))
+    made = nn.Sequential(nn.Linear(12, 20, bias=bias, dtype=dtype))
     use_fast_products(made, CPU)
     return made
 
 
 @pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 5, 12), (0, 12)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_without_a_graph_it_is_onednns(shape: tuple[int, ...], bias: bool, n_products: list[int]) -> None:
-    model, x = layer(bias), torch.randn(shape)
-    with torch.no_grad():
-        found = model(x)
-    expected = model(x)  # with a graph
+@pytest.mark.parametrize("trains", ["nothing", "the input", "the layer", "both"])
+def test_values_and_gradients_are_pytorchs(
+    shape: tuple[int, ...], bias: bool, trains: str, n_products: list[int]
+) -> None:
+    model = layer(bias).requires_grad_(trains in ("the layer", "both"))
+    exact = copy.deepcopy(model).double()
+    x = torch.randn(shape, requires_grad=trains in ("the input", "both"))
+    x_exact = x.detach().double().requires_grad_(x.requires_grad)
+    found, expected = model(x), exact(x_exact)
     assert found.shape == expected.shape
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert len(n_products) == 1
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    if trains == "nothing":
+        assert not found.requires_grad
+        assert len(n_products) == 1
+        return
+    slope = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view(found.shape)
+    (found * slope.float()).sum().backward()
+    (expected * slope).sum().backward()
+    pairs = zip([x, *model.parameters()], [x_exact, *exact.parameters()], strict=True)
+    for ours, theirs in pairs:
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_training_is_pytorchs(n_products: list[int]) -> None:
-    model, x = layer(), torch.randn(5, 12, requires_grad=True)
-    model(x).sum().backward()
-    assert all(p.grad is not None for p in [x, *model.parameters()])
+def _compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+def _tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+
+
+def _autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
+
+
+@pytest.mark.parametrize("state", [_compiling, _tracing, _autocast])
+def test_compilers_and_autocast_see_pytorchs_layer(
+    state: Callable[[pytest.MonkeyPatch], None], n_products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = layer()
+    state(monkeypatch)
+    model(torch.randn(5, 12))
     assert not n_products
 
 
-def test_other_dtypes_are_pytorchs(n_products: list[int]) -> None:
-    with torch.no_grad():
-        layer().double()(torch.randn(5, 12, dtype=torch.float64))
+def test_other_dtypes_and_partitioned_weights_are_pytorchs(n_products: list[int]) -> None:
+    layer().double()(torch.randn(5, 12, dtype=torch.float64))
+    partitioned = layer()
+    partitioned[0].weight.ds_id = 0  # type: ignore[index,union-attr]
+    partitioned(torch.randn(5, 12))
     assert not n_products
+
+
+def test_where_onednn_is_not_chosen_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(layer(dtype=torch.bfloat16)[0]) is nn.Linear  # type: ignore[index]
+    monkeypatch.setenv("LLM2VEC_ONEDNN", "0")
+    products.cpu_products.cache_clear()
+    assert type(layer()[0]) is nn.Linear  # type: ignore[index]
 
 
 def test_elsewhere_than_on_a_cpu_layers_stay() -> None:
