@@ -20,9 +20,10 @@ import torch
 MUCH_FASTER = 1.25
 """Above what chance makes of two that are as fast."""
 _SIZE, _ROUNDS = 512, 5
-_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""oneDNN compiles a product for its shapes, a megabyte of code, and keeps 1,024 of them; PyTorch's layer over
-it as many more. Packed batches differ in their number of tokens: hundreds of megabytes, hardly used again."""
+_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "1"}
+"""oneDNN compiles a product for its shapes, up to a megabyte of code, and keeps 1,024 of them; PyTorch's
+layer over it as many, each with a buffer of an operand's size (0 crashes it, and more than 1 is no faster).
+Packed batches differ in their number of tokens, so hundreds of megabytes would be kept for nothing."""
 
 
 class CpuProducts(NamedTuple):
