@@ -2,7 +2,7 @@
 
 PyTorch takes MKL for fp32, which uses vectors of 256 bits on processors that are not Intel's. oneDNN, which
 PyTorch brings along too, uses 512 wherever there are any: on a Zen 5 it is more than twice as fast in every
-shape, on a Zen 4, whose units are 256 bits wide, it is a little slower.
+shape; where the units are 256 bits wide, as in older ones, it is a little slower.
 
 Shape legend: T rows, I and O width of input and output.
 """
@@ -20,7 +20,7 @@ import torch
 MUCH_FASTER = 1.25
 """Above what chance makes of two that are as fast."""
 _SIZE, _ROUNDS = 512, 5
-_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "1"}
+_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "1"}
 """oneDNN compiles a product for its shapes, up to a megabyte of code, and keeps 1,024 of them; PyTorch's
 layer over it as many, each with a buffer of an operand's size (0 crashes it, and more than 1 is no faster).
 Packed batches differ in their number of tokens, so hundreds of megabytes would be kept for nothing."""
