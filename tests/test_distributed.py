@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from llm2vec_ds.distributed import Ranks, export_ranks, gather_rows, ranks_from_environment
+from llm2vec_ds import distributed
+from llm2vec_ds.distributed import (
+    Ranks,
+    contact,
+    export_ranks,
+    gather_rows,
+    meeting,
+    ranks_from_environment,
+)
 from llm2vec_ds.errors import UserError
 from tests.support.ranks import run_ranks
 
@@ -62,3 +71,43 @@ def test_gather_rows_of_unequal_ranks_with_the_gradient_of_all() -> None:
         assert rows[:, 0].tolist() == [0, 1, 1, 2, 2, 2]
     # Row n is weighted n by rank 0, 2n by rank 1 and 3n by rank 2.
     assert torch.cat([gradient for _, gradient in results])[:, 0].tolist() == [6, 12, 18, 24, 30, 36]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:9"),
+            "step 3: rank 0 has lost another rank ([../gloo/transport/tcp/pair.cc:553] Connection closed by ",
+        ),
+        (
+            dist.DistBackendError("NCCL error in: a.cpp:1, unhandled cuda error\nLast error:\nDuplicate GPU"),
+            "step 3: a collective has failed (Duplicate GPU). The first error line above",
+        ),
+    ],
+)
+def test_a_failed_collective_in_words(
+    error: RuntimeError, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's as its sources word it; gloo's are seen in tests/faults."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(UserError) as raised, contact("step 3"):
+        raise error
+    assert str(raised.value).startswith(expected)
+
+
+def test_a_peer_that_dies_while_ranks_meet_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    monkeypatch.setenv("MASTER_PORT", "20000")
+    with (
+        pytest.raises(UserError, match=r"rank 1 of 2 does not meet the others at n1:20000 \(gloo: closed\)"),
+        meeting(Ranks(1, 2, 1)),
+    ):
+        raise RuntimeError("gloo: closed")
+
+
+@pytest.mark.parametrize("context", [contact("step 3"), meeting(Ranks(1, 2, 1))])
+def test_other_errors_keep_their_traceback(context: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="^a shape$"), context:  # type: ignore[attr-defined]
+        raise RuntimeError("a shape")

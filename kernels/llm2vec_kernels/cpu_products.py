@@ -39,11 +39,13 @@ def cpu_products() -> CpuProducts:
     usual = usual_library()
     if not torch.backends.mkldnn.is_available():
         return CpuProducts(usual, "this PyTorch has no oneDNN")
+    asked = os.environ.get("LLM2VEC_ONEDNN")
+    if asked == "0":
+        return CpuProducts(usual, "LLM2VEC_ONEDNN=0")
     for name, capacity in _CACHES.items():
         os.environ.setdefault(name, capacity)  # read at oneDNN's first product
-    asked = os.environ.get("LLM2VEC_ONEDNN")
-    if asked in ("0", "1"):
-        return CpuProducts("oneDNN" if asked == "1" else usual, f"LLM2VEC_ONEDNN={asked}")
+    if asked == "1":
+        return CpuProducts("oneDNN", "LLM2VEC_ONEDNN=1")
     ratio = _speed_of_onednn()
     unknown = f"LLM2VEC_ONEDNN={asked} is neither 0 nor 1; " if asked else ""
     return CpuProducts(

@@ -112,10 +112,14 @@ def made_by(recipe: Recipe) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "world_size": world_size(),
         "n_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu, products by {cpu_products().name}",
+        "device": _device(),
     }
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu, products by {cpu_products().name}"
 
 
 def _version(name: str) -> str | None:

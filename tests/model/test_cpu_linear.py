@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -73,26 +73,15 @@ def test_values_and_gradients_are_pytorchs(
             torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
 
 
-def _compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-
-
-def _tracing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
-
-
-def _autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
-
-
-@pytest.mark.parametrize("state", [_compiling, _tracing, _autocast])
-def test_compilers_and_autocast_see_pytorchs_layer(
-    state: Callable[[pytest.MonkeyPatch], None], n_products: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = layer()
-    state(monkeypatch)
-    model(torch.randn(5, 12))
+def test_compilers_and_autocast_see_pytorchs_layer(n_products: list[int]) -> None:
+    model, x = layer(), torch.randn(5, 12)
+    torch.compile(model, backend="eager", fullgraph=True)(x)
+    exported = torch.export.export(model, (x,))
+    torch.jit.trace(model, x, check_trace=False)
+    with torch.autocast("cpu"):
+        assert model(x).dtype == torch.bfloat16
     assert not n_products
+    assert "mkldnn" not in str(exported.graph)
 
 
 def test_other_dtypes_and_partitioned_weights_are_pytorchs(n_products: list[int]) -> None:

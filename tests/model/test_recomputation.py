@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from llm2vec_kernels.cpu_products import cpu_products
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +15,7 @@ from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.model.adapters import add_lora
+from llm2vec_ds.model.cpu_linear import use_fast_products
 from llm2vec_ds.model.recomputation import Recomputation, _keep_and_replay, recompute_activations
 from tests.model.test_equalities import texts, trunk
 from tests.support.tiny import tiny_tokenizer
@@ -47,6 +49,25 @@ def test_products_run_once_and_the_rest_twice() -> None:
     assert selective[product] == none[product] < full[product]
     assert selective[attention] == none[attention] < full[attention]
     assert selective[torch.ops.aten.silu.default] == 2 * none[torch.ops.aten.silu.default]
+
+
+def test_a_layer_without_adapter_keeps_onednns_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, backward's two; `full` computes forward's again."""
+    monkeypatch.setenv("LLM2VEC_ONEDNN", "1")
+    cpu_products.cache_clear()
+    try:
+        counted = {}
+        for which in ("none", "selective", "full"):
+            model = trunk()
+            use_fast_products(model, torch.device("cpu"))
+            recompute_activations(model, which)
+            encoder = Encoder(model.train(), tiny_tokenizer())
+            with Counting() as counting:
+                encoder(pack(texts())).square().sum().backward()
+            counted[which] = counting.calls[torch.ops.mkldnn._linear_pointwise.default]
+    finally:
+        cpu_products.cache_clear()
+    assert 0 < counted["selective"] == counted["none"] < counted["full"]
 
 
 def test_a_kept_result_that_changes_in_place_is_refused() -> None:
