@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import pytest
@@ -53,7 +52,9 @@ def test_values_and_gradients_are_pytorchs(
     shape: tuple[int, ...], bias: bool, trains: str, n_products: list[int]
 ) -> None:
     model = layer(bias).requires_grad_(trains in ("the layer", "both"))
-    exact = copy.deepcopy(model).double()
+    exact = nn.Sequential(nn.Linear(12, 20, bias=bias)).requires_grad_(trains in ("the layer", "both"))
+    exact.load_state_dict(model.state_dict())
+    exact.double()
     x = torch.randn(shape, requires_grad=trains in ("the input", "both"))
     x_exact = x.detach().double().requires_grad_(x.requires_grad)
     found, expected = model(x), exact(x_exact)
