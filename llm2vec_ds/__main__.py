@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from llm2vec_ds.errors import NO_SPACE, Stopped, UserError, reason
+from llm2vec_ds.errors import NO_SPACE, Stopped, UserError, reason, say
 
 
 def main() -> None:
@@ -14,18 +14,18 @@ def main() -> None:
     try:
         app(prog_name="llm2vec-ds")  # also as `python -m llm2vec_ds`
     except UserError as error:
-        print(f"llm2vec-ds: error: {error}", file=sys.stderr)
+        say(f"llm2vec-ds: error: {error}")
         sys.exit(2)
     except Stopped as stopped:
-        print(f"llm2vec-ds: {stopped}", file=sys.stderr)
+        say(f"llm2vec-ds: {stopped}")
         sys.exit(Stopped.EXIT_CODE)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
-        print(f"llm2vec-ds: error: {error.filename or 'a file'}: {reason(error)}", file=sys.stderr)
+        say(f"llm2vec-ds: error: {error.filename or 'a file'}: {reason(error)}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("llm2vec-ds: stopped", file=sys.stderr)
+        say("llm2vec-ds: stopped")
         sys.exit(130)
 
 

@@ -1,8 +1,9 @@
-"""The one error that a user is meant to read."""
+"""The one error that a user is meant to read, and how it is said."""
 
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,13 @@ def writing(what: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what} cannot be written: {reason(error)}") from None
+
+
+def say(words: str) -> None:
+    """One line on stderr in one write: under a launcher's `python -u`, `print` takes a second one for the
+    line's end, and lines of ranks that fail together run into each other."""
+    sys.stderr.write(f"{words}\n")
+    sys.stderr.flush()
 
 
 def reason(error: OSError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,19 @@ def test_help_shows_examples_and_whole_words(
     assert max(map(len, shown.splitlines())) <= columns
     if not name:
         assert all(f"│ {command} " in shown for command in COMMANDS)
+
+
+def test_an_error_is_one_write() -> None:
+    """So that lines of ranks that fail together stay lines: under `python -u`, as launchers start them."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        line = [sys.executable, "-u", "-m", "llm2vec_ds", "train", "none.yaml"]
+        outcome = subprocess.run(line, stderr=theirs, cwd=ROOT, check=False)
+        ours.settimeout(10)
+        said = ours.recv(4096).decode()  # what one write wrote
+    assert outcome.returncode == 2
+    assert said.startswith("llm2vec-ds: error: recipe none.yaml not found")
+    assert said.endswith("\n")
 
 
 @pytest.mark.parametrize(

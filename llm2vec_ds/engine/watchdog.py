@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm2vec_ds.distributed import rank, world_size
+from llm2vec_ds.errors import say
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 
@@ -76,13 +77,11 @@ class Watchdog:
             where = f"stacks in {stacks}"
         except OSError as error:  # a full disk must not keep the run hanging
             where = f"no stacks: {stacks} cannot be written, {error.strerror}"
-        print(
+        say(
             f"llm2vec-ds: error: {self._doing} on rank {rank()} of {world_size()} ({socket.gethostname()}) "
             f"has taken more than {self._timeout_s:g} s ({self._place()}; {where}). Another rank "
             "hangs or has died: look for a rank at another place, then run again with resume=true; raise "
-            "step_timeout_s if a step does take that long",
-            file=sys.stderr,
-            flush=True,
+            "step_timeout_s if a step does take that long"
         )
         os._exit(EXIT_CODE)  # the main thread may wait in a collective for ever
 
