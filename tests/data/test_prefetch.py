@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
@@ -45,18 +44,4 @@ def test_an_error_comes_with_its_own_step() -> None:
     assert prefetch(0) == 0
     with pytest.raises(UserError, match="row 7"):
         prefetch(1)
-    prefetch.close()
-
-
-def test_making_takes_no_time_of_the_step() -> None:
-    def make(step: int) -> int:
-        time.sleep(0.2)
-        return step
-
-    prefetch = Prefetch(make, n_steps=2)
-    prefetch(0)
-    time.sleep(0.4)
-    started = time.perf_counter()
-    prefetch(1)
-    assert time.perf_counter() - started < 0.1
     prefetch.close()
