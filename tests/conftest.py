@@ -14,8 +14,10 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub should fail at once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from tests.support.runs import choose_library
 from tests.support.tiny import save_tiny_llama, sentences
 
+choose_library()
 settings.register_profile("seeded", derandomize=True, deadline=None)
 settings.load_profile("seeded")
 

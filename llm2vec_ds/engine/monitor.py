@@ -145,7 +145,7 @@ class MetricsLog:
         shown = ", ".join(
             f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float) and k != "n_masked"
         )
-        self._bar.write(f"held out, step {values['step']}: {shown}", file=sys.stderr)
+        self._bar.write(f"held out, step {values['step']}: {shown}\n", file=sys.stderr, end="")  # one write
 
     def close(self) -> None:
         self._bar.close()

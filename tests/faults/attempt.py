@@ -21,6 +21,7 @@ from typing import Any
 from tests.support.ranks import free_port
 
 HUNG = -999
+MARKS = ("met", "training")
 DURABLE_OPERATIONS = ("write", "fsync", "rename")
 
 
@@ -48,12 +49,14 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 def start(recipe: Path, world: int, log: Path, fault: Fault | None = None) -> list[BaseProcess]:
     """Starts `llm2vec-ds train RECIPE resume=true` on `world` ranks.
 
-    Output goes to LOG.RANK; a rank that is set up and begins to train makes LOG.RANK.training.
+    Output goes to LOG.RANK; a rank that has met the others makes LOG.RANK.met, one that is set up and begins
+    to train LOG.RANK.training.
     """
     _CONTEXT.set_forkserver_preload(["llm2vec_ds.engine.run", "deepspeed", "peft", "tests.faults.attempt"])
     port = free_port()
     for rank in range(world):
-        Path(f"{log}.{rank}.training").unlink(missing_ok=True)
+        for mark in MARKS:
+            Path(f"{log}.{rank}.{mark}").unlink(missing_ok=True)
     processes: list[BaseProcess] = []
     for rank in range(world):
         own = fault if fault is not None and fault.rank == rank else None
@@ -97,9 +100,9 @@ def _rank(rank: int, world: int, port: int, recipe: str, log: str, fault: Fault 
     torch.set_num_threads(1)
     trainable_state.PART_BYTES = 2**15  # several parts, so that each rank writes
     operations = _count_operations(fault)
-    _mark_training(Path(f"{log}.training"))
     if fault is not None:
-        _plant(fault)
+        _plant(fault, [Path(log).with_suffix(f".{peer}.met") for peer in range(world)])
+    _mark(log)
     from llm2vec_ds.__main__ import main
 
     sys.argv = ["llm2vec-ds", "train", recipe, "resume=true"]
@@ -154,16 +157,19 @@ def _count_operations(fault: Fault | None) -> Callable[[], str]:
     return lambda: " ".join(seen)
 
 
-def _mark_training(mark: Path) -> None:
+def _mark(log: str) -> None:
+    from llm2vec_ds.engine import run
     from llm2vec_ds.engine.trainer import Trainer
 
-    whole_run = Trainer.run
+    def marked(mark: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def marking(*arguments: Any) -> Any:
+            Path(f"{log}.{mark}").touch()
+            return function(*arguments)
 
-    def run(*arguments: Any) -> None:
-        mark.touch()
-        whole_run(*arguments)
+        return marking
 
-    Trainer.run = run  # type: ignore[method-assign]
+    run.build_stage = marked("met", run.build_stage)
+    Trainer.run = marked("training", Trainer.run)  # type: ignore[method-assign]
 
 
 def _is_own(frame: FrameType | None) -> bool:
@@ -175,14 +181,20 @@ def _is_own(frame: FrameType | None) -> bool:
     return False
 
 
-def _plant(fault: Fault) -> None:
+def _plant(fault: Fault, have_met: list[Path]) -> None:
     import torch
 
     from llm2vec_ds.engine import run
     from llm2vec_ds.stages.contrastive import ContrastiveStage
 
     if fault.kind == "absent":
-        run.build_stage = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+
+        def dies(*_: Any) -> Any:
+            while not all(mark.exists() for mark in have_met):  # a peer may be meeting still
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        run.build_stage = dies
     whole_step = ContrastiveStage.step
 
     def step(self: Any, number: int, rows: Any, batches: Any, forward: Any, backward: Any) -> Any:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from llm2vec_ds.engine.checkpoint import CheckpointStore
 from tests.faults.attempt import HUNG, Fault, attempt, start, wait
-from tests.support.runs import recipe, write_recipe
+from tests.support.runs import choose_library, recipe, write_recipe
 from tests.support.tiny import save_tiny_llama, sentences
 
 WORLD, STEPS, EVERY_STEPS = 2, 6, 2
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="at least so many (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default 0)")
     arguments = parser.parse_args()
+    choose_library()
     with tempfile.TemporaryDirectory() as folder:
         outcome = run(Path(folder), arguments.kills, arguments.seed)
     for name in outcome.unequal:

@@ -12,12 +12,14 @@ from llm2vec_ds.data.packing import pack
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import add_lora, merged_state_dict
+from llm2vec_ds.model.cpu_linear import use_fast_products
 from tests.model.test_equalities import texts, trunk
 from tests.support.tiny import tiny_tokenizer
 
 
 def test_only_adapters_train_and_a_zero_b_changes_nothing() -> None:
     model = trunk()
+    use_fast_products(model, torch.device("cpu"))  # as the adapters' operation does
     before = Encoder(model, tiny_tokenizer())(pack(texts())).detach()
     names = add_lora(model, AdapterConfig(rank=4))
     assert len(names) == 2 * 7  # two layers of q, k, v, o, gate, up, down

@@ -31,7 +31,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """A recipe of some five seconds, without dropout: losses do not depend on the number of ranks."""
+    """A recipe of some ten seconds, without dropout: losses do not depend on the number of ranks."""
     folder = tmp_path_factory.mktemp("inputs")
     save_tiny_llama(folder / "model")
     (folder / "texts.txt").write_text("\n".join(sentences(64)) + "\n", encoding="utf-8")
@@ -40,7 +40,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         folder / "model",
         folder / "texts.txt",
         Path("overridden"),
-        max_steps=150,
+        max_steps=300,
         checkpoint={"every_steps": 25},
         **NO_DROPOUT,
     )

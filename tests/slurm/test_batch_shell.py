@@ -29,8 +29,9 @@ class Case(NamedTuple):
 
 TERM, USR1 = ("scancel", "--batch", "--signal=TERM"), ("scancel", "--batch", "--signal=USR1")
 CASES = {
-    "finishes": Case("saves", (), "COMPLETED", "0", "finished: "),
+    "finishes": Case("finishes", (), "COMPLETED", "0", "finished: "),
     "TERM": Case("saves", TERM, "COMPLETED", "1", "finished: "),
+    "asked while starting": Case("starts", USR1, "COMPLETED", "1", "finished: "),
     "asked while importing": Case("imports", USR1, "COMPLETED", "1", "finished: "),
     "TERM to the ranks": Case("saves", ("scancel", "--signal=TERM"), "COMPLETED", "1", "finished: "),
     "no restart left": Case("saves", USR1, "FAILED", "0", "0 restarts are the limit", most_restarts="0"),
@@ -87,7 +88,7 @@ def test_the_node_of_the_batch_shell_dies(
     wait_for("the job to run", (tmp_path / "run" / "started-1").exists)
     cluster.lose_node("n1")
     try:
-        wait_for("requeue", lambda: cluster.job(job)["Restarts"] == "1")
+        wait_for("requeue", lambda: cluster.job(job).get("Restarts") == "1")
     finally:
         cluster.start_node("n1")
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", cluster.log(job)

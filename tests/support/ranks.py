@@ -16,15 +16,24 @@ import torch.multiprocessing as mp
 
 
 def free_port() -> int:
-    """A port below those that the system hands to clients (from 32768), so that none takes it meanwhile."""
-    while True:
-        port = random.SystemRandom().randrange(15_000, 32_000)
+    """A port below those that the system hands to clients (from 32768), so that none takes it meanwhile, and
+    that `slurm/common.sh` gives to jobs (from 20000)."""
+    return free_ports(1)[0]
+
+
+def free_ports(n: int) -> list[int]:
+    """As many, all different."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(15_000, 20_000), 5_000):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        return port
+        ports.append(port)
+        if len(ports) == n:
+            return ports
+    raise RuntimeError(f"no {n} free ports from 15000 to 19999")
 
 
 def _enter(rank: int, world: int, port: int, function: Callable[[int, int], Any], folder: str) -> None:

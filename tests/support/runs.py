@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from llm2vec_kernels.cpu_products import cpu_products
 
 from tests.support.ranks import free_port
 
@@ -17,6 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 NO_DROPOUT = {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.0, "zero_init": False}}
 """For equalities: nothing random in the forward pass, and gradients that a zero B would hide."""
+
+
+def choose_library() -> None:
+    """For all processes of a test, whose bits are compared: each would measure which is faster."""
+    os.environ.setdefault("LLM2VEC_ONEDNN", "1" if cpu_products().name == "oneDNN" else "0")
+    cpu_products.cache_clear()
 
 
 def recipe(stage: str, model: Path, texts: Path, output: Path, **changes: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support.ranks import free_port
+from tests.support.ranks import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -58,7 +58,7 @@ SlurmdSpoolDir={folder}/spool.%n
 StateSaveLocation={folder}/state
 SlurmctldTimeout=10
 SlurmdTimeout={slurmd_timeout_s}
-KillWait=3
+KillWait=10
 WaitTime=0
 MinJobAge=3600
 InactiveLimit=0
@@ -117,14 +117,15 @@ class Cluster:
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
         (self.folder / "task_prolog").write_text(TASK_PROLOG)
         (self.folder / "task_prolog").chmod(0o755)
+        control_port, *ports = free_ports(1 + len(self.nodes))
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()} CPUs=64 "
+            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=64 "
             "RealMemory=4000 Gres=gpu:8"
-            for name in self.nodes
+            for name, port in zip(self.nodes, ports, strict=True)
         )
         text = CONFIG.format(
             folder=self.folder,
-            port=free_port(),
+            port=control_port,
             cred_expire_s=CRED_EXPIRE_S,
             slurmd_timeout_s=SLURMD_TIMEOUT_S,
             grace_time_s=GRACE_TIME_S,

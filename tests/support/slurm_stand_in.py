@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """In the place of Python in `slurm/train_7b.sh`, to test the batch shell alone: quick, and fails as told.
 
-STAND_IN=saves      runs 4 s, or stops as asked
-STAND_IN=imports    is deaf for 3 s first, as a process that is still importing
+STAND_IN=finishes   runs 0.5 s
+STAND_IN=saves      stops as asked
+STAND_IN=starts     rank 1 is ended by a signal, as a Python that has just started; rank 0 is deaf
+STAND_IN=imports    is deaf for 3 s first, as a process that is still importing, then stops as asked
 STAND_IN=error      rank 1 ends with an error, rank 0 notices
 STAND_IN=crash      rank 1 is killed by a signal
 """
@@ -20,15 +22,20 @@ FOLDER = Path(os.environ["STAND_IN_FOLDER"])
 
 def rank(number: int, mode: str) -> int:
     asked: list[int] = []
+    is_deaf = mode in ("starts", "imports")
     for name in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN if mode == "imports" else lambda number, _: asked.append(number))
+        signal.signal(name, signal.SIG_IGN if is_deaf else lambda number, _: asked.append(number))
+    if mode == "starts" and number == 1:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     (FOLDER / f"started-{number}").touch()
     if mode == "imports":
         time.sleep(3)
         signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
-    ends = time.monotonic() + (30 if mode == "imports" else 4)
+    ends = time.monotonic() + (0.5 if mode == "finishes" else 60)
     while time.monotonic() < ends:
         time.sleep(0.1)
+        if number == 1 and not (FOLDER / "started-0").exists():
+            continue  # srun ends the others of a rank that failed: rank 0 has to listen by then
         if mode == "error" and number == 1:
             print("llm2vec-ds: error: the disk is full: free some space", file=sys.stderr)
             return 2
