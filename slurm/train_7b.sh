@@ -11,7 +11,7 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
 set -euo pipefail
-me=train_7b asked='' interrupted='' training=''
+me=train_7b asked='' interrupted='' training='' too_early='asked to stop before training began'
 
 usage() {
   cat <<'TEXT'
@@ -100,9 +100,16 @@ requeue() { # why
     fail "$1, but SLURM refuses to requeue: submit it again to go on (JobRequeue=1 and no --no-requeue would let it)"
 }
 
-last_error() { # of this attempt: the program's own line (not that of a peer left behind), else srun's first
+log_of_attempt() { tail -n +"$((log_lines_before + 1))" "$log"; }
+
+ended_by_signal() { # a rank so young that it did not ignore the signal yet, or a step still waiting for its nodes
+  [ -n "$asked" ] && # grep reads to the end: by -q the pipe would break, and that counts as a failure
+    log_of_attempt | grep -a '^srun: .*\(User defined signal 1\|pending job step with signal\)' >/dev/null
+}
+
+last_error() { # the program's own line (not that of a peer left behind), else srun's first
   local lines
-  lines=$(tail -n +"$((log_lines_before + 1))" "$log" | grep -a 'llm2vec-ds: error:\|^srun: error:.*task')
+  lines=$(log_of_attempt | grep -a 'llm2vec-ds: error:\|^srun: error:.*task')
   { grep 'llm2vec-ds: error:' <<<"$lines" | grep -v 'has lost another rank' ||
     grep '^srun: error:' <<<"$lines" || echo "see $log"; } | head -n 1
 }
@@ -115,6 +122,8 @@ judge() { # what the code of the step means for the job
     requeue "stopped as asked, everything saved"
   elif [ "$code" = 0 ]; then
     say "finished: $output_dir"
+  elif ended_by_signal; then
+    requeue "$too_early"
   else
     [ "$(job_state)" = RUNNING ] || exit_code=$code fail "ended by SLURM before it could save (the job is $(job_state)): submit it again to go on"
     silent=$(silent_nodes | sort | tr '\n' ' ')
@@ -133,7 +142,7 @@ main() {
   describe_run
   [ ! -e "$output_dir/STOP" ] || exit_code=75 fail "$output_dir/STOP keeps this run from starting: remove it first"
   check_nodes
-  [ -z "$asked" ] || { requeue "asked to stop before training began" && return; }
+  [ -z "$asked" ] || { requeue "$too_early" && return; }
   export STOPPED_NOTE=$output_dir/stopped.$SLURM_JOB_ID
   rm -f "$STOPPED_NOTE"
   log_lines_before=$(wc -l <"$log")
