@@ -36,6 +36,12 @@ def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_fixtures(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What fixtures of a module do, and processes that outlive a test, keeps off the user's cache too."""
+    os.environ["LLM2VEC_DS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache."""
