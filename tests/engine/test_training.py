@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from llm2vec_ds.engine.run import build_stage
 from llm2vec_ds.recipe import parse_recipe
-from tests.support.runs import NO_DROPOUT, command, recipe, trained, write_recipe
+from tests.support.runs import NO_DROPOUT, recipe, trained
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +129,11 @@ def test_same_seed_same_losses_with_dropout(tmp_path: Path, tiny_model_dir: Path
 def test_adapters_are_one_operation_with_their_layer_under_zero(
     zero_stage: int, tiny_model_dir: Path, texts_file: Path, tmp_path: Path
 ) -> None:
-    values = recipe("simcse", tiny_model_dir, texts_file, tmp_path / "run", max_steps=1)
-    path = write_recipe(values, tmp_path / "r.yaml")
-    outcome = command(["train", str(path), f"deepspeed=ds_configs/zero{zero_stage}.json"], ranks=2)
-    said = outcome.stdout + outcome.stderr
+    config = f"ds_configs/zero{zero_stage}.json"
+    trained(
+        recipe("simcse", tiny_model_dir, texts_file, tmp_path / "run", max_steps=1, deepspeed=config), ranks=2
+    )
+    said = (tmp_path / "run.log.0").read_text()
     n_adapted = re.search(r"lora rank 16 on (\d+) linear layers", said)
     n_fused = re.search(r"one operation with their adapter: (\d+)", said)
     assert n_adapted, said[-2000:]

@@ -1,12 +1,7 @@
-"""One attempt at a run on several gloo ranks, each a process of its own in which a fault can be planted.
-
-Processes are forked from a server that has the libraries loaded, so that an attempt takes a second and not
-ten; each is killed by SIGKILL as any other.
-"""
+"""One attempt at a run on several gloo ranks, each a process of its own in which a fault can be planted."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tests.support.ranks import free_port
+from tests.support.forked import enter, exit_code_of, rank_environment, server, write_to
+from tests.support.ports import free_port
 
 HUNG = -999
 MARKS = ("met", "training")
@@ -43,16 +39,12 @@ class Fault:
     half: bool = False
 
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-
-
 def start(recipe: Path, world: int, log: Path, fault: Fault | None = None) -> list[BaseProcess]:
     """Starts `llm2vec-ds train RECIPE resume=true` on `world` ranks.
 
     Output goes to LOG.RANK; a rank that has met the others makes LOG.RANK.met, one that is set up and begins
     to train LOG.RANK.training.
     """
-    _CONTEXT.set_forkserver_preload(["llm2vec_ds.engine.run", "deepspeed", "peft", "tests.faults.attempt"])
     port = free_port()
     for rank in range(world):
         for mark in MARKS:
@@ -60,7 +52,8 @@ def start(recipe: Path, world: int, log: Path, fault: Fault | None = None) -> li
     processes: list[BaseProcess] = []
     for rank in range(world):
         own = fault if fault is not None and fault.rank == rank else None
-        process = _CONTEXT.Process(target=_rank, args=(rank, world, port, str(recipe), f"{log}.{rank}", own))
+        arguments = (rank, world, rank_environment(rank, world, port), str(recipe), f"{log}.{rank}", own)
+        process = server().Process(target=_rank, args=arguments)
         process.start()
         processes.append(process)
     return processes
@@ -85,36 +78,28 @@ def attempt(recipe: Path, world: int, log: Path, fault: Fault | None = None) -> 
     return wait(start(recipe, world, log, fault))
 
 
-def _rank(rank: int, world: int, port: int, recipe: str, log: str, fault: Fault | None) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"})
-    import torch
-
+def _rank(
+    rank: int,
+    world: int,
+    environment: dict[str, str],
+    recipe: str,
+    log: str,
+    fault: Fault | None,
+) -> None:
+    write_to(log)
+    enter(environment)
     from llm2vec_ds.engine import trainable_state
 
-    torch.set_num_threads(1)
     trainable_state.PART_BYTES = 2**15  # several parts, so that each rank writes
     operations = _count_operations(fault)
     if fault is not None:
         _plant(fault, [Path(log).with_suffix(f".{peer}.met") for peer in range(world)])
     _mark(log)
-    from llm2vec_ds.__main__ import main
-
-    sys.argv = ["llm2vec-ds", "train", recipe, "resume=true"]
-    code: Any = 0
     try:
-        main()
-    except SystemExit as left:
-        code = left.code
+        code = exit_code_of(["train", recipe, "resume=true"])
     finally:
         Path(f"{log}.operations").write_text(f"{operations()}\n")
-    sys.stderr.flush()
-    os._exit(code or 0)  # as the interpreter's end would, without the server's own clean-up
+    os._exit(code)  # as the interpreter's end would, without the server's own clean-up
 
 
 def _count_operations(fault: Fault | None) -> Callable[[], str]:

@@ -56,7 +56,9 @@ def run(tmp_path: Path, tiny_model_dir: Path, texts_file: Path) -> Run:
 @pytest.fixture(scope="module")
 def undisturbed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, texts_file: Path) -> Run:
     run = Run(tmp_path_factory.mktemp("undisturbed"), tiny_model_dir, texts_file)
-    assert run.attempt() == [0, 0]
+    with pytest.MonkeyPatch.context() as own:  # texts are prepared in it, as in each test
+        own.setenv("LLM2VEC_DS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        assert run.attempt() == [0, 0]
     return run
 
 

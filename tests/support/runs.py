@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from llm2vec_kernels.cpu_products import cpu_products
 
-from tests.support.ranks import free_port
+from tests.support.forked import forked_command
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,9 +65,12 @@ def command(arguments: list[str], ranks: int = 1, timeout_s: int = 300) -> subpr
 
 
 def trained(values: dict[str, Any], ranks: int = 1) -> list[dict[str, Any]]:
-    """Runs the recipe, which must succeed; the rows of its metrics.jsonl."""
+    """Runs the recipe in processes of its own, which must succeed; the rows of its metrics.jsonl.
+
+    Rank R says what it says in OUTPUT_DIR.log.R.
+    """
     output = Path(values["output_dir"])
-    path = write_recipe(values, output.with_suffix(".yaml"))
-    outcome = command(["train", str(path)], ranks)
-    assert outcome.returncode == 0, outcome.stderr[-3000:] + outcome.stdout[-3000:]
+    path, log = write_recipe(values, output.with_suffix(".yaml")), output.with_suffix(".log")
+    codes = forked_command(["train", str(path)], ranks, log)
+    assert codes == [0] * ranks, [Path(f"{log}.{rank}").read_text()[-3000:] for rank in range(ranks)]
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,77 @@
+"""Processes forked from a server that has the libraries loaded: they start in a second and not in ten."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tests.support.ports import free_port
+
+
+def server() -> ForkServerContext:
+    """Python has one for all of a test process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llm2vec_ds.engine.run", "deepspeed", "peft"])
+    return context
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """This process's environment, with what a launcher adds."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    return {**os.environ, **{name: str(value) for name, value in own.items()}, "MASTER_ADDR": "127.0.0.1"}
+
+
+def enter(environment: dict[str, str]) -> None:
+    """First in a forked process, whose own environment is the server's, so that of an earlier test."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def write_to(log: str) -> None:
+    """Both outputs of this process go to a file, also those of C++."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def exit_code_of(arguments: list[str]) -> int:
+    """`llm2vec-ds ARGUMENTS` in this process."""
+    from llm2vec_ds.__main__ import main
+
+    sys.argv = ["llm2vec-ds", *arguments]
+    try:
+        main()
+    except SystemExit as left:
+        return int(left.code or 0)
+    finally:
+        sys.stderr.flush()
+    return 0
+
+
+def _command(environment: dict[str, str], log: str, line: list[str]) -> None:
+    write_to(log)
+    enter(environment)
+    os._exit(exit_code_of(line))  # as the interpreter's end would, without the server's own clean-up
+
+
+def forked_command(arguments: list[str], ranks: int, log: Path) -> list[int]:
+    """`llm2vec-ds ARGUMENTS` on each rank, with output to LOG.RANK; exit codes, negative for a signal."""
+    port = free_port()
+    processes: list[BaseProcess] = []
+    for rank in range(ranks):
+        environment = rank_environment(rank, ranks, port) if ranks > 1 else dict(os.environ)
+        own = (environment, f"{log}.{rank}", arguments)
+        processes.append(server().Process(target=_command, args=own))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    return [int(process.exitcode or 0) for process in processes]
