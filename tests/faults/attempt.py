@@ -13,10 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tests.support.forked import enter, exit_code_of, rank_environment, server, write_to
+from tests.support.forked import enter, exit_code_of, rank_environment, server, wait, write_to
 from tests.support.ports import free_port
 
-HUNG = -999
 MARKS = ("met", "training")
 DURABLE_OPERATIONS = ("write", "fsync", "rename")
 
@@ -57,20 +56,6 @@ def start(recipe: Path, world: int, log: Path, fault: Fault | None = None) -> li
         process.start()
         processes.append(process)
     return processes
-
-
-def wait(processes: list[BaseProcess], timeout_s: float = 120) -> list[int]:
-    """Exit codes (negative: a signal), `HUNG` for a rank that had to be killed because it did not end."""
-    deadline = time.monotonic() + timeout_s
-    codes = []
-    for process in processes:
-        process.join(max(deadline - time.monotonic(), 0))
-        hung = process.exitcode is None
-        if hung:
-            process.kill()
-            process.join()
-        codes.append(HUNG if hung else int(process.exitcode or 0))
-    return codes
 
 
 def attempt(recipe: Path, world: int, log: Path, fault: Fault | None = None) -> list[int]:

@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from llm2vec_ds.engine.checkpoint import CheckpointStore
-from tests.faults.attempt import HUNG, Fault, attempt, start, wait
+from tests.faults.attempt import Fault, attempt, start
+from tests.support.forked import HUNG, wait
 from tests.support.runs import choose_library, recipe, write_recipe
 from tests.support.tiny import save_tiny_llama, sentences
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import time
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.support.ports import free_port
+
+HUNG = -999
 
 
 def server() -> ForkServerContext:
@@ -63,8 +66,22 @@ def _command(environment: dict[str, str], log: str, line: list[str]) -> None:
     os._exit(exit_code_of(line))  # as the interpreter's end would, without the server's own clean-up
 
 
+def wait(processes: list[BaseProcess], timeout_s: float = 120) -> list[int]:
+    """Exit codes (negative: a signal), `HUNG` for a rank that had to be killed because it did not end."""
+    deadline = time.monotonic() + timeout_s
+    codes = []
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+        hung = process.exitcode is None
+        if hung:
+            process.kill()
+            process.join()
+        codes.append(HUNG if hung else int(process.exitcode or 0))
+    return codes
+
+
 def forked_command(arguments: list[str], ranks: int, log: Path) -> list[int]:
-    """`llm2vec-ds ARGUMENTS` on each rank, with output to LOG.RANK; exit codes, negative for a signal."""
+    """`llm2vec-ds ARGUMENTS` on each rank, with output to LOG.RANK; exit codes as of `wait`."""
     port = free_port()
     processes: list[BaseProcess] = []
     for rank in range(ranks):
@@ -72,6 +89,4 @@ def forked_command(arguments: list[str], ranks: int, log: Path) -> list[int]:
         own = (environment, f"{log}.{rank}", arguments)
         processes.append(server().Process(target=_command, args=own))
         processes[-1].start()
-    for process in processes:
-        process.join()
-    return [int(process.exitcode or 0) for process in processes]
+    return wait(processes, timeout_s=300)
