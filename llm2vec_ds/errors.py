@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -35,9 +35,12 @@ def writing(what: object) -> Iterator[None]:
 
 def say(words: str) -> None:
     """One line on stderr in one write: under a launcher's `python -u`, `print` takes a second one for the
-    line's end, and lines of ranks that fail together run into each other."""
-    sys.stderr.write(f"{words}\n")
-    sys.stderr.flush()
+    line's end, and lines of ranks that fail together run into each other. Where it cannot be written (a full
+    disk, or closed), the exit code has to say it."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            sys.stderr.write(f"{words}\n")
+            sys.stderr.flush()
 
 
 def reason(error: OSError) -> str:

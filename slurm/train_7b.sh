@@ -102,9 +102,23 @@ requeue() { # why
 
 log_of_attempt() { tail -n +"$((log_lines_before + 1))" "$log"; }
 
-ended_by_signal() { # a rank so young that it did not ignore the signal yet, or a step still waiting for its nodes
-  [ -n "$asked" ] && # grep reads to the end: by -q the pipe would break, and that counts as a failure
-    log_of_attempt | grep -a '^srun: .*\(User defined signal 1\|pending job step with signal\)' >/dev/null
+# grep reads to the end: by -q the pipe would break, and that counts as a failure.
+said_by_srun() { log_of_attempt | grep -a "^srun: .*\($1\)" >/dev/null; }
+
+is_preempted() { scontrol show job "$SLURM_JOB_ID" | grep 'PreemptTime=[0-9]' >/dev/null; }
+
+# Before the ranks ignored or heard signals: one that came through this shell (138 if srun itself was as young), or
+# TERM, which SLURM sends to the ranks of a job that it preempts.
+ended_by_signal() {
+  if [ -n "$asked" ]; then
+    [ "$code" = 138 ] || said_by_srun 'User defined signal 1\|pending job step with signal'
+  else
+    is_preempted && said_by_srun 'Terminated'
+  fi
+}
+
+heed_stop_file() { # where everything is saved, or nothing was begun
+  [ ! -e "$output_dir/STOP" ] || exit_code=75 fail "stopped by $output_dir/STOP, everything saved: remove it and submit again to go on"
 }
 
 last_error() { # the program's own line (not that of a peer left behind), else srun's first
@@ -118,11 +132,12 @@ judge() { # what the code of the step means for the job
   local silent
   if [ -e "$STOPPED_NOTE" ]; then
     rm -f "$STOPPED_NOTE"
-    [ ! -e "$output_dir/STOP" ] || exit_code=75 fail "stopped by $output_dir/STOP, everything saved: remove it and submit again to go on"
+    heed_stop_file
     requeue "stopped as asked, everything saved"
   elif [ "$code" = 0 ]; then
     say "finished: $output_dir"
   elif ended_by_signal; then
+    heed_stop_file
     requeue "$too_early"
   else
     [ "$(job_state)" = RUNNING ] || exit_code=$code fail "ended by SLURM before it could save (the job is $(job_state)): submit it again to go on"

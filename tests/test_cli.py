@@ -56,6 +56,12 @@ def test_an_error_is_one_write() -> None:
     assert said.endswith("\n")
 
 
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"], ids=["full disk", "closed"])
+def test_an_error_that_cannot_be_said_keeps_its_exit_code(stderr: str) -> None:
+    line = f"{sys.executable} -u -m llm2vec_ds train none.yaml {stderr}"
+    assert subprocess.run(["bash", "-c", line], cwd=ROOT, check=False).returncode == 2
+
+
 @pytest.mark.parametrize(
     "words", [None, ["--help"], ["train", "--help"], ["demo", "--help"], ["train", "none.yaml"]], ids=str
 )

@@ -177,6 +177,18 @@ def test_import_is_quick_and_pulls_in_nothing_heavy() -> None:
     assert loaded.strip() == "[]"
 
 
+def test_planning_needs_neither_deepspeed_nor_mteb_nor_datasets() -> None:
+    """Imports are most of its time."""
+    code = (
+        "import atexit, sys; from llm2vec_ds.__main__ import main;"
+        "sys.argv[1:] = ['plan', 'recipes/smoke_mntp.yaml'];"
+        "atexit.register(lambda: print([m for m in ('deepspeed', 'mteb', 'datasets') if m in sys.modules]));"
+        "main()"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    assert said.splitlines()[-1] == "[]"
+
+
 def test_encoder_needs_neither_deepspeed_nor_mteb_nor_bitsandbytes() -> None:
     code = (
         "import sys; from llm2vec_ds import Encoder;"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 MUCH_FASTER = 1.5
-"""Midway between two that are as fast and twice the width of vectors, so that chance decides nowhere: a run
+"""Midway between two that are as fast and twice the width of vectors, so that chance hardly decides: a run
 that goes on in another process has the same bits."""
 _SIZE, _ROUNDS = 512, 5
 _CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "1"}

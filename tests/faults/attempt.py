@@ -84,7 +84,7 @@ def _rank(
         code = exit_code_of(["train", recipe, "resume=true"])
     finally:
         Path(f"{log}.operations").write_text(f"{operations()}\n")
-    os._exit(code)  # as the interpreter's end would, without the server's own clean-up
+    os._exit(code)  # without the server's own clean-up
 
 
 def _count_operations(fault: Fault | None) -> Callable[[], str]:

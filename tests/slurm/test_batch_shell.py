@@ -93,3 +93,16 @@ def test_the_node_of_the_batch_shell_dies(
         cluster.start_node("n1")
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", cluster.log(job)
     cluster.wait_until_idle()
+
+
+def test_preempted_while_python_starts(cluster: Cluster, submit: Callable[..., str], tmp_path: Path) -> None:
+    """SLURM sends TERM to the ranks, not to the batch shell."""
+    job = submit("run", "starts")
+    wait_for("the job to run", lambda: all((tmp_path / "run" / f"started-{r}").exists() for r in (0, 1)))
+    cluster.run(
+        "sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"
+    )
+    ended = cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    log = cluster.log(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
+    assert "asked to stop before training began: back into the queue" in log

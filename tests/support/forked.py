@@ -6,20 +6,32 @@ import multiprocessing
 import os
 import sys
 import time
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import torch
 
 from tests.support.ports import free_port
 
 HUNG = -999
 
 
-def server() -> ForkServerContext:
-    """Python has one for all of a test process."""
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""Variables that say which rank a process is; a run within the tests' own process leaves them behind."""
+
+
+def server() -> BaseContext:
+    """What processes start from; Python has one server for all of a test process."""
+    if torch.cuda.is_available():  # a forked process cannot use what its server has begun
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llm2vec_ds.engine.run", "deepspeed", "peft"])
     return context
+
+
+def own_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -30,8 +42,6 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 def enter(environment: dict[str, str]) -> None:
     """First in a forked process, whose own environment is the server's, so that of an earlier test."""
-    import torch
-
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(environment)
@@ -56,6 +66,7 @@ def exit_code_of(arguments: list[str]) -> int:
     except SystemExit as left:
         return int(left.code or 0)
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
     return 0
 
@@ -63,21 +74,20 @@ def exit_code_of(arguments: list[str]) -> int:
 def _command(environment: dict[str, str], log: str, line: list[str]) -> None:
     write_to(log)
     enter(environment)
-    os._exit(exit_code_of(line))  # as the interpreter's end would, without the server's own clean-up
+    os._exit(exit_code_of(line))  # without the server's own clean-up
 
 
 def wait(processes: list[BaseProcess], timeout_s: float = 120) -> list[int]:
     """Exit codes (negative: a signal), `HUNG` for a rank that had to be killed because it did not end."""
     deadline = time.monotonic() + timeout_s
-    codes = []
-    for process in processes:
-        process.join(max(deadline - time.monotonic(), 0))
-        hung = process.exitcode is None
-        if hung:
+    try:
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        return [HUNG if process.exitcode is None else process.exitcode for process in processes]
+    finally:
+        for process in processes:
             process.kill()
             process.join()
-        codes.append(HUNG if hung else int(process.exitcode or 0))
-    return codes
 
 
 def forked_command(arguments: list[str], ranks: int, log: Path) -> list[int]:
@@ -85,7 +95,7 @@ def forked_command(arguments: list[str], ranks: int, log: Path) -> list[int]:
     port = free_port()
     processes: list[BaseProcess] = []
     for rank in range(ranks):
-        environment = rank_environment(rank, ranks, port) if ranks > 1 else dict(os.environ)
+        environment = rank_environment(rank, ranks, port) if ranks > 1 else own_environment()
         own = (environment, f"{log}.{rank}", arguments)
         processes.append(server().Process(target=_command, args=own))
         processes[-1].start()

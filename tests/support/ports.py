@@ -1,4 +1,4 @@
-"""Ports of this host that nobody else takes."""
+"""Ports of this host that are free now, and that neither the system nor `slurm/common.sh` hands out."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import socket
 
 
 def free_port() -> int:
-    """A port below those that the system hands to clients (from 32768), so that none takes it meanwhile, and
-    that `slurm/common.sh` gives to jobs (from 20000)."""
+    """Below those that the system gives to clients (from 32768) and the scripts to jobs (from 20000)."""
     return free_ports(1)[0]
 
 

@@ -29,10 +29,10 @@ def _enter(
 
 def run_ranks(function: Callable[[int, int], Any], world: int) -> list[Any]:
     """`function(rank, world)` on each rank, at module level of a test file; results in rank order."""
-    server()  # which `start_processes` forks from
+    start_method = server().get_start_method()
     port = free_port()
     environments = [rank_environment(rank, world, port) for rank in range(world)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = (environments, function, folder)
-        mp.start_processes(_enter, arguments, nprocs=world, start_method="forkserver")
+        mp.start_processes(_enter, arguments, nprocs=world, start_method=start_method)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from llm2vec_kernels.cpu_products import cpu_products
 
-from tests.support.forked import forked_command
+from tests.support.forked import forked_command, own_environment
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,20 +57,25 @@ def command(arguments: list[str], ranks: int = 1, timeout_s: int = 300) -> subpr
         port = ["--master_port", str(free_port())]
         line = [launcher, "--num_gpus", str(ranks), *port, "--module", "llm2vec_ds", *arguments]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PATH": path, "OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
+    environment = own_environment() | {"PATH": path, "OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
     return subprocess.run(
         line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout_s, check=False
     )
 
 
-def trained(values: dict[str, Any], ranks: int = 1) -> list[dict[str, Any]]:
+def trained(values: dict[str, Any], ranks: int = 1, *, as_users_do: bool = False) -> list[dict[str, Any]]:
     """Runs the recipe in processes of its own, which must succeed; the rows of its metrics.jsonl.
 
-    Rank R says what it says in OUTPUT_DIR.log.R.
+    Args:
+        as_users_do: by `command`, slower: processes then have nothing in common, not even how they hash. Else
+            rank R says what it says in OUTPUT_DIR.log.R.
     """
     output = Path(values["output_dir"])
     path, log = write_recipe(values, output.with_suffix(".yaml")), output.with_suffix(".log")
-    codes = forked_command(["train", str(path)], ranks, log)
-    assert codes == [0] * ranks, [Path(f"{log}.{rank}").read_text()[-3000:] for rank in range(ranks)]
+    if as_users_do:
+        outcome = command(["train", str(path)], ranks)
+        assert outcome.returncode == 0, outcome.stderr[-3000:] + outcome.stdout[-3000:]
+    else:
+        codes = forked_command(["train", str(path)], ranks, log)
+        assert codes == [0] * ranks, [Path(f"{log}.{rank}").read_text()[-3000:] for rank in range(ranks)]
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

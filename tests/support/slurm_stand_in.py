@@ -27,6 +27,7 @@ def rank(number: int, mode: str) -> int:
         signal.signal(name, signal.SIG_IGN if is_deaf else lambda number, _: asked.append(number))
     if mode == "starts" and number == 1:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     (FOLDER / f"started-{number}").touch()
     if mode == "imports":
         time.sleep(3)
