@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.support.slurm_cluster import ROOT, Cluster, wait_for
+from tests.support.slurm_cluster import ROOT, Cluster, search_path, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +103,37 @@ def test_preempted_while_python_starts(cluster: Cluster, submit: Callable[..., s
     cluster.run(
         "sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"
     )
+    ended = cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    log = cluster.log(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
+    assert "asked to stop before training began: back into the queue" in log
+
+
+YOUNG_SRUN = """#!/usr/bin/env bash
+case "$*" in *rank.py*) ;; *) exec {srun} "$@" ;; esac
+[ -z "${{SLURM_RESTART_COUNT:-}}" ] || exit 0
+{trap}
+touch {folder}/started
+for _ in {{1..300}}; do sleep 0.1; done
+exit 3
+"""
+
+
+@pytest.mark.parametrize(
+    "trap",
+    ["", "trap 'echo srun: Cancelled pending job step with signal 10 >&2; exit 1' USR1"],
+    ids=["before its handlers", "before the step"],
+)
+def test_a_signal_that_ends_srun(
+    trap: str, cluster: Cluster, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """In its place one that is young for long, and says what srun 22.05.8 was seen to say."""
+    real = shutil.which("srun", path=search_path())
+    (tmp_path / "srun").write_text(YOUNG_SRUN.format(srun=real, trap=trap, folder=tmp_path))
+    (tmp_path / "srun").chmod(0o755)
+    job = submit("run", "saves", PATH=f"{tmp_path}:{cluster.environment['PATH']}")
+    wait_for("the job to run", (tmp_path / "started").exists)
+    cluster.run(*USR1, job)
     ended = cluster.wait_for_state(job, "COMPLETED", "FAILED")
     log = cluster.log(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log

@@ -15,8 +15,6 @@ import torch
 from tests.support.ports import free_port
 
 HUNG = -999
-
-
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 """Variables that say which rank a process is; a run within the tests' own process leaves them behind."""
 
