@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 from pathlib import Path
+
+RENAME_EXCHANGE, AT_FDCWD = 2, -100
+"""Of Linux (renameat2(2))."""
+NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -32,6 +38,54 @@ def rename(old: Path, new: Path) -> None:
     """Atomic, and durable when this returns."""
     old.rename(new)
     sync_folder(new.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Makes every file below `folder` durable, and every name."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(parent) / name
+            if path.is_symlink():
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(parent))
+
+
+def exchange(new: Path, old: Path) -> None:
+    """Swaps two folders side by side, atomic and durable when this returns.
+
+    Where the system or the file system cannot swap, three renames do it: killed between them, `old` is at
+    `aside_of(new)`.
+    """
+    if not _exchanged(new, old):
+        aside = aside_of(new)
+        old.rename(aside)
+        new.rename(old)
+        aside.rename(new)
+    sync_folder(old.parent)
+
+
+def aside_of(new: Path) -> Path:
+    """Where `exchange` puts the old folder for a moment."""
+    return new.with_name(f"{new.name}.old")
+
+
+def _exchanged(new: Path, old: Path) -> bool:
+    """False: this system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    first, second = os.fsencode(new), os.fsencode(old)
+    if renameat2(AT_FDCWD, first, AT_FDCWD, second, RENAME_EXCHANGE) == 0:
+        return True
+    if (number := ctypes.get_errno()) in NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(old))
 
 
 def replace_file(path: Path, content: bytes) -> None:

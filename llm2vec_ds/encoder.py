@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +35,7 @@ from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.imported import merge_adapters, resolve, upstream_settings
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.pooling import POOLINGS
+from llm2vec_ds.storage.output_folder import replaced_folder
 from llm2vec_ds.streaming import Replicas, devices, text_blocks
 
 log = logging.getLogger(__name__)
@@ -311,28 +310,25 @@ class Encoder(nn.Module):
     ) -> None:
         """Writes trunk (safetensors), config, tokenizer and settings; the folder appears when complete.
 
+        An encoder that this class wrote there before is replaced in one move; what others have put beside it
+        stays.
+
         Args:
             state_dict: the trunk's weights where they differ from the live ones (merged adapters).
             adapters: `adapter_state`, for a trunk whose parameters are not whole here.
 
         Raises:
-            UserError: the folder cannot be written, or the disk is full; an older one at its place stays.
+            UserError: the folder holds other things, cannot be written, or the disk is full; what is there
+                stays.
         """
         folder = Path(folder)
-        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with writing(f"encoder {folder}"):
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                self.save_weights(unfinished, state_dict)
-                if self.stack is not None:
-                    write_stack(self.stack, adapters or adapter_state(self.trunk), unfinished)
-                self.tokenizer.save_pretrained(unfinished)
-                self.settings.write(unfinished)
-                if folder.exists():
-                    shutil.rmtree(folder)
-                unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        what = f"encoder {folder}"
+        with writing(what), replaced_folder(folder, what) as unfinished:
+            self.save_weights(unfinished, state_dict)
+            if self.stack is not None:
+                write_stack(self.stack, adapters or adapter_state(self.trunk), unfinished)
+            self.tokenizer.save_pretrained(unfinished)
+            self.settings.write(unfinished)
 
     def save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """The trunk alone: weights and config.json."""

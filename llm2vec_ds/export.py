@@ -11,8 +11,6 @@ import gc
 import importlib.util
 import json
 import logging
-import shutil
-import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import Prompt, Template, TokenizedText, tokenize, truncate
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.encoder_settings import EncoderSettings
+from llm2vec_ds.engine.run_folder import ENCODER, check_is_of_finished_run
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.export_card import copy_licence_files, licence, origin, write_card
@@ -37,6 +36,7 @@ from llm2vec_ds.export_files import (
     write_sentence_transformers,
 )
 from llm2vec_ds.model.pooling import POOLINGS
+from llm2vec_ds.storage.output_folder import check_replaceable, replaced_folder
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,9 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
         UserError: nothing to export there, an encoder that the format cannot express, an output that exists
             or cannot be written, or one that does not give the encoder's vectors.
     """
-    _check(output, options)
     folder = find_encoder(source)
+    what = f"--output {output}"
+    _check(output, what, [source, folder], options)
     # On the CPU and in fp32, so that the comparison afterwards is of like with like.
     encoder = Encoder.from_pretrained(folder, precision="fp32", device="cpu")
     encoder.settings = replace(encoder.settings, prompts={**encoder.settings.prompts, **options.prompts})
@@ -75,20 +76,12 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     licence_name = licence(found.base, options.licence)
     told = limits(encoder, as_modules)
     expected = _expected(encoder)
-    unfinished = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with writing(f"--output {output}"):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            dtype = _stored_dtype(folder) if options.dtype == "auto" else DTYPES[options.dtype]
-            _write(unfinished, encoder, as_modules, dtype)
-            write_card(unfinished, encoder, found, licence_name, told, options.format)
-            copied = copy_licence_files(found.base, unfinished)
-            _verify(unfinished, encoder, expected, as_modules, LOWEST_COSINE[dtype])
-            if output.exists():
-                shutil.rmtree(output)
-            unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with writing(what), replaced_folder(output, what, [source, folder]) as unfinished:
+        dtype = _stored_dtype(folder) if options.dtype == "auto" else DTYPES[options.dtype]
+        _write(unfinished, encoder, as_modules, dtype)
+        write_card(unfinished, encoder, found, licence_name, told, options.format)
+        copied = copy_licence_files(found.base, unfinished)
+        _verify(unfinished, encoder, expected, as_modules, LOWEST_COSINE[dtype])
     log.info("%s: %s, %s", output, options.format, str(dtype).removeprefix("torch."))
     if licence_name is None:
         log.warning("licence: none found for %s: look it up and give it with --licence", found.base_name)
@@ -103,10 +96,11 @@ def find_encoder(source: Path) -> Path:
     """The encoder of a run or demo folder, or the folder itself.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is not of the run that the folder describes.
     """
-    for folder in (source / "encoder", source):
+    for folder in (source / ENCODER, source):
         if (folder / "config.json").is_file():
+            check_is_of_finished_run(folder)
             return folder
     raise UserError(f"{source} holds no encoder: give a run's folder, a demo's, or an encoder folder")
 
@@ -167,13 +161,14 @@ def push_folder(folder: Path, repository: str) -> str:
         ) from None
 
 
-def _check(output: Path, options: ExportOptions) -> None:
+def _check(output: Path, what: str, sources: list[Path], options: ExportOptions) -> None:
     if options.format not in FORMATS:
         raise UserError(f"--format {options.format!r} is unknown: choose {' or '.join(FORMATS)}")
     if options.dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {options.dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
-    if output.exists() and not (options.overwrite and output.is_dir()):
-        raise UserError(f"--output {output} exists: choose another, or give --overwrite")
+    place = check_replaceable(output, what, sources)
+    if place.exists() and not options.overwrite:
+        raise UserError(f"{what} exists: choose another, or give --overwrite")
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

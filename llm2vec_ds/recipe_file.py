@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from llm2vec_ds.durable import replace_file
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe import STAGES, Recipe, parse_recipe
 
@@ -102,7 +103,7 @@ def dump_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the resolved recipe, every default filled in, so that the run can be repeated."""
     values = recipe.model_dump(mode="json")
     values = {k: v for k, v in values.items() if k not in STAGES or v is not None}
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    replace_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -46,32 +46,44 @@ PACKAGES = ("llm2vec-ds", "torch", "transformers", "deepspeed", "peft", "tokeniz
 
 def identity_of(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
     """`recipe` (flat, dotted keys), `data` and `model` (fingerprints). JSON can hold it."""
+    model = model_fingerprint(recipe.model.path)
+    return {"recipe": recipe_identity(recipe), "data": data_fingerprint, "model": model}
+
+
+def recipe_identity(recipe: Recipe) -> dict[str, Any]:
+    """Flat, with dotted keys, without `FREE_KEYS`."""
     values = _flat(recipe.model_dump(mode="json"))
-    own = {k: v for k, v in values.items() if not any(k == f or k.startswith(f"{f}.") for f in FREE_KEYS)}
-    return {"recipe": own, "data": data_fingerprint, "model": model_fingerprint(recipe.model.path)}
+    return {k: v for k, v in values.items() if not any(k == f or k.startswith(f"{f}.") for f in FREE_KEYS)}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, in words: recipe keys with both values, then data and model."""
+    """What differs, in words: recipe keys with both values, then data and model where both are known."""
     absent = "not set"
     old, new = before["recipe"], now["recipe"]
     keys = [key for key in sorted({*old, *new}) if old.get(key, absent) != new.get(key, absent)]
     found = [f"{key} was {old.get(key, absent)}, now {new.get(key, absent)}" for key in keys]
-    if before["data"] != now["data"]:
-        found.append("the training data have changed")
-    if before["model"] != now["model"]:
-        found.append("the model to start from has changed")
+    for part, words in (
+        ("data", "the training data have changed"),
+        ("model", "the model to start from has changed"),
+    ):
+        if None not in (before[part], now[part]) and before[part] != now[part]:
+            found.append(words)
     return found
 
 
-def model_fingerprint(path: str) -> str:
+def model_fingerprint(path: str) -> str | None:
     """SHA-256 of a model's configuration, and of blocks spread over its weight files.
+
+    None: a model of the hub whose weights are not on this machine.
 
     Training moves practically every weight, so that sampled blocks (4 MiB a file) tell models apart as well
     as all bytes would, without reading a hundred gigabytes at each start.
     """
     digest = hashlib.sha256()
-    for file in _model_files(path):
+    files = _model_files(path)
+    if not any(file.suffix != ".json" for file in files) and not Path(path).is_dir():
+        return None
+    for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         for block in _blocks(file):
             digest.update(block)
@@ -81,10 +93,11 @@ def model_fingerprint(path: str) -> str:
 def _model_files(path: str) -> list[Path]:
     folder = Path(path)
     if not folder.is_dir():
-        from transformers.utils import cached_file
+        from huggingface_hub import try_to_load_from_cache
 
-        found = cached_file(path, "config.json")
-        assert found is not None  # the model has been loaded
+        found = try_to_load_from_cache(path, "config.json")
+        if not isinstance(found, str):
+            return []
         folder = Path(found).parent
     patterns = ("config.json", "*.safetensors", "*.bin", "*.gguf")
     return sorted(file for pattern in patterns for file in folder.glob(pattern))

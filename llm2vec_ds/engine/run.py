@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ import torch
 
 from llm2vec_ds.config import MntpConfig
 from llm2vec_ds.data.masking import Masking
-from llm2vec_ds.data.pairs import load_prepared_pairs, prepare_all
+from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_all
 from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
 from llm2vec_ds.data.prompts import template_for
 from llm2vec_ds.distributed import (
@@ -36,9 +35,18 @@ from llm2vec_ds.engine.deepspeed_engine import (
 from llm2vec_ds.engine.host_heap import freed_memory_is_kept
 from llm2vec_ds.engine.identity import changes, identity_of, made_by
 from llm2vec_ds.engine.memory import explains_full_memory, watched
-from llm2vec_ds.engine.preemption import STOP_FILE, StopRequest
-from llm2vec_ds.engine.trainer import FINISHED, Evaluation, Trainer
-from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.engine.preemption import StopRequest
+from llm2vec_ds.engine.run_folder import (
+    CHECKPOINTS,
+    LOCK,
+    another_run,
+    begin,
+    changes_of_run,
+    check_run_folder,
+    is_finished,
+)
+from llm2vec_ds.engine.trainer import Evaluation, Trainer
+from llm2vec_ds.errors import UserError
 from llm2vec_ds.loss.contrastive import check_widths
 from llm2vec_ds.loss.embedding_cache import ContrastiveModel
 from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
@@ -47,15 +55,13 @@ from llm2vec_ds.model.adapters import add_lora, n_fused
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
 from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.recipe import Recipe
-from llm2vec_ds.recipe_file import dump_recipe
 from llm2vec_ds.stages.base import Stage
 from llm2vec_ds.stages.mntp import MntpStage
 from llm2vec_ds.stages.simcse import simcse_stage
 from llm2vec_ds.stages.supervised import supervised_stage
+from llm2vec_ds.storage.lock import held
 
 log = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
 
 Partition = Callable[[], AbstractContextManager[Any]]
 T = TypeVar("T")
@@ -76,18 +82,52 @@ def train(recipe: Recipe, evaluation: Evaluation | None = None) -> Path:
     _check_batch(recipe, ranks)
     folder = Path(recipe.output_dir)
     # On every rank, before any waits for another: rank 0 alone would leave the others waiting.
-    _check_run_folder(recipe, folder)
-    if recipe.resume and _is_finished(recipe, folder):
-        log.info("%s: finished already, nothing to do", folder)
-        return folder
+    check_run_folder(recipe, folder)
     stop = StopRequest(folder)
     with stop.listening(recipe.checkpoint.signals), contact("before or after the steps"):
         export_ranks(ranks)
         device = start_process_group(ranks)
         if recipe.deterministic:
             _use_deterministic_algorithms()
-        _train(recipe, ranks, device, folder, stop, evaluation)
+        with _locked(recipe, folder):
+            if _is_done(recipe, folder):
+                log.info("%s: finished already, nothing to do", folder)
+            else:
+                _train(recipe, ranks, device, folder, stop, evaluation)
     return folder
+
+
+@contextmanager
+def _locked(recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder, in which one may have begun or ended since it was looked at."""
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            stack.enter_context(held(folder / LOCK, f"output_dir {folder}"))
+            check_run_folder(recipe, folder)
+
+        _agreed(lambda: lock() if rank() == 0 else None)
+        yield
+
+
+def _is_done(recipe: Recipe, folder: Path) -> bool:
+    """Has this very run finished?
+
+    Raises:
+        UserError: a run of something else has, and the recipe asks to go on with it.
+    """
+    if not all_gather_object(bool(recipe.resume) and is_finished(folder))[0]:
+        return False
+    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+    data = _training_data(recipe, _prepared(recipe, tokenizer))
+
+    def differences() -> list[str]:
+        return changes_of_run(folder, identity_of(recipe, data.fingerprint)) if rank() == 0 else []
+
+    changed = all_gather_object(_agreed(differences))[0]
+    if changed and recipe.resume != "force":
+        raise another_run(folder, changed)
+    return not changed
 
 
 def _train(
@@ -107,10 +147,10 @@ def _train(
         keep_last=recipe.checkpoint.keep_last,
         lowest_is_best=recipe.checkpoint.lowest_is_best,
     )
-    found = _agreed(lambda: _checkpoint_to_resume(recipe, store, identity) if rank() == 0 else None)
+    found = _agreed(lambda: _checkpoint_to_resume(recipe, folder, store, identity) if rank() == 0 else None)
     checkpoint = all_gather_object(found)[0]
     if ranks.rank == 0:
-        _begin_folder(recipe, folder, fresh=checkpoint is None)
+        begin(recipe, folder, identity, fresh=checkpoint is None)
         log.info(
             "%s: %s a step, %s steps, %s process(es)",
             recipe.stage,
@@ -136,14 +176,20 @@ def _train(
 
 
 def _checkpoint_to_resume(
-    recipe: Recipe, store: CheckpointStore, identity: dict[str, Any]
+    recipe: Recipe, folder: Path, store: CheckpointStore, identity: dict[str, Any]
 ) -> Checkpoint | None:
-    """The newest valid one, if the recipe asks to go on from it and it is of the same run."""
+    """The newest valid one, if the recipe asks to go on from it and it is of the same run.
+
+    Raises:
+        UserError: it is of another run; or there is none, and the folder holds another run or a finished one.
+    """
     store.clear_unfinished()
     if not recipe.resume:
         return None
     checkpoint = store.newest_valid()
     if checkpoint is None:
+        if changed := changes_of_run(folder, identity):
+            raise another_run(folder, changed)
         log.info("no checkpoint in %s yet: starting at step 1", store.folder)
         return None
     manifest = checkpoint.manifest
@@ -160,22 +206,6 @@ def _checkpoint_to_resume(
         log.warning("losses may differ in their last digits, or in dropout: %s", ", ".join(moved))
     log.info("going on from %s", checkpoint.folder)
     return checkpoint
-
-
-def _begin_folder(recipe: Recipe, folder: Path, *, fresh: bool) -> None:
-    with writing(f"output_dir {folder}"):
-        (folder / FINISHED).unlink(missing_ok=True)
-        if fresh:
-            for name in ("metrics.jsonl", "held_out.jsonl"):
-                (folder / name).unlink(missing_ok=True)
-            for name in ("monitor", CHECKPOINTS):
-                shutil.rmtree(folder / name, ignore_errors=True)
-        dump_recipe(recipe, folder / "recipe.yaml")
-
-
-def _is_finished(recipe: Recipe, folder: Path) -> bool:
-    mark = folder / FINISHED
-    return mark.is_file() and mark.read_text().strip() == str(recipe.max_steps)
 
 
 def _use_deterministic_algorithms() -> None:
@@ -301,6 +331,11 @@ def _prepared(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[Path]]]:
     return all_gather_object(folders)[0]
 
 
+def _training_data(recipe: Recipe, prepared: list[dict[str, list[Path]]]) -> PreparedTexts | PreparedPairs:
+    groups = prepared[0]
+    return load_prepared(*groups["texts"]) if recipe.data.pairs is None else load_prepared_pairs(groups)
+
+
 def _agreed(work: Callable[[], T]) -> T:
     """What `work` returns here; one rank's mistake is everyone's, so that none waits for it in vain."""
     mistake = ""
@@ -325,17 +360,3 @@ def _check_batch(recipe: Recipe, ranks: Ranks) -> None:
             f"batch.max_tokens_per_micro_batch={recipe.batch.max_tokens_per_micro_batch} cannot hold "
             f"a text of data.max_tokens={recipe.data.max_tokens}: raise it to at least {needed}"
         )
-
-
-def _check_run_folder(recipe: Recipe, folder: Path) -> None:
-    if (folder / "metrics.jsonl").exists() and not (recipe.overwrite or recipe.resume):
-        raise UserError(
-            f"{folder} already holds a run: go on with it by resume=true, choose another output_dir, or "
-            "pass overwrite=true"
-        )
-    if (folder / STOP_FILE).exists():
-        raise UserError(f"{folder / STOP_FILE} is there to keep this run from starting: remove it first")
-    with writing(f"output_dir {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"output_dir {folder} cannot be written: choose a path that you can write to")

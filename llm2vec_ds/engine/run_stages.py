@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,17 +10,16 @@ import torch
 
 from llm2vec_ds.config import EvaluationConfig
 from llm2vec_ds.engine.run import train
+from llm2vec_ds.engine.run_folder import is_finished
 from llm2vec_ds.engine.trainer import Evaluation
 from llm2vec_ds.recipe import Recipe
-
-log = logging.getLogger(__name__)
 
 
 def train_stages(
     recipes: list[Recipe],
     evaluation_of: Callable[[EvaluationConfig | None], Evaluation | None] = lambda config: None,
 ) -> Path:
-    """Trains each; of several, one whose `encoder/` is there is not trained again (`overwrite` does).
+    """Trains each; of several, one that has finished is not trained again (`overwrite` does).
 
     Args:
         evaluation_of: makes what `recipe.evaluation` measures during training.
@@ -34,9 +32,8 @@ def train_stages(
     """
     for recipe in recipes:
         folder = Path(recipe.output_dir)
-        if len(recipes) > 1 and not recipe.overwrite and (folder / "encoder").is_dir():
-            log.info("%s: done already, %s", recipe.stage, folder / "encoder")
-            continue
+        if len(recipes) > 1 and not (recipe.overwrite or recipe.resume) and is_finished(folder):
+            recipe = recipe.model_copy(update={"resume": True})  # which refuses a run of something else
         train(recipe, evaluation_of(recipe.evaluation))
         gc.collect()  # engine and model refer to each other; the next stage needs their memory
         if torch.cuda.is_available():

@@ -23,15 +23,15 @@ from llm2vec_ds.distributed import (
     rank,
     world_size,
 )
-from llm2vec_ds.durable import write_file
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore, Manifest
 from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.identity import made_by
 from llm2vec_ds.engine.monitor import FiniteCheck, MetricsLog, peak_mib
 from llm2vec_ds.engine.preemption import StopRequest
+from llm2vec_ds.engine.run_folder import ENCODER, mark_finished
 from llm2vec_ds.engine.watchdog import Watchdog
-from llm2vec_ds.errors import Stopped, UserError, writing
+from llm2vec_ds.errors import Stopped, UserError
 from llm2vec_ds.model.adapter_stack import adapter_state
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.recipe import Recipe
@@ -41,9 +41,6 @@ log = logging.getLogger(__name__)
 
 Evaluation = Callable[[Encoder], dict[str, float]]
 """Measures the encoder as it stands, on every rank alike."""
-
-FINISHED = "finished"
-"""File in the run's folder that holds the number of steps, written after the encoder."""
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
@@ -253,7 +250,6 @@ class Trainer:
         state_dict = merged_state_dict(encoder.trunk, self.engine.gather())
         adapters = adapter_state(encoder.trunk, self.engine.gather()) if encoder.stack else None
         if rank() == 0:
-            encoder.save(self.folder / "encoder", state_dict, adapters)
-            with writing(self.folder / FINISHED):
-                write_file(self.folder / FINISHED, f"{self.recipe.max_steps}\n".encode())
+            encoder.save(self.folder / ENCODER, state_dict, adapters)
+            mark_finished(self.folder, self.recipe.max_steps, self.identity)
         barrier()

@@ -15,7 +15,7 @@ KEY_CHARACTERS = 16
 
 def weights_key(model: str) -> str:
     """Changes with a folder's weights; a hub id stands for itself."""
-    return model_fingerprint(model) if Path(model).is_dir() else model
+    return str(model_fingerprint(model)) if Path(model).is_dir() else model
 
 
 def key_of(*parts: Any) -> str:

@@ -1,0 +1,196 @@
+"""A run's folder: is it one, which run is in it, has that finished, and is its encoder of that run?
+
+run.json        what the run is made of (engine/identity.py); written before the first step
+recipe.yaml     its recipe, every default filled in
+metrics.jsonl, held_out.jsonl, memory.json, monitor/, checkpoints/
+encoder/        the result
+finished        the number of steps and the SHA-256 of run.json's identity; written after encoder/
+lock            who works here now (storage/lock.py)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llm2vec_ds import __version__
+from llm2vec_ds.durable import replace_file, sync_folder
+from llm2vec_ds.engine.identity import changes, recipe_identity
+from llm2vec_ds.engine.preemption import STOP_FILE
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.recipe_file import dump_recipe, load_recipe
+from llm2vec_ds.storage.output_folder import check_replaceable, resolved
+
+RUN, RECIPE, METRICS, HELD_OUT, FINISHED = (
+    "run.json",
+    "recipe.yaml",
+    "metrics.jsonl",
+    "held_out.jsonl",
+    "finished",
+)
+CHECKPOINTS, MONITOR, ENCODER, LOCK = "checkpoints", "monitor", "encoder", "lock"
+FORMAT_VERSION = 1
+WRITTEN = (RUN, RECIPE, METRICS, HELD_OUT, "memory.json", FINISHED, CHECKPOINTS, MONITOR, ENCODER)
+CHECKPOINT_FOLDERS = ("step-*", ".unfinished-*", ".removed-*")
+MONITOR_FILES = ("*.csv", "events.out.tfevents.*", "wandb")
+
+
+def check_run_folder(recipe: Recipe, folder: Path) -> None:
+    """Whether the recipe's run may begin, or go on, in `folder`, which is made.
+
+    Raises:
+        UserError: it may not; says why and what to do.
+    """
+    what = f"output_dir {folder}"
+    place = resolved(folder, what)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{what} is a file: choose another")
+    model = Path(recipe.model.path)
+    if model.exists() and place in (model.resolve(), *model.resolve().parents):
+        raise UserError(f"{what} holds model.path {model}, which training reads: choose another output_dir")
+    check_is_of_finished_run(model)
+    if not is_run(folder) and (others := [name for name in WRITTEN if (folder / name).exists()]):
+        raise UserError(
+            f"{what} holds {others[0]}, which no run wrote: choose another output_dir, or move it away"
+        )
+    if (folder / METRICS).exists() and not (recipe.overwrite or recipe.resume):
+        raise UserError(
+            f"{folder} already holds a run: go on with it by resume=true, choose another output_dir, or "
+            "pass overwrite=true"
+        )
+    if (folder / STOP_FILE).exists():
+        raise UserError(f"{folder / STOP_FILE} is there to keep this run from starting: remove it first")
+    with writing(what):
+        folder.mkdir(parents=True, exist_ok=True)
+        check_replaceable(folder / ENCODER, f"{what}: its {ENCODER}/")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{what} cannot be written: choose a path that you can write to")
+
+
+def is_run(folder: Path) -> bool:
+    """Does the folder hold a run? Version 0.1 wrote no run.json."""
+    if (folder / RUN).is_file() or any((folder / CHECKPOINTS).glob("step-*/manifest.json")):
+        return True
+    return (folder / RECIPE).is_file() and (folder / METRICS).is_file()
+
+
+def begin(recipe: Recipe, folder: Path, identity: Mapping[str, Any], *, fresh: bool) -> None:
+    """Writes what the run is made of.
+
+    An older `encoder/` stays until the new one replaces it; without `finished` it does not count as its own.
+
+    Args:
+        fresh: what an earlier run has left is deleted first.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with writing(f"output_dir {folder}"):
+        (folder / FINISHED).unlink(missing_ok=True)
+        sync_folder(folder)  # before anything that would make it untrue
+        if fresh:
+            for path in _left_by_a_run(folder):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        values = {
+            "format_version": FORMAT_VERSION,
+            "llm2vec_ds_version": __version__,
+            "identity": dict(identity),
+        }
+        replace_file(folder / RUN, f"{json.dumps(values, indent=1)}\n".encode())
+        dump_recipe(recipe, folder / RECIPE)
+
+
+def _left_by_a_run(folder: Path) -> Iterator[Path]:
+    yield from (folder / name for name in (METRICS, HELD_OUT) if (folder / name).exists())
+    for pattern in CHECKPOINT_FOLDERS:
+        yield from (folder / CHECKPOINTS).glob(pattern)
+    for pattern in MONITOR_FILES:
+        yield from list((folder / MONITOR).rglob(pattern))
+
+
+def mark_finished(folder: Path, max_steps: int, identity: Mapping[str, Any]) -> None:
+    """After `encoder/` is written.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    values = {"max_steps": max_steps, "identity_sha256": _hash_of(identity)}
+    with writing(folder / FINISHED):
+        replace_file(folder / FINISHED, f"{json.dumps(values)}\n".encode())
+
+
+def is_finished(folder: Path) -> bool:
+    """Is there an encoder of the very run that the folder describes?"""
+    try:
+        mark = json.loads((folder / FINISHED).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not (folder / ENCODER / "config.json").is_file():
+        return False
+    if isinstance(mark, int):  # of version 0.1, which wrote the number of steps
+        return not (folder / RUN).exists()
+    stored = identity_in(folder)
+    return isinstance(mark, dict) and stored is not None and mark.get("identity_sha256") == _hash_of(stored)
+
+
+def identity_in(folder: Path) -> dict[str, Any] | None:
+    """What the run in the folder is made of; of version 0.1 only its recipe. None: that is not known.
+
+    Raises:
+        UserError: run.json is damaged.
+    """
+    file = folder / RUN
+    if file.is_file():
+        try:
+            identity = json.loads(file.read_bytes())["identity"]
+            return {"recipe": dict(identity["recipe"]), "data": identity["data"], "model": identity["model"]}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(
+                f"{file} is damaged: restore it, choose another output_dir, or start again by overwrite=true"
+            ) from None
+    if (folder / RECIPE).is_file():
+        return {"recipe": recipe_identity(load_recipe(folder / RECIPE)), "data": None, "model": None}
+    return None
+
+
+def changes_of_run(folder: Path, identity: Mapping[str, Any]) -> list[str]:
+    """What differs, in words, from the run in the folder; nothing where there is none.
+
+    Raises:
+        UserError: as `identity_in`.
+    """
+    stored = identity_in(folder)
+    return changes(stored, identity) if stored is not None else []
+
+
+def another_run(folder: Path, changed: list[str]) -> UserError:
+    return UserError(
+        f"{folder} holds another run ({'; '.join(changed)}): undo the change, choose another output_dir, or "
+        "pass overwrite=true without resume to start again"
+    )
+
+
+def check_is_of_finished_run(model: Path) -> None:
+    """A run's `encoder/` is used only when it is of that run.
+
+    Args:
+        model: any model's folder.
+
+    Raises:
+        UserError: it is the encoder of an earlier run, in the folder of one that has not finished.
+    """
+    run = model.parent
+    if model.name == ENCODER and model.is_dir() and is_run(run) and not is_finished(run):
+        raise UserError(
+            f"{model} is not of the run in {run}, which has not finished: go on with that run by resume=true"
+        )
+
+
+def _hash_of(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
