@@ -27,9 +27,15 @@ from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.identity import key_of, weights_key
 from llm2vec_ds.evaluate.word_level import ProbeOptions
 from llm2vec_ds.evaluate.word_task import WordTask, run_word_task
+from llm2vec_ds.storage.output_folder import check_no_foreign, check_reads_no_output
 from llm2vec_ds.work_folder import replace_text
 
 log = logging.getLogger(__name__)
+
+
+TEXTS = ("paragraphs", "held_out", "sentences")
+WRITTEN = (*(f"{name}.txt" for name in TEXTS), "scores", "features", "mteb", "table.md", "report.html")
+"""What an ablation writes into its folder, beside runs/ at its start and results.json."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,12 @@ class Ablation:
             tasks_for(self.recipe.evaluate.sentences)
         for words in self.recipe.evaluate.words.values():
             WordTask(words.train, words.test, words.column).check()
-        with writing(f"--output {self.output}"):
-            self.output.mkdir(parents=True, exist_ok=True)
+        what = f"--output {self.output}"
+        text = [Path(self.recipe.text)] if self.recipe.text else []
+        check_reads_no_output([self.output / f"{name}.txt" for name in TEXTS], text, what)
+        check_no_foreign(self.output, what, WRITTEN, marks=["runs", "results.json"])
+        with writing(what):
+            (self.output / "runs").mkdir(parents=True, exist_ok=True)
 
     def _texts(self) -> dict[str, str]:
         """Files of paragraphs, held-out paragraphs and sentences."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from llm2vec_ds.config import Section, WordsConfig
+from llm2vec_ds.config import Place, Section, WordsConfig
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe import STAGES
 from llm2vec_ds.recipe_file import apply_override
@@ -29,9 +29,9 @@ class EvaluateConfig(Section):
 class AblationRecipe(Section):
     """The paper's comparison of its steps, on any model and data."""
 
-    model: str | None = None
+    model: Place | None = None
     """Folder or hub id; null: the demo's SmolLM2-135M-Instruct."""
-    text: str | None = None
+    text: Place | None = None
     """Plain text that gives paragraphs (MNTP) and sentences (SimCSE); null: that of the demo. A stage that
     names its own `data.path` takes that."""
     variants: list[str]

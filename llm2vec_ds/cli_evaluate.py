@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm2vec_ds.cli_common import examples, quiet_libraries
+from llm2vec_ds.cli_common import examples, expanded, quiet_libraries
 from llm2vec_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ evaluate = typer.Typer(
     no_args_is_help=True,
 )
 
-Model = Annotated[str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).")]
+Model = Annotated[
+    str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).", callback=expanded)
+]
 Causal = Annotated[bool, typer.Option("--causal", help="Causal attention; without it what the folder says.")]
 Attention = Annotated[str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")]
 Precision = Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")]
@@ -65,7 +67,8 @@ def mteb(
     benchmark: Annotated[str | None, typer.Option(help='mteb\'s name, such as "MTEB(eng, v1)".')] = None,
     subset: Annotated[str | None, typer.Option(help="paper15: the paper's 15 tasks (unconfirmed).")] = None,
     output: Annotated[
-        Path, typer.Option(help="Folder for results; what it holds already is not run again.")
+        Path,
+        typer.Option(help="Folder for results; what it holds already is not run again.", callback=expanded),
     ] = Path("mteb-results"),
     causal: Causal = False,
     instructions: Annotated[
@@ -73,6 +76,7 @@ def mteb(
         typer.Option(
             metavar="FILE|none",
             help="JSON or YAML {task: instruction} over those of mteb's metadata; none: no instruction.",
+            callback=expanded,
         ),
     ] = None,
     as_json: AsJson = False,
@@ -131,15 +135,21 @@ def mteb(
 def words(
     model: Model,
     train: Annotated[
-        str, typer.Option(metavar="FILE", help=".conllu, a CoNLL column file, or hub:owner/name@split.")
+        str,
+        typer.Option(
+            metavar="FILE", help=".conllu, a CoNLL column file, or hub:owner/name@split.", callback=expanded
+        ),
     ],
-    test: Annotated[str, typer.Option(metavar="FILE", help="The same, to measure on.")],
+    test: Annotated[str, typer.Option(metavar="FILE", help="The same, to measure on.", callback=expanded)],
     column: Annotated[
         str,
         typer.Option(help="Labels: upos, xpos, a column's number (-1: the last), or a hub column's name."),
     ] = "upos",
     output: Annotated[
-        Path, typer.Option(help="Folder for scores.json and, under features/, the encoder's vectors.")
+        Path,
+        typer.Option(
+            help="Folder for scores.json and, under features/, the encoder's vectors.", callback=expanded
+        ),
     ] = Path("word-results"),
     causal: Causal = False,
     max_sentences: Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds.cli_common import Overrides, RecipeFile, examples, quiet_libraries
+from llm2vec_ds.cli_common import Overrides, RecipeFile, examples, expanded, quiet_libraries
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +41,11 @@ def plan(
     ] = None,
     measured: Annotated[
         list[Path] | None,
-        typer.Option(metavar="RUN", help="Folder of a run on this machine; fits a step's time. Repeatable."),
+        typer.Option(
+            metavar="RUN",
+            help="Folder of a run on this machine; fits a step's time. Repeatable.",
+            callback=expanded,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of the table.")] = False,
 ) -> None:
@@ -75,11 +79,11 @@ def plan(
 
 
 def merge(
-    encoder: Annotated[Path, typer.Argument(help="The encoder/ of a run over NF4.")],
-    output: Annotated[Path, typer.Option(help="Folder of the new encoder.")],
+    encoder: Annotated[Path, typer.Argument(help="The encoder/ of a run over NF4.", callback=expanded)],
+    output: Annotated[Path, typer.Option(help="Folder of the new encoder.", callback=expanded)],
     original: Annotated[
         str | None,
-        typer.Option(help="The original model, folder or hub id; default: training's."),
+        typer.Option(help="The original model, folder or hub id; default: training's.", callback=expanded),
     ] = None,
 ) -> None:
     """Put the adapters of a run over NF4 into the original weights, and say how much vectors move by it.

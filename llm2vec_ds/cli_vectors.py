@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds.cli_common import examples, quiet_libraries
+from llm2vec_ds.cli_common import examples, expanded, quiet_libraries
 from llm2vec_ds.errors import UserError
 
 ENCODE_EXAMPLES = (
@@ -37,16 +37,23 @@ def register(app: typer.Typer) -> None:
 
 
 def encode(
-    model: Annotated[str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).")],
+    model: Annotated[
+        str,
+        typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).", callback=expanded),
+    ],
     input: Annotated[
         str,
-        typer.Option(help="Texts: .txt (one a line), .jsonl, .csv, .parquet, hub:name, or - for stdin."),
+        typer.Option(
+            help="Texts: .txt (one a line), .jsonl, .csv, .parquet, hub:name, or - for stdin.",
+            callback=expanded,
+        ),
     ],
     output: Annotated[
         Path,
         typer.Option(
             help="Where the vectors go: a .npy file ([texts, dimensions] float32), .jsonl or .parquet, or a "
-            "folder for shards."
+            "folder for shards.",
+            callback=expanded,
         ),
     ],
     shard: Annotated[
@@ -109,12 +116,17 @@ def encode(
 
 
 def search(
-    index: Annotated[Path, typer.Argument(help="What encode wrote: a file, or a folder of shards.")],
+    index: Annotated[
+        Path, typer.Argument(help="What encode wrote: a file, or a folder of shards.", callback=expanded)
+    ],
     query: Annotated[str, typer.Argument(help="What to look for.")],
     top: Annotated[int, typer.Option(metavar="N", help="How many texts.", min=1)] = 10,
-    model: Annotated[str | None, typer.Option(help="Encoder; default: the one that the index names.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Encoder; default: the one that the index names.", callback=expanded)
+    ] = None,
     texts: Annotated[
-        str | None, typer.Option(help="Where the texts are; default: the input that the index names.")
+        str | None,
+        typer.Option(help="Where the texts are; default: the input that the index names.", callback=expanded),
     ] = None,
     instruction: Annotated[str | None, typer.Option(help="Put before the query.")] = None,
     prompt_name: Annotated[
@@ -138,8 +150,12 @@ def search(
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="Folder of a run, of a demo, or an encoder folder.")],
-    output: Annotated[Path, typer.Option(help="The folder to write; it appears when it is checked.")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a run, of a demo, or an encoder folder.", callback=expanded)
+    ],
+    output: Annotated[
+        Path, typer.Option(help="The folder to write; it appears when it is checked.", callback=expanded)
+    ],
     format: Annotated[
         str, typer.Option(help="sentence-transformers (vLLM and TEI read it too), or transformers.")
     ] = "sentence-transformers",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file, a folder or a hub id; `~` is the home folder."""
 
 
 class Section(BaseModel):
@@ -20,7 +23,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The decoder-only LLM to start from, and how its trunk is run."""
 
-    path: str
+    path: Place
     """Folder or hub id of the model: the LLM itself, or the `encoder/` of an earlier stage."""
     causal: bool = False
     """True keeps the decoder's causal attention (a baseline); False makes it bidirectional."""
@@ -37,7 +40,7 @@ class ModelConfig(Section):
     quantization: Literal["nf4"] | None = None
     """`nf4` holds the trunk's frozen linear weights in 4 bits (QLoRA, arXiv 2305.14314); only adapters
     train (docs/qlora.md)."""
-    config_file: str | None = None
+    config_file: Place | None = None
     """The model's config.json, for `plan` on a machine that lacks the model; null: beside the recipe."""
 
 
@@ -72,7 +75,7 @@ class PairsConfig(Section):
     """Column that holds a hard negative, or a list of them."""
     max_negatives: Annotated[int, Field(ge=0)] = 1
     """Hard negatives of an example that are used, from the first on; 0: the column is not read."""
-    instructions: str | None = None
+    instructions: Place | None = None
     """YAML file, `source: instruction for its queries`, or `source: {query: …, document: …, group: …}`;
     sources of one group share batches. null: `data.instruction` before every query."""
     sampling_temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -83,7 +86,7 @@ class PairsConfig(Section):
 class DataConfig(Section):
     """Where the training texts come from."""
 
-    path: str | list[str]
+    path: Place | list[Place]
     """A file, several, or a folder of them: .txt (a text a line), .jsonl, .csv (these also .gz, .bz2, .xz) or
     .parquet; or a hub data set, `hub:owner/name`, `hub:owner/name:config@split`."""
     text_column: str = "text"
@@ -97,10 +100,10 @@ class DataConfig(Section):
     template: str | None = None
     """What stands around instruction and text: a form such as `Instruct: {instruction} Text: {text}`, or
     `chat` for the tokenizer's own chat template; null: instruction, a blank, text."""
-    held_out_path: str | list[str] | None = None
+    held_out_path: Place | list[Place] | None = None
     """Texts that measure and never train, in the same format as `path`."""
     pairs: PairsConfig | None = None
-    prepared_dir: str | None = None
+    prepared_dir: Place | None = None
     """Where tokenised texts are kept; null: `prepared/` in the cache folder of this user."""
 
 
@@ -211,9 +214,9 @@ class CheckpointConfig(Section):
 class WordsConfig(Section):
     """A word-level task."""
 
-    train: str
+    train: Place
     """A .conllu or CoNLL column file, or hub:owner/name@split."""
-    test: str
+    test: Place
     """The same, to measure on."""
     column: str = "upos"
     """Column of the labels."""

@@ -29,6 +29,12 @@ from llm2vec_ds.evaluate.sts import GradedPairs, load_graded_pairs, own_graded_p
 from llm2vec_ds.model.loading import load_tokenizer
 from llm2vec_ds.model.quantization import check_bitsandbytes
 from llm2vec_ds.report import plot_stages
+from llm2vec_ds.storage.output_folder import (
+    check_no_foreign,
+    check_reads_no_output,
+    check_replaceable,
+    replaced_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +73,13 @@ BUDGETS = {
 }
 
 
+WRITTEN = (
+    *("paragraphs.txt", "held_out.txt", "sentences.txt", "mntp.yaml", "simcse.yaml"),
+    *("simcse", "encoder", "stages.png"),
+)
+"""What a demo writes into its folder, beside mntp/ at its start and metrics.json at its end."""
+
+
 def run_demo(
     output: Path,
     *,
@@ -84,12 +97,12 @@ def run_demo(
     Raises:
         UserError: unusable input, or `output` holds a demo already.
     """
-    _check(output, budget, qlora)
+    _check(output, budget, qlora, text)
     pairs = load_graded_pairs(sts) if sts else own_graded_pairs()
     material = training_text(text)
     retrieval = held_out_retrieval()
     with writing(f"--output {output}"):
-        output.mkdir(parents=True, exist_ok=True)
+        (output / "mntp").mkdir(parents=True, exist_ok=True)
     base = model or str(demo_model_dir())
     started = time.monotonic()
     recipes = _write_recipes(output, base, material, BUDGETS[budget], seed, "nf4" if qlora else None)
@@ -104,7 +117,8 @@ def run_demo(
     for stage in ("mntp", "simcse"):
         _train(recipes[stage])
         metrics[stage] = measure(stage, output / stage / "encoder") | _trained(output / stage)
-    shutil.copytree(output / "simcse" / "encoder", output / "encoder", dirs_exist_ok=True)
+    with replaced_folder(output / "encoder", f"--output {output}: its encoder/") as new:
+        shutil.copytree(output / "simcse" / "encoder", new, dirs_exist_ok=True)
     how = ", NF4" if qlora else ""
     plot_stages(metrics, output / "stages.png", f"{Path(base).name}, {budget} budget{how}")
     metrics["run"] = {
@@ -126,11 +140,15 @@ def run_demo(
     return metrics
 
 
-def _check(output: Path, budget: str, qlora: bool) -> None:
+def _check(output: Path, budget: str, qlora: bool, text: Path | None) -> None:
     if budget not in BUDGETS:
         raise UserError(f"--budget {budget!r} is not one of {', '.join(BUDGETS)}")
     if (output / "metrics.json").exists():
         raise UserError(f"{output} already holds a demo: choose another --output or remove it")
+    what = f"--output {output}"
+    check_reads_no_output([output / name for name in WRITTEN], [text] if text else [], what)
+    check_no_foreign(output, what, WRITTEN, marks=["mntp"])
+    check_replaceable(output / "encoder", f"{what}: its encoder/")
     if qlora:
         check_bitsandbytes("--qlora")
 

@@ -26,6 +26,7 @@ from llm2vec_ds.data.sources import Source, find_source
 from llm2vec_ds.data.text_rows import TextRows, count_rows
 from llm2vec_ds.encoder import BadTexts, Encoder
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.storage.output_folder import check_reads_no_output
 from llm2vec_ds.vector_files import VECTOR_FORMATS, Shard, VectorNote, note_of, vector_blocks, write_rows
 from llm2vec_ds.work_folder import replace_text, work_folder, write_at
 
@@ -100,6 +101,7 @@ def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = Fal
         if options.input == STDIN:
             return _encode_stdin(options, target, folder, overwrite)
         source = find_source(options.input, "--input")
+        check_reads_no_output([file, note_of(file)], source.files, f"--output {file}")
         key = options.key(source)
         if file.exists() and not overwrite:
             note = VectorNote.read(file)
@@ -107,6 +109,7 @@ def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = Fal
                 log.info("%s: done already, left alone", file)
                 return file
             raise UserError(f"--output {file} exists: choose another, or give --overwrite")
+        _check_note(file)
         with work_folder(folder, f"{key} {target.shard}"):
             _run(_Encoding(options, source, target, folder, key))
     return file
@@ -118,12 +121,21 @@ def _encode_stdin(options: EncodeOptions, target: Target, folder: Path, overwrit
         raise UserError("--shard needs a file as --input: standard input is read once")
     if target.path.exists() and not overwrite:
         raise UserError(f"--output {target.path} exists: choose another, or give --overwrite")
+    _check_note(target.path)
     with work_folder(folder, f"stdin {os.getpid()}"):
         spooled = folder / "stdin.txt"
         with spooled.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         _run(_Encoding(options, Source((spooled,)), target, folder, key=f"stdin {os.getpid()}"))
     return target.path
+
+
+def _check_note(file: Path) -> None:
+    note = note_of(file)
+    if note.exists() and VectorNote.read(file) is None:
+        raise UserError(
+            f"--output {file}: its note would replace {note}, which is none: choose another --output"
+        )
 
 
 def _run(encoding: _Encoding) -> None:

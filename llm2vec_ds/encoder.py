@@ -93,13 +93,14 @@ class Encoder(nn.Module):
                 fit, or unknown settings.
         """
         chosen = devices(device)
-        stack = resolve(str(path), adapters)
+        path = os.path.expanduser(path)  # noqa: PTH111  (a hub id stays as it is)
+        stack = resolve(path, adapters)
         trunk = load_trunk(stack.base, TrunkOptions(causal, attention, precision, device=chosen[0]))
         merge_adapters(trunk, stack.adapters)
         told_last = stack.adapters[-1] if stack.adapters else Path(path)
         stored = {**upstream_settings(told_last), **stored_settings(Path(path)), **(settings or {})}
         has_tokenizer = not stack.adapters or (Path(path) / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(str(path) if has_tokenizer else stack.base)
+        tokenizer = load_tokenizer(path if has_tokenizer else stack.base)
         encoder = cls(trunk, tokenizer, EncoderSettings.of(stored))
         encoder.devices = chosen
         return encoder.eval()

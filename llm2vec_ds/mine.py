@@ -30,6 +30,7 @@ from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.mine_options import MiningOptions
 from llm2vec_ds.search import Limits, best_rows
+from llm2vec_ds.storage.output_folder import check_reads_no_output
 from llm2vec_ds.work_folder import replace_text, work_folder, write_at
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,9 @@ def mine(options: MiningOptions, output: Path, *, overwrite: bool = False) -> Co
     sources = [find_source(options.pairs, "--pairs")]
     if options.corpus is not None:
         sources.append(find_source(options.corpus, "--corpus"))
+    check_reads_no_output(
+        [output], [file for source in sources for file in source.files], f"--output {output}"
+    )
     folder = output.with_name(f".{output.name}.mining")
     key = options.key(sources, TEXTS_A_BLOCK, PAIRS_A_BLOCK, DOCUMENTS_A_TILE)
     with writing(f"--output {output}"), work_folder(folder, key):

@@ -23,6 +23,7 @@ from llm2vec_ds.config import (
     MntpConfig,
     ModelConfig,
     OptimizerConfig,
+    Place,
     Positive,
     Section,
     SimcseConfig,
@@ -40,7 +41,7 @@ class Recipe(Section):
     """Which objective trains the model."""
     model: ModelConfig
     data: DataConfig
-    output_dir: str
+    output_dir: Place
     """The run's folder: recipe.yaml, metrics.jsonl and, at the end, encoder/."""
     overwrite: bool = False
     """Start again in an `output_dir` that holds a run."""
@@ -51,7 +52,7 @@ class Recipe(Section):
     """Fixes data order, masking, dropout and adapter initialisation."""
     max_steps: Positive = 1000
     """Optimizer steps."""
-    deepspeed: str | None = None
+    deepspeed: Place | None = None
     """Path of a DeepSpeed JSON (see ds_configs/); null: one process or plain data parallelism."""
     step_timeout_s: Annotated[float, Field(ge=0)] = 1800.0
     """A step, measurement or save that takes longer ends the run with a line that names rank and step;

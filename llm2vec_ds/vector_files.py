@@ -115,7 +115,7 @@ def vector_files(path: str | Path) -> list[Path]:
     Raises:
         UserError: as `vector_blocks`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         if path.suffix not in VECTOR_FORMATS:
             raise UserError(

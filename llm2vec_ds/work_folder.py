@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm2vec_ds.durable import replace_file
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.storage.lock import held
 
 log = logging.getLogger(__name__)
 
@@ -23,21 +23,10 @@ def work_folder(folder: Path, key: str) -> Iterator[None]:
     Raises:
         UserError: another process works in it.
     """
-    from filelock import FileLock, Timeout
-
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{folder}: another process works there: wait for it, or choose another --output"
-        ) from None
-    try:
+    with held(folder / LOCK, folder):
         _empty_unless_same(folder, key)
         yield
-    finally:
-        lock.release()
 
 
 def write_at(path: Path, content: bytes, offset: int, whence: int = os.SEEK_SET) -> int:

@@ -78,7 +78,7 @@ class Instructions:
 def cache_root() -> Path:
     """LLM2VEC_DS_CACHE, else `llm2vec-ds` in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
     if own := os.environ.get("LLM2VEC_DS_CACHE"):
-        return Path(own)
+        return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2vec-ds"
 
 

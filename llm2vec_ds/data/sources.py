@@ -60,7 +60,7 @@ def find_source(path: str | Sequence[str], key: str = "data.path") -> Source:
     paths = [path] if isinstance(path, str) else list(path)
     if len(paths) == 1 and paths[0].startswith(HUB_PREFIX):
         return Source(hub=paths[0])
-    files = [file for name in paths for file in _files(Path(name))]
+    files = [file for name in paths for file in _files(Path(name).expanduser())]
     if not files:
         raise UserError(f"{key} {path!r} names no file of a known format ({', '.join(FORMATS)})")
     formats = sorted({_format(file) for file in files})

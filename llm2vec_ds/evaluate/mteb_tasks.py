@@ -85,7 +85,7 @@ def _known(get: Any, option: str, name: str) -> Any:
 def _task(name: str) -> Any:
     kind, _, rest = name.partition(":")
     if kind in LOCAL:
-        return _local(kind, Path(rest))
+        return _local(kind, Path(rest).expanduser())
     task = _known(mteb.get_task, "--task", kind)
     if not rest:
         return task

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.data.tagged import TaggedSentence
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import writing
+from llm2vec_ds.storage.output_folder import replaced_folder
 
 log = logging.getLogger(__name__)
 
@@ -151,10 +151,8 @@ def _cached(folder: Path | None) -> dict[Shift, np.ndarray] | None:
 
 def _store(folder: Path, vectors: dict[Shift, np.ndarray]) -> dict[Shift, np.ndarray]:
     """The folder is complete or absent."""
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-    with writing(f"word vectors {folder}"):
-        unfinished.mkdir(parents=True, exist_ok=True)
+    what = f"word vectors {folder}"
+    with writing(what), replaced_folder(folder, what) as unfinished:
         for shift, rows in vectors.items():
             np.save(unfinished / f"{shift}.npy", rows)
-        unfinished.rename(folder)
     return vectors

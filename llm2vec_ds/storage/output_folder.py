@@ -111,6 +111,31 @@ def check_replaceable(folder: Path, what: str, sources: Iterable[Path] = ()) -> 
     return place
 
 
+def check_no_foreign(folder: Path, what: str, names: Iterable[str], marks: Iterable[str]) -> None:
+    """For a folder that is worked in and not replaced: files in it are written over only where they are ours.
+
+    Args:
+        names: what is written into it.
+        marks: one of these is in every folder that was written by the same command.
+
+    Raises:
+        UserError: it holds one of `names`, and none of `marks`.
+    """
+    found = [name for name in names if (folder / name).exists()]
+    if found and not any((folder / mark).exists() for mark in marks):
+        raise UserError(
+            f"{what} holds {found[0]}, which would be written over: choose another folder, or move it away"
+        )
+
+
+def check_reads_no_output(outputs: Iterable[Path], inputs: Iterable[Path], what: str) -> None:
+    """Raises UserError where an output is one of the inputs, also by another name."""
+    read = [path for path in inputs if path.exists()]
+    for output in outputs:
+        if output.exists() and any(path.samefile(output) for path in read):
+            raise UserError(f"{what} would write over {output}, which it reads: choose another output")
+
+
 def resolved(path: Path, what: str) -> Path:
     """Absolute, with `~` expanded, and without symbolic links.
 
