@@ -41,6 +41,8 @@ from llm2vec_ds.streaming import Replicas, devices, text_blocks
 log = logging.getLogger(__name__)
 
 BadTexts = Literal["raise", "nan"]
+LARGEST_FILE = "4GB"
+"""Of an encoder's weights; so much of a GPU's weights is on the host at once while they are written."""
 
 
 class Encoder(nn.Module):
@@ -337,7 +339,7 @@ class Encoder(nn.Module):
             if getattr(self.trunk, "is_loaded_in_4bit", False):
                 self._save_dequantized(folder, state_dict)
             else:
-                self.trunk.save_pretrained(folder, state_dict=state_dict)
+                self.trunk.save_pretrained(folder, state_dict=state_dict, max_shard_size=LARGEST_FILE)
         except SafetensorError as error:  # its name for what the system said
             number = re.search(r"os error (\d+)", str(error))
             said = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
@@ -354,7 +356,9 @@ class Encoder(nn.Module):
             del config.quantization_config
         config.architectures = [type(self.trunk).__name__]
         config.save_pretrained(folder)
-        save_torch_state_dict(state_dict or merged_state_dict(self.trunk), folder)
+        save_torch_state_dict(
+            state_dict or merged_state_dict(self.trunk), folder, max_shard_size=LARGEST_FILE
+        )
 
 
 def trunk_hidden_states(trunk: Any, batch: PackedBatch) -> torch.Tensor:

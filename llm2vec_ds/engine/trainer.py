@@ -247,7 +247,8 @@ class Trainer:
             self._load(best)
         self.watchdog.begin("writing the encoder")
         encoder = self.stage.encoder
-        state_dict = merged_state_dict(encoder.trunk, self.engine.gather())
+        in_place = self.engine.zero_stage < 3 and self.recipe.model.quantization is None
+        state_dict = merged_state_dict(encoder.trunk, self.engine.gather(), in_place=in_place)
         adapters = adapter_state(encoder.trunk, self.engine.gather()) if encoder.stack else None
         if rank() == 0:
             encoder.save(self.folder / ENCODER, state_dict, adapters)

@@ -108,20 +108,28 @@ def merged_weight(layer: Any) -> torch.Tensor:
 
 
 def merged_state_dict(
-    trunk: nn.Module, gather: GatherParameters = lambda parameters: nullcontext()
+    trunk: nn.Module,
+    gather: GatherParameters = lambda parameters: nullcontext(),
+    *,
+    in_place: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The trunk's weights on the CPU under their original names, each adapter's update added in fp32.
+    """The trunk's weights under their original names, each adapter's update added in fp32.
 
     4-bit weights are given as the dequantised matrices on which the adapters were trained.
 
     Args:
         gather: context that makes partitioned parameters whole (ZeRO-3); every rank must call this
             function, layer by layer in the same order, and no rank ever holds more than one layer extra.
+        in_place: the trunk's own weights take the updates and are returned, so that no second copy is made;
+            the trunk is of no further use. Not for 4-bit or partitioned weights. False: copies on the CPU.
 
     Raises:
         RuntimeError: a parameter is empty or not whole although gathered.
     """
     from peft.tuners.lora import LoraLayer
+
+    def given(value: torch.Tensor) -> torch.Tensor:
+        return value.detach() if in_place else value.detach().cpu().clone()
 
     state: dict[str, torch.Tensor] = {}
     inside_adapters: tuple[str, ...] = ()
@@ -134,17 +142,18 @@ def merged_state_dict(
             with gather(list(module.parameters())):
                 check_whole(prefix, module.named_parameters())
                 base = module.get_base_layer()
-                state[f"{prefix}weight"] = merged_weight(module).to(base.weight.dtype).cpu().clone()
+                merged = merged_weight(module).to(base.weight.dtype)
+                state[f"{prefix}weight"] = base.weight.detach().copy_(merged) if in_place else given(merged)
                 if base.bias is not None:
-                    state[f"{prefix}bias"] = base.bias.detach().cpu().clone()
+                    state[f"{prefix}bias"] = given(base.bias)
             continue
         own = dict(module.named_parameters(recurse=False))
         with gather(list(own.values())):
             check_whole(prefix, own.items())
-            state.update({prefix + key: dequantized(value).cpu().clone() for key, value in own.items()})
+            state.update({prefix + key: given(dequantized(value)) for key, value in own.items()})
         for key, buffer in module.named_buffers(recurse=False):
             if key not in module._non_persistent_buffers_set:
-                state[prefix + key] = buffer.detach().cpu().clone()
+                state[prefix + key] = given(buffer)
     return state
 
 

@@ -1,0 +1,132 @@
+"""A lock lets one process in, names who is there, and knows which holders have ended."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import asdict, replace
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.storage import lock
+from llm2vec_ds.storage.lock import Holder, held
+
+FORK = multiprocessing.get_context("fork")
+OTHER_HOST = Holder("node-of-others", 4711, "2026-11-27T12:00:00+00:00", job="17", restarts=0)
+
+
+def _hold(file: Path, holds: Event, may_end: Event) -> None:
+    with held(file, "run"):
+        holds.set()
+        may_end.wait(60)
+
+
+def _holding_process(file: Path) -> tuple[multiprocessing.process.BaseProcess, Event]:
+    holds, may_end = FORK.Event(), FORK.Event()
+    process = FORK.Process(target=_hold, args=(file, holds, may_end))
+    process.start()
+    assert holds.wait(60)
+    return process, may_end
+
+
+def _write(file: Path, holder: Holder) -> None:
+    file.write_text(json.dumps(asdict(holder)))
+
+
+def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    process, may_end = _holding_process(tmp_path / "lock")
+    with pytest.raises(UserError, match=f"run: another process works there \\(process {process.pid} on "):
+        held(tmp_path / "lock", "run").__enter__()
+    may_end.set()
+    process.join()
+    assert not (tmp_path / "lock").exists()
+    with held(tmp_path / "lock", "run"):
+        pass
+
+
+def test_the_same_process_is_refused_too(tmp_path: Path) -> None:
+    with held(tmp_path / "lock", "run"), pytest.raises(UserError, match="another process works there"):
+        held(tmp_path / "lock", "run").__enter__()
+
+
+def test_an_error_inside_releases_it(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), held(tmp_path / "lock", "run"):
+        1 / 0  # noqa: B018
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_killed_holder_of_this_host_is_followed(tmp_path: Path) -> None:
+    process, _ = _holding_process(tmp_path / "lock")
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (tmp_path / "lock").exists()
+    with held(tmp_path / "lock", "run"):
+        own = Holder.parse((tmp_path / "lock").read_text())
+        assert own is not None
+        assert own.pid == os.getpid()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_process_that_was_killed_before_it_wrote_its_name_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "EMPTY_FILE_WAIT_S", 0.01)
+    (tmp_path / "lock").touch()
+    with held(tmp_path / "lock", "run"):
+        pass
+
+
+def test_another_hosts_lock_is_left_alone_and_explained(tmp_path: Path) -> None:
+    _write(tmp_path / "lock", OTHER_HOST)
+    with pytest.raises(UserError) as refused:
+        held(tmp_path / "lock", "run").__enter__()
+    assert "process 4711 on node-of-others, SLURM job 17, since 2026-11-27T12:00:00+00:00" in str(
+        refused.value
+    )
+    assert f"If that process has ended, remove {tmp_path / 'lock'}" in str(refused.value)
+    assert Holder.parse((tmp_path / "lock").read_text()) == OTHER_HOST
+
+
+@pytest.mark.parametrize(
+    ("job", "restarts", "follows"), [("17", 1, True), ("17", 0, False), ("18", 1, False)]
+)
+def test_a_restart_of_the_same_slurm_job_follows_on_another_host(
+    job: str, restarts: int, follows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that was lost cannot remove its lock, and SLURM has ended that attempt."""
+    _write(tmp_path / "lock", OTHER_HOST)
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    if follows:
+        with held(tmp_path / "lock", "run"):
+            pass
+    else:
+        with pytest.raises(UserError, match="another process works there"):
+            held(tmp_path / "lock", "run").__enter__()
+
+
+@pytest.mark.parametrize(("pid", "follows"), [(2**22 + 1, True), (os.getpid(), False)])
+def test_where_the_file_system_has_no_flock_the_process_decides(
+    pid: int, follows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_flock", lambda descriptor: None)
+    _write(tmp_path / "lock", replace(Holder.this_process(), pid=pid))
+    if follows:
+        with held(tmp_path / "lock", "run"):
+            pass
+    else:
+        with pytest.raises(UserError, match="another process works there"):
+            held(tmp_path / "lock", "run").__enter__()
+
+
+def test_a_file_that_is_no_lock_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("a thesis")
+    with pytest.raises(UserError, match="a process that has not said its name"):
+        held(tmp_path / "lock", "run").__enter__()
+    assert (tmp_path / "lock").read_text() == "a thesis"
