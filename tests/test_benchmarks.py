@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -51,7 +52,16 @@ def test_smoke_run_prints_a_line_a_case_and_pass() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
 @pytest.mark.parametrize(
-    "name", ["attention.py", "gpu_check.py", "mntp_gpu.py", "qlora_memory.py recipe.yaml"]
+    "name",
+    [
+        "attention.py",
+        "encode_gpu.py",
+        "gpu_check.py",
+        "kernel_checks.py",
+        "mntp_gpu.py",
+        "qlora_memory.py recipe.yaml",
+        "train_gpu.py mntp",
+    ],
 )
 def test_without_a_gpu_they_say_so_in_a_line(name: str) -> None:
     outcome = run(*name.split())
@@ -65,60 +75,80 @@ def test_without_a_gpu_they_say_so_in_a_line(name: str) -> None:
     ("mix", "mean", "longest"), [("sts", 13.4, 72), ("wiki", 140.8, 587), ("blocks", 485, 512)]
 )
 def test_length_mixes_are_those_measured(mix: str, mean: float, longest: int) -> None:
-    lengths = script("attention").length_mix(mix, 400_000)
+    lengths = script("length_mixes").length_mix(mix, 400_000)
     assert sum(lengths) == 400_000
     assert abs(statistics.mean(lengths) / mean - 1) < 0.05
     assert 0.9 * longest <= max(lengths) <= longest
     assert list(lengths) == sorted(lengths, reverse=True)
 
 
-def gpu_check(
-    monkeypatch: pytest.MonkeyPatch, root: Path, said: str, status: int = 0
-) -> tuple[ModuleType, list[str]]:
-    """All of it but the GPU: numbers from the interpreter, parts replaced by what they print."""
+def gpu_check(monkeypatch: pytest.MonkeyPatch, rows: dict[str, str]) -> ModuleType:
+    """All of it but the GPU: rows that print what they are given."""
     check = script("gpu_check")
-    monkeypatch.setattr(check, "ROOT", root)
-    monkeypatch.setattr(check, "LENGTHS", {"mixed": (3, 0, 17)})
-    monkeypatch.setattr(check, "CHECKS", (("float32", 2, 1, 16, {"window": 4}),))
+    monkeypatch.setattr(check, "PARTS", {"kernels": rows})
+    monkeypatch.setattr(check, "ROW_S", 10.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(check, "hardware", lambda torch: {"gpu": "NVIDIA H100 80GB HBM3"})
-    numbers = check.check_numbers
-    monkeypatch.setattr(check, "check_numbers", lambda torch: numbers(torch, "cpu"))
-    started: list[str] = []
-
-    def run_script(arguments: list[str], limit_s: float) -> tuple[int, list[str]]:
-        started.append(arguments[0])
-        return status, ["a warning", said, "9 passed"]
-
-    monkeypatch.setattr(check, "run_script", run_script)
-    return check, started
+    return check
 
 
-def test_gpu_check_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = {"operation": "swiglu", "relative_difference": 1e-3}
-    check, started = gpu_check(monkeypatch, tmp_path, json.dumps(line))
-    assert check.main() == 0
-    (path,) = (tmp_path / "benchmarks" / "results").iterdir()
-    assert path.name.endswith("_nvidia-h100-80gb-hbm3.json")
+def says(line: str, status: int = 0) -> str:
+    return "-c " + shlex.quote(f"print('a warning'); print({line!r}, flush=True); raise SystemExit({status})")
+
+
+def written(folder: Path) -> dict[str, Any]:
+    (path,) = folder.iterdir()
+    assert path.name.endswith("_nvidia-h100-80gb-hbm3_kernels.json")
     result: dict[str, Any] = json.loads(path.read_text())
-    assert [line["ok"] for line in result["checks"]] == [True]
-    assert result["tests"]["summary"] == "9 passed"
-    assert result["attention"] == result["row_ops"] == [line]
-    assert result["info_nce"] == [line] * 5
-    parts = ["row_ops.py", "attention.py", *["info_nce.py"] * 5]
-    assert started == [*(f"benchmarks/{part}" for part in parts), "-m"]
+    return result
+
+
+def test_gpu_check_writes_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {"operation": "swiglu", "relative_difference": 1e-3}
+    check = gpu_check(monkeypatch, {"one": says(json.dumps(line)), "other": says('{"ms": 2}')})
+    assert check.main(["--part", "kernels", "--output", str(tmp_path), "--commit", "abc"]) == 0
+    rows = written(tmp_path)["rows"]
+    assert rows["one"]["lines"] == [line]
+    assert rows["other"]["lines"] == [{"ms": 2}]
+    assert {row["commit"] for row in rows.values()} == {"abc"}
+
+
+def test_gpu_check_keeps_the_rows_that_do_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--part", "kernels", "--output", str(tmp_path)]
+    check = gpu_check(monkeypatch, {"one": says('{"ms": 1}'), "other": says('{"ms": 2}')})
+    assert check.main(options) == 0
+    again = gpu_check(monkeypatch, {"one": says('{"ms": 3}'), "other": says('{"ms": 4}')})
+    assert again.main([*options, "--rows", "other"]) == 0
+    lines = [row["lines"] for row in written(tmp_path)["rows"].values()]
+    assert lines == [[{"ms": 1}], [{"ms": 4}]]
+
+
+def test_a_row_that_its_limit_ends_keeps_what_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = shlex.quote("import time; print('{\"ms\": 1}', flush=True); time.sleep(600)")
+    check = gpu_check(monkeypatch, {"endless": f"-c {endless}", "next": says('{"ms": 2}')})
+    monkeypatch.setattr(check, "ROW_S", 2.0)
+    assert check.main(["--part", "kernels", "--output", str(tmp_path)]) == 0
+    rows = written(tmp_path)["rows"]
+    assert rows["endless"]["cut"]
+    assert rows["endless"]["lines"] == [{"ms": 1}]
+    assert not rows["next"]["cut"]
 
 
 @pytest.mark.parametrize(
     ("said", "status", "failure"),
     [
-        ("it said nothing", 0, "attention: no figures"),
-        ('{"operation": "swiglu", "relative_difference": 0.5}', 0, "swiglu: off by 0.5"),
-        ('{"operation": "swiglu", "relative_difference": NaN}', 0, "swiglu: off by nan"),
-        ('{"operation": "swiglu", "relative_difference": 0}', 1, "benchmarks/row_ops.py: exit status 1"),
+        ("it said nothing", 0, "row: no figures"),
+        ('{"operation": "swiglu", "relative_difference": 0.5}', 0, "swiglu off by 0.5"),
+        ('{"operation": "swiglu", "relative_difference": NaN}', 0, "swiglu off by nan"),
+        ('{"check": "head dim 64", "ok": false}', 0, "head dim 64 is off"),
+        ('{"operation": "swiglu", "relative_difference": 0}', 1, "row: exit status 1"),
     ],
 )
-def test_gpu_check_fails_where_a_part_does(
+def test_gpu_check_fails_where_a_row_does(
     said: str,
     status: int,
     failure: str,
@@ -126,9 +156,33 @@ def test_gpu_check_fails_where_a_part_does(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    check, _ = gpu_check(monkeypatch, tmp_path, said, status)
-    assert check.main() == 1
+    check = gpu_check(monkeypatch, {"row": says(said, status)})
+    assert check.main(["--part", "kernels", "--output", str(tmp_path)]) == 1
     assert failure in capsys.readouterr().out
+
+
+def test_gpu_check_leaves_out_what_its_part_has_no_time_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = gpu_check(monkeypatch, {"row": says('{"ms": 1}')})
+    monkeypatch.setattr(check, "PART_S", 1.0)
+    assert check.main(["--part", "kernels", "--output", str(tmp_path)]) == 1
+    assert "row: left out" in capsys.readouterr().out
+
+
+def test_every_row_is_a_script_that_is_there() -> None:
+    for rows in script("gpu_check").PARTS.values():
+        for command in rows.values():
+            first = shlex.split(command)[0]
+            assert first == "-m" or (BENCHMARKS.parent / first).is_file()
+
+
+def test_kernel_checks_meet_their_bound_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = script("kernel_checks")
+    monkeypatch.setattr(checks, "CHECKS", (("float32", 2, 1, 16, {"window": 4}),))
+    (line,) = checks.check((3, 0, 17), "cpu")
+    assert line["ok"]
+    assert len(line["error_out_dq_dk_dv"]) == 4
 
 
 def test_row_operations_in_a_tiny_shape() -> None:

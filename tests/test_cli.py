@@ -5,14 +5,18 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
+import typer
 
 from llm2vec_ds.__main__ import main
+from llm2vec_ds.cli import app
 from llm2vec_ds.encoder import Encoder
-from tests.support.runs import ROOT, command
+from tests.support.runs import ROOT, command, recipe, write_recipe
 from tests.support.tiny import sentences
 
 COMMANDS = ["train", "prepare", "encode", "search", "export", "mine", "doctor", "demo"]
@@ -116,6 +120,64 @@ def test_encode_writes_the_vectors_of_the_encoder(tmp_path: Path, tiny_model_dir
     assert outcome.returncode == 0, outcome.stderr
     expected = Encoder.from_pretrained(tiny_model_dir).encode(texts, instruction="bread")
     np.testing.assert_allclose(np.load(tmp_path / "out" / "v.npy"), expected, atol=1e-5)
+
+
+NAMED_BY_WORDS = {
+    "model",
+    "input",
+    "pairs",
+    "corpus",
+    "texts",
+    "original",
+    "instructions",
+    "words.train",
+    "words.test",
+}
+"""Options that are strings, because they may also be a hub id, and name a place."""
+
+
+def _places(commands: typer.Typer) -> Iterator[tuple[str, Any]]:
+    """Name and option of everything that names a place."""
+    for group in commands.registered_groups:
+        yield from _places(group.typer_instance or typer.Typer())
+    for registered in commands.registered_commands:
+        assert registered.callback is not None
+        for name, hint in get_type_hints(registered.callback, include_extras=True).items():
+            full_name = f"{registered.callback.__name__}.{name}"
+            if "Path" in str(hint) or {name, full_name} & NAMED_BY_WORDS:
+                annotated = hint if hasattr(hint, "__metadata__") else get_args(hint)[0]
+                yield full_name, annotated.__metadata__[0]
+
+
+PLACES = dict(_places(app))
+
+
+def test_places_are_found() -> None:
+    assert {"encode.output", "encode.model", "export.source", "words.train", "train.recipe"} <= PLACES.keys()
+    assert len(PLACES) > 25
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_home_is_a_tilde_in_every_option(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of")
+    assert PLACES[name].callback(Path("~/x")) == Path("/home/of/x")
+    assert PLACES[name].callback(["~/x", "b"]) == ["/home/of/x", "b"]
+    assert PLACES[name].callback(None) is None
+
+
+def test_home_is_a_tilde_in_recipes_and_no_folder_is_called_so(
+    tmp_path: Path, tiny_model_dir: Path, texts_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text(texts_file.read_text())
+    values = recipe("simcse", tiny_model_dir, Path("~/texts.txt"), Path("~/run"))
+    values["data"]["prepared_dir"] = "~/prepared"
+    write_recipe(values, tmp_path / "r.yaml")
+    assert run(monkeypatch, "prepare", "~/r.yaml") == 0
+    assert run(monkeypatch, "train", "~/r.yaml", "max_steps=1", "output_dir=~/other") == 0
+    assert {"prepared", "other"} <= {path.name for path in tmp_path.iterdir()}
+    assert not list(tmp_path.rglob("~*"))
 
 
 def test_launchers_put_local_rank_first(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,28 @@ def test_each_format_holds_the_vectors_in_order(
         rows = [row for block in read_rows(file) for row in block]
         assert [(row["row"], row["text"]) for row in rows] == list(enumerate(TEXTS))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.txt", file.name, f"{file.name}.json"]
+
+
+@pytest.mark.parametrize("output", ["in.jsonl", "link.jsonl", "shards"])
+def test_an_output_that_is_the_input_is_refused(output: str, options: EncodeOptions, tmp_path: Path) -> None:
+    """Also by another name, and where a shard would be it."""
+    row = '{"text": "the river", "id": 7}\n'
+    (tmp_path / "shards").mkdir()
+    file = tmp_path / ("shards/shard-00000-of-00001.jsonl" if output == "shards" else "in.jsonl")
+    file.write_text(row)
+    (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    own = replace(options, input=str(file))
+    with pytest.raises(UserError, match="would write over .*, which it reads: choose another output"):
+        encode(own, tmp_path / output, format="jsonl", overwrite=True)
+    assert file.read_text() == row
+
+
+def test_a_note_replaces_nothing_of_others(options: EncodeOptions, tmp_path: Path) -> None:
+    (tmp_path / "v.npy.json").write_text('{"a thesis": "about vectors"}')
+    before = (tmp_path / "v.npy.json").read_text()
+    with pytest.raises(UserError, match="its note would replace .*npy.json, which is none"):
+        encode(options, tmp_path / "v.npy", overwrite=True)
+    assert (tmp_path / "v.npy.json").read_text() == before
 
 
 @pytest.mark.parametrize("format", ["npy", "jsonl", "parquet"])

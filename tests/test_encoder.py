@@ -129,6 +129,28 @@ def test_saved_and_loaded_is_the_same_and_bidirectional(encoder: Encoder, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder"]
 
 
+def test_saving_deletes_nothing_of_others(encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    (tmp_path / "models" / "other" / "model.safetensors").write_text("precious")
+    with pytest.raises(UserError, match="encoder .*models holds files, and no encoder or export"):
+        encoder.save(tmp_path / "models")
+    assert (tmp_path / "models" / "other" / "model.safetensors").read_text() == "precious"
+    encoder.save(tmp_path / "encoder")
+    (tmp_path / "encoder" / "notes.txt").write_text("precious")
+    Encoder.from_pretrained(tmp_path / "encoder").save(tmp_path / "encoder")  # over what it was read from
+    assert (tmp_path / "encoder" / "notes.txt").read_text() == "precious"
+    again = Encoder.from_pretrained(tmp_path / "encoder")
+    np.testing.assert_array_equal(again.encode(sentences(5)), encoder.encode(sentences(5)))
+
+
+def test_home_is_a_tilde(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    encoder.save("~/encoder")
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+    Encoder.from_pretrained("~/encoder")
+
+
 def test_stock_transformers_gives_the_same_vectors(encoder: Encoder, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModel, AutoTokenizer

@@ -265,6 +265,42 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
     export(source, tmp_path / "there", replace(ExportOptions(), overwrite=True))
 
 
+def test_overwrite_never_deletes_what_export_did_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = make(tmp_path / "run" / "encoder")
+    (tmp_path / "run" / "metrics.jsonl").write_text("precious")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "thesis.tex").write_text("precious")
+    (tmp_path / "link").symlink_to("docs")
+    before = sorted(tmp_path.rglob("*"))
+    options = ExportOptions(overwrite=True)
+    for output, said in {
+        "run": "run holds .*run, which is read",
+        "run/encoder": "encoder holds .*encoder, which is read",
+        "run/..": "is or holds the folder you are in",
+        ".": "is or holds the folder you are in",
+        "docs": "docs holds files, and no encoder or export of this toolkit",
+        "link": "link holds files, and no encoder or export of this toolkit",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            export(source.parent, Path(output), options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwrite_replaces_an_export_and_keeps_what_lies_beside_it(tmp_path: Path) -> None:
+    source = make(tmp_path / "encoder")
+    export(source, tmp_path / "out", ExportOptions())
+    (tmp_path / "out" / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="out exists: choose another, or give --overwrite"):
+        export(source, tmp_path / "out", ExportOptions())
+    export(source, tmp_path / "out", ExportOptions(format="transformers", overwrite=True))
+    assert not (tmp_path / "out" / "modules.json").exists()
+    assert (tmp_path / "out" / "notes.txt").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "out"]
+
+
 def write_run(folder: Path, stage: str, model: str) -> None:
     folder.mkdir(parents=True)
     recipe = {"stage": stage, "model": {"path": model}, "data": {"path": "private/texts.txt"}, "max_steps": 5}

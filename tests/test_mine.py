@@ -19,6 +19,7 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.mine import mine
 from llm2vec_ds.mine_options import MiningOptions
 from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.storage.lock import held
 from tests.support.tiny import sentences, tiny_tokenizer
 from tests.test_mistakes import full_disk
 
@@ -268,12 +269,18 @@ def test_a_full_disk_loses_no_finished_block(
 
 
 def test_one_process_at_a_time(make: Make, tmp_path: Path) -> None:
-    from filelock import FileLock
-
     folder = tmp_path / ".out.jsonl.mining"
     folder.mkdir()
-    with FileLock(folder / "lock"), pytest.raises(UserError, match="another process works there"):
+    with held(folder / "lock", folder), pytest.raises(UserError, match="another process works there"):
         mine(make(), tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("name", ["pairs", "corpus"])
+def test_an_output_that_is_an_input_is_refused(name: str, make: Make, tmp_path: Path) -> None:
+    before = (tmp_path / f"{name}.jsonl").read_bytes()
+    with pytest.raises(UserError, match=f"would write over .*{name}.jsonl, which it reads"):
+        mine(make(), tmp_path / f"{name}.jsonl", overwrite=True)
+    assert (tmp_path / f"{name}.jsonl").read_bytes() == before
 
 
 def test_from_the_command_line_to_the_supervised_stage(

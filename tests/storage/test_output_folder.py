@@ -77,9 +77,14 @@ def test_a_foreign_file_of_the_same_name_stays(tmp_path: Path) -> None:
 
 def test_an_error_while_writing_leaves_the_old_folder(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    with pytest.raises(OSError, match="No space"), replaced_folder(tmp_path / "out", "out") as new:
-        (new / "a.txt").write_text("new")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write_half() -> None:
+        with replaced_folder(tmp_path / "out", "out") as new:
+            (new / "a.txt").write_text("new")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space"):
+        write_half()
     assert set(files(tmp_path / "out").values()) == {"old"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
