@@ -271,6 +271,11 @@ MISTAKES = {
     "a run is there": Mistake(
         "TMP/run already holds a run: go on with it by resume=true, choose another output_dir, or pass "
         "overwrite=true",
+        files={"run/metrics.jsonl": b"precious\n", "run/recipe.yaml": b"precious"},
+    ),
+    "files of others are there": Mistake(
+        "output_dir TMP/run holds metrics.jsonl, which no run wrote: choose another output_dir, or move it "
+        "away",
         files={"run/metrics.jsonl": b"precious\n"},
     ),
     "a run told to stay stopped": Mistake(
@@ -283,7 +288,7 @@ MISTAKES = {
         changes={"checkpoint": {"best_by": "loss"}},
     ),
     "output_dir is a file": Mistake(
-        "output_dir TMP/run cannot be written: File exists: choose a path that you can write to",
+        "output_dir TMP/run is a file: choose another",
         files={"run": b"precious\n"},
     ),
     "output_dir below a file": Mistake(

@@ -20,12 +20,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, writing
 
 log = logging.getLogger(__name__)
 
-EMPTY_FILE_WAIT_S = 1.0
+NAMELESS_WAIT_S = 1.0
 """A process writes its name into the file that it has just made long before this."""
+BEGINNING = '{"host": "'
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -67,9 +68,10 @@ def held(file: Path, what: object) -> Iterator[None]:
     """Holds the lock `file` over `what`; its folder must be there.
 
     Raises:
-        UserError: another process holds it, or may do so on another host; names it.
+        UserError: another process holds it, or may do so on another host; names it. Or it cannot be made.
     """
-    descriptor = _acquire(file, what)
+    with writing(what):
+        descriptor = _acquire(file, what)
     try:
         yield
     finally:
@@ -89,6 +91,8 @@ def _acquire(file: Path, what: object) -> int:
                 _take_over(file, descriptor, what, has_flock=bool(is_ours))
             _write(descriptor, Holder.this_process())
         except BaseException:
+            if is_new:
+                file.unlink(missing_ok=True)
             os.close(descriptor)
             raise
         return descriptor
@@ -125,12 +129,13 @@ def _take_over(file: Path, descriptor: int, what: object, *, has_flock: bool) ->
     Raises:
         UserError: it is not.
     """
-    if not (text := _read(descriptor)):
-        time.sleep(EMPTY_FILE_WAIT_S)
+    text = _read(descriptor)
+    if Holder.parse(text) is None:
+        time.sleep(NAMELESS_WAIT_S)
         text = _read(descriptor)
     holder, own = Holder.parse(text), Holder.this_process()
     if holder is None:
-        ended = not text and has_flock  # killed before it could write its name
+        ended = has_flock and _is_begun(text)  # killed before it could write its name
     elif holder.host == own.host:
         ended = has_flock or not _is_running(holder.pid)
     else:
@@ -138,6 +143,11 @@ def _take_over(file: Path, descriptor: int, what: object, *, has_flock: bool) ->
     if not ended:
         raise _busy(file, what, text, is_alive=False)
     log.info("%s: taking over from %s, which has ended", what, holder or "a process")
+
+
+def _is_begun(text: str) -> bool:
+    """Is it the beginning, or nothing, of what a holder writes?"""
+    return text[: len(BEGINNING)] == BEGINNING[: len(text)]
 
 
 def _is_running(pid: int) -> bool:

@@ -76,6 +76,7 @@ def test_a_run_learns_and_leaves_its_folder(tmp_path: Path, tiny_model_dir: Path
         "memory.json",
         "metrics.jsonl",
         "recipe.yaml",
+        "run.json",
     ]
     assert [row["step"] for row in rows] == list(range(1, 31))
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "step_ms", "data_ms", "peak_mib", "n_tokens"} <= rows[

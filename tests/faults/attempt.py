@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from tests.faults.operations import Fault, Operations
 from tests.support.forked import enter, exit_code_of, rank_environment, server, wait, write_to
 from tests.support.ports import free_port
 
 MARKS = ("met", "training")
-DURABLE_OPERATIONS = ("write", "fsync", "rename")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What goes wrong on one rank.
-
-    Attributes:
-        rank: where.
-        kind: `kill` (SIGKILL) or `full` (no space left) at a file operation, `hang`, `nan`, `memory` in a
-            step, `signal` (USR1 to itself) in a step, `absent` (SIGKILL) once the ranks have met.
-        at: number of the file operation, or of the step, counted from 0.
-        half: a write is cut in the middle instead of before its first byte.
-    """
-
-    rank: int
-    kind: str
-    at: int = 0
-    half: bool = False
 
 
 def start(recipe: Path, world: int, log: Path, fault: Fault | None = None) -> list[BaseProcess]:
@@ -76,55 +55,38 @@ def _rank(
     from llm2vec_ds.engine import trainable_state
 
     trainable_state.PART_BYTES = 2**15  # several parts, so that each rank writes
-    operations = _count_operations(fault)
+    operations = Operations(fault)
+    _note_phases(operations)
     if fault is not None:
         _plant(fault, [Path(log).with_suffix(f".{peer}.met") for peer in range(world)])
     _mark(log)
     try:
         code = exit_code_of(["train", recipe, "resume=true"])
     finally:
-        Path(f"{log}.operations").write_text(f"{operations()}\n")
+        Path(f"{log}.operations").write_text(f"{' '.join(operations.seen)}\n")
     os._exit(code)  # without the server's own clean-up
 
 
-def _count_operations(fault: Fault | None) -> Callable[[], str]:
-    """Puts the fault before the chosen write, fsync or rename.
-
-    Returns what was seen so far, in order: `KIND:SAVES`, the saves begun until then.
-    """
+def _note_phases(operations: Operations) -> None:
+    """`start` until the first save, then the number of saves begun, and `encoder` from its writing on."""
+    from llm2vec_ds.encoder import Encoder
     from llm2vec_ds.engine.checkpoint import CheckpointStore
 
-    seen: list[str] = []
     saves = 0
-    whole_save = CheckpointStore.save
+    whole_save, whole_encoder = CheckpointStore.save, Encoder.save
 
     def save(*arguments: Any) -> Any:
         nonlocal saves
         saves += 1
+        operations.phase = str(saves)
         return whole_save(*arguments)
 
+    def save_encoder(*arguments: Any) -> Any:
+        operations.phase = "encoder"
+        return whole_encoder(*arguments)
+
     CheckpointStore.save = save  # type: ignore[method-assign]
-
-    def wrapped(kind: str, operation: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **keywords: Any) -> Any:
-            if not _is_own(sys._getframe(1)):
-                return operation(*arguments, **keywords)
-            number = len(seen)
-            seen.append(f"{kind}:{saves}")
-            if fault is not None and fault.kind in ("kill", "full") and fault.at == number:
-                if fault.half and kind == "write":
-                    descriptor, content = arguments
-                    operation(descriptor, content[: len(content) // 2])
-                if fault.kind == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise OSError(28, os.strerror(28))
-            return operation(*arguments, **keywords)
-
-        return run
-
-    for kind in DURABLE_OPERATIONS:
-        setattr(os, kind, wrapped(kind, getattr(os, kind)))
-    return lambda: " ".join(seen)
+    Encoder.save = save_encoder  # type: ignore[method-assign]
 
 
 def _mark(log: str) -> None:
@@ -140,15 +102,6 @@ def _mark(log: str) -> None:
 
     run.build_stage = marked("met", run.build_stage)
     Trainer.run = marked("training", Trainer.run)  # type: ignore[method-assign]
-
-
-def _is_own(frame: FrameType | None) -> bool:
-    """Whether the toolkit itself called, perhaps through a library function."""
-    for _ in range(3):
-        if frame is None or frame.f_globals["__name__"].startswith("llm2vec_ds."):
-            return frame is not None
-        frame = frame.f_back
-    return False
 
 
 def _plant(fault: Fault, have_met: list[Path]) -> None:

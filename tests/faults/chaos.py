@@ -1,11 +1,12 @@
-"""Kills runs at every write, fsync and rename of their saves, and at random moments, and lets them go on.
+"""Kills runs before every file operation of a save and of writing the encoder, and at random moments.
 
     python -m tests.faults.chaos --kills 100
 
 Two ranks under ZeRO-2, dropout on. After each kill the run is started again with resume=true, perhaps to be
-killed once more; at its end its losses and weights must be those of a run that nobody disturbed, bit by bit,
-and no checkpoint that was valid before a kill may be gone after it. A rank whose peer dies must end by itself
-once all have begun to train; before, when they may not have met, it is ended as launchers do.
+killed once more; at its end its losses and weights must be those of a run that nobody disturbed, bit by bit.
+No checkpoint that was valid before a kill may be gone after it, and `encoder/` is whole or absent. A rank whose
+peer dies must end by itself once all have begun to train; before, when they may not have met, it is ended as
+launchers do. Exports are killed likewise (chaos_export.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +27,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from llm2vec_ds.engine.checkpoint import CheckpointStore
-from tests.faults.attempt import Fault, attempt, start
+from tests.faults import chaos_export
+from tests.faults.attempt import attempt, start
+from tests.faults.operations import WRITES, Fault
 from tests.support.forked import HUNG, wait
 from tests.support.runs import choose_library, recipe, write_recipe
 from tests.support.tiny import save_tiny_llama, sentences
@@ -96,21 +100,21 @@ class Chaos:
         weights = load_file(self.folder / name / "encoder" / "model.safetensors")
         return [(row["loss"], row["grad_norm"]) for row in rows], weights
 
-    def faults(self, save: int | None = None) -> list[Fault]:
+    def faults(self, phases: Collection[str] | None = None) -> list[Fault]:
         """A kill before each file operation of the undisturbed run, and one in the middle of each write.
 
         Args:
-            save: only those of this save, counted from 1.
+            phases: only those of these: `start`, the number of a save, counted from 1, or `encoder`.
         """
         faults = []
         for rank in range(WORLD):
             operations = (self.folder / f"whole.log.{rank}.operations").read_text().split()
             for number, operation in enumerate(operations):
-                kind, saves = operation.split(":")
-                if save not in (None, int(saves)):
+                kind, phase = operation.split(":")
+                if phases is not None and phase not in phases:
                     continue
                 faults.append(Fault(rank, "kill", number))
-                if kind == "write":
+                if kind in WRITES:
                     faults.append(Fault(rank, "kill", number, half=True))
         return faults
 
@@ -136,6 +140,9 @@ class Chaos:
         same = losses == self.expected[0] and weights.keys() == self.expected[1].keys()
         if not same or not all(torch.equal(value, self.expected[1][key]) for key, value in weights.items()):
             self.outcome.unequal.append(name)
+        left = [path.name for path in (self.folder / name).iterdir() if path.name.startswith(".")]
+        if left or (self.folder / name / "lock").exists():
+            self.outcome.unequal.append(f"{name}: left behind {left}, or a lock")
         shutil.rmtree(self.folder / name)
 
     def _killed_at_random(self, recipe_file: Path, log: Path) -> list[int]:
@@ -154,14 +161,19 @@ class Chaos:
         store = CheckpointStore(self.folder / name / "checkpoints", keep_last=1)
         found = store.newest_valid()
         step = found.step if found else 0
-        self.outcome.lost += step < newest
+        self.outcome.lost += step < newest or not self._encoder_is_whole(name)
         return step
 
+    def _encoder_is_whole(self, name: str) -> bool:
+        folder = self.folder / name / "encoder"
+        files = sorted(path.name for path in folder.rglob("*")) if folder.exists() else []
+        return files in ([], sorted(path.name for path in (self.folder / "whole" / "encoder").rglob("*")))
 
-def run(folder: Path, n_kills: int, seed: int, save: int | None = None) -> Outcome:
-    """At least `n_kills` kills, and one at every file operation (of one save, if `save` is given)."""
+
+def run(folder: Path, n_kills: int, seed: int, phases: Collection[str] | None = None) -> Outcome:
+    """At least `n_kills` kills, and one at every file operation (of these phases, if any are given)."""
     chaos = Chaos(folder, seed)
-    faults = chaos.faults(save)
+    faults = chaos.faults(phases)
     chaos.outcome.points = len(faults)
     number = 0
     with tqdm(total=n_kills, desc="kills", unit="kill", disable=None) as bar:
@@ -180,11 +192,13 @@ def main() -> None:
     choose_library()
     with tempfile.TemporaryDirectory() as folder:
         outcome = run(Path(folder), arguments.kills, arguments.seed)
-    for name in outcome.unequal:
-        print(f"not equal: {name}", file=sys.stderr)
+        export = chaos_export.run(Path(folder) / "exports")
+    for name in (*outcome.unequal, *export.lost):
+        print(f"not as it should be: {name}", file=sys.stderr)
     print(f"file operations of an undisturbed run: {outcome.points}, killed at: {len(outcome.points_hit)}")
+    print(f"exports: {export.points} file operations, kills: {export.kills}, lost: {len(export.lost)}")
     print(outcome.line())
-    sys.exit(not outcome.is_good)
+    sys.exit(not (outcome.is_good and export.is_good))
 
 
 if __name__ == "__main__":

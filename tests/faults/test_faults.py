@@ -11,7 +11,8 @@ import pytest
 from llm2vec_ds.engine.checkpoint import CheckpointStore
 from llm2vec_ds.engine.watchdog import EXIT_CODE as HUNG
 from llm2vec_ds.errors import Stopped
-from tests.faults.attempt import Fault, attempt
+from tests.faults.attempt import attempt
+from tests.faults.operations import Fault
 from tests.support.runs import recipe, write_recipe
 
 WORLD = 2

@@ -76,10 +76,11 @@ def test_a_killed_holder_of_this_host_is_followed(tmp_path: Path) -> None:
 def test_a_process_that_was_killed_before_it_wrote_its_name_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "EMPTY_FILE_WAIT_S", 0.01)
-    (tmp_path / "lock").touch()
-    with held(tmp_path / "lock", "run"):
-        pass
+    monkeypatch.setattr(lock, "NAMELESS_WAIT_S", 0.01)
+    for begun in ("", '{"ho', '{"host": "node-of-oth'):
+        (tmp_path / "lock").write_text(begun)
+        with held(tmp_path / "lock", "run"):
+            pass
 
 
 def test_another_hosts_lock_is_left_alone_and_explained(tmp_path: Path) -> None:
@@ -125,7 +126,8 @@ def test_where_the_file_system_has_no_flock_the_process_decides(
             held(tmp_path / "lock", "run").__enter__()
 
 
-def test_a_file_that_is_no_lock_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_that_is_no_lock_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "NAMELESS_WAIT_S", 0.01)
     (tmp_path / "lock").write_text("a thesis")
     with pytest.raises(UserError, match="a process that has not said its name"):
         held(tmp_path / "lock", "run").__enter__()

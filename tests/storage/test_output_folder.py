@@ -203,7 +203,7 @@ def test_a_kill_between_three_renames_is_put_right(tmp_path: Path, monkeypatch: 
     folder.rename(durable.aside_of(left))
     left.mkdir()
     (tmp_path / f"{left.name}.lock").touch()
-    monkeypatch.setattr("llm2vec_ds.storage.lock.EMPTY_FILE_WAIT_S", 0.01)
+    monkeypatch.setattr("llm2vec_ds.storage.lock.NAMELESS_WAIT_S", 0.01)
     with pytest.raises(ZeroDivisionError), replaced_folder(folder, "out"):
         1 / 0  # noqa: B018
     assert set(files(folder).values()) == {"old"}
