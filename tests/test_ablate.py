@@ -113,6 +113,19 @@ def test_an_ablation_goes_on_where_it_stopped(
     assert json.loads((output / "results.json").read_text())["scores"] == result["scores"]
 
 
+def test_an_ablation_writes_over_nothing_of_others(tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = ablation_recipe(tmp_path, tiny_model_dir)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sentences.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"out holds sentences.txt, which would be written over"):
+        run_ablation(recipe, "quick", tmp_path / "out")
+    (tmp_path / "out" / "runs").mkdir()  # an ablation's folder
+    own = recipe.model_copy(update={"text": str(tmp_path / "out" / "sentences.txt")})
+    with pytest.raises(UserError, match=r"would write over .*sentences.txt, which it reads"):
+        run_ablation(own, "quick", tmp_path / "out")
+    assert (tmp_path / "out" / "sentences.txt").read_text() == "precious"
+
+
 def test_means_and_spread_over_seeds() -> None:
     scores = {"uni": {"1": {"sts": 0.25}, "2": {"sts": 0.35}}, "bi": {"1": {"sts": 0.5, "pos": 0.75}}}
     assert table(scores).splitlines()[2:] == ["| uni | 0.300 ± 0.071 |  |", "| bi | 0.500 | 0.750 |"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llm2vec_ds import demo_model
+from llm2vec_ds.demo import run_demo
 from llm2vec_ds.demo_text import held_out_retrieval, training_text
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError
@@ -51,6 +52,23 @@ def test_text_of_the_user(tmp_path: Path) -> None:
         training_text(path)
     with pytest.raises(UserError, match="No such file"):
         training_text(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("name", ["sentences.txt", "simcse.yaml", "encoder/thesis.tex", "stages.png"])
+def test_a_demo_writes_over_nothing_of_others(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    with pytest.raises(UserError, match=f"out holds {name.partition('/')[0]}, which would be written over"):
+        run_demo(tmp_path / "out", budget="quick", model="none")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+def test_a_demo_does_not_write_over_its_text(tmp_path: Path) -> None:
+    (tmp_path / "mntp").mkdir()  # a demo's folder
+    (tmp_path / "sentences.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"would write over .*sentences.txt, which it reads"):
+        run_demo(tmp_path, budget="quick", model="none", text=tmp_path / "sentences.txt")
 
 
 def test_a_file_that_is_not_the_pinned_one_is_not_used(

@@ -4,7 +4,7 @@
 
 Two ranks under ZeRO-2, dropout on. After each kill the run is started again with resume=true, perhaps to be
 killed once more; at its end its losses and weights must be those of a run that nobody disturbed, bit by bit.
-No checkpoint that was valid before a kill may be gone after it, and `encoder/` is whole or absent. A rank whose
+No checkpoint that was valid before a kill may be gone after it; `encoder/` is whole or absent. A rank whose
 peer dies must end by itself once all have begun to train; before, when they may not have met, it is ended as
 launchers do. Exports are killed likewise (chaos_export.py).
 """

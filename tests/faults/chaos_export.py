@@ -19,8 +19,8 @@ KILLED = -9
 
 @dataclass
 class ExportOutcome:
-    """`points`: file operations of an undisturbed export. `lost`: exports that were neither old nor new, could
-    not be made again, or left something behind.
+    """`points`: file operations of an undisturbed export. `lost`: exports that were neither old nor new, that
+    could not be made again, or that left something behind.
     """
 
     kills: int = 0
