@@ -1,8 +1,9 @@
 """Attention forward, backward and both, ours against what else there is. One JSON line a case, for a GPU.
 
 `python benchmarks/attention.py --help`. A line gives `ms` and `tflops` of each contender on real tokens
-(padding counts for nothing), and `ratio_to_best_rival`: the best rival's time over ours, above 1 where
-ours is faster. A contender that refuses or fails is listed under `refused` with its reason.
+(padding counts for nothing), and `ratio_to_best_rival`: the best rival's time over ours, above 1 where ours
+is faster. `auto` is what the product would choose, and `best_of_torch_to_auto` the time of the best that
+torch offers over that one's. A contender that refuses or fails is listed under `refused` with its reason.
 """
 
 from __future__ import annotations
@@ -10,11 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +22,9 @@ if "--smoke" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
+from length_mixes import MIXES, length_mix
 
-# Lengths in tokens of the SmolLM2 tokenizer, at these percentiles, measured on the sentences of STS-B
-# (17,256 of them) and the paragraphs of WikiText-2's validation and test files (4,024).
-PERCENTILES = (0, 1, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)
-STS_SENTENCES = (3, 5, 7, 8, 11, 16, 25, 31, 42, 52, 72)
-WIKI_PARAGRAPHS = (1, 3, 17, 68, 131, 201, 270, 319, 428, 503, 587)
-# The same files' 124 articles in blocks of 512 tokens, 1,201 of them: this share is full, the rest ends one.
-FULL_BLOCKS = 0.897
-MIXES = ("sts", "wiki", "blocks")
 BACKWARD_FLOPS = 2.5  # of forward's, five matrix products against two
-
-
-def length_mix(name: str, tokens: int, seed: int = 0) -> tuple[int, ...]:
-    """Lengths of one of `MIXES`, longest first as the packer has them, `tokens` in all."""
-    draw = random.Random(seed)
-    lengths: list[int] = []
-    while (left := tokens - sum(lengths)) > 0:
-        if name == "blocks":
-            length = 512 if draw.random() < FULL_BLOCKS else draw.randint(1, 511)
-        else:
-            length = _from_percentiles(STS_SENTENCES if name == "sts" else WIKI_PARAGRAPHS, draw.random())
-        lengths.append(min(length, left))
-    return tuple(sorted(lengths, reverse=True))
-
-
-def _from_percentiles(lengths: tuple[int, ...], share: float) -> int:
-    """Straight lines between the percentiles."""
-    for (p0, x0), (p1, x1) in pairwise(zip(PERCENTILES, lengths, strict=True)):
-        if 100 * share <= p1:
-            return round(x0 + (x1 - x0) * (100 * share - p0) / (p1 - p0))
-    return lengths[-1]
 
 
 def milliseconds(function: Callable[[], Any], device: torch.device, leaves: list[torch.Tensor]) -> float:
@@ -100,12 +71,20 @@ def measure(problem: Any, with_flex: bool) -> tuple[dict[str, dict[str, float]],
 
 def report(case: dict[str, Any], problem: Any, with_flex: bool) -> Iterator[dict[str, Any]]:
     """One line a pass."""
+    from attention_rivals import OURS, chosen_by_auto
+
     times, notes = measure(problem, with_flex)
+    auto = chosen_by_auto(problem)
     flops = {"forward": 1.0, "backward": BACKWARD_FLOPS, "both": 1 + BACKWARD_FLOPS}
     for name, factor in flops.items():
         ms = {contender: by_pass[name] for contender, by_pass in times.items()}
         rivals = [value for contender, value in ms.items() if contender != "triton"]
         ratio = round(min(rivals) / ms["triton"], 3) if rivals and "triton" in ms else None
+        best = min((value for contender, value in ms.items() if contender not in OURS), default=None)
+        notes |= {
+            "auto": auto,
+            "best_of_torch_to_auto": round(best / ms[auto], 3) if best and auto in ms else None,
+        }
         tflops = {c: round(problem.forward_flops * factor / value / 1e9, 2) for c, value in ms.items()}
         rounded = {c: round(value, 4) for c, value in ms.items()}
         yield {**case, "pass": name, "ms": rounded, "tflops": tflops, "ratio_to_best_rival": ratio, **notes}

@@ -56,16 +56,28 @@ class Contender:
     setup_ms: float = 0.0
 
 
-def packed(problem: Problem, backend: str) -> Contender:
-    """One of our backends, called as the model calls it."""
-    needs = AttentionNeeds(
+OURS = ("triton", "flash_attn")
+"""Contenders that torch does not bring."""
+
+
+def needs_of(problem: Problem) -> AttentionNeeds:
+    return AttentionNeeds(
         problem.device,
         problem.dtype,
         problem.head_dim,
         grouped=problem.heads != problem.kv_heads,
         dropout_p=problem.dropout_p,
     )
-    choose_attention_backend(backend, needs)
+
+
+def chosen_by_auto(problem: Problem) -> str:
+    """The contender that the product's `attention: auto` is."""
+    return choose_attention_backend("auto", needs_of(problem)).name
+
+
+def packed(problem: Problem, backend: str) -> Contender:
+    """One of our backends, called as the model calls it."""
+    choose_attention_backend(backend, needs_of(problem))
     tensors = problem.tensors()
     options: dict[str, Any] = {
         "softmax_scale": problem.head_dim**-0.5,

@@ -1,47 +1,73 @@
-"""Kernel tests and the kernels' benchmarks on this machine's GPU, into one file. Run by `make gpu-check`.
+"""Checks and benchmarks on this machine's GPU, a file of results for each part. Run by `make gpu-check`.
 
-Needs torch with CUDA, triton, transformers and peft; with pytest and hypothesis the kernels' tests run too,
-beside the numerical checks that this script makes itself. Each part has a time limit, less than nine minutes
-together, and the file is written after each, so that what was measured is there whatever comes after.
+    python benchmarks/gpu_check.py --part kernels
+    python benchmarks/gpu_check.py --part training --rows train_mntp_4670 mntp_7b
+
+Every row is a process of its own and ends after 45 seconds at the latest; a part ends after four minutes.
+The file is written after each row, so that a run that is cut keeps what it has, and a row that runs again
+on the same day replaces what it said before. Needs torch with CUDA, triton, transformers and peft; the part
+`training` also what `llm2vec-ds train` needs, and sentence-transformers; `tests` pytest and hypothesis.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
-import importlib.util
-import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-BUDGET_S = 525
-CHECKS_S = 120
-"""No check starts later: the first run of each compiles its kernels."""
+ROW_S, PART_S = 45.0, 240.0
 ROW_OPS_BOUND = 2**-7
 """How far results of bf16 may be from transformers', whose roundings are others: relative, by their norms."""
-VERSIONS = ("torch", "triton", "transformers", "peft", "flash-attn", "flash-attn-3")
-# (dtype, query heads, key/value heads, head dim, options)
-CHECKS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
-    ("bfloat16", 8, 8, 64, {}),
-    ("bfloat16", 9, 3, 64, {"window": 100}),
-    ("float16", 8, 1, 128, {"softcap": 5.0}),
-    ("bfloat16", 4, 2, 80, {}),
-    ("bfloat16", 4, 4, 96, {"window": 30}),
-    ("bfloat16", 4, 2, 256, {"softcap": 30.0}),
-    ("float32", 4, 2, 64, {"softcap": 5.0}),
-    ("float32", 2, 2, 256, {}),
+VERSIONS = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "sentence-transformers",
+    "flash-attn",
+    "flash-attn-3",
 )
-LENGTHS = {"long": (0, 1, 127, 128, 129, 0, 515), "short": (13, 1, 0, 63, 64, 17) * 4}
+ATTENTION = "benchmarks/attention.py --flex none --mixes sts wiki blocks long --lengths 4096 --head-dims"
+"""Without FlexAttention, whose compilation alone outlasts a row's limit: that is run by hand."""
+PARTS = {
+    "kernels": {
+        "checks_long": "benchmarks/kernel_checks.py --texts long",
+        "checks_short": "benchmarks/kernel_checks.py --texts short",
+        "row_ops_7b": "benchmarks/row_ops.py",
+        "row_ops_135m": "benchmarks/row_ops.py --tokens 16384 --width 576 --inner 1536 --head-dim 64",
+        "contrastive_loss": "benchmarks/contrastive_loss.py",
+        "info_nce_131072": "benchmarks/info_nce.py --n 131072 --dim 1024 --json",
+        "attention_128": f"{ATTENTION} 128",
+        "attention_64": f"{ATTENTION} 64",
+        "attention_256": f"{ATTENTION} 256",
+    },
+    "training": {
+        "train_mntp_4670": "benchmarks/train_gpu.py mntp",
+        "train_mntp_16384": "benchmarks/train_gpu.py mntp --tokens 16384",
+        "mntp_7b": "benchmarks/mntp_gpu.py --recomputation none selective",
+        "host_overhead": "benchmarks/host_overhead.py --parts train encode --engines zero2 --steps 4",
+        "train_simcse": "benchmarks/train_gpu.py simcse",
+        "train_supervised": "benchmarks/train_gpu.py supervised --steps 3 --warm-up 1 --profiled 1",
+        "encode": "benchmarks/encode_gpu.py",
+        "train_cached": "benchmarks/train_gpu.py cached --steps 2 --warm-up 1 --profiled 1",
+    },
+    "tests": {"tests": "-m pytest -q -m not\\ slow -p no:cacheprovider tests/kernels"},
+}
+"""Rows in the order of their worth: those that a part has no time for are left out."""
 
 
 def hardware(torch: Any) -> dict[str, Any]:
@@ -64,75 +90,13 @@ def hardware(torch: Any) -> dict[str, Any]:
     }
 
 
-def check_numbers(torch: Any, device: str = "cuda") -> list[dict[str, Any]]:
-    """Every one of `CHECKS` on every one of `LENGTHS`."""
-    lines = []
-    until = time.monotonic() + CHECKS_S
-    for check, (mix, lengths) in itertools.product(CHECKS, LENGTHS.items()):
-        if time.monotonic() > until:
-            print(f"checks stop after {CHECKS_S} s, at {check} on {mix} texts", flush=True)
-            break
-        started = time.monotonic()
-        errors, naive_errors = errors_against_reference(torch, device, lengths, *check)
-        dtype, heads, kv_heads, head_dim, options = check
-        line = {
-            "check": f"{dtype}, {heads}/{kv_heads} heads, head dim {head_dim}, {options}, {mix} texts",
-            "error_out_dq_dk_dv": errors,
-            "naive_error": naive_errors,
-            "seconds": round(time.monotonic() - started, 1),
-            "ok": all(a <= 2 * b + 1e-6 for a, b in zip(errors, naive_errors, strict=True)),
-        }
-        print(json.dumps(line), flush=True)
-        lines.append(line)
-    return lines
-
-
-def errors_against_reference(
-    torch: Any,
-    device: str,
-    lengths: tuple[int, ...],
-    dtype_name: str,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    options: dict[str, Any],
-) -> tuple[list[float], list[float]]:
-    """Largest errors of output, dq, dk, dv against double precision: ours, and naive PyTorch's."""
-    from llm2vec_kernels import reference
-    from llm2vec_kernels.flash_attention import flash_attention
-
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(sum(lengths), h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
-    dtype = getattr(torch, dtype_name)
-    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-    options = {"softmax_scale": head_dim**-0.5, **options}
-
-    def ours(*qkv: Any) -> Any:
-        return flash_attention(*qkv, cu_seqlens, max(lengths), **options)
-
-    def plain(*qkv: Any) -> Any:
-        return reference.attention(*qkv, cu_seqlens, **options)
-
-    def results(function: Any, dtype: Any) -> list[Any]:
-        *leaves, weight = [x.detach().to(dtype).requires_grad_() for x in tensors]
-        out = function(*leaves)
-        return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
-
-    exact = results(plain, torch.float64)
-
-    def errors(computed: list[Any]) -> list[float]:
-        return [float((x.double() - t).abs().max()) for x, t in zip(computed, exact, strict=True)]
-
-    return errors(results(ours, dtype)), errors(results(plain, dtype))
-
-
-def run_script(arguments: list[str], limit_s: float) -> tuple[int, list[str]]:
-    """Exit status and lines of output of a child; what it said counts even where it ran out of time."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
+def run_row(command: str, limit_s: float) -> dict[str, Any]:
+    """What a child printed, and how it ended; what it said counts even where it ran out of time."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path[:2], *inherited()])}
     environment.pop("TRITON_INTERPRET", None)
+    started = time.monotonic()
     child = subprocess.Popen(
-        [sys.executable, *arguments],
+        [sys.executable, *shlex.split(command)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -140,47 +104,97 @@ def run_script(arguments: list[str], limit_s: float) -> tuple[int, list[str]]:
         text=True,
         start_new_session=True,
     )
+    cut = False
     try:
         output, _ = child.communicate(timeout=max(1.0, limit_s))
     except subprocess.TimeoutExpired:
+        cut = True
         os.killpg(child.pid, signal.SIGKILL)  # its own children too: one that lives holds the pipe
         output, _ = child.communicate()
     print(output, flush=True)
-    return child.returncode, output.splitlines()
+    lines = output.splitlines()
+    return {
+        "command": f"python {command}",
+        "seconds": round(time.monotonic() - started, 1),
+        "exit_status": child.returncode,
+        "cut": cut,
+        "lines": [json.loads(line) for line in lines if line.startswith("{")],
+        "said_last": lines[-3:] if child.returncode or not lines else lines[-1:],
+    }
 
 
-def json_lines(lines: list[str]) -> list[Any]:
-    return [json.loads(line) for line in lines if line.startswith("{")]
+def inherited() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
-def kernel_tests(limit_s: float) -> dict[str, Any]:
-    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-    if missing:
-        return {"ran": False, "reason": f"{' and '.join(missing)} not installed"}
-    options = ["-q", "-m", "not slow", "-p", "no:cacheprovider"]
-    status, lines = run_script(["-m", "pytest", *options, "tests/kernels"], limit_s)
-    return {"ran": True, "exit_status": status, "summary": lines[-1] if lines else ""}
+def problems(name: str, row: dict[str, Any]) -> Iterable[str]:
+    """A row that its limit ended is none, if it had figures by then."""
+    if row["exit_status"] and not row["cut"]:
+        yield f"{name}: exit status {row['exit_status']}"
+    if not row["lines"] and name != "tests":
+        yield f"{name}: no figures" + (" within its limit" if row["cut"] else "")
+    for line in row["lines"]:
+        if line.get("ok") is False:
+            yield f"{name}: {line['check']} is off"
+        if "operation" in line and not line["relative_difference"] < ROW_OPS_BOUND:
+            yield f"{name}: {line['operation']} off by {line['relative_difference']}"
 
 
-def figures(arguments: list[str], limit_s: float, crashed: list[str]) -> list[Any]:
-    """What a benchmark printed. Ended by its limit is not crashed: what it said by then counts."""
-    status, lines = run_script(arguments, limit_s)
-    if status > 0:
-        crashed.append(f"{' '.join(arguments)}: exit status {status}")
-    return json_lines(lines)
+def run_part(
+    part: str, wanted: list[str] | None, path: Path, about: dict[str, Any], row_s: float, part_s: float
+) -> list[str]:
+    """Runs the rows of a part and writes them; what went wrong."""
+    result = {**about, "part": part, "rows": earlier_rows(path)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + part_s
+    failed: list[str] = []
+    for name, command in PARTS[part].items():
+        if wanted and name not in wanted:
+            continue
+        left = until - time.monotonic()
+        if left < row_s / 2:
+            failed.append(f"{name}: left out, the part's {part_s:.0f} s are over")
+            continue
+        row = run_row(command, left if part == "tests" else min(row_s, left))
+        failed += problems(name, row)
+        result["rows"][name] = {**row, "commit": about["commit"]}
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return failed
 
 
-def info_nce_benchmark(deadline: float, crashed: list[str]) -> list[Any]:
-    """N up to a million while time lasts."""
-    lines: list[Any] = []
-    for n, dim in ((4096, 1024), (32768, 4096), (131072, 1024), (131072, 4096), (1_000_000, 1024)):
-        if time.monotonic() < deadline - 5:
-            arguments = ["benchmarks/info_nce.py", "--n", str(n), "--dim", str(dim), "--json"]
-            lines += figures(arguments, deadline - time.monotonic(), crashed)
-    return lines
+def earlier_rows(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
-def main() -> int:
+def commit_here() -> str | None:
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return said.stdout.strip() or None
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rows", nargs="+", help="these rows alone")
+    parser.add_argument("--row-seconds", type=float, default=ROW_S, help="default %(default)s")
+    parser.add_argument("--part-seconds", type=float, default=PART_S, help="default %(default)s")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--commit", default=commit_here(), help="what is measured (default: git says it)")
+    options = parser.parse_args(arguments)
+    known = [name for part in options.part for name in PARTS[part]]
+    if unknown := [name for name in options.rows or [] if name not in known]:
+        parser.error(f"no row {', '.join(unknown)}: choose from {', '.join(known)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     import torch
 
     if not torch.cuda.is_available():
@@ -189,40 +203,15 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    started = time.monotonic()
-    result: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **hardware(torch)}
-    gpu = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
-    path = ROOT / "benchmarks" / "results" / f"{result['date'][:10]}_{gpu}.json"
-    # Without FlexAttention, whose compilation alone outlasts the limit: its case is run by hand.
-    attention = ["benchmarks/attention.py", "--flex", "none", "--deadline-s", "130"]
-    crashed: list[str] = []
-    parts: dict[str, Callable[[], Any]] = {
-        "checks": lambda: check_numbers(torch),
-        "row_ops": lambda: figures(["benchmarks/row_ops.py"], 40, crashed),
-        "attention": lambda: figures(attention, 160, crashed),
-        "info_nce": lambda: info_nce_benchmark(time.monotonic() + 90, crashed),
-        "tests": lambda: kernel_tests(min(130, started + BUDGET_S - time.monotonic())),
-    }
-    for name, part in parts.items():
-        result[name] = part()
-        result["seconds"] = round(time.monotonic() - started)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    failed = [line["check"] for line in result["checks"] if not line["ok"]]
-    failed += crashed
-    failed += [f"{name}: no figures" for name in ("row_ops", "attention", "info_nce") if not result[name]]
-    failed += [
-        f"{line['operation']}: off by {line['relative_difference']}"
-        for line in result["row_ops"]
-        if not line["relative_difference"] < ROW_OPS_BOUND
-    ]
-    if n_left_out := len(CHECKS) * len(LENGTHS) - len(result["checks"]):
-        failed.append(f"{n_left_out} checks not made within {CHECKS_S} s")
-    if result["tests"].get("exit_status"):
-        failed.append(f"kernel tests: {result['tests']['summary']}")
-    print(
-        f"{path}: {result['seconds']} s; " + (f"FAILED: {'; '.join(failed)}" if failed else "all checks pass")
-    )
+    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **hardware(torch)}
+    about["commit"] = options.commit
+    gpu = re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-")
+    failed: list[str] = []
+    for part in options.part:
+        path = options.output / f"{about['date'][:10]}_{gpu}_{part}.json"
+        failed += run_part(part, options.rows, path, about, options.row_seconds, options.part_seconds)
+        print(f"{path} is written", flush=True)
+    print(f"FAILED: {'; '.join(failed)}" if failed else "all checks pass")
     return 1 if failed else 0
 
 

@@ -2,10 +2,11 @@
 
     python benchmarks/row_ops.py
 
-Forward and backward together, weights frozen. One JSON line an operation: milliseconds of both, their ratio
-(above 1: ours is faster), GB/s of what must be read and written at least, and how far apart the results are
-(outputs and gradients, relative, by their norms). On the GPU in bf16 if there is
-one, else on the CPU in fp32. Without an installation: `PYTHONPATH=.:kernels`.
+Forward and backward together, weights frozen. On the GPU in bf16 if there is one: its own time, without
+launches, on inputs that are not in its cache. Else on the CPU in fp32. One JSON line an operation:
+milliseconds of both, their ratio (above 1: ours is faster), GB/s of what must be read and written at least,
+the share of that in what a copy reaches on this device, and how far apart the results are (outputs and
+gradients, relative, by their norms). Without an installation: `PYTHONPATH=.:kernels`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from statistics import median
 from typing import Any
 
 import torch
+from device_peaks import copy_gb_per_s
 from llm2vec_kernels import row_ops
 from transformers.models.llama import modeling_llama as llama
 
@@ -70,24 +72,57 @@ def relative_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) ->
 
 
 def milliseconds(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], repeats: int) -> float:
-    """Median of forward and backward, a call at a time."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    gradient = torch.randn_like(function(*leaves))
+    """Forward and backward: on a GPU its own time, from replays of a graph; else the median of calls."""
+    sets = [[torch.randn_like(x).requires_grad_() for x in inputs] for _ in range(n_sets(inputs))]
+    gradient = torch.randn_like(function(*sets[0]))
 
-    def both() -> None:
-        torch.autograd.grad(function(*leaves), leaves, gradient)
+    def all_sets() -> None:
+        for leaves in sets:
+            torch.autograd.grad(function(*leaves), leaves, gradient)
 
     if inputs[0].is_cuda:
-        from triton.testing import do_bench
+        from triton.testing import do_bench_cudagraph
 
-        return float(do_bench(both, warmup=10, rep=60, return_mode="median"))
-    both()
+        all_sets()  # compiles, which a graph's capture must not
+        return float(do_bench_cudagraph(all_sets, rep=60, return_mode="median")) / len(sets)
+    all_sets()
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
-        both()
+        all_sets()
         times.append(1e3 * (time.perf_counter() - started))
-    return median(times)
+    return median(times) / len(sets)
+
+
+def n_sets(inputs: list[torch.Tensor]) -> int:
+    """So many inputs in turn that none is still in a GPU's cache."""
+    if not inputs[0].is_cuda:
+        return 1
+    cache = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
+    return max(1, round(4 * cache / sum(x.nbytes for x in inputs)))
+
+
+def lines(options: argparse.Namespace, device: torch.device, copy: float) -> Iterator[dict[str, Any]]:
+    """One of each operation; `copy` is the device's own speed in GB/s."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for name, (ours, rival, inputs, moved) in cases(options, device, dtype).items():
+        difference = relative_difference(*(results(function, inputs) for function in (ours, rival)))
+        times = [milliseconds(function, inputs, options.repeats) for function in (ours, rival)]
+        speed = moved * inputs[0].numel() * dtype.itemsize / times[0] / 1e6
+        yield {
+            "operation": name,
+            "shape": list(inputs[0].shape),
+            "dtype": str(dtype).removeprefix("torch."),
+            "ms": float(f"{times[0]:.4g}"),
+            "transformers_ms": float(f"{times[1]:.4g}"),
+            "ratio": float(f"{times[1] / times[0]:.3g}"),
+            "relative_difference": float(f"{difference:.2g}"),
+            "gb_per_s": round(speed, 1),
+            "share_of_copy": round(speed / copy, 3),
+            "copy_gb_per_s": round(copy, 1),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+        }
 
 
 def main() -> None:
@@ -101,23 +136,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed calls on a CPU (default %(default)s)")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for name, (ours, rival, inputs, moved) in cases(options, device, dtype).items():
-        difference = relative_difference(*(results(function, inputs) for function in (ours, rival)))
-        times = [milliseconds(function, inputs, options.repeats) for function in (ours, rival)]
-        n_bytes = moved * inputs[0].numel() * dtype.itemsize
-        line = {
-            "operation": name,
-            "shape": list(inputs[0].shape),
-            "dtype": str(dtype).removeprefix("torch."),
-            "ms": float(f"{times[0]:.4g}"),
-            "transformers_ms": float(f"{times[1]:.4g}"),
-            "ratio": float(f"{times[1] / times[0]:.3g}"),
-            "relative_difference": float(f"{difference:.2g}"),
-            "gb_per_s": round(n_bytes / times[0] / 1e6, 1),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "versions": {name: version(name) for name in ("torch", "transformers")},
-        }
+    copy = copy_gb_per_s(device, 2048 if device.type == "cuda" else 64)
+    for line in lines(options, device, copy):
         print(json.dumps(line), flush=True)
 
 
