@@ -49,10 +49,11 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/mypy
 
 # Builds nothing: a GPU machine's own Python serves, if its torch sees the GPU.
-gpu-check:  ## kernel tests and benchmarks on a GPU, under 9 minutes, into benchmarks/results/
+PART ?= kernels training contrastive tests
+gpu-check:  ## checks and benchmarks on a GPU into benchmarks/results/; PART=kernels: one part, 4 minutes at most
 	@for python in $(BIN)/python $(PYTHON) /usr/bin/python3 /usr/local/bin/python3; do \
 	  if "$$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
-	    exec "$$python" benchmarks/gpu_check.py; \
+	    exec "$$python" benchmarks/gpu_check.py --part $(PART); \
 	  fi; \
 	done; \
 	echo "error: no Python here has a torch that sees a CUDA device: make gpu-check PYTHON=/path/to/python3"; exit 1

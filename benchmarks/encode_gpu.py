@@ -57,7 +57,7 @@ def contenders(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str,
         yield f"ours, batch_tokens {tokens}", lambda texts, n=tokens: encoder.encode(texts, batch_tokens=n)
     dtype = torch.float32 if options.cpu else torch.bfloat16
     trunk = modules.Transformer(str(folder), model_kwargs={"dtype": dtype, "attn_implementation": "sdpa"})
-    trunk.max_seq_length = 1024
+    trunk.max_seq_length = encoder.settings.max_tokens
     pooling = modules.Pooling(trunk.get_word_embedding_dimension(), pooling_mode="mean")
     rival = SentenceTransformer(modules=[trunk, pooling], device=device)
     for size in options.batch_sizes:

@@ -4,9 +4,10 @@
     python benchmarks/gpu_check.py --part training --rows train_mntp_4670 mntp_7b
 
 Every row is a process of its own and ends after 45 seconds at the latest; a part ends after four minutes.
-The file is written after each row, so that a run that is cut keeps what it has, and a row that runs again
-on the same day replaces what it said before. Needs torch with CUDA, triton, transformers and peft; the part
-`training` also what `llm2vec-ds train` needs, and sentence-transformers; `tests` pytest and hypothesis.
+The file is written after each row, so that a run that is cut keeps what it has, and a row that runs again on
+the same day replaces what it said before. All parts need torch with CUDA, triton, transformers and peft. The
+parts `training` and `contrastive` need what `llm2vec-ds train` needs, and sentence-transformers; `tests`
+needs pytest and hypothesis. Importing takes most of a row where Python may not keep the libraries' bytecode.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ VERSIONS = (
 )
 ATTENTION = "benchmarks/attention.py --flex none --mixes sts wiki blocks long --lengths 4096 --head-dims"
 """Without FlexAttention, whose compilation alone outlasts a row's limit: that is run by hand."""
+HOST = "benchmarks/host_overhead.py"
 PARTS = {
     "kernels": {
         "checks_long": "benchmarks/kernel_checks.py --texts long",
@@ -59,11 +61,14 @@ PARTS = {
         "train_mntp_4670": "benchmarks/train_gpu.py mntp",
         "train_mntp_16384": "benchmarks/train_gpu.py mntp --tokens 16384",
         "mntp_7b": "benchmarks/mntp_gpu.py --recomputation none selective",
-        "host_overhead": "benchmarks/host_overhead.py --parts train encode --engines zero2 --steps 4",
+        "host_overhead": f"{HOST} --parts train --engines zero2 --warm-up 2 --steps 3",
+        "host_encode": f"{HOST} --parts encode",
+        "encode": "benchmarks/encode_gpu.py --batch-sizes 128 512 --divide 2",
+    },
+    "contrastive": {
         "train_simcse": "benchmarks/train_gpu.py simcse",
-        "train_supervised": "benchmarks/train_gpu.py supervised --steps 3 --warm-up 1 --profiled 1",
-        "encode": "benchmarks/encode_gpu.py",
-        "train_cached": "benchmarks/train_gpu.py cached --steps 2 --warm-up 1 --profiled 1",
+        "train_cached": "benchmarks/train_gpu.py cached --steps 2 --warm-up 1",
+        "train_supervised": "benchmarks/train_gpu.py supervised --steps 2 --warm-up 1",
     },
     "tests": {"tests": "-m pytest -q -m not\\ slow -p no:cacheprovider tests/kernels"},
 }
@@ -157,7 +162,7 @@ def run_part(
             continue
         row = run_row(command, left if part == "tests" else min(row_s, left))
         failed += problems(name, row)
-        result["rows"][name] = {**row, "commit": about["commit"]}
+        result["rows"][name] = {**row, "date": about["date"], "commit": about["commit"]}
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return failed
 

@@ -161,6 +161,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--config", default=str(SHAPE), help="config.json of the shape (default: SmolLM2-135M)"
     )
+    parser.add_argument("--cases", nargs="+", help="these alone: none, default, plain_bf16 …")
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="timed ones (default %(default)s)")
     parser.add_argument(

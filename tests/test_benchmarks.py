@@ -203,8 +203,106 @@ def test_mntp_in_a_tiny_shape() -> None:
     assert [line["activation_checkpointing"] for line in lines] == ["selective", "none", "full"]
     for line in lines:
         assert line["tokens"] == 32
+        assert line["adapter_dropout"] == 0.05
         assert line["tokens_per_s"] > 0
         assert 0 <= line["share_of_peak"] < 1
+
+
+def test_the_contrastive_loss_is_that_of_the_full_matrix() -> None:
+    outcome = run("contrastive_loss.py", *"--n 48 --dim 8 --repeats 1".split())
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    lines = {line["case"]: line for line in map(json.loads, outcome.stdout.splitlines())}
+    assert set(lines) == {"full_fp32", "full_tf32", "full_bf16", "ours"}
+    assert lines["ours"]["loss_difference"] < 1e-5
+    assert lines["ours"]["gradient_difference"] < 1e-4
+    assert lines["ours"]["ms"] > 0
+
+
+@pytest.fixture(scope="module")
+def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("shape")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(vocab_size=200, eos_token_id=1, pad_token_id=1, **shape).save_pretrained(folder)
+    return str(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("work", "cases"),
+    [("mntp --tokens 200", ["none", "plain_fp32"]), ("cached", ["default", "plain"])],
+)
+def test_training_steps_beside_plain_ones(work: str, cases: list[str], tiny_shape: str) -> None:
+    """Their first losses agree, or it ends with 1."""
+    few = "--cpu --steps 1 --warm-up 1 --cases".split()
+    outcome = run("train_gpu.py", *work.split(), "--config", tiny_shape, *few, *cases)
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    lines = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [line["case"] for line in lines] == cases
+    assert lines[0]["first_losses"][0] == pytest.approx(lines[1]["first_losses"][0], rel=1e-3)
+    assert lines[0]["tokens"] == {"mntp": 200, "cached": 15 * 21}[work.split()[0]]
+    assert all(line["wall_ms"] > 0 and line["processor_ms"] > 0 for line in lines)
+
+
+def test_host_overhead_in_a_tiny_shape() -> None:
+    few = "--layers 1 --vocab 100 --steps 1 --warm-up 1 --engines zero2 --parts train cached model encode"
+    outcome = run("host_overhead.py", *few.split())
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    (line,) = (json.loads(text) for text in outcome.stdout.splitlines() if text.startswith("{"))
+    assert set(line["train"]["ratio"]["zero2"]) == {"none", "default", "full", "full_over_full"}
+    ours, plain = line["encode"]["ours"]["processor_ms"], line["encode"]["plain"]["processor_ms"]
+    assert line["encode"]["ratio"] == pytest.approx(ours / plain, rel=0.01)
+    assert line["cached"]["ratio"]["zero2"] > 0
+    assert line["model"]["ratio"]["none"] > 0
+
+
+def test_encoding_beside_sentence_transformers(tiny_shape: str) -> None:
+    pytest.importorskip("sentence_transformers")
+    few = "--cpu --divide 64 --rounds 1 --batch-tokens 512 --batch-sizes 16".split()
+    outcome = run("encode_gpu.py", "--config", tiny_shape, *few)
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    lines = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [line["texts"] for line in lines] == ["sts", "wiki"] * 2
+    assert all(line["least_cosine"] > 0.9999 for line in lines)
+
+
+def meter_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("steps.meter")
+
+
+def test_the_meter_takes_the_median_of_the_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = meter_module(monkeypatch)
+    wall = iter([0.0, 9.0, 10.0, 13.0, 15.0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(wall))
+    figures = meter.StepMeter(torch.device("cpu"), warm_up=1, timed=3).measure(lambda: None)
+    assert figures["wall_ms"] == 2000
+    assert (figures["wall_ms_least"], figures["wall_ms_most"]) == (1000, 3000)
+
+
+def test_a_profile_counts_work_that_overlaps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = meter_module(monkeypatch)
+    events = [
+        {"cat": "kernel", "name": "a", "ts": 0, "dur": 2000},
+        {"cat": "gpu_memcpy", "name": "b", "ts": 1000, "dur": 2000},
+        {"cat": "kernel", "name": "c", "ts": 5000, "dur": 1000},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel"},
+        {"cat": "cuda_driver", "name": "cuLaunchKernelEx"},
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize"},
+        {"cat": "cuda_runtime", "name": "cudaDeviceSynchronize"},
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 9000},
+        {"name": "no category"},
+    ]
+    figures = meter.profile_figures(events, n_steps=2)
+    assert figures == {"gpu_ms": 2.0, "waits": 0.5, "launches": 1.0, "copies": 0.0}
+
+
+def test_lengths_are_stretched_to_the_tokens_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixes = script("length_mixes")
+    lengths = mixes.scaled(mixes.drawn_lengths("wiki", 32), 4670, 512)
+    assert sum(lengths) == 4670
+    assert len(lengths) == 32
+    assert 1 <= min(lengths) < max(lengths) <= 512
 
 
 def test_qlora_steps_beside_the_plan(tmp_path: Path) -> None:
