@@ -102,7 +102,8 @@ def run_demo(
     material = training_text(text)
     retrieval = held_out_retrieval()
     with writing(f"--output {output}"):
-        (output / "mntp").mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "mntp").mkdir(exist_ok=True)
     base = model or str(demo_model_dir())
     started = time.monotonic()
     recipes = _write_recipes(output, base, material, BUDGETS[budget], seed, "nf4" if qlora else None)

@@ -517,7 +517,8 @@ def test_a_mistake_costs_one_line(
     assert run(monkeypatch, *map(filled, mistake.arguments)) == 2
     assert_reads(error_line(capsys), filled(mistake.line))
     after = snapshot(tmp_path)
-    after.pop("run/recipe.yaml", None)
+    for name in {"run/recipe.yaml", "run/run.json"} - before.keys():
+        after.pop(name, None)
     assert after == before
 
 
@@ -668,15 +669,20 @@ def test_a_full_disk_in_an_otherwise_fine_run(
     values = recipe("mntp", tiny_model_dir, texts_file, tmp_path / "run", overwrite=True, max_steps=max_steps)
     path = write_recipe(values, tmp_path / "r.yaml")
     assert run(monkeypatch, "prepare", path) == 0
-    (tmp_path / "run" / "encoder").mkdir(parents=True)
-    (tmp_path / "run" / "encoder" / "model.safetensors").write_bytes(b"precious")
+    encoder = tmp_path / "run" / "encoder"
+    encoder.mkdir(parents=True)
+    (encoder / "model.safetensors").write_bytes(b"precious")
+    (encoder / "llm2vec_ds_files.json").write_text('{"files": ["model.safetensors"]}')
+    for name in ("recipe.yaml", "metrics.jsonl"):  # a run's folder
+        (tmp_path / "run" / name).touch()
     capsys.readouterr()
     with full_disk(bytes_a_file):
         assert run(monkeypatch, "train", path) == 2
     name = f"encoder {tmp_path / 'run' / what}" if what == "encoder" else str(tmp_path / "run" / what)
     assert_reads(error_line(capsys), f"{name} {FREE_SOME}")
     assert (tmp_path / "run" / "encoder" / "model.safetensors").read_bytes() == b"precious"
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"encoder", "metrics.jsonl", "recipe.yaml"}
+    left = {p.name for p in (tmp_path / "run").iterdir()}
+    assert left == {"encoder", "metrics.jsonl", "recipe.yaml", "run.json"}
 
 
 def test_a_full_gpu(

@@ -37,7 +37,7 @@ from tests.support.tiny import save_tiny_llama, sentences
 WORLD, STEPS, EVERY_STEPS = 2, 6, 2
 KILLED = -9
 FINISHED = [0] * WORLD
-LAUNCHER_WAITS_S = 20
+LAUNCHER_WAITS_S = 30
 
 
 @dataclass
@@ -121,10 +121,10 @@ class Chaos:
     def disturb(self, name: str, fault: Fault) -> None:
         """One run: killed at `fault`, perhaps again at a random moment, then left to end."""
         recipe_file, log = self._recipe(name), self.folder / f"{name}.log"
-        codes = attempt(recipe_file, WORLD, log, fault)
+        codes = wait(start(recipe_file, WORLD, log, fault), timeout_s=LAUNCHER_WAITS_S)
         if codes[fault.rank] == KILLED:
             self.outcome.points_hit.add(fault)
-        self.outcome.hung += HUNG in codes
+        self._count_hung(codes, log)
         newest = self._after_kill(codes, name, newest=0)
         while self.random.random() < 1 / 3:
             self.outcome.resumes += 1
@@ -151,9 +151,12 @@ class Chaos:
         for process in self.random.sample(processes, self.random.randint(1, WORLD)):
             process.kill()
         codes = wait(processes, timeout_s=LAUNCHER_WAITS_S)
+        self._count_hung(codes, log)
+        return codes
+
+    def _count_hung(self, codes: list[int], log: Path) -> None:
         if all(Path(f"{log}.{rank}.training").exists() for rank in range(WORLD)):
             self.outcome.hung += HUNG in codes
-        return codes
 
     def _after_kill(self, codes: list[int], name: str, newest: int) -> int:
         """Counts; the step of the newest valid checkpoint now."""

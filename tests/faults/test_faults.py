@@ -58,7 +58,8 @@ def run(tmp_path: Path, tiny_model_dir: Path, texts_file: Path) -> Run:
 def undisturbed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, texts_file: Path) -> Run:
     run = Run(tmp_path_factory.mktemp("undisturbed"), tiny_model_dir, texts_file)
     with pytest.MonkeyPatch.context() as own:  # texts are prepared in it, as in each test
-        own.setenv("LLM2VEC_DS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # Not there yet, as in each test: every folder that is made counts.
+        own.setenv("LLM2VEC_DS_CACHE", str(tmp_path_factory.mktemp("cache") / "new"))
         assert run.attempt() == [0, 0]
     return run
 
@@ -94,8 +95,11 @@ def test_the_stop_file_keeps_a_run_from_going_on(run: Run, undisturbed: list[flo
     goes_on_to_the_same_end(run, undisturbed)
 
 
-def test_a_rank_that_dies_is_noticed_by_the_others(run: Run, undisturbed: list[float]) -> None:
-    codes = run.attempt(Fault(1, "kill", 0))  # its first write: its part of the first checkpoint
+def test_a_rank_that_dies_is_noticed_by_the_others(
+    run: Run, undisturbed: list[float], undisturbed_run: Run
+) -> None:
+    first_part = undisturbed_run.operations(1).index("write:1")
+    codes = run.attempt(Fault(1, "kill", first_part))
     assert codes == [2, -9]
     (line,) = run.errors()
     assert "the checkpoint of step 2: rank 0 has lost another rank" in line
