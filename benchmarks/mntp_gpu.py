@@ -66,7 +66,10 @@ def measure(options: argparse.Namespace, recomputation: str, peak: float) -> dic
     )
     with device:
         model = AutoModelForCausalLM.from_config(
-            with_causal(config, False), dtype=dtype, attn_implementation=register("auto")
+            with_causal(config, False),
+            dtype=dtype,
+            attn_implementation=register("auto"),
+            trust_remote_code=False,
         )
     trunk, linear = model.base_model, model.get_output_embeddings()
     linear.requires_grad_(False)

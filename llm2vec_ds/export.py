@@ -226,7 +226,9 @@ def _verify(
         return
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    model = SentenceTransformer(
+        str(folder), device="cpu", model_kwargs={"dtype": torch.float32}, trust_remote_code=False
+    )
     for name, vectors in expected.items():
         prompt = name or as_modules.default_prompt
         found = model.encode(_checked_texts(), prompt_name=prompt, batch_size=8)
@@ -260,8 +262,8 @@ def _auto_model(folder: Path, settings: EncoderSettings) -> dict[str | None, np.
     """Vectors plain and with each prompt by stock transformers, text by text; the pooling alone is ours."""
     from transformers import AutoModel, AutoTokenizer
 
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     template = Template(settings.template, settings.special_tokens)
     found: dict[str | None, np.ndarray] = {}
     for name in (None, *settings.prompts):

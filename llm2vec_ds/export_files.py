@@ -113,7 +113,6 @@ def write_config(folder: Path, tokenizer: Any) -> None:
     """Makes `config.json` say the same to every reader; `tokenizer`: the exported one."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    config.pop("auto_map", None)
     if "is_causal" in config:  # else the model's own flag says it, and a second would move its window
         config["use_bidirectional_attention"] = not config["is_causal"]
     if config.get("pad_token_id") is None:

