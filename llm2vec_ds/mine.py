@@ -157,8 +157,6 @@ class _Mining:
                     normalize=True,
                     batch_tokens=self.options.max_tokens_per_micro_batch,
                 )
-                if not np.isfinite(vectors).all():
-                    raise UserError(f"model {self.options.model!r} gives vectors with NaN: it is of no use")
                 n_after = len(texts) - block[0]
                 # Written, not assigned through the map: there a full disk would be a bus error.
                 write_at(path, vectors.tobytes(), -n_after * vectors[0].nbytes, os.SEEK_END)

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "llm2vec_ds"
 # Earlier entries know nothing of later ones.
 FLOW = [
     "errors",
+    "reading",
     "network",
     "durable",
     "batch",
@@ -38,6 +39,7 @@ FLOW = [
     "model.cpu_linear",
     "model.fused_layers",
     "model.quantization",
+    "model.damage",
     "model.loading",
     "model.pooling",
     "model.lora_linear",

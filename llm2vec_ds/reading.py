@@ -1,0 +1,80 @@
+"""JSON and YAML that may be damaged: what is wrong with it is an error with a cause, however it is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from llm2vec_ds.errors import UserError
+
+T = TypeVar("T")
+
+TOO_DEEP = "it is nested too deep"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that `text` holds.
+
+    Raises:
+        ValueError: no JSON, no Unicode, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that `text` holds.
+
+    Raises:
+        ValueError: no YAML, or nested deeper than Python can follow.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+
+
+def read_json(file: Path, shape: type[T], remedy: str) -> T:
+    """What a JSON file holds, as the type `shape`; no value is converted to it.
+
+    Args:
+        remedy: what the user can do about a damaged file.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON, or holds something of another shape.
+    """
+    try:
+        return checked_json(file.read_bytes(), shape)
+    except OSError as error:
+        cause = error.strerror or str(error)
+    except ValueError as error:
+        cause = str(error)
+    raise UserError(f"{file} is damaged ({cause}): {remedy}")
+
+
+def checked_json(text: bytes, shape: type[T]) -> T:
+    """The value that `text` holds, as the type `shape`; no value is converted to it.
+
+    Raises:
+        ValueError: no JSON, nested too deep, or of another shape; one line.
+    """
+    try:
+        return TypeAdapter(shape).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError("; ".join(map(explain, error.errors()[:3]))) from None
+
+
+def explain(mistake: Any) -> str:
+    """One of pydantic's mistakes in a few words."""
+    key = ".".join(str(part) for part in mistake["loc"])
+    said = mistake["msg"].removeprefix("Value error, ")
+    return f"`{key}`: {said}" if key else said
