@@ -282,7 +282,9 @@ class Encoder(nn.Module):
         finite = np.isfinite(vectors).all(axis=1)
         if not finite.all():
             row = rows[~finite].min()
-            raise UserError(f"text {row} (counted from 0) gets no finite vector: {why_not_finite(self.trunk)}")
+            raise UserError(
+                f"text {row} (counted from 0) gets no finite vector: {why_not_finite(self.trunk)}"
+            )
 
     def _encode_tokenized(
         self, tokenized: dict[int, TokenizedText], batch_tokens: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,9 +69,16 @@ def checked_json(text: bytes, shape: type[T]) -> T:
         ValueError: no JSON, nested too deep, or of another shape; one line.
     """
     try:
-        return TypeAdapter(shape).validate_json(text, strict=True)
+        value: T = _adapter(shape).validate_json(text, strict=True)  # type: ignore[arg-type]
+        return value
     except ValidationError as error:
         raise ValueError("; ".join(map(explain, error.errors()[:3]))) from None
+
+
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    """Building one costs as much as reading a long line."""
+    return TypeAdapter(shape)
 
 
 def explain(mistake: Any) -> str:

@@ -26,6 +26,7 @@ FLOW = [
     "data.sources",
     "data.text_rows",
     "data.prompts",
+    "data.prepared_folder",
     "data.prepare",
     "data.pairs",
     "data.corpus",

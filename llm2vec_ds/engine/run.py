@@ -15,7 +15,8 @@ import torch
 from llm2vec_ds.config import MntpConfig
 from llm2vec_ds.data.masking import Masking
 from llm2vec_ds.data.pairs import load_prepared_pairs, prepare_all
-from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
+from llm2vec_ds.data.prepare import load_prepared
+from llm2vec_ds.data.prepared_folder import read_manifest
 from llm2vec_ds.data.prompts import template_for
 from llm2vec_ds.distributed import (
     Ranks,
@@ -44,6 +45,7 @@ from llm2vec_ds.loss.embedding_cache import ContrastiveModel
 from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
 from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora, n_fused
+from llm2vec_ds.model.damage import check_ids
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
 from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.recipe import Recipe
@@ -193,11 +195,11 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     prepared = _prepared(recipe, tokenizer)
     options = _trunk_options(recipe, device, partition)
     if recipe.mntp is not None:
-        texts, *held_out = (load_prepared(*groups["texts"]) for groups in prepared)
-        return _mntp_stage(recipe, recipe.mntp, tokenizer, texts, held_out[0] if held_out else None, options)
+        return _mntp_stage(recipe, recipe.mntp, tokenizer, prepared, options)
     config = recipe.contrastive
     assert config is not None
     trunk = _agreed(lambda: load_trunk(_stack(recipe).base, options))
+    check_ids(_largest_id(prepared), trunk)
     if mistake := check_widths(config.matryoshka_dims, trunk.config.hidden_size):
         raise UserError(mistake)
     _make_trainable(recipe, trunk)
@@ -222,11 +224,13 @@ def _mntp_stage(
     recipe: Recipe,
     config: MntpConfig,
     tokenizer: Any,
-    texts: PreparedTexts,
-    held_out: PreparedTexts | None,
+    prepared: list[dict[str, list[Path]]],
     options: TrunkOptions,
 ) -> MntpStage:
+    texts, *held_out = (load_prepared(*groups["texts"]) for groups in prepared)
     trunk, linear = _agreed(lambda: load_trunk_and_head(_stack(recipe).base, options))
+    masking = Masking.for_tokenizer(tokenizer, config)
+    check_ids(max(_largest_id(prepared), masking.largest_id), trunk)
     if recipe.adapter is not None:
         linear.requires_grad_(False)  # adapters alone train; an untied head would otherwise, for nothing
     head = MaskedTokenHead(linear, trunk.config, config.head_chunk_tokens)
@@ -234,8 +238,8 @@ def _mntp_stage(
     return MntpStage(
         MntpModel(_encoder(recipe, trunk, tokenizer), head),
         texts,
-        held_out,
-        Masking.for_tokenizer(tokenizer, config),
+        held_out[0] if held_out else None,
+        masking,
         seed=recipe.seed,
         global_batch_size=recipe.batch.global_batch_size,
         max_tokens_per_micro_batch=recipe.batch.max_tokens_per_micro_batch,
@@ -299,6 +303,11 @@ def _prepared(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[Path]]]:
     """Folders of training and held-out texts by group. Rank 0 prepares while the others wait."""
     folders = _agreed(lambda: prepare_all(recipe, tokenizer) if rank() == 0 else [])
     return all_gather_object(folders)[0]
+
+
+def _largest_id(prepared: list[dict[str, list[Path]]]) -> int:
+    folders = [folder for groups in prepared for of_group in groups.values() for folder in of_group]
+    return max(read_manifest(folder).largest_id for folder in folders)
 
 
 def _agreed(work: Callable[[], T]) -> T:
