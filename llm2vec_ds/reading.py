@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +61,26 @@ def read_json(file: Path, shape: type[T], remedy: str) -> T:
     except ValueError as error:
         cause = str(error)
     raise UserError(f"{file} is damaged ({cause}): {remedy}")
+
+
+def read_json_lines(file: Path, shape: type[T], remedy: str) -> Iterator[T]:
+    """A value of the type `shape` for each line; a last one that is cut off is left out: whoever writes the
+    file is not done, or was killed.
+
+    Raises:
+        UserError: the file cannot be read, or another line is damaged; `remedy` says what to do.
+    """
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{file} is damaged ({error.strerror or error}): {remedy}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            yield checked_json(line, shape)
+        except ValueError as error:
+            if not line.endswith(b"\n"):
+                return
+            raise UserError(f"{file}, line {number} is damaged ({error}): {remedy}") from None
 
 
 def checked_json(text: bytes, shape: type[T]) -> T:

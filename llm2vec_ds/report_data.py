@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.reading import checked_json, read_json
+from llm2vec_ds.reading import read_json, read_json_lines
 
 T = TypeVar("T")
 
@@ -72,19 +72,14 @@ def _json(file: Path, shape: type[T]) -> T:
     return read_json(file, shape, "make it anew, or leave this folder out")
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows with their `step`, but a last one that is cut off: its run is still going, or was killed."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = checked_json(line, Row)
-            if "step" not in row:
-                raise ValueError("it has no step")
-        except ValueError as error:
-            if not line.endswith(b"\n"):
-                return
-            raise UserError(f"{file}, line {number} is damaged ({error}): remove it, or run again") from None
-        yield row
+def _lines(file: Path) -> list[Row]:
+    if not file.exists():
+        return []
+    remedy = "remove the line, or leave this folder out"
+    rows = list(read_json_lines(file, Row, remedy))
+    if wrong := [number for number, row in enumerate(rows, 1) if "step" not in row]:
+        raise UserError(f"{file}, line {wrong[0]} has no step: {remedy}")
+    return rows
 
 
 def _prefixed(label: str, name: str) -> str:
@@ -92,14 +87,14 @@ def _prefixed(label: str, name: str) -> str:
 
 
 def _run(data: ReportData, folder: Path, label: str, name: str = "") -> bool:
-    steps = list(_lines(folder / "metrics.jsonl"))
+    steps = _lines(folder / "metrics.jsonl")
     if not steps:
         return False
     recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else ""
     stage = next((line.split(": ")[1] for line in text.splitlines() if line.startswith("stage: ")), "")
     shown = _prefixed(label, name or folder.name) if name else label or folder.name
-    data.runs.append(Run(shown, stage, steps, list(_lines(folder / "held_out.jsonl")), text))
+    data.runs.append(Run(shown, stage, steps, _lines(folder / "held_out.jsonl"), text))
     if not name and (folder / "encoder").is_dir():
         data.encoders[shown] = (str(folder / "encoder"), None)
     return True

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -20,6 +20,7 @@ from llm2vec_ds.data.prepared_folder import read_manifest
 from llm2vec_ds.data.prompts import template_for
 from llm2vec_ds.distributed import (
     Ranks,
+    agreed,
     all_gather_object,
     contact,
     export_ranks,
@@ -60,7 +61,6 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 Partition = Callable[[], AbstractContextManager[Any]]
-T = TypeVar("T")
 
 
 @explains_full_memory
@@ -103,13 +103,13 @@ def _train(
     dtype = TrunkOptions(precision=recipe.model.precision, device=device).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     stage = build_stage(recipe, device, partition_for(config))
-    identity = _agreed(lambda: identity_of(recipe, stage.data_fingerprint) if rank() == 0 else {})
+    identity = agreed(lambda: identity_of(recipe, stage.data_fingerprint) if rank() == 0 else {})
     store = CheckpointStore(
         folder / CHECKPOINTS,
         keep_last=recipe.checkpoint.keep_last,
         lowest_is_best=recipe.checkpoint.lowest_is_best,
     )
-    found = _agreed(lambda: _checkpoint_to_resume(recipe, store, identity) if rank() == 0 else None)
+    found = agreed(lambda: _checkpoint_to_resume(recipe, store, identity) if rank() == 0 else None)
     checkpoint = all_gather_object(found)[0]
     if ranks.rank == 0:
         _begin_folder(recipe, folder, fresh=checkpoint is None)
@@ -198,7 +198,7 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
         return _mntp_stage(recipe, recipe.mntp, tokenizer, prepared, options)
     config = recipe.contrastive
     assert config is not None
-    trunk = _agreed(lambda: load_trunk(_stack(recipe).base, options))
+    trunk = agreed(lambda: load_trunk(_stack(recipe).base, options))
     check_ids(_largest_id(prepared), trunk)
     if mistake := check_widths(config.matryoshka_dims, trunk.config.hidden_size):
         raise UserError(mistake)
@@ -228,7 +228,7 @@ def _mntp_stage(
     options: TrunkOptions,
 ) -> MntpStage:
     texts, *held_out = (load_prepared(*groups["texts"]) for groups in prepared)
-    trunk, linear = _agreed(lambda: load_trunk_and_head(_stack(recipe).base, options))
+    trunk, linear = agreed(lambda: load_trunk_and_head(_stack(recipe).base, options))
     masking = Masking.for_tokenizer(tokenizer, config)
     check_ids(max(_largest_id(prepared), masking.largest_id), trunk)
     if recipe.adapter is not None:
@@ -301,25 +301,13 @@ def _make_trainable(recipe: Recipe, trunk: Any) -> None:
 
 def _prepared(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[Path]]]:
     """Folders of training and held-out texts by group. Rank 0 prepares while the others wait."""
-    folders = _agreed(lambda: prepare_all(recipe, tokenizer) if rank() == 0 else [])
+    folders = agreed(lambda: prepare_all(recipe, tokenizer) if rank() == 0 else [])
     return all_gather_object(folders)[0]
 
 
 def _largest_id(prepared: list[dict[str, list[Path]]]) -> int:
     folders = [folder for groups in prepared for of_group in groups.values() for folder in of_group]
     return max(read_manifest(folder).largest_id for folder in folders)
-
-
-def _agreed(work: Callable[[], T]) -> T:
-    """What `work` returns here; one rank's mistake is everyone's, so that none waits for it in vain."""
-    mistake = ""
-    try:
-        result = work()
-    except UserError as error:
-        mistake = str(error)
-    if mistakes := [said for said in all_gather_object(mistake) if said]:
-        raise UserError(mistakes[0])
-    return result
 
 
 def _check_batch(recipe: Recipe, ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ from llm2vec_ds.config import MachineConfig
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.planner.plan import Planner
 from llm2vec_ds.planner.step_time import Fit, Work, fit_speed
-from llm2vec_ds.reading import checked_json, read_json
+from llm2vec_ds.reading import read_json, read_json_lines
 from llm2vec_ds.recipe_file import load_recipe
 
 WARM_UP_STEPS = 1
@@ -58,17 +58,7 @@ def _steps(folder: Path, device: torch.device) -> list[tuple[Work, float]]:
     gpus = n_ranks if device.type == "cuda" else 0
     machine = MachineConfig(nodes=1 if gpus else n_ranks, gpus_per_node=gpus)
     planner = Planner(load_recipe(folder / "recipe.yaml"), folder / "recipe.yaml", machine)
-    steps = _measured_steps(folder / "metrics.jsonl")[WARM_UP_STEPS:]
+    steps = list(read_json_lines(folder / "metrics.jsonl", _Step, "run it again"))[WARM_UP_STEPS:]
     if not steps:
         raise UserError(f"measured {folder}: its run has no step after the first, which warms up")
     return [(planner.work(step.n_tokens / n_ranks), step.step_ms / 1e3) for step in steps]
-
-
-def _measured_steps(file: Path) -> list[_Step]:
-    steps = []
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        try:
-            steps.append(checked_json(line, _Step))
-        except ValueError as error:
-            raise UserError(f"{file}, line {number} is damaged ({error}): run it again") from None
-    return steps
