@@ -126,9 +126,9 @@ def evaluate_mteb(encoder: MtebEncoder, tasks: list[Any], output: Path) -> list[
     Raises:
         UserError: a data set cannot be had, or `output` cannot be written.
     """
-    cache = mteb.ResultCache(output)
     with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
+        cache = mteb.ResultCache(output)
     scores = []
     for task in tasks:
         _drop_result_of_other_data(cache, task, encoder.mteb_model_meta)
