@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from llm2vec_ds.evaluate.mteb import MtebEncoder, evaluate_mteb, model_meta, rea
 from llm2vec_ds.evaluate.mteb_tasks import tasks_for
 from llm2vec_ds.evaluate.shards import RankEncoder, ShardedEncoder
 from tests.support.damage import DEEP, JSON_DAMAGE, RANDOM, damage, save_nan_llama
+from tests.support.forked import own_environment
 from tests.support.ranks import run_ranks
 from tests.support.tiny import sentences
 from tests.test_mistakes import assert_reads, error_line, run
@@ -69,6 +72,19 @@ def test_a_file_in_place_of_the_results(
     assert run(monkeypatch, "evaluate", "mteb", "--model", tiny_model_dir, *arguments) == 2
     assert_reads(
         error_line(capsys), f"--output {pairs / 'results'} cannot be written: Not a directory: choose …"
+    )
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    """In a process of its own: mteb is imported already here."""
+    (tmp_path / "file").write_bytes(b"")
+    environment = {**own_environment(), "MTEB_CACHE": str(tmp_path / "file" / "cache")}
+    line = [sys.executable, "-m", "llm2vec_ds", "evaluate", "mteb", "--model", "x"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert_reads(
+        said, "llm2vec-ds: error: mteb's cache (the folder MTEB_CACHE, else …) cannot be written: Not …"
     )
 
 
