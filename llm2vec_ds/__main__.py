@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from llm2vec_ds.errors import NO_SPACE, Stopped, UserError, reason, say
+from llm2vec_ds.errors import NO_PLACE, NO_SPACE, Stopped, UserError, reason, say
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
         say(f"llm2vec-ds: {stopped}")
         sys.exit(Stopped.EXIT_CODE)
     except OSError as error:
-        if error.errno not in NO_SPACE:
+        if error.errno not in NO_SPACE + NO_PLACE:
             raise
         say(f"llm2vec-ds: error: {error.filename or 'a file'}: {reason(error)}")
         sys.exit(2)

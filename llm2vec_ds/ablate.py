@@ -27,6 +27,7 @@ from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.identity import key_of, weights_key
 from llm2vec_ds.evaluate.word_level import ProbeOptions
 from llm2vec_ds.evaluate.word_task import WordTask, run_word_task
+from llm2vec_ds.reading import checked_json
 from llm2vec_ds.storage.output_folder import check_no_foreign, check_reads_no_output
 from llm2vec_ds.work_folder import replace_text
 
@@ -88,8 +89,9 @@ class Ablation:
         }
         for name, texts in lines.items():
             file, text = self.output / f"{name}.txt", "\n".join(texts) + "\n"
-            if not file.exists() or file.read_text(encoding="utf-8") != text:
-                file.write_text(text, encoding="utf-8")
+            if not file.exists() or file.read_bytes() != text.encode():
+                with writing(file):
+                    file.write_text(text, encoding="utf-8")
         return {name: str(self.output / f"{name}.txt") for name in lines}
 
     def folder(self, variant: str, seed: int) -> str:
@@ -106,14 +108,15 @@ class Ablation:
         file, text = folder.with_name(f"{run}.yaml"), yaml.safe_dump(recipe, sort_keys=False)
         key = key_of(text, weights_key(recipe["model"]["path"]))
         done = folder.with_name(f"{run}.done")
-        if done.exists() and done.read_text() == key:
+        if done.exists() and done.read_text(errors="replace") == key:
             log.info("%s, seed %s: trained before", run, seed)
             return
         begun = folder.with_name(f"{run}.begun")
-        going_on = ["resume=true"] if begun.exists() and begun.read_text() == key else []
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-        replace_text(begun, key)
+        going_on = ["resume=true"] if begun.exists() and begun.read_text(errors="replace") == key else []
+        with writing(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+            replace_text(begun, key)
         log.info("llm2vec-ds train %s", " ".join([str(file), *going_on]))
         command = [sys.executable, "-m", "llm2vec_ds", "train", str(file), *going_on]
         if subprocess.run(command, check=False).returncode:
@@ -147,9 +150,10 @@ class Ablation:
         file = self.output / "scores" / f"{variant}.seed-{seed}.json"
         evaluate = self.recipe.evaluate
         key = key_of(weights_key(model), model, variant, evaluate.model_dump())
-        if file.exists() and (stored := json.loads(file.read_text()))["key"] == key:
+        stored = _stored(file)
+        if stored is not None and stored.key == key:
             log.info("%s, seed %s: measured before", variant, seed)
-            return dict(stored["scores"])
+            return stored.scores
         encoder = Encoder.from_pretrained(model, causal=variant.startswith("uni"))
         scores = {**self._sentence_scores(encoder, model), **self._word_scores(encoder, model, variant, seed)}
         with writing(file):
@@ -201,6 +205,25 @@ class Ablation:
             replace_text(self.output / "results.json", json.dumps(summary, indent=1) + "\n")
             replace_text(self.output / "table.md", table(results) + "\n")
         return summary
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A variant's scores with one seed, and what they were measured on."""
+
+    key: str
+    scores: dict[str, float]
+
+
+def _stored(file: Path) -> _Measured | None:
+    """What an earlier ablation measured; None where there is nothing, or it is damaged."""
+    if not file.exists():
+        return None
+    try:
+        return checked_json(file.read_bytes(), _Measured)
+    except ValueError as error:
+        log.warning("%s is damaged (%s): measured again", file, error)
+        return None
 
 
 def run_ablation(recipe: AblationRecipe, budget: str | None, output: Path) -> dict[str, Any]:

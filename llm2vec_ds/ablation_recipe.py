@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from llm2vec_ds.config import Place, Section, WordsConfig
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.reading import parse_yaml
 from llm2vec_ds.recipe import STAGES
 from llm2vec_ds.recipe_file import apply_override
 
@@ -79,13 +79,13 @@ def load_ablation(path: Path, budget: str | None, overrides: list[str] | None = 
         UserError: no such file, no mapping, an unknown key or budget, or an invalid value.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"recipe {path}: {error.strerror}: name one such as recipes/smollm2_ablation.yaml"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
     for override in overrides or []:

@@ -96,7 +96,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     stages = load_stages(recipe, overrides)
     quiet_libraries()
     from llm2vec_ds.data.pairs import prepare_all
-    from llm2vec_ds.data.prepare import read_manifest
+    from llm2vec_ds.data.prepared_folder import read_manifest
     from llm2vec_ds.model.loading import load_tokenizer
 
     # Later stages go on with the first one's tokenizer, which is there before their model is.
@@ -105,7 +105,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     for groups in itertools.chain(*(prepare_all(stage, tokenizer) for stage in stages)):
         for name, folders in groups.items():
             for folder in folders:
-                counts = read_manifest(folder)["counts"]
+                counts = read_manifest(folder).counts
                 print(f"{name}: {counts['rows']} rows, {counts['tokens']} tokens in {folder}")
 
 

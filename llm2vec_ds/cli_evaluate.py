@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm2vec_ds.cli_common import examples, expanded, quiet_libraries
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, writing
 
 if TYPE_CHECKING:
     from llm2vec_ds.config import EvaluationConfig
@@ -37,11 +38,18 @@ def _needs(package: str) -> None:
         raise UserError(f"{package} is not installed: pip install 'llm2vec-ds[eval]'")
 
 
+def _needs_mteb() -> None:
+    """Imports it, too: it makes a cache folder of its own then."""
+    _needs("mteb")
+    with writing("mteb's cache (the folder MTEB_CACHE, else ~/.cache/mteb)"):
+        importlib.import_module("mteb")
+
+
 def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, float]] | None:
     """What a recipe's `evaluation` measures during training."""
     if config is None:
         return None
-    _needs("mteb")
+    _needs_mteb()
     from llm2vec_ds.evaluate.in_training import in_training_evaluation
 
     return in_training_evaluation(config)
@@ -88,7 +96,7 @@ def mteb(
 
     Under a launcher with several ranks each encodes its share of the texts.
     """
-    _needs("mteb")
+    _needs_mteb()
     quiet_libraries()
     from llm2vec_ds.distributed import rank
     from llm2vec_ds.encoder import Encoder

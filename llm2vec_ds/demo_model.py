@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llm2vec_ds.data.prepare import cache_root
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, reason, writing
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +42,16 @@ def demo_model_dir() -> Path:
         with suppress(OSError):  # a cache that an earlier version filled lacks it, and may be read-only
             _write_card(folder)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(f"the demo's model {folder}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         with tempfile.TemporaryDirectory() as scratch:
             _convert(_fetch_gguf(Path(scratch)), unfinished)
         unfinished.rename(folder)
-    except OSError:
+    except OSError as error:
         if not folder.is_dir():  # else another process has just finished it
-            raise
+            raise UserError(f"the demo's model {folder} cannot be written: {reason(error)}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from llm2vec_ds.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,18 @@ def all_gather_object(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """What `work` returns here; one rank's mistake is everyone's, so that none waits for it in vain."""
+    mistake = ""
+    try:
+        result = work()
+    except UserError as error:
+        mistake = str(error)
+    if mistakes := [said for said in all_gather_object(mistake) if said]:
+        raise UserError(mistakes[0])
+    return result
 
 
 def broadcast_object(value: Any) -> Any:

@@ -26,8 +26,17 @@ from llm2vec_ds.data.sources import Source, find_source
 from llm2vec_ds.data.text_rows import TextRows, count_rows
 from llm2vec_ds.encoder import BadTexts, Encoder
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.reading import read_json
 from llm2vec_ds.storage.output_folder import check_reads_no_output
-from llm2vec_ds.vector_files import VECTOR_FORMATS, Shard, VectorNote, note_of, vector_blocks, write_rows
+from llm2vec_ds.vector_files import (
+    VECTOR_FORMATS,
+    Shard,
+    VectorNote,
+    load_vectors,
+    note_of,
+    vector_blocks,
+    write_rows,
+)
 from llm2vec_ds.work_folder import replace_text, work_folder, write_at
 
 log = logging.getLogger(__name__)
@@ -182,11 +191,12 @@ class _Encoding:
         self._finish(start, stop, n_rows, dimensions)
 
     def _encode(self, encoder: Encoder, start: int, stop: int, dimensions: int) -> None:
-        n_done = json.loads(self.progress.read_text()) if self.progress.exists() else 0
+        n_done, shape = self._n_done(), (stop - start, dimensions)
         if not n_done or not self.vectors.exists():  # it was moved to the output, which is to be made again
             n_done = 0
-            shape = (stop - start, dimensions)
             np.lib.format.open_memmap(self.vectors, mode="w+", dtype=np.float32, shape=shape)
+        if load_vectors(self.vectors).shape != shape or not 0 <= n_done <= stop - start:
+            raise UserError(f"{self.vectors} is damaged: remove {self.folder} to start anew")
         rows = TextRows(self.source, self.options.text_column, start + n_done, stop)
         for block in encoder.encode_blocks(
             rows,
@@ -206,6 +216,11 @@ class _Encoding:
             replace_text(self.progress, json.dumps(n_done))
         if n_done != stop - start:
             raise UserError(f"--input {self.options.input} became shorter while it was read: start again")
+
+    def _n_done(self) -> int:
+        if not self.progress.exists():
+            return 0
+        return read_json(self.progress, int, f"remove {self.folder} to start anew")
 
     def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, list[str | None], np.ndarray]]:
         """First row, texts and vectors of each block."""

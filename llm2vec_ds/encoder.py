@@ -32,6 +32,7 @@ from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.model.adapter_stack import AdapterStack, adapter_state, write_stack
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.model.bidirectional import is_causal
+from llm2vec_ds.model.damage import check_ids, why_not_finite
 from llm2vec_ds.model.imported import merge_adapters, resolve, upstream_settings
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.pooling import POOLINGS
@@ -207,7 +208,8 @@ class Encoder(nn.Module):
             first_row: number of the first text, for messages.
 
         Raises:
-            UserError: a bad text, an unknown `prompt_name`, or an impossible `truncate_dim`.
+            UserError: a bad text, an unknown `prompt_name`, an impossible `truncate_dim`, or a model that
+                gives NaN.
         """
         if bad_texts not in ("raise", "nan"):
             raise UserError(f"bad_texts {bad_texts!r} is unknown: choose raise or nan")
@@ -221,6 +223,7 @@ class Encoder(nn.Module):
                 vectors = np.full((len(block), self.dimensions), np.nan, dtype=np.float32)
                 tokenized = self._tokenized(block, instruction, first_row, bad_texts)
                 for rows, found in self._encode_tokenized(tokenized, batch_tokens):
+                    self._check_finite(found, first_row + rows)
                     vectors[rows] = found
                     bar.update(len(rows))
                 vectors = vectors[:, :truncate_dim]
@@ -276,11 +279,21 @@ class Encoder(nn.Module):
                 log.warning("%s: NaN in its place", name)
         return good
 
+    def _check_finite(self, vectors: np.ndarray, rows: np.ndarray) -> None:
+        """Refuses a vector with a NaN or an infinity, which is the model's fault: its text is good."""
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            row = rows[~finite].min()
+            raise UserError(
+                f"text {row} (counted from 0) gets no finite vector: {why_not_finite(self.trunk)}"
+            )
+
     def _encode_tokenized(
         self, tokenized: dict[int, TokenizedText], batch_tokens: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows and their vectors, a micro-batch at a time."""
         texts, rows = list(tokenized.values()), np.fromiter(tokenized, dtype=np.int64)
+        check_ids(max((max(text.input_ids) for text in texts), default=0), self.trunk)
         lengths = [len(text) for text in texts]
         groups = plan_micro_batches(lengths, max(batch_tokens, *lengths, 0))
         was_training = self.training

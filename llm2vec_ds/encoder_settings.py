@@ -6,12 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, StrictBool, TypeAdapter, ValidationError
 
 from llm2vec_ds import __version__
-from llm2vec_ds.data.prompts import PLAIN, TEXT_SPANS
+from llm2vec_ds.data.prompts import PLAIN, TEXT_SPANS, check_form
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.pooling import POOLINGS
+from llm2vec_ds.reading import explain, read_json
 
 SETTINGS_FILE = "llm2vec_ds.json"
 
@@ -26,12 +29,12 @@ class EncoderSettings:
     """
 
     pooling: str = "mean"
-    max_tokens: int = 512
+    max_tokens: Annotated[int, Field(ge=1)] = 512
     template: str = PLAIN
-    special_tokens: bool = True
+    special_tokens: StrictBool = True
     pooled_tokens: str = "text"
     text_span: str = "offsets"
-    max_text_tokens: int | None = None
+    max_text_tokens: Annotated[int, Field(ge=1)] | None = None
     prompts: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -39,12 +42,16 @@ class EncoderSettings:
         """From a mapping.
 
         Raises:
-            UserError: an unknown name, pooling or text span.
+            UserError: an unknown name, pooling or text span, or a value of a wrong type.
         """
         if unknown := sorted(values.keys() - cls.__dataclass_fields__.keys()):
             known = ", ".join(cls.__dataclass_fields__)
             raise UserError(f"unknown encoder setting {unknown[0]!r}: choose among {known}")
-        settings = cls(**values)
+        try:
+            settings = TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            raise UserError(f"encoder setting {explain(error.errors()[0])}") from None
+        check_form(settings.template, "encoder setting template")
         for name, allowed in (
             ("pooling", tuple(POOLINGS)),
             ("text_span", TEXT_SPANS),
@@ -61,7 +68,19 @@ class EncoderSettings:
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:
-    """Of a folder's settings file; names that a later version may have written are passed over."""
+    """Of a folder's settings file; names that a later version may have written are passed over.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     file = folder / SETTINGS_FILE
-    stored = json.loads(file.read_text()) if file.is_file() else {}
-    return {k: v for k, v in stored.items() if k in EncoderSettings.__dataclass_fields__}
+    if not file.is_file():
+        return {}
+    remedy = "take the encoder folder from its run again"
+    stored = read_json(file, dict[str, Any], remedy)
+    known = {k: v for k, v in stored.items() if k in EncoderSettings.__dataclass_fields__}
+    try:
+        EncoderSettings.of(known)
+    except UserError as error:
+        raise UserError(f"{file} is damaged ({error}): {remedy}") from None
+    return known

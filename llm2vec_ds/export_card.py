@@ -2,18 +2,69 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.reading import explain, parse_yaml, read_json, read_json_lines
 
+ELSEWHERE = "export the encoder folder from another place, without it"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
+
+@dataclass(frozen=True)
+class _Model:
+    path: str
+
+
+@dataclass(frozen=True)
+class _Data:
+    path: str | list[str]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    lr: float
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What a run's recipe.yaml has to say for its card."""
+
+    stage: str
+    model: _Model
+    data: _Data
+    max_steps: int
+    batch: _Batch
+    optimizer: _Optimizer
+    seed: int
+    adapter: _Adapter | None = None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a line of a run's metrics.jsonl has to say for its card."""
+
+    n_tokens: int
+    step_ms: float
 
 
 @dataclass(frozen=True)
@@ -40,14 +91,26 @@ def origin(source: Path) -> Origin:
     base: str | None = None
     folder: Path | None = _run_folder(source)
     while folder is not None:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = _recipe(folder / "recipe.yaml")
         stages.insert(0, (recipe, folder))
         base = _found(str(recipe["model"]["path"]), folder)
         before = _run_folder(Path(base)) if Path(base).is_dir() else None
         folder = before if before not in [seen for _, seen in stages] else None
     scores_file = source / "metrics.json"
-    scores = json.loads(scores_file.read_text()) if scores_file.is_file() else {}
+    scores = read_json(scores_file, dict[str, dict[str, Any]], ELSEWHERE) if scores_file.is_file() else {}
     return Origin(base, tuple(stages), scores)
+
+
+def _recipe(file: Path) -> dict[str, Any]:
+    try:
+        values = parse_yaml(file.read_text(encoding="utf-8"))
+        TypeAdapter(_Recipe).validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"{file} is damaged ({explain(error.errors()[0])}): {ELSEWHERE}") from None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): {ELSEWHERE}") from None
+    recipe: dict[str, Any] = values
+    return recipe
 
 
 def _found(path: str, run: Path) -> str:
@@ -68,7 +131,7 @@ def licence(base: str | None, given: str | None) -> str | None:
         return given
     card = Path(base) / "README.md"
     if card.is_file():
-        said = _front_matter(card.read_text(encoding="utf-8")).get("license")
+        said = _front_matter(card.read_text(encoding="utf-8", errors="replace")).get("license")
         return str(said) if said else None
     return None if Path(base).exists() else _licence_on_hub(base)
 
@@ -87,8 +150,8 @@ def _front_matter(text: str) -> dict[str, Any]:
     if not text.startswith("---\n"):
         return {}
     try:
-        values = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:
+        values = parse_yaml(text[4:].partition("\n---")[0])
+    except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -200,8 +263,8 @@ def _measured(folder: Path) -> tuple[str, str]:
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return "–", "–"
-    steps = [json.loads(line) for line in file.read_text().splitlines()]
-    n_tokens, ms = (sum(step[key] for step in steps) for key in ("n_tokens", "step_ms"))
+    steps = list(read_json_lines(file, _Step, ELSEWHERE))
+    n_tokens, ms = sum(step.n_tokens for step in steps), sum(step.step_ms for step in steps)
     return f"{n_tokens:,}", f"{n_tokens / ms * 1e3:,.0f}" if ms else "–"
 
 

@@ -29,6 +29,7 @@ from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_te
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.mine_options import MiningOptions
+from llm2vec_ds.reading import read_json
 from llm2vec_ds.search import Limits, best_rows
 from llm2vec_ds.storage.output_folder import check_reads_no_output
 from llm2vec_ds.work_folder import replace_text, work_folder, write_at
@@ -98,9 +99,13 @@ class _Mining:
         self.folder = folder
         self.note = folder / "progress.json"
         self.found = folder / "found.jsonl"
-        self.progress = _Progress(**json.loads(self.note.read_text())) if self.note.exists() else _Progress()
+        self.progress = _Progress()
+        if self.note.exists():
+            self.progress = read_json(self.note, _Progress, f"remove {folder} to start anew")
         if not self.found.exists():  # it was moved to the output, which is to be made again
             self.progress = replace(self.progress, n_searched=0, n_bytes=0, n_few=0, n_none=0)
+        elif self.found.stat().st_size < self.progress.n_bytes:
+            raise UserError(f"{self.found} is damaged (it is cut off): remove {folder} to start anew")
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -153,6 +158,7 @@ class _Mining:
         if not n_done:
             shape = (len(texts), self.encoder.trunk.config.hidden_size)
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        self._mapped(path, len(texts))  # else blocks of an earlier run would be taken for good
         with tqdm(total=len(texts), initial=n_done, desc=f"encode {kind}", unit="text", disable=None) as bar:
             for block in _blocks(n_done, len(texts), TEXTS_A_BLOCK):
                 vectors = self.encoder.encode(
@@ -161,15 +167,21 @@ class _Mining:
                     normalize=True,
                     batch_tokens=self.options.max_tokens_per_micro_batch,
                 )
-                if not np.isfinite(vectors).all():
-                    raise UserError(f"model {self.options.model!r} gives vectors with NaN: it is of no use")
                 n_after = len(texts) - block[0]
                 # Written, not assigned through the map: there a full disk would be a bus error.
                 write_at(path, vectors.tobytes(), -n_after * vectors[0].nbytes, os.SEEK_END)
                 self.progress.n_encoded[kind] = int(block[-1]) + 1
                 self._write_note()
                 bar.update(len(block))
-        mapped: np.ndarray = np.load(path, mmap_mode="r")
+        return self._mapped(path, len(texts))
+
+    def _mapped(self, path: Path, n_texts: int) -> np.ndarray:
+        try:
+            mapped: np.ndarray = np.load(path, mmap_mode="r")
+            if mapped.dtype != np.float32 or mapped.ndim != 2 or len(mapped) != n_texts:
+                raise ValueError(f"it does not hold {n_texts} vectors")
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}): remove {self.folder} to start anew") from None
         return mapped
 
     def _search(self, corpus: Corpus, queries: np.ndarray, documents: np.ndarray) -> None:

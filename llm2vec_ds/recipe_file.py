@@ -12,6 +12,7 @@ import yaml
 
 from llm2vec_ds.durable import replace_file
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.reading import parse_yaml
 from llm2vec_ds.recipe import STAGES, Recipe, parse_recipe
 
 
@@ -91,9 +92,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"recipe {path} not found: give the path of a YAML file, e.g. recipes/smoke_mntp.yaml"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
     return values
@@ -124,6 +125,6 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: `{parent}` is a single value, not a section")
         values = child
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        values[last] = parse_yaml(text)
+    except ValueError:
         values[last] = text

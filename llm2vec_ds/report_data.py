@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.reading import read_json, read_json_lines
+
+T = TypeVar("T")
+
+Row = dict[str, int | float | dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def read_folders(folders: Sequence[Path]) -> ReportData:
     """Reads training runs, ablations, demos, and results of `evaluate`.
 
     Raises:
-        UserError: a folder is missing or holds nothing that can be shown.
+        UserError: a folder is missing, holds nothing that can be shown, or a file in it is damaged.
     """
     data = ReportData()
     for folder in folders:
@@ -64,19 +68,18 @@ def read_folders(folders: Sequence[Path]) -> ReportData:
     return data
 
 
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
+def _json(file: Path, shape: type[T]) -> T:
+    return read_json(file, shape, "make it anew, or leave this folder out")
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return  # the last line of a run that is still going or was killed
+def _lines(file: Path) -> list[Row]:
+    if not file.exists():
+        return []
+    remedy = "remove the line, or leave this folder out"
+    rows = list(read_json_lines(file, Row, remedy))
+    if wrong := [number for number, row in enumerate(rows, 1) if "step" not in row]:
+        raise UserError(f"{file}, line {wrong[0]} has no step: {remedy}")
+    return rows
 
 
 def _prefixed(label: str, name: str) -> str:
@@ -84,40 +87,51 @@ def _prefixed(label: str, name: str) -> str:
 
 
 def _run(data: ReportData, folder: Path, label: str, name: str = "") -> bool:
-    steps = list(_lines(folder / "metrics.jsonl"))
+    steps = _lines(folder / "metrics.jsonl")
     if not steps:
         return False
     recipe = folder / "recipe.yaml"
-    text = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
+    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else ""
     stage = next((line.split(": ")[1] for line in text.splitlines() if line.startswith("stage: ")), "")
     shown = _prefixed(label, name or folder.name) if name else label or folder.name
-    data.runs.append(Run(shown, stage, steps, list(_lines(folder / "held_out.jsonl")), text))
+    data.runs.append(Run(shown, stage, steps, _lines(folder / "held_out.jsonl"), text))
     if not name and (folder / "encoder").is_dir():
         data.encoders[shown] = (str(folder / "encoder"), None)
     return True
 
 
+@dataclass(frozen=True)
+class _Results:
+    """What an ablation's results.json has to say: scores by variant and seed, and how they were made."""
+
+    scores: dict[str, dict[str, dict[str, float]]]
+    model: str
+    budget: str | None
+    hardware: str
+    versions: dict[str, str]
+
+
 def _ablation(data: ReportData, folder: Path, label: str) -> bool:
     if not (folder / "results.json").exists():
         return False
-    results = _json(folder / "results.json")
-    for variant, by_seed in results["scores"].items():
+    results = _json(folder / "results.json", _Results)
+    for variant, by_seed in results.scores.items():
         for scores in by_seed.values():
             data.add_scores(_prefixed(label, variant), scores)
-        seed = next(iter(by_seed))
+        seed = next(iter(by_seed), "")
         encoder = folder / "runs" / f"seed-{seed}" / variant / "encoder"
-        path = str(encoder) if "+" in variant else results["model"]
+        path = str(encoder) if "+" in variant else results.model
         if "+" not in variant or encoder.is_dir():
             data.encoders[_prefixed(label, variant)] = (path, variant.startswith("uni"))
     for seed_folder in sorted((folder / "runs").glob("seed-*")):
         for run in sorted(path for path in seed_folder.iterdir() if path.is_dir()):
             _run(data, run, label, f"{run.name}, {seed_folder.name.replace('-', ' ')}")
     facts = {
-        "model": Path(results["model"]).name,
-        "budget": results["budget"],
-        "hardware": results["hardware"],
+        "model": Path(results.model).name,
+        "budget": results.budget,
+        "hardware": results.hardware,
     }
-    facts |= results["versions"]
+    facts |= results.versions
     data.facts |= {_prefixed(label, name): str(value) for name, value in facts.items() if value}
     return True
 
@@ -125,7 +139,7 @@ def _ablation(data: ReportData, folder: Path, label: str) -> bool:
 def _demo(data: ReportData, folder: Path, label: str) -> bool:
     if not (folder / "metrics.json").exists():
         return False
-    metrics = _json(folder / "metrics.json")
+    metrics = _json(folder / "metrics.json", dict[str, dict[str, Any]])
     for stage in ("causal", "bidirectional", "mntp", "simcse"):
         scores = {
             k: v for k, v in metrics.get(stage, {}).items() if k in ("sts_spearman", "retrieval_ndcg_at_10")
@@ -139,15 +153,39 @@ def _demo(data: ReportData, folder: Path, label: str) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class _Task:
+    main_score: float
+
+
+@dataclass(frozen=True)
+class _Words:
+    accuracy_by_seed: list[float]
+
+
+@dataclass(frozen=True)
+class _Labels:
+    column: str
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What scores.json has to say: of `evaluate mteb` the tasks, of `evaluate words` the rest."""
+
+    model: str
+    tasks: dict[str, _Task] = field(default_factory=dict)
+    task: _Labels = field(default_factory=lambda: _Labels("labels"))
+    same_token: _Words | None = None
+    next_token: _Words | None = None
+
+
 def _evaluation(data: ReportData, folder: Path, label: str) -> bool:
     if not (folder / "scores.json").exists():
         return False
-    result = _json(folder / "scores.json")
-    variant = label or Path(str(result["model"])).name
-    if "tasks" in result:
-        data.add_scores(variant, {name: task["main_score"] for name, task in result["tasks"].items()})
-    for shift in ("same_token", "next_token"):
-        if shift in result:
-            for accuracy in result[shift]["accuracy_by_seed"]:
-                data.add_scores(variant, {f"{result['task']['column']}, {shift}": accuracy})
+    result = _json(folder / "scores.json", _Scores)
+    variant = label or Path(result.model).name
+    data.add_scores(variant, {name: task.main_score for name, task in result.tasks.items()})
+    for shift, words in (("same_token", result.same_token), ("next_token", result.next_token)):
+        for accuracy in words.accuracy_by_seed if words else []:
+            data.add_scores(variant, {f"{result.task.column}, {shift}": accuracy})
     return True

@@ -102,9 +102,8 @@ def _lines(axes: Any, series: Mapping[str, tuple[Sequence[float], Sequence[float
 
 def _over_steps(stage: str, key: str, runs: Sequence[Run]) -> Figure:
     unit, words = OVER_STEPS[key]
-    series = {
-        r.name: ([s["step"] for s in r.steps], [s[key] for s in r.steps]) for r in runs if key in r.steps[0]
-    }
+    measured = {r.name: [step for step in r.steps if key in step] for r in runs if key in r.steps[0]}
+    series = {name: ([s["step"] for s in steps], [s[key] for s in steps]) for name, steps in measured.items()}
     return _drawn(f"{stage}-{key}", f"{stage}: {words}", lambda axes: _lines(axes, series, unit))
 
 

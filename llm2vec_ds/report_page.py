@@ -15,6 +15,7 @@ from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import writing
 from llm2vec_ds.evaluate.identity import key_of, weights_key
 from llm2vec_ds.example_sentences import SENTENCES, TOPIC_OF, Examples, examples_of
+from llm2vec_ds.reading import checked_json
 from llm2vec_ds.report_data import ReportData, read_folders
 from llm2vec_ds.report_figures import Figure, figures_of
 from llm2vec_ds.work_folder import replace_text
@@ -69,17 +70,28 @@ def write_report(folders: Sequence[Path], output: Path, *, with_examples: bool =
 
 def _examples(data: ReportData, cache: Path) -> dict[str, Examples]:
     """Of each encoder; kept, so that a second report loads no model."""
-    kept = json.loads(cache.read_text()) if cache.exists() else {}
+    kept = _kept(cache)
     found = {}
     for name, (path, causal) in data.encoders.items():
         key = key_of(path, weights_key(path), causal, SENTENCES)
         if key not in kept:
             log.info("%s: example sentences", name)
             made = examples_of(Encoder.from_pretrained(path, causal=causal))
-            kept[key] = [made.places.tolist(), made.cosines.tolist()]
+            kept[key] = (made.places.tolist(), made.cosines.tolist())
         found[name] = Examples(*map(np.asarray, kept[key]))
     replace_text(cache, json.dumps(kept) + "\n")
     return found
+
+
+def _kept(cache: Path) -> dict[str, tuple[list[list[float]], list[list[float]]]]:
+    """What an earlier report kept; nothing where that is damaged: it is made again."""
+    if not cache.exists():
+        return {}
+    try:
+        return checked_json(cache.read_bytes(), dict[str, tuple[list[list[float]], list[list[float]]]])
+    except ValueError as error:
+        log.warning("%s is damaged (%s): example sentences are encoded again", cache, error)
+        return {}
 
 
 def page(data: ReportData, figures: Sequence[Figure], folders: Sequence[str], with_examples: bool) -> str:

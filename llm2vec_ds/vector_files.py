@@ -14,14 +14,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.reading import checked_json, explain, read_json
 
 VECTOR_FORMATS = (".npy", ".jsonl", ".parquet")
 ROWS_A_BLOCK = 4096
+ENCODE_ANEW = "encode the texts anew, with --overwrite"
+Count = Annotated[int, Field(ge=0)]
 _SHARD_NAME = re.compile(r"shard-(\d+)-of-(\d+)(\.[a-z]+)")
 
 
@@ -62,10 +66,10 @@ class VectorNote:
     text_column: str
     instruction: str | None
     normalize: bool
-    first_row: int
-    n_rows: int
-    n_rows_here: int
-    dimensions: int
+    first_row: Count
+    n_rows: Count
+    n_rows_here: Count
+    dimensions: Count
     llm2vec_ds_version: str
 
     def write(self, file: Path) -> None:
@@ -73,11 +77,14 @@ class VectorNote:
 
     @classmethod
     def read(cls, file: Path) -> VectorNote | None:
-        """None: there is no note, or none of this kind."""
-        try:
-            return cls(**json.loads(note_of(file).read_text()))
-        except (OSError, ValueError, TypeError):
+        """None: there is no note.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if not note_of(file).exists():
             return None
+        return read_json(note_of(file), cls, ENCODE_ANEW)
 
 
 def note_of(file: Path) -> Path:
@@ -94,8 +101,7 @@ def load_vectors(path: str | Path) -> np.ndarray:
     """
     files = vector_files(path)
     if len(files) == 1 and files[0].suffix == ".npy":
-        mapped: np.ndarray = np.load(files[0], mmap_mode="r")
-        return mapped
+        return _mapped(files[0])
     return np.concatenate(list(vector_blocks(path)))
 
 
@@ -103,7 +109,8 @@ def vector_blocks(path: str | Path) -> Iterator[np.ndarray]:
     """The same a bounded number of rows at a time.
 
     Raises:
-        UserError: nothing there, shards are missing, or they come from different inputs, models or options.
+        UserError: nothing there, a file is damaged, shards are missing, or they come from different inputs,
+            models or options.
     """
     for file in vector_files(path):
         yield from _read_blocks(file)
@@ -152,28 +159,91 @@ def _kind(file: Path) -> tuple[Any, ...]:
 
 def _read_blocks(file: Path) -> Iterator[np.ndarray]:
     if file.suffix == ".npy":
-        mapped = np.load(file, mmap_mode="r")
+        mapped = _mapped(file)
         yield from (mapped[i : i + ROWS_A_BLOCK] for i in range(0, max(1, len(mapped)), ROWS_A_BLOCK))
         return
     note = VectorNote.read(file)
-    missing = [np.nan] * (note.dimensions if note else 0)
+    width = note.dimensions if note else None
+    n_rows = 0
     for rows in read_rows(file):
+        found = next((len(row["vector"]) for row in rows if row["vector"] is not None), 0)
+        width = found if width is None else width
+        missing = [np.nan] * width
         listed = [missing if row["vector"] is None else row["vector"] for row in rows]
-        yield np.asarray(listed, dtype=np.float32).reshape(len(rows), -1)
+        if any(len(vector) != width for vector in listed):
+            raise _damaged(file, f"its vectors do not all have {width} dimensions")
+        n_rows += len(rows)
+        yield np.asarray(listed, dtype=np.float32).reshape(len(rows), width)
+    _check_rows(file, note, n_rows)
+
+
+def _mapped(file: Path) -> np.ndarray:
+    """`[rows, dimensions]` fp32, memory-mapped, as its note says where it has one."""
+    try:
+        mapped: np.ndarray = np.load(file, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise _damaged(file, " ".join(str(error).split())[:160]) from None
+    if not isinstance(mapped, np.ndarray) or mapped.dtype != np.float32 or mapped.ndim != 2:
+        raise _damaged(file, "it holds no float32 vectors, a row each")
+    if (note := VectorNote.read(file)) and mapped.shape[1] != note.dimensions:
+        raise _damaged(
+            file, f"its vectors have {mapped.shape[1]} dimensions, its note says {note.dimensions}"
+        )
+    _check_rows(file, note, len(mapped))
+    return mapped
+
+
+def _check_rows(file: Path, note: VectorNote | None, n_rows: int) -> None:
+    if note and n_rows != note.n_rows_here:
+        raise _damaged(file, f"it has {n_rows} rows, its note says {note.n_rows_here}")
+
+
+def _damaged(file: Path, cause: str) -> UserError:
+    return UserError(f"{file} is damaged ({cause}): {ENCODE_ANEW}")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a .jsonl or .parquet file; `vector` is None for a text without one."""
+
+    row: int
+    text: str | None
+    vector: list[float] | None
 
 
 def read_rows(file: Path) -> Iterator[list[dict[str, Any]]]:
-    """Blocks of rows (`row`, `text`, `vector`) of a .jsonl or .parquet file."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
+    """Blocks of rows (`row`, `text`, `vector`) of a .jsonl or .parquet file.
 
+    Raises:
+        UserError: the file is damaged.
+    """
+    blocks = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+    return ([vars(row) for row in block] for block in blocks)
+
+
+def _parquet_rows(file: Path) -> Iterator[list[_Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows_of = TypeAdapter(list[_Row])
+    try:
         with pq.ParquetFile(file) as table:
-            yield from (batch.to_pylist() for batch in table.iter_batches(ROWS_A_BLOCK))
-        return
-    with file.open(encoding="utf-8") as lines:
-        block: list[dict[str, Any]] = []
-        for line in lines:
-            block.append(json.loads(line))
+            for batch in table.iter_batches(ROWS_A_BLOCK):
+                yield rows_of.validate_python(batch.to_pylist())
+    except ValidationError as error:
+        raise _damaged(file, explain(error.errors()[0])) from None
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise _damaged(file, " ".join(str(error).split())[:160]) from None
+
+
+def _json_rows(file: Path) -> Iterator[list[_Row]]:
+    with file.open("rb") as lines:
+        block: list[_Row] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                block.append(checked_json(line, _Row))
+            except ValueError as error:
+                raise _damaged(file, f"line {number}: {error}") from None
             if len(block) == ROWS_A_BLOCK:
                 yield block
                 block = []

@@ -46,7 +46,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def _empty_unless_same(folder: Path, key: str) -> None:
     file = folder / KEY
-    left = file.read_text() if file.exists() else None
+    left = file.read_text(errors="replace") if file.exists() else None
     if left == key:
         log.info("%s: going on with what an earlier run left", folder)
         return

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "llm2vec_ds"
 # Earlier entries know nothing of later ones.
 FLOW = [
     "errors",
+    "reading",
     "network",
     "durable",
     "storage.lock",
@@ -27,6 +28,7 @@ FLOW = [
     "data.sources",
     "data.text_rows",
     "data.prompts",
+    "data.prepared_folder",
     "data.prepare",
     "data.pairs",
     "data.corpus",
@@ -40,6 +42,7 @@ FLOW = [
     "model.cpu_linear",
     "model.fused_layers",
     "model.quantization",
+    "model.damage",
     "model.loading",
     "model.pooling",
     "model.lora_linear",

@@ -272,7 +272,7 @@ MISTAKES = {
         "DeepSpeed config TMP/ds.json not found: see ds_configs/ for ready ones", changes=DEEPSPEED
     ),
     "broken DeepSpeed JSON": Mistake(
-        "DeepSpeed config TMP/ds.json is not valid JSON: …", changes=DEEPSPEED, files={"ds.json": b"{"}
+        "DeepSpeed config TMP/ds.json must be a JSON object: …", changes=DEEPSPEED, files={"ds.json": b"{"}
     ),
     "auto in DeepSpeed JSON": Mistake(
         'DeepSpeed config TMP/ds.json: `zero_optimization.stage` is "auto", give a value (or leave the key '

@@ -124,5 +124,5 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no metrics\.jsonl"):
         read_folders([tmp_path])
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match=r"results\.json is damaged \(Invalid JSON"):
         read_folders([tmp_path])

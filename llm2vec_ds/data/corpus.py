@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -95,15 +97,38 @@ def write_corpus(
 
 
 def load_corpus(folder: Path) -> Corpus:
-    """Opens what `write_corpus` wrote; only numbers are read into memory."""
+    """Opens what `write_corpus` wrote; only numbers are read into memory.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    import pyarrow as pa
+
+    try:
+        with np.load(folder / INDEX_FILE) as index:
+            queries = _distinct_texts(folder / "queries.arrow", index["row_of_query"])
+            documents = _distinct_texts(folder / "documents.arrow", index["row_of_document"])
+            return Corpus(queries, documents, index["pairs"], int(index["n_candidates"]))
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        zlib.error,
+        zipfile.BadZipFile,
+        pa.ArrowException,
+    ) as error:
+        cause = " ".join(str(error).split())[:160]
+        raise UserError(f"the texts in {folder} are damaged ({cause}): remove it to start anew") from None
+
+
+def _distinct_texts(file: Path, row_of_text: np.ndarray) -> DistinctTexts:
     import datasets
 
-    with np.load(folder / INDEX_FILE) as index:
-        queries, documents = (
-            DistinctTexts(datasets.Dataset.from_file(str(folder / file)), index[rows])
-            for file, rows in (("queries.arrow", "row_of_query"), ("documents.arrow", "row_of_document"))
-        )
-        return Corpus(queries, documents, index["pairs"], int(index["n_candidates"]))
+    rows = datasets.Dataset.from_file(str(file))
+    if len(rows) <= row_of_text.max():
+        raise ValueError(f"{file.name} is cut off")
+    return DistinctTexts(rows, row_of_text)
 
 
 class _Writer:

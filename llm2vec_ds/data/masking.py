@@ -38,6 +38,11 @@ class Masking:
         ordinary = np.setdiff1d(np.arange(len(tokenizer)), special)
         return cls(ids[0], special, ordinary, config)
 
+    @property
+    def largest_id(self) -> int:
+        """Of all ids that a hidden token may get."""
+        return max(self.mask_token_id, int(self.ordinary_ids.max()))
+
     def __call__(
         self, input_ids: np.ndarray, *, seed: int, step: int, row: int
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from llm2vec_ds.config import DataConfig
-from llm2vec_ds.data.prepare import QUERY, Instructions, PreparedTexts, load_prepared, prepare
+from llm2vec_ds.data.prepare import Instructions, PreparedTexts, load_prepared, prepare
+from llm2vec_ds.data.prepared_folder import QUERY
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.data.sources import COMPRESSIONS, find_source
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.reading import parse_yaml
 from llm2vec_ds.recipe import Recipe
 
 
@@ -135,11 +136,11 @@ def _name(file: Path) -> str:
 def _read_instructions(path: Path) -> dict[str, tuple[str, Instructions]]:
     """source → (group, instructions)."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"data.pairs.instructions {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must be a YAML mapping of sources to instructions")
     return dict(_instructions(path, str(name), value) for name, value in values.items())

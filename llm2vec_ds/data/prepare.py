@@ -2,7 +2,8 @@
 
 A folder of prepared texts is keyed by the source (paths, sizes, times of change), the tokenizer and the
 settings. It is filled part by part under another name, each part with a note of how far it got, so that a
-killed preparation goes on where it stopped; it gets its name by a rename, so it is complete or absent.
+killed preparation goes on where it stopped; it gets its name by a rename, so it is complete or absent. Before
+it is used again its content is compared with its fingerprint: a damaged folder is made anew.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
@@ -22,6 +24,18 @@ import numpy as np
 from tqdm import tqdm
 
 from llm2vec_ds.config import DataConfig
+from llm2vec_ds.data.prepared_folder import (
+    MANIFEST,
+    NEGATIVE,
+    QUERY,
+    Manifest,
+    batches,
+    damage_of,
+    fingerprint,
+    largest_id,
+    n_duplicates,
+    read_manifest,
+)
 from llm2vec_ds.data.prompts import (
     CHAT,
     Prompt,
@@ -34,6 +48,7 @@ from llm2vec_ds.data.prompts import (
 )
 from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
 from llm2vec_ds.errors import UserError, reason
+from llm2vec_ds.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +56,6 @@ TEXTS_A_BLOCK = 500
 CHARACTERS_A_BLOCK = 2**20
 TEXTS_A_PART = 200_000
 CHARACTERS_A_PART = 2**26
-
-QUERY, POSITIVE, NEGATIVE = 0, 1, 2
-"""Role of a row. A query begins an example, and every text that is no part of pairs is one."""
 
 Item = tuple[str, ...]
 """A text, or the texts of one example: query, positive, negatives."""
@@ -90,7 +102,7 @@ def prepare(
     end_with_eos: bool = False,
     instructions: Instructions | None = None,
 ) -> Path:
-    """Makes the folder of prepared texts if it is not there yet; returns it.
+    """Makes the folder of prepared texts if it is not there yet, or damaged; returns it.
 
     One process does this while the others wait (ranks by the caller, other runs by a lock file).
 
@@ -108,11 +120,14 @@ def prepare(
     instructions = instructions or Instructions(data.instruction)
     root = Path(data.prepared_dir) if data.prepared_dir else cache_root() / "prepared"
     folder = root / _key(data, source, tokenizer, end_with_eos, instructions)
-    if folder.is_dir():
+    if folder.is_dir() and not damage_of(folder):
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{folder.name}.lock"):
+            if folder.is_dir() and (damage := damage_of(folder)):
+                log.warning("prepared texts in %s are damaged (%s): preparing them anew", folder, damage)
+                shutil.rmtree(folder)
             if not folder.is_dir():
                 to_rows = _ToRows(data, tokenizer, template, end_with_eos, instructions)
                 _Preparation(data, source, to_rows, folder).run()
@@ -121,18 +136,22 @@ def prepare(
     return folder
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """`counts`, `fingerprint`, `parts` and `source` of a folder that `prepare` made; opens no part."""
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    return manifest
-
-
 def load_prepared(folder: Path) -> PreparedTexts:
-    """Opens a folder that `prepare` made; nothing but the lengths is read into memory."""
+    """Opens a folder that `prepare` made; nothing but the lengths is read into memory.
+
+    Raises:
+        UserError: it is damaged, as far as that shows at once.
+    """
+    import pyarrow as pa
+
     manifest = read_manifest(folder)
-    rows = _memory_mapped(folder, manifest["parts"])
-    lengths = rows.data.column("n_tokens").to_numpy()
-    return PreparedTexts(rows, manifest["fingerprint"], lengths, manifest["counts"])
+    try:
+        rows = _memory_mapped(folder, manifest.parts)
+        lengths = rows.data.column("n_tokens").to_numpy()
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        cause = " ".join(str(error).split())[:160]
+        raise UserError(f"prepared texts in {folder} are damaged ({cause}): prepare them again") from None
+    return PreparedTexts(rows, manifest.fingerprint, lengths, manifest.counts)
 
 
 @dataclass
@@ -192,10 +211,7 @@ class _Preparation:
 
     def run(self) -> None:
         self.unfinished.mkdir(exist_ok=True)
-        progress = _Progress()
-        if self.note.exists():
-            progress = _Progress(**json.loads(self.note.read_text()))
-            log.info("preparing %s goes on after %s texts", self.source, progress.n_texts_read)
+        progress = self._progress()
         left_out: Counter[str] = Counter()
         texts = self._stream(left_out)
         with tqdm(desc="tokenise", unit=" texts", unit_scale=True, disable=None) as bar:
@@ -208,6 +224,25 @@ class _Preparation:
                 self._write_note(progress)
         progress.counts |= left_out
         self._finish(progress)
+
+    def _progress(self) -> _Progress:
+        """How far an earlier preparation came; its parts are read, because a power cut may have cut them."""
+        import pyarrow as pa
+
+        if not self.note.exists():
+            return _Progress()
+        try:
+            progress = read_json(self.note, _Progress, "it is not gone on with")
+            if (
+                sum(len(batch) for batch in batches(self.unfinished, progress.parts))
+                != progress.counts["rows"]
+            ):
+                raise ValueError("rows are missing")
+        except (UserError, OSError, KeyError, ValueError, pa.ArrowException) as error:
+            log.warning("%s is damaged (%s): preparing from the first text", self.unfinished, error)
+            return _Progress()
+        log.info("preparing %s goes on after %s texts", self.source, progress.n_texts_read)
+        return progress
 
     def _stream(self, left_out: Counter[str]) -> Iterator[Item]:
         if self.data.pairs is not None:
@@ -250,14 +285,16 @@ class _Preparation:
         if not counts.get("rows"):
             reasons = ", ".join(f"{n} {name}" for name, n in left_out.items()) or "it is empty"
             raise UserError(f"{self.source}: no text in it ({reasons})")
-        digest = hashlib.sha256()
-        for name in progress.parts:
-            with (self.unfinished / name).open("rb") as part:
-                digest.update(hashlib.file_digest(part, "sha256").digest())
-        n_duplicates = _n_duplicates(self.unfinished, progress.parts, counts["rows"])
-        counts["duplicates"] = left_out["duplicates"] = n_duplicates
-        manifest = {"fingerprint": digest.hexdigest(), "source": str(self.source), **asdict(progress)}
-        self.note.with_name("manifest.json").write_text(json.dumps(manifest, indent=1))
+        n_twice = n_duplicates(self.unfinished, progress.parts, counts["rows"])
+        counts["duplicates"] = left_out["duplicates"] = n_twice
+        manifest = Manifest(
+            fingerprint=fingerprint(self.unfinished, progress.parts),
+            source=str(self.source),
+            largest_id=largest_id(self.unfinished, progress.parts),
+            parts=progress.parts,
+            counts=counts,
+        )
+        (self.unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
         self.note.unlink(missing_ok=True)
         self.unfinished.rename(self.folder)
         log.info(
@@ -314,27 +351,6 @@ def _memory_mapped(folder: Path, parts: list[str]) -> Any:
     import datasets
 
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(folder / name)) for name in parts])
-
-
-def _n_duplicates(folder: Path, parts: list[str], n_rows: int) -> int:
-    """Texts (of pairs: queries) that stand in an earlier row too. Holds 9 bytes a row.
-
-    Read batch by batch and not memory-mapped, because mapped pages of a large source count as this
-    process's memory; sorted, because np.unique would take about 60 bytes a row.
-    """
-    import pyarrow as pa
-
-    hashes = np.empty(n_rows, dtype=np.int64)
-    end = 0
-    for name in parts:
-        with pa.OSFile(str(folder / name)) as part, pa.ipc.open_stream(part) as batches:
-            for batch in batches:
-                own = batch.column("text_hash").to_numpy()[batch.column("role").to_numpy() == QUERY]
-                hashes[end : end + len(own)] = own
-                end += len(own)
-    hashes = hashes[:end]
-    hashes.sort()
-    return int(np.count_nonzero(hashes[1:] == hashes[:-1]))
 
 
 def _key(

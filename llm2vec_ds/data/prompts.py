@@ -49,12 +49,7 @@ def template_for(choice: str | None, tokenizer: Any) -> Template:
     if choice is None:
         return Template()
     if choice != CHAT:
-        if choice.count("{text}") != 1 or choice.count("{instruction}") > 1:
-            raise UserError(
-                f"data.template {choice!r} must hold {{text}} once and {{instruction}} at most once"
-            )
-        if "{instruction}" in choice.partition("{text}")[2]:
-            raise UserError(f"data.template {choice!r}: {{instruction}} must stand before {{text}}")
+        check_form(choice, "data.template")
         return Template(choice)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("data.template is `chat`, but the tokenizer has no chat template: write the form out")
@@ -65,6 +60,14 @@ def template_for(choice: str | None, tokenizer: Any) -> Template:
             "the tokenizer's chat template does not hold a user's message just once: write the form out"
         )
     return Template(rendered.replace(_PROBE, PLAIN), special_tokens=False)
+
+
+def check_form(form: str, key: str) -> None:
+    """Refuses a template's form that a text cannot be put into; `key`: where it is named."""
+    if form.count("{text}") != 1 or form.count("{instruction}") > 1:
+        raise UserError(f"{key} {form!r} must hold {{text}} once and {{instruction}} at most once")
+    if "{instruction}" in form.partition("{text}")[2]:
+        raise UserError(f"{key} {form!r}: {{instruction}} must stand before {{text}}")
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,8 @@ def tokenize(
         raise UserError(
             "pooling `eos` needs a tokenizer with an end-of-sequence token: choose another pooling"
         )
+    if not prompts:
+        return []
     rendered = [template.render(prompt.instruction, prompt.text) for prompt in prompts]
     encoded = tokenizer(
         [string for string, _, _ in rendered],

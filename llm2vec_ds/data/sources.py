@@ -8,7 +8,6 @@ at a blank. Duplicates stay. In the structured formats a row that cannot be read
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import lzma
 import zlib
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 from llm2vec_ds.config import PairsConfig
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.reading import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _json_lines(file: Path, _: Sequence[str], __: Counter[str]) -> Iterator[Row]
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise UserError(f"{file}, line {number}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
@@ -233,7 +233,7 @@ def _parquet_rows(file: Path, columns: Sequence[str], _: Counter[str]) -> Iterat
             for batch in table.iter_batches(1024, columns=list(columns)):
                 for row in batch.to_pylist():
                     yield row, str(file)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a Parquet file: {' '.join(str(error).split())[:160]}") from None
 
 

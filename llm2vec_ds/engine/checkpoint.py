@@ -22,6 +22,7 @@ from typing import Any
 from llm2vec_ds.distributed import all_gather_object, barrier, rank
 from llm2vec_ds.durable import remove_folder, rename, sync_folder, write_file
 from llm2vec_ds.errors import UserError, reason, writing
+from llm2vec_ds.reading import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Manifest:
     @classmethod
     def parse(cls, content: bytes) -> Manifest:
         """Raises ValueError for anything but what `dump` wrote."""
-        values = json.loads(content)
+        values = parse_json(content)
         if not isinstance(values, dict) or values.pop("sha256", None) != _hash_of(values):
             raise ValueError("its hash does not fit its content")
         if (version := values.pop("format_version")) != FORMAT_VERSION:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.quantization import check_bitsandbytes
+from llm2vec_ds.reading import checked_json
 from llm2vec_ds.recipe import Recipe
 
 OWNED_BY_RECIPE = (
@@ -32,15 +32,28 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"DeepSpeed config {path} not found: see ds_configs/ for ready ones")
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"DeepSpeed config {path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"DeepSpeed config {path} must be a JSON object")
+        config = checked_json(Path(path).read_bytes(), dict[str, Any])
+    except ValueError as error:
+        raise UserError(f"DeepSpeed config {path} must be a JSON object: {error}") from None
+    _check_sections(path, config)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     if key := _auto_key({k: v for k, v in config.items() if k not in OWNED_BY_RECIPE}):
         raise UserError(f'DeepSpeed config {path}: `{key}` is "auto", give a value (or leave the key out)')
     return config
+
+
+def _check_sections(path: str | Path, config: dict[str, Any]) -> None:
+    """Refuses a section that this module looks into and that is none."""
+    zero = config.get("zero_optimization", {})
+    offloads = ("offload_optimizer", "offload_param")
+    inner = (
+        {f"zero_optimization.{key}": zero.get(key) or {} for key in offloads}
+        if isinstance(zero, dict)
+        else {}
+    )
+    for key, section in {"zero_optimization": zero, **inner}.items():
+        if not isinstance(section, dict):
+            raise UserError(f"DeepSpeed config {path}: `{key}` must be an object, not {section!r}")
 
 
 def _auto_key(value: Any, prefix: str = "") -> str | None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from llm2vec_ds.distributed import all_gather_object, rank
 from llm2vec_ds.durable import replace_file
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.reading import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -156,9 +157,9 @@ def _cut_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if parse_json(line)["step"] <= step:
                 kept.append(f"{line}\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             break
     replace_file(path, "".join(kept).encode())
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -15,9 +15,11 @@ from llm2vec_ds.config import MntpConfig
 from llm2vec_ds.data.masking import Masking
 from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_all
 from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
+from llm2vec_ds.data.prepared_folder import read_manifest
 from llm2vec_ds.data.prompts import template_for
 from llm2vec_ds.distributed import (
     Ranks,
+    agreed,
     all_gather_object,
     contact,
     export_ranks,
@@ -52,6 +54,7 @@ from llm2vec_ds.loss.embedding_cache import ContrastiveModel
 from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
 from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora, n_fused
+from llm2vec_ds.model.damage import check_ids
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
 from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.recipe import Recipe
@@ -64,7 +67,6 @@ from llm2vec_ds.storage.lock import held
 log = logging.getLogger(__name__)
 
 Partition = Callable[[], AbstractContextManager[Any]]
-T = TypeVar("T")
 
 
 @explains_full_memory
@@ -106,7 +108,7 @@ def _locked(recipe: Recipe, folder: Path) -> Iterator[None]:
             stack.enter_context(held(folder / LOCK, f"output_dir {folder}"))
             check_run_folder(recipe, folder)
 
-        _agreed(lambda: lock() if rank() == 0 else None)
+        agreed(lambda: lock() if rank() == 0 else None)
         yield
 
 
@@ -124,7 +126,7 @@ def _is_done(recipe: Recipe, folder: Path) -> bool:
     def differences() -> list[str]:
         return changes_of_run(folder, identity_of(recipe, data.fingerprint)) if rank() == 0 else []
 
-    changed = all_gather_object(_agreed(differences))[0]
+    changed = all_gather_object(agreed(differences))[0]
     if changed and recipe.resume != "force":
         raise another_run(folder, changed)
     return not changed
@@ -141,13 +143,13 @@ def _train(
     dtype = TrunkOptions(precision=recipe.model.precision, device=device).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     stage = build_stage(recipe, device, partition_for(config))
-    identity = _agreed(lambda: identity_of(recipe, stage.data_fingerprint) if rank() == 0 else {})
+    identity = agreed(lambda: identity_of(recipe, stage.data_fingerprint) if rank() == 0 else {})
     store = CheckpointStore(
         folder / CHECKPOINTS,
         keep_last=recipe.checkpoint.keep_last,
         lowest_is_best=recipe.checkpoint.lowest_is_best,
     )
-    found = _agreed(lambda: _checkpoint_to_resume(recipe, folder, store, identity) if rank() == 0 else None)
+    found = agreed(lambda: _checkpoint_to_resume(recipe, folder, store, identity) if rank() == 0 else None)
     checkpoint = all_gather_object(found)[0]
     if ranks.rank == 0:
         begin(recipe, folder, identity, fresh=checkpoint is None)
@@ -223,11 +225,11 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     prepared = _prepared(recipe, tokenizer)
     options = _trunk_options(recipe, device, partition)
     if recipe.mntp is not None:
-        texts, *held_out = (load_prepared(*groups["texts"]) for groups in prepared)
-        return _mntp_stage(recipe, recipe.mntp, tokenizer, texts, held_out[0] if held_out else None, options)
+        return _mntp_stage(recipe, recipe.mntp, tokenizer, prepared, options)
     config = recipe.contrastive
     assert config is not None
-    trunk = _agreed(lambda: load_trunk(_stack(recipe).base, options))
+    trunk = agreed(lambda: load_trunk(_stack(recipe).base, options))
+    check_ids(_largest_id(prepared), trunk)
     if mistake := check_widths(config.matryoshka_dims, trunk.config.hidden_size):
         raise UserError(mistake)
     _make_trainable(recipe, trunk)
@@ -252,11 +254,13 @@ def _mntp_stage(
     recipe: Recipe,
     config: MntpConfig,
     tokenizer: Any,
-    texts: PreparedTexts,
-    held_out: PreparedTexts | None,
+    prepared: list[dict[str, list[Path]]],
     options: TrunkOptions,
 ) -> MntpStage:
-    trunk, linear = _agreed(lambda: load_trunk_and_head(_stack(recipe).base, options))
+    texts, *held_out = (load_prepared(*groups["texts"]) for groups in prepared)
+    trunk, linear = agreed(lambda: load_trunk_and_head(_stack(recipe).base, options))
+    masking = Masking.for_tokenizer(tokenizer, config)
+    check_ids(max(_largest_id(prepared), masking.largest_id), trunk)
     if recipe.adapter is not None:
         linear.requires_grad_(False)  # adapters alone train; an untied head would otherwise, for nothing
     head = MaskedTokenHead(linear, trunk.config, config.head_chunk_tokens)
@@ -264,8 +268,8 @@ def _mntp_stage(
     return MntpStage(
         MntpModel(_encoder(recipe, trunk, tokenizer), head),
         texts,
-        held_out,
-        Masking.for_tokenizer(tokenizer, config),
+        held_out[0] if held_out else None,
+        masking,
         seed=recipe.seed,
         global_batch_size=recipe.batch.global_batch_size,
         max_tokens_per_micro_batch=recipe.batch.max_tokens_per_micro_batch,
@@ -327,7 +331,7 @@ def _make_trainable(recipe: Recipe, trunk: Any) -> None:
 
 def _prepared(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[Path]]]:
     """Folders of training and held-out texts by group. Rank 0 prepares while the others wait."""
-    folders = _agreed(lambda: prepare_all(recipe, tokenizer) if rank() == 0 else [])
+    folders = agreed(lambda: prepare_all(recipe, tokenizer) if rank() == 0 else [])
     return all_gather_object(folders)[0]
 
 
@@ -336,16 +340,9 @@ def _training_data(recipe: Recipe, prepared: list[dict[str, list[Path]]]) -> Pre
     return load_prepared(*groups["texts"]) if recipe.data.pairs is None else load_prepared_pairs(groups)
 
 
-def _agreed(work: Callable[[], T]) -> T:
-    """What `work` returns here; one rank's mistake is everyone's, so that none waits for it in vain."""
-    mistake = ""
-    try:
-        result = work()
-    except UserError as error:
-        mistake = str(error)
-    if mistakes := [said for said in all_gather_object(mistake) if said]:
-        raise UserError(mistakes[0])
-    return result
+def _largest_id(prepared: list[dict[str, list[Path]]]) -> int:
+    folders = [folder for groups in prepared for of_group in groups.values() for folder in of_group]
+    return max(read_manifest(folder).largest_id for folder in folders)
 
 
 def _check_batch(recipe: Recipe, ranks: Ranks) -> None:

@@ -21,6 +21,7 @@ from mteb.types import PromptType
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.identity import key_of, model_name, weights_key
 from llm2vec_ds.evaluate.shards import RankEncoder
+from llm2vec_ds.reading import parse_yaml
 from llm2vec_ds.work_folder import replace_text
 
 log = logging.getLogger(__name__)
@@ -80,18 +81,16 @@ def read_instructions(file: str | None) -> dict[str, str] | None:
     Raises:
         UserError: no such file, or not of that form.
     """
-    import yaml
-
     if file is None:
         return {}
     if file == "none":
         return None
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--instructions {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--instructions {file}: {' '.join(str(error).split())[:200]}") from None
+    except ValueError as error:
+        raise UserError(f"--instructions {file}: {str(error)[:200]}") from None
     if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
         raise UserError(f"--instructions {file} must map names of tasks to instructions")
     return {str(name): value for name, value in values.items()}
@@ -127,9 +126,9 @@ def evaluate_mteb(encoder: MtebEncoder, tasks: list[Any], output: Path) -> list[
     Raises:
         UserError: a data set cannot be had, or `output` cannot be written.
     """
-    cache = mteb.ResultCache(output)
     with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
+        cache = mteb.ResultCache(output)
     scores = []
     for task in tasks:
         _drop_result_of_other_data(cache, task, encoder.mteb_model_meta)
@@ -169,7 +168,12 @@ def measure(encoder: MtebEncoder, task: Any, cache: Any | None) -> Score:
 
 def _drop_result_of_other_data(cache: Any, task: Any, meta: Any) -> None:
     """mteb takes a complete result for good even where the data have changed since."""
-    stored = cache.load_task_result(task.metadata.name, meta)
+    try:
+        stored = cache.load_task_result(task.metadata.name, meta)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # as mteb meets what is damaged
+        log.warning("%s: its stored result is damaged: measured again", task.metadata.name)
+        cache.get_task_result_path(task.metadata.name, meta).unlink()
+        return
     if stored is not None and stored.dataset_revision != task.metadata.revision:
         log.info("%s: its data have changed since they were measured: again", task.metadata.name)
         cache.get_task_result_path(task.metadata.name, meta).unlink()

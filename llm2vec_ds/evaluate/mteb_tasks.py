@@ -6,7 +6,6 @@ mteb is imported with this module: commands import it when they run.
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.identity import file_key
 from llm2vec_ds.evaluate.sts import load_graded_pairs
+from llm2vec_ds.reading import parse_json
 
 SUBSETS = {
     "paper15": [
@@ -193,13 +193,13 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise UserError(f"{path}, line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: expected an object")
@@ -218,8 +218,8 @@ def _retrieval(folder: Path) -> Any:
     corpus = [(row.get("_id"), row.get("title") or "", row.get("text")) for row in _json_rows(corpus_file)]
     queries = [(row.get("_id"), row.get("text")) for row in _json_rows(queries_file)]
     for file, rows in ((corpus_file, corpus), (queries_file, queries)):
-        if not rows or not all(isinstance(row[0], str) and isinstance(row[-1], str) for row in rows):
-            raise UserError(f"{file}: every line needs _id and text")
+        if not rows or not all(isinstance(value, str) for row in rows for value in row):
+            raise UserError(f"{file}: every line needs _id and text, and its title, if any, is text")
     relevant = _relevant(qrels, {row[0] for row in queries}, {row[0] for row in corpus})
     ids, titles, texts = zip(*corpus, strict=True)
     query_ids, query_texts = zip(*queries, strict=True)
@@ -235,7 +235,10 @@ def _retrieval(folder: Path) -> Any:
 
 def _relevant(file: Path, queries: set[Any], corpus: set[Any]) -> dict[str, dict[str, int]]:
     relevant: dict[str, dict[str, int]] = {}
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text: make it anew, or take it from its source again") from None
     for number, line in enumerate(lines[1:], 2):
         try:
             query, document, score = line.split("\t")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from llm2vec_ds.distributed import (
     Ranks,
+    agreed,
     broadcast_object,
     export_ranks,
     gather_rows,
@@ -20,6 +21,7 @@ from llm2vec_ds.distributed import (
     world_size,
 )
 from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,8 @@ class ShardedEncoder(RankEncoder):
     def serve(self) -> None:
         """Encodes this rank's share of what rank 0 asks for, until rank 0 is done."""
         while (asked := broadcast_object(None)) is not None:
-            self._share(*asked)
+            with suppress(UserError):  # every rank has it: rank 0 says it, and then that it is done
+                self._share(*asked)
 
     def done(self) -> None:
         """Lets the other ranks leave `serve`."""
@@ -97,7 +100,7 @@ class ShardedEncoder(RankEncoder):
 
     def _share(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
         """Ranks take every W-th text; all of them hold all vectors afterwards."""
-        own = RankEncoder._vectors(self, texts[rank() :: world_size()], instruction)
+        own = agreed(lambda: RankEncoder._vectors(self, texts[rank() :: world_size()], instruction))
         if world_size() == 1:
             return own
         order = np.concatenate([np.arange(r, len(texts), world_size()) for r in range(world_size())])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -47,7 +48,7 @@ def load_graded_pairs(path: str | Path) -> GradedPairs:
     for number, row in enumerate(rows, 1):
         try:
             first, second, score = (row[column] for column in columns)
-            pairs.scores.append(float(score))
+            pairs.scores.append(_number(score))
         except (IndexError, ValueError):
             raise UserError(
                 f"{path}, data row {number}: expected sentence1, sentence2, score (a number)"
@@ -57,6 +58,14 @@ def load_graded_pairs(path: str | Path) -> GradedPairs:
     if len(set(pairs.scores)) < 2:
         raise UserError(f"{path}: a rank correlation needs pairs with at least two different scores")
     return pairs
+
+
+def _number(text: str) -> float:
+    """Raises ValueError for NaN and infinity too: they have no rank."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def own_graded_pairs() -> GradedPairs:

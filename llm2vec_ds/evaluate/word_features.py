@@ -16,7 +16,8 @@ from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.data.tagged import TaggedSentence
 from llm2vec_ds.encoder import Encoder
-from llm2vec_ds.errors import writing
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.model.damage import check_ids, why_not_finite
 from llm2vec_ds.storage.output_folder import replaced_folder
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ def _vectors(
 ) -> dict[Shift, np.ndarray]:
     starts = np.concatenate([[0], np.cumsum([len(words) for words in places])])
     shape = (int(starts[-1]), encoder.dimensions)
+    check_ids(max(max(text.input_ids, default=0) for text in texts), encoder.trunk)
     vectors: dict[Shift, np.ndarray] = {shift: np.empty(shape, dtype=np.float32) for shift in SHIFTS}
     was_training = encoder.training
     encoder.eval()
@@ -120,6 +122,8 @@ def _vectors(
         for group in plan_micro_batches([len(text) for text in texts], budget):
             batch = pack([texts[i] for i in group]).to(encoder.device)
             hidden_TD = encoder.hidden_states(batch).float().cpu()
+            if not hidden_TD.isfinite().all():
+                raise UserError(f"word vectors are not finite: {why_not_finite(encoder.trunk)}")
             offset = 0
             for i in group:
                 of_text = hidden_TD[offset : offset + len(texts[i])]

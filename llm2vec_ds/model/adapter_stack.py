@@ -18,6 +18,7 @@ from torch import nn
 from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import TRAINED, GatherParameters, adapter_names, add_lora, check_whole
+from llm2vec_ds.reading import read_json
 
 FOLDER, INDEX = "adapters", "stack.json"
 
@@ -37,6 +38,20 @@ class AdapterStack:
     trained: AdapterConfig | None = None
 
 
+@dataclass(frozen=True)
+class _Item:
+    file: str
+    settings: AdapterConfig
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What `write_stack` writes into INDEX."""
+
+    base: str
+    adapters: list[_Item]
+
+
 def read_stack(path: str, quantization: str | None, trained: AdapterConfig | None) -> AdapterStack:
     """What to load for `model.path`: the base and adapters of an encoder folder that has them, if the run is
     quantised; else the folder itself.
@@ -47,14 +62,9 @@ def read_stack(path: str, quantization: str | None, trained: AdapterConfig | Non
     index = Path(path) / FOLDER / INDEX
     if quantization is None or not index.is_file():
         return AdapterStack(path, trained=trained)
-    try:
-        said = json.loads(index.read_text())
-        earlier = [
-            (AdapterConfig(**item["settings"]), index.parent / item["file"]) for item in said["adapters"]
-        ]
-        return AdapterStack(said["base"], tuple(earlier), trained)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is damaged ({error}): take the encoder folder from its run again") from None
+    said = read_json(index, _Index, "take the encoder folder from its run again")
+    earlier = [(item.settings, index.parent / item.file) for item in said.adapters]
+    return AdapterStack(said.base, tuple(earlier), trained)
 
 
 def put_stack_in(trunk: nn.Module, stack: AdapterStack) -> None:

@@ -30,10 +30,16 @@ def with_causal(config: Any, causal: bool) -> Any:
 
 
 def is_causal(config: Any) -> bool | None:
-    """What a config says; None where it says nothing, which transformers takes for causal."""
+    """What a config says; None where it says nothing, which transformers takes for causal.
+
+    Raises:
+        UserError: it says neither true nor false.
+    """
     if _narrows_its_window(config):
         return not getattr(config, OWN_FLAG)
     said: bool | None = getattr(config, "is_causal", None)
+    if said not in (None, True, False):
+        raise UserError(f"config.json says is_causal={said!r}: write true or false")
     return said
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,16 @@ class Stack:
 
     base: str
     adapters: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class UpstreamSettings:
+    """What upstream `llm2vec` writes into its settings file, with its defaults."""
+
+    pooling_mode: str = "mean"
+    max_length: Annotated[int, Field(ge=1)] = 512
+    doc_max_length: Annotated[int, Field(ge=1)] = 400
+    skip_instruction: bool = True
 
 
 def resolve(path: str, adapters: Sequence[str | Path]) -> Stack:
@@ -73,11 +84,7 @@ def _local(adapter: str) -> Path:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    except ValueError:
-        raise UserError(f"{folder / CONFIG} is not valid JSON") from None
-    return config
+    return read_json(folder / CONFIG, dict[str, Any], "take the adapter from its source again")
 
 
 def merge_adapters(trunk: nn.Module, adapters: Sequence[Path]) -> None:
@@ -96,11 +103,11 @@ def _merge(trunk: nn.Module, folder: Path) -> int:
     from peft.tuners.lora import LoraLayer
 
     _check(folder)
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = True
     try:
+        config = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = True
         inject_adapter_in_model(config, trunk)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the latter two: values of wrong types
         reason = str(error).splitlines()[0][:160]
         raise UserError(f"adapter {folder} does not fit {type(trunk).__name__}: {reason}") from None
     layers = {name: module for name, module in trunk.named_modules() if isinstance(module, LoraLayer)}
@@ -133,11 +140,18 @@ def _check(folder: Path) -> None:
 
 def _load(trunk: nn.Module, folder: Path) -> None:
     """Weights under peft's names, `base_model.model.[model.]layers…`, on the trunk's `layers…`."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    try:
+        stored = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder / WEIGHTS} is damaged ({error}): take the adapter from its source again"
+        ) from None
     wanted = {name: p for name, p in trunk.named_parameters() if "lora_" in name}
     found: dict[str, torch.Tensor] = {}
-    for key, value in load_file(folder / WEIGHTS).items():
+    for key, value in stored.items():
         name = key.removeprefix("base_model.model.").replace(".weight", ".default.weight")
         found[name if name in wanted else name.removeprefix("model.")] = value
     if strange := sorted(found.keys() - wanted.keys()):
@@ -155,18 +169,17 @@ def upstream_settings(folder: Path) -> dict[str, Any]:
     """What `llm2vec_config.json` says, in `EncoderSettings`' names; empty where there is none.
 
     Raises:
-        UserError: a pooling that is not known here.
+        UserError: the file is damaged, or names a pooling that is not known here.
     """
     file = folder / UPSTREAM_SETTINGS
     if not file.is_file():
         return {}
-    said = json.loads(file.read_text())
-    pooling = said.get("pooling_mode", "mean")
-    if pooling not in UPSTREAM_POOLINGS:
-        raise UserError(f"{file}: pooling_mode {pooling!r} is unknown here")
+    said = read_json(file, UpstreamSettings, "take the adapter from its source again")
+    if said.pooling_mode not in UPSTREAM_POOLINGS:
+        raise UserError(f"{file}: pooling_mode {said.pooling_mode!r} is unknown here")
     return {
-        "pooling": UPSTREAM_POOLINGS[pooling],
-        "max_tokens": said.get("max_length", 512),
-        "max_text_tokens": said.get("doc_max_length", 400),
-        "pooled_tokens": "text" if said.get("skip_instruction", True) else "all",
+        "pooling": UPSTREAM_POOLINGS[said.pooling_mode],
+        "max_tokens": said.max_length,
+        "max_text_tokens": said.doc_max_length,
+        "pooled_tokens": "text" if said.skip_instruction else "all",
     }

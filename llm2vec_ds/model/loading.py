@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -23,6 +24,7 @@ from llm2vec_ds.model.bidirectional import (
     with_causal,
 )
 from llm2vec_ds.model.cpu_linear import use_fast_products
+from llm2vec_ds.model.damage import damaged_file
 from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.quantization import nf4_config, prepare_for_training
 
@@ -68,6 +70,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
     if not trust_remote_code:
         tokenizer.init_kwargs.pop(CODE, None)
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float):
+        raise UserError(f"model {path!r}: its tokenizer says model_max_length={longest!r}: write a number")
     return tokenizer
 
 
@@ -129,6 +134,9 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
     from transformers import MODEL_MAPPING, AutoConfig
 
     config = _from_pretrained(AutoConfig, path, trust_remote_code=options.trust_remote_code)
+    n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if n_layers is not None and n_layers < 1:
+        raise UserError(f"model {path!r}: its config.json gives it no layer: check num_hidden_layers")
     causal = bool(is_causal(config)) if options.causal is None else options.causal
     if type(config) in MODEL_MAPPING:
         _check_class(MODEL_MAPPING[type(config)], config.model_type, causal)
@@ -206,12 +214,12 @@ def loading(path: str) -> Iterator[None]:
         UserError: in place of what transformers, torch and safetensors raise for files that they cannot use
             (an ImportError: the package that reads quantised weights is missing); names cause and mend.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, *NO_PICKLED_WEIGHTS) as error:
-        raise UserError(f"model {path!r} cannot be loaded: {_cause(path, error)}") from None
+    except Exception as error:  # over a damaged file it raises errors of every kind
+        damaged = damaged_file(Path(path))
+        cause = f"{damaged}: take it from its source again" if damaged else _cause(path, error)
+        raise UserError(f"model {path!r} cannot be loaded: {cause}") from error
 
 
 def _cause(path: str, error: BaseException) -> str:
@@ -246,4 +254,7 @@ def _cause(path: str, error: BaseException) -> str:
     if said(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError):
         offline = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
         return f"there is no such folder, and {offline}: give a folder, or connect to the network"
-    return " ".join(str(error).split())[:240]
+    words = " ".join(str(error).split())[:240]
+    if said(OSError, ValueError, RuntimeError):
+        return words
+    return f"{words or 'no reason given'} ({type(error).__name__}): check its config.json and tokenizer files"

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from llm2vec_ds.config import MachineConfig
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.planner.plan import Planner
 from llm2vec_ds.planner.step_time import Fit, Work, fit_speed
+from llm2vec_ds.reading import read_json, read_json_lines
 from llm2vec_ds.recipe_file import load_recipe
 
 WARM_UP_STEPS = 1
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What memory.json has to say here."""
+
+    n_ranks: Annotated[int, Field(ge=1)] | None = None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a line of metrics.jsonl has to say here."""
+
+    n_tokens: Annotated[int, Field(ge=1)]
+    step_ms: Annotated[float, Field(gt=0)]
 
 
 def measured_speed(folders: Sequence[Path], device: torch.device) -> Fit:
@@ -34,14 +52,13 @@ def _steps(folder: Path, device: torch.device) -> list[tuple[Work, float]]:
     for name in ("recipe.yaml", "metrics.jsonl", "memory.json"):
         if not (folder / name).is_file():
             raise UserError(f"measured {folder}: there is no {name}, give the folder of a finished run")
-    n_ranks = json.loads((folder / "memory.json").read_text()).get("n_ranks")
+    n_ranks = read_json(folder / "memory.json", _Memory, "run it again").n_ranks
     if n_ranks is None:
         raise UserError(f"measured {folder}: memory.json does not say n_ranks, run it again")
     gpus = n_ranks if device.type == "cuda" else 0
     machine = MachineConfig(nodes=1 if gpus else n_ranks, gpus_per_node=gpus)
     planner = Planner(load_recipe(folder / "recipe.yaml"), folder / "recipe.yaml", machine)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "step_ms" in row][WARM_UP_STEPS:]
+    steps = list(read_json_lines(folder / "metrics.jsonl", _Step, "run it again"))[WARM_UP_STEPS:]
     if not steps:
         raise UserError(f"measured {folder}: its run has no step after the first, which warms up")
-    return [(planner.work(row["n_tokens"] / n_ranks), row["step_ms"] / 1e3) for row in steps]
+    return [(planner.work(step.n_tokens / n_ranks), step.step_ms / 1e3) for step in steps]

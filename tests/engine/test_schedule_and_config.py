@@ -49,7 +49,7 @@ def test_the_recipe_beats_the_json_and_says_so(tmp_path: Path, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not valid JSON"),
+        ("{", "must be a JSON object: Invalid JSON"),
         ("[]", "must be a JSON object"),
         (
             '{"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}',

@@ -1,0 +1,94 @@
+"""A folder of prepared texts on the disk: its manifest, its Arrow files, and whether it is damaged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.reading import read_json
+
+MANIFEST = "manifest.json"
+
+QUERY, POSITIVE, NEGATIVE = 0, 1, 2
+"""Role of a row. A query begins an example, and every text that is no part of pairs is one."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of prepared texts holds.
+
+    Attributes:
+        fingerprint: SHA-256 over those of the parts.
+        largest_id: of all token ids.
+        counts: rows, tokens, and what was left out and why.
+    """
+
+    fingerprint: str
+    source: str
+    largest_id: int
+    parts: list[str]
+    counts: dict[str, int]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder that `prepare` made; opens no part.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return read_json(folder / MANIFEST, Manifest, f"remove {folder}, then prepare again")
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a folder that `prepare` made; None: nothing. Reads all of it."""
+    try:
+        manifest = read_manifest(folder)
+        if fingerprint(folder, manifest.parts) != manifest.fingerprint:
+            return "its parts are not those that were written"
+    except (UserError, OSError) as error:
+        return str(error)
+    return None
+
+
+def fingerprint(folder: Path, parts: list[str]) -> str:
+    digest = hashlib.sha256()
+    for name in parts:
+        with (folder / name).open("rb") as part:
+            digest.update(hashlib.file_digest(part, "sha256").digest())
+    return digest.hexdigest()
+
+
+def batches(folder: Path, parts: list[str]) -> Iterator[Any]:
+    """Batch by batch and not memory-mapped, because mapped pages of a large source count as this process's
+    memory."""
+    import pyarrow as pa
+
+    for name in parts:
+        with pa.OSFile(str(folder / name)) as part, pa.ipc.open_stream(part) as stream:
+            yield from stream
+
+
+def largest_id(folder: Path, parts: list[str]) -> int:
+    return max(batch.column("input_ids").values.to_numpy().max() for batch in batches(folder, parts)).item()
+
+
+def n_duplicates(folder: Path, parts: list[str], n_rows: int) -> int:
+    """Texts (of pairs: queries) that stand in an earlier row too. Holds 9 bytes a row.
+
+    Sorted, because np.unique would take about 60 bytes a row.
+    """
+    hashes = np.empty(n_rows, dtype=np.int64)
+    end = 0
+    for batch in batches(folder, parts):
+        own = batch.column("text_hash").to_numpy()[batch.column("role").to_numpy() == QUERY]
+        hashes[end : end + len(own)] = own
+        end += len(own)
+    hashes = hashes[:end]
+    hashes.sort()
+    return int(np.count_nonzero(hashes[1:] == hashes[:-1]))

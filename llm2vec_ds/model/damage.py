@@ -1,0 +1,71 @@
+"""What is wrong with a model that cannot be loaded, gives NaN, or gets ids that it does not know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.reading import checked_json
+
+INDEX = "model.safetensors.index.json"
+JSON_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    INDEX,
+)
+
+
+def damaged_file(folder: Path) -> str | None:
+    """The first damaged or missing file, and what is wrong with it; None: none was found."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in (folder / name for name in JSON_FILES if (folder / name).is_file()):
+        try:
+            values = checked_json(file.read_bytes(), dict[str, Any])
+        except (OSError, ValueError) as error:
+            return f"{file} is damaged ({error})"
+        if file.name == INDEX and (missing := _missing_shard(folder, values)):
+            return f"{missing} is missing, which {INDEX} names"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file} is damaged ({error})"
+    return None
+
+
+def _missing_shard(folder: Path, index: dict[str, Any]) -> Path | None:
+    names = index.get("weight_map")
+    files = sorted({folder / str(name) for name in names.values()}) if isinstance(names, dict) else []
+    return next((file for file in files if not file.is_file()), None)
+
+
+def why_not_finite(model: nn.Module) -> str:
+    """Why a model's outputs are NaN or infinite, and what to do; reads its weights through."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.detach().isfinite().all():
+            return f"the model's weight {name} is not finite: take the model from its source again"
+    dtype = next(model.parameters()).dtype
+    return f"the model's weights are finite, so they overflow in {dtype}: choose another precision"
+
+
+def check_ids(largest: int, model: Any) -> None:
+    """Refuses a token id that the model has no embedding for.
+
+    Raises:
+        UserError: the ids come from the tokenizer of another model.
+    """
+    n_ids = model.config.get_text_config().vocab_size
+    if largest >= n_ids:
+        raise UserError(
+            f"token id {largest} is beyond the model's vocabulary of {n_ids}: take the tokenizer that "
+            "belongs to the model"
+        )

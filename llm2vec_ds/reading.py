@@ -1,0 +1,109 @@
+"""JSON and YAML that may be damaged: what is wrong with it is an error with a cause, however it is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from llm2vec_ds.errors import UserError
+
+T = TypeVar("T")
+
+TOO_DEEP = "it is nested too deep"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that `text` holds.
+
+    Raises:
+        ValueError: no JSON, no Unicode, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that `text` holds.
+
+    Raises:
+        ValueError: no YAML, or nested deeper than Python can follow.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+
+
+def read_json(file: Path, shape: type[T], remedy: str) -> T:
+    """What a JSON file holds, as the type `shape`; no value is converted to it.
+
+    Args:
+        remedy: what the user can do about a damaged file.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON, or holds something of another shape.
+    """
+    try:
+        return checked_json(file.read_bytes(), shape)
+    except OSError as error:
+        cause = error.strerror or str(error)
+    except ValueError as error:
+        cause = str(error)
+    raise UserError(f"{file} is damaged ({cause}): {remedy}")
+
+
+def read_json_lines(file: Path, shape: type[T], remedy: str) -> Iterator[T]:
+    """A value of the type `shape` for each line; a last one that is cut off is left out: whoever writes the
+    file is not done, or was killed.
+
+    Raises:
+        UserError: the file cannot be read, or another line is damaged; `remedy` says what to do.
+    """
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{file} is damaged ({error.strerror or error}): {remedy}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            yield checked_json(line, shape)
+        except ValueError as error:
+            if not line.endswith(b"\n"):
+                return
+            raise UserError(f"{file}, line {number} is damaged ({error}): {remedy}") from None
+
+
+def checked_json(text: bytes, shape: type[T]) -> T:
+    """The value that `text` holds, as the type `shape`; no value is converted to it.
+
+    Raises:
+        ValueError: no JSON, nested too deep, or of another shape; one line.
+    """
+    try:
+        value: T = _adapter(shape).validate_json(text, strict=True)  # type: ignore[arg-type]
+        return value
+    except ValidationError as error:
+        raise ValueError("; ".join(map(explain, error.errors()[:3]))) from None
+
+
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    """Building one costs as much as reading a long line."""
+    return TypeAdapter(shape)
+
+
+def explain(mistake: Any) -> str:
+    """One of pydantic's mistakes in a few words."""
+    key = ".".join(str(part) for part in mistake["loc"])
+    said = mistake["msg"].removeprefix("Value error, ")
+    return f"`{key}`: {said}" if key else said
