@@ -706,7 +706,8 @@ def test_a_full_disk_in_an_otherwise_fine_run(
     encoder = tmp_path / "run" / "encoder"
     encoder.mkdir(parents=True)
     (encoder / "model.safetensors").write_bytes(b"precious")
-    (encoder / "llm2vec_ds_files.json").write_text('{"files": ["model.safetensors"]}')
+    manifest = {"format_version": 1, "llm2vec_ds_version": "0.1.0", "files": ["model.safetensors"]}
+    (encoder / "llm2vec_ds_files.json").write_text(json.dumps(manifest))
     for name in ("recipe.yaml", "metrics.jsonl"):  # a run's folder
         (tmp_path / "run" / name).touch()
     capsys.readouterr()

@@ -18,11 +18,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from llm2vec_ds import __version__
 from llm2vec_ds.durable import replace_file, sync_folder
 from llm2vec_ds.engine.identity import changes, recipe_identity
 from llm2vec_ds.engine.preemption import STOP_FILE
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.reading import parse_json, read_json
 from llm2vec_ds.recipe import Recipe
 from llm2vec_ds.recipe_file import dump_recipe, load_recipe
 from llm2vec_ds.storage.output_folder import check_replaceable, resolved
@@ -39,6 +42,22 @@ FORMAT_VERSION = 1
 WRITTEN = (RUN, RECIPE, METRICS, HELD_OUT, "memory.json", FINISHED, CHECKPOINTS, MONITOR, ENCODER)
 CHECKPOINT_FOLDERS = ("step-*", ".unfinished-*", ".removed-*")
 MONITOR_FILES = ("*.csv", "events.out.tfevents.*", "wandb")
+
+
+class Identity(TypedDict):
+    """See engine/identity.py; None: not known."""
+
+    recipe: dict[str, Any]
+    data: str | None
+    model: str | None
+
+
+class Described(TypedDict):
+    """What run.json holds."""
+
+    format_version: int
+    llm2vec_ds_version: str
+    identity: Identity
 
 
 def check_run_folder(recipe: Recipe, folder: Path) -> None:
@@ -128,8 +147,8 @@ def mark_finished(folder: Path, max_steps: int, identity: Mapping[str, Any]) -> 
 def is_finished(folder: Path) -> bool:
     """Is there an encoder of the very run that the folder describes?"""
     try:
-        mark = json.loads((folder / FINISHED).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        mark = parse_json((folder / FINISHED).read_bytes())
+    except (OSError, ValueError):
         return False
     if not (folder / ENCODER / "config.json").is_file():
         return False
@@ -145,15 +164,10 @@ def identity_in(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: run.json is damaged.
     """
-    file = folder / RUN
-    if file.is_file():
-        try:
-            identity = json.loads(file.read_bytes())["identity"]
-            return {"recipe": dict(identity["recipe"]), "data": identity["data"], "model": identity["model"]}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(
-                f"{file} is damaged: restore it, choose another output_dir, or start again by overwrite=true"
-            ) from None
+    if (folder / RUN).is_file():
+        remedy = "restore it, choose another output_dir, or start again by overwrite=true"
+        identity = read_json(folder / RUN, Described, remedy)["identity"]
+        return {**identity}
     if (folder / RECIPE).is_file():
         return {"recipe": recipe_identity(load_recipe(folder / RECIPE)), "data": None, "model": None}
     return None

@@ -19,9 +19,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
+from typing_extensions import TypedDict
+
 from llm2vec_ds import __version__
 from llm2vec_ds.durable import aside_of, exchange, rename, sync_tree, write_file
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.reading import checked_json, parse_json
 from llm2vec_ds.storage.lock import held
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,14 @@ FILES_OF_0_1 = (
     "config_sentence_transformers.json",
     "1_Pooling/config.json",
 )
+
+
+class Manifest(TypedDict):
+    """What MANIFEST holds: `files`, relative to the folder."""
+
+    format_version: int
+    llm2vec_ds_version: str
+    files: list[str]
 
 
 @contextmanager
@@ -151,13 +162,13 @@ def resolved(path: Path, what: str) -> Path:
 def written_files(folder: Path) -> set[str]:
     """Files that this toolkit wrote into the folder, relative to it; none if there is no manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        return {name for name in manifest["files"] if _is_inside(name)} | {MANIFEST}
+        manifest = checked_json((folder / MANIFEST).read_bytes(), Manifest)
     except FileNotFoundError:
         return _files_of_0_1(folder)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        log.warning("%s is damaged: the folder counts as another's", folder / MANIFEST)
+    except (OSError, ValueError) as error:
+        log.warning("%s is damaged (%s): the folder counts as another's", folder / MANIFEST, error)
         return set()
+    return {name for name in manifest["files"] if _is_inside(name)} | {MANIFEST}
 
 
 def _is_inside(name: str) -> bool:
@@ -167,8 +178,8 @@ def _is_inside(name: str) -> bool:
 
 def _files_of_0_1(folder: Path) -> set[str]:
     try:
-        settings = json.loads((folder / SETTINGS_OF_0_1).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        settings = parse_json((folder / SETTINGS_OF_0_1).read_bytes())
+    except (OSError, ValueError):
         return set()
     if not isinstance(settings, dict) or "llm2vec_ds_version" not in settings:
         return set()
