@@ -12,9 +12,10 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, docstrings below fields are their documentation."""
+    """A part of a recipe: unknown keys are errors, and so are infinity and NaN; docstrings below fields are
+    their documentation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
