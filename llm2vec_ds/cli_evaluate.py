@@ -12,6 +12,7 @@ import typer
 
 from llm2vec_ds.cli_common import examples, quiet_libraries
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.interrupts import kept
 
 if TYPE_CHECKING:
     from llm2vec_ds.config import EvaluationConfig
@@ -52,6 +53,7 @@ def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, 
         "evaluate mteb --model my/llm --causal --task retrieval:beir/scifact --task STS17:en-en",
     )
 )
+@kept("finished tasks are kept, run the same command to go on")
 def mteb(
     model: Model,
     task: Annotated[
@@ -128,6 +130,7 @@ def mteb(
         "--test hub:eriktks/conll2003@test --column ner_tags",
     )
 )
+@kept("vectors of a finished file are kept, run the same command to go on")
 def words(
     model: Model,
     train: Annotated[

@@ -205,8 +205,8 @@ class CheckpointConfig(Section):
     lowest_is_best: bool = True
     """Whether a lower value of `best_by` is better."""
     signals: list[Literal["USR1", "USR2", "TERM", "INT", "HUP"]] = ["USR1", "TERM"]
-    """Signals that ask for a checkpoint at the step's end and exit code 75; so does a file `STOP` in
-    `output_dir`."""
+    """Signals that ask for a checkpoint at the step's end and exit code 75; so do Ctrl-C (INT), a closed
+    terminal (HUP) and a file `STOP` in `output_dir`."""
 
 
 class WordsConfig(Section):

@@ -15,6 +15,8 @@ PACKAGE = ROOT / "llm2vec_ds"
 # Earlier entries know nothing of later ones.
 FLOW = [
     "errors",
+    "interrupts",
+    "child_command",
     "network",
     "durable",
     "batch",
