@@ -22,16 +22,26 @@ def _exit_code() -> int:
     except UserError as error:
         say(f"llm2vec-ds: error: {error}")
         return 2
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        say(f"llm2vec-ds: error: {error.filename or 'a file'}: {reason(error)}")
-        return 2
     except Stopped as stopped:
         return _said(stopped, Stopped.EXIT_CODE)
     except Interrupted as interrupted:
         return _said(interrupted, interrupted.exit_code)
+    except Exception as error:
+        if (said := _of_the_machine(error)) is None:
+            raise
+        say(f"llm2vec-ds: error: {said}")
+        return 2
     return 0
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """Cause and mend of an error of a full disk or memory that no command has explained."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return f"{error.filename or 'a file'}: {reason(error)}"
+    from llm2vec_ds.full_memory import full_memory
+
+    which = full_memory(error)
+    return which and f"{which} is full: end other programs, or take a machine with more memory"
 
 
 def _said(ending: BaseException, exit_code: int) -> int:

@@ -113,7 +113,7 @@ class BatchConfig(Section):
     max_tokens_per_micro_batch: Positive = 4096
     """Tokens of one forward pass on one rank; texts are packed into it without padding."""
     halve_if_out_of_memory: bool = False
-    """Where the first step does not fit into the GPU's memory, all ranks start again with half of
+    """Where the first step does not fit into memory, all ranks start again with half of
     `max_tokens_per_micro_batch`, and so on down to `data.max_tokens`."""
 
 

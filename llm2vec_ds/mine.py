@@ -28,6 +28,7 @@ from llm2vec_ds.data.corpus import Corpus, DistinctTexts, known_positives, load_
 from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.full_memory import enough_memory
 from llm2vec_ds.mine_options import MiningOptions
 from llm2vec_ds.search import Limits, best_rows
 from llm2vec_ds.work_folder import replace_text, work_folder, write_at
@@ -151,12 +152,7 @@ class _Mining:
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         with tqdm(total=len(texts), initial=n_done, desc=f"encode {kind}", unit="text", disable=None) as bar:
             for block in _blocks(n_done, len(texts), TEXTS_A_BLOCK):
-                vectors = self.encoder.encode(
-                    texts[block],
-                    instruction=instruction,
-                    normalize=True,
-                    batch_tokens=self.options.max_tokens_per_micro_batch,
-                )
+                vectors = self._vectors(texts[block], instruction)
                 if not np.isfinite(vectors).all():
                     raise UserError(f"model {self.options.model!r} gives vectors with NaN: it is of no use")
                 n_after = len(texts) - block[0]
@@ -167,6 +163,11 @@ class _Mining:
                 bar.update(len(block))
         mapped: np.ndarray = np.load(path, mmap_mode="r")
         return mapped
+
+    def _vectors(self, texts: list[str], instruction: str | None) -> np.ndarray:
+        budget = self.options.max_tokens_per_micro_batch
+        with enough_memory(f"lower --micro-batch-tokens (now {budget})"):
+            return self.encoder.encode(texts, instruction=instruction, normalize=True, batch_tokens=budget)
 
     def _search(self, corpus: Corpus, queries: np.ndarray, documents: np.ndarray) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

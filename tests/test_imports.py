@@ -17,6 +17,7 @@ FLOW = [
     "errors",
     "interrupts",
     "child_command",
+    "full_memory",
     "network",
     "durable",
     "batch",
