@@ -79,6 +79,7 @@ FLOW = [
     "engine.monitor",
     "engine.identity",
     "engine.preemption",
+    "engine.progress_check",
     "engine.watchdog",
     "engine.memory",
     "engine.trainer",
