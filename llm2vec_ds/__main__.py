@@ -1,32 +1,55 @@
-"""`python -m llm2vec_ds` and the `llm2vec-ds` command: a user's mistake is one line and exit code 2,
-a run that was asked to stop one line and exit code 75."""
+"""`python -m llm2vec_ds` and the `llm2vec-ds` command. Each end but success is one line: a user's mistake
+with exit code 2, a run that was asked to stop with 75, a command that a signal ends with 128 + its number."""
 
 from __future__ import annotations
 
 import sys
 
-from llm2vec_ds.errors import NO_PLACE, NO_SPACE, Stopped, UserError, reason, say
+from llm2vec_ds.errors import NO_PLACE, NO_SPACE, Stopped, UserError, is_first_rank, reason, say
+from llm2vec_ds.interrupts import Interrupted, ignore_ending_signals, interruptible
 
 
 def main() -> None:
-    from llm2vec_ds.cli import app
+    with interruptible():
+        sys.exit(_exit_code())
 
+
+def _exit_code() -> int:
     try:
-        app(prog_name="llm2vec-ds")  # also as `python -m llm2vec_ds`
+        from llm2vec_ds.cli import app
+
+        app(prog_name="llm2vec-ds")  # also as `python -m llm2vec_ds`; leaves by SystemExit
     except UserError as error:
         say(f"llm2vec-ds: error: {error}")
-        sys.exit(2)
+        return 2
     except Stopped as stopped:
-        say(f"llm2vec-ds: {stopped}")
-        sys.exit(Stopped.EXIT_CODE)
-    except OSError as error:
-        if error.errno not in NO_SPACE + NO_PLACE:
+        return _said(stopped, Stopped.EXIT_CODE)
+    except Interrupted as interrupted:
+        return _said(interrupted, interrupted.exit_code)
+    except Exception as error:
+        if (said := _of_the_machine(error)) is None:
             raise
-        say(f"llm2vec-ds: error: {error.filename or 'a file'}: {reason(error)}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        say("llm2vec-ds: stopped")
-        sys.exit(130)
+        say(f"llm2vec-ds: error: {said}")
+        return 2
+    return 0
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """Cause and mend of an error of the disk or of a full memory that no command has explained."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE + NO_PLACE:
+        return f"{error.filename or 'a file'}: {reason(error)}"
+    from llm2vec_ds.full_memory import full_memory
+
+    which = full_memory(error)
+    return which and f"{which} is full: end other programs, or take a machine with more memory"
+
+
+def _said(ending: BaseException, exit_code: int) -> int:
+    """Every rank is asked to end, and one says so."""
+    ignore_ending_signals()  # a launcher may still hand on the one that has been heard
+    if is_first_rank():
+        say(f"llm2vec-ds: {ending}")
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import json
 import logging
 import platform
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 import yaml
 
 from llm2vec_ds.ablation_recipe import AblationRecipe, runs_of
+from llm2vec_ds.child_command import run_command
 from llm2vec_ds.demo_model import demo_model_dir
 from llm2vec_ds.demo_text import training_text
 from llm2vec_ds.encoder import Encoder
@@ -118,8 +117,7 @@ class Ablation:
             file.write_text(text)
             replace_text(begun, key)
         log.info("llm2vec-ds train %s", " ".join([str(file), *going_on]))
-        command = [sys.executable, "-m", "llm2vec_ds", "train", str(file), *going_on]
-        if subprocess.run(command, check=False).returncode:
+        if run_command("train", str(file), *going_on):
             raise UserError(f"training stopped, see above; repeat it with: llm2vec-ds train {file}")
         replace_text(done, key)
 

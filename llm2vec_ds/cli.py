@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,8 @@ from llm2vec_ds import __version__, cli_ablate, cli_vectors
 from llm2vec_ds.cli_common import Overrides, RecipeFile, examples, expanded, quiet_libraries
 from llm2vec_ds.cli_evaluate import evaluate, evaluation_of
 from llm2vec_ds.cli_memory import register as register_memory_commands
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, is_first_rank
+from llm2vec_ds.interrupts import kept
 
 app = typer.Typer(
     name="llm2vec-ds",
@@ -51,9 +51,8 @@ def _common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("llm2vec_ds").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("llm2vec_ds").setLevel(logging.INFO if is_first_rank() else logging.WARNING)
 
 
 @app.command(
@@ -76,7 +75,8 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     quiet_libraries()
     from llm2vec_ds.engine.run_stages import train_stages
 
-    folder = train_stages(resolved, evaluation_of)
+    with kept("checkpoints and prepared texts are kept, run the same command with resume=true to go on"):
+        folder = train_stages(resolved, evaluation_of)
     logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
 
 
@@ -86,6 +86,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
         "prepare recipes/smoke_mntp.yaml data.path=hub:owner/name@train",
     )
 )
+@kept("finished parts are kept, run the same command to go on")
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenise a recipe's texts now, so that training starts at once and its nodes need no network.
 
@@ -119,6 +120,7 @@ cli_vectors.register(app)
         "mine --model my/encoder --pairs p.csv --output m.jsonl --margin 0.05 --sampling random",
     )
 )
+@kept("what is encoded and searched so far is kept, run the same command to go on")
 def mine(
     model: Annotated[
         str,
@@ -229,6 +231,7 @@ def doctor(
         "demo --model Qwen/Qwen3-0.6B --text my.txt --sts my-pairs.csv",
     )
 )
+@kept("the demo is not finished, the same command begins it anew")
 def demo(
     output: Annotated[
         Path,

@@ -10,6 +10,7 @@ import typer
 
 from llm2vec_ds.cli_common import examples, expanded, quiet_libraries
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.interrupts import kept
 
 EPILOG = examples(
     "ablate recipes/smollm2_ablation.yaml --budget quick",
@@ -17,6 +18,7 @@ EPILOG = examples(
 )
 
 
+@kept("finished runs and scores are kept, run the same command to go on")
 def ablate(
     recipe: Annotated[
         Path, typer.Argument(help="recipes/smollm2_ablation.yaml, or one of your own.", callback=expanded)
@@ -54,6 +56,7 @@ REPORT_EPILOG = examples(
 )
 
 
+@kept("the report is not finished, run the same command again")
 def report(
     folders: Annotated[
         list[Path],

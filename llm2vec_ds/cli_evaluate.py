@@ -13,6 +13,7 @@ import typer
 
 from llm2vec_ds.cli_common import examples, expanded, quiet_libraries
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.interrupts import kept
 
 if TYPE_CHECKING:
     from llm2vec_ds.config import EvaluationConfig
@@ -45,6 +46,10 @@ def _needs_mteb() -> None:
         importlib.import_module("mteb")
 
 
+def _lower(micro_batch_tokens: int) -> str:
+    return f"lower --micro-batch-tokens (now {micro_batch_tokens})"
+
+
 def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, float]] | None:
     """What a recipe's `evaluation` measures during training."""
     if config is None:
@@ -62,6 +67,7 @@ def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, 
         "evaluate mteb --model my/llm --causal --task retrieval:beir/scifact --task STS17:en-en",
     )
 )
+@kept("finished tasks are kept, run the same command to go on")
 def mteb(
     model: Model,
     task: Annotated[
@@ -111,6 +117,7 @@ def mteb(
     )
     from llm2vec_ds.evaluate.mteb_tasks import tasks_for
     from llm2vec_ds.evaluate.shards import ShardedEncoder, process_group
+    from llm2vec_ds.full_memory import enough_memory
 
     given = read_instructions(instructions)
     tasks = tasks_for(task or [], benchmark, subset)
@@ -124,7 +131,8 @@ def mteb(
             return
         try:
             meta = model_meta(model, encoder, given)
-            scores = evaluate_mteb(MtebEncoder(encoder, meta, given), tasks, output)
+            with enough_memory(_lower(micro_batch_tokens)):
+                scores = evaluate_mteb(MtebEncoder(encoder, meta, given), tasks, output)
         finally:
             encoder.done()
     result = summary(model, meta, scores)
@@ -140,6 +148,7 @@ def mteb(
         "--test hub:eriktks/conll2003@test --column ner_tags",
     )
 )
+@kept("vectors of a finished file are kept, run the same command to go on")
 def words(
     model: Model,
     train: Annotated[
@@ -182,6 +191,7 @@ def words(
     from llm2vec_ds.encoder import Encoder
     from llm2vec_ds.evaluate.word_level import ProbeOptions
     from llm2vec_ds.evaluate.word_task import WordTask, run_word_task, table, write_scores
+    from llm2vec_ds.full_memory import enough_memory
 
     task = WordTask(train, test, column, max_sentences)
     task.check()
@@ -189,6 +199,8 @@ def words(
         model, causal=True if causal else None, attention=attention, precision=precision
     )
     probes = [ProbeOptions(max_steps=max_steps, seed=s) for s in seed or [42]]
-    result = run_word_task(encoder, model, task, probes, output / "features", batch_tokens=micro_batch_tokens)
+    features = output / "features"
+    with enough_memory(_lower(micro_batch_tokens)):
+        result = run_word_task(encoder, model, task, probes, features, batch_tokens=micro_batch_tokens)
     write_scores(result, output)
     print(json.dumps(result, indent=1) if as_json else table(result))

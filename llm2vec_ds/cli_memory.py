@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llm2vec_ds.cli_common import Overrides, RecipeFile, examples, expanded, quiet_libraries
+from llm2vec_ds.interrupts import kept
 
 
 def register(app: typer.Typer) -> None:
@@ -78,6 +79,7 @@ def plan(
         print("\n\n".join(map(table.as_table, results)))
 
 
+@kept("nothing is left behind, run the same command again")
 def merge(
     encoder: Annotated[Path, typer.Argument(help="The encoder/ of a run over NF4.", callback=expanded)],
     output: Annotated[Path, typer.Option(help="Folder of the new encoder.", callback=expanded)],

@@ -9,6 +9,7 @@ import typer
 
 from llm2vec_ds.cli_common import examples, expanded, quiet_libraries
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.interrupts import kept
 
 ENCODE_EXAMPLES = (
     "encode --model runs/smoke_simcse/encoder --input a.txt --output a.npy",
@@ -112,7 +113,9 @@ def encode(
         bad_texts="nan" if bad_texts == "nan" else "raise",
         batch_tokens=micro_batch_tokens,
     )
-    encode_file(options, target, overwrite=overwrite)
+    from_stdin = "nothing is kept of standard input, give it again"
+    with kept(from_stdin if input == "-" else "finished blocks are kept, run the same command to go on"):
+        encode_file(options, target, overwrite=overwrite)
 
 
 def search(
@@ -189,6 +192,8 @@ def export(
     from llm2vec_ds.export import export as run
 
     options = ExportOptions(format, dtype, licence, {name: text for name, _, text in pairs}, overwrite)
-    run(source, output, options)
+    with kept("nothing is left behind, run the same command again"):
+        run(source, output, options)
     if push is not None:
-        print(push_folder(output, push))
+        with kept(f"{output} is written but not uploaded, run the same command with --overwrite"):
+            print(push_folder(output, push))

@@ -15,9 +15,10 @@ Place = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, docstrings below fields are their documentation."""
+    """A part of a recipe: unknown keys are errors, and so are infinity and NaN; docstrings below fields are
+    their documentation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -116,7 +117,7 @@ class BatchConfig(Section):
     max_tokens_per_micro_batch: Positive = 4096
     """Tokens of one forward pass on one rank; texts are packed into it without padding."""
     halve_if_out_of_memory: bool = False
-    """Where the first step does not fit into the GPU's memory, all ranks start again with half of
+    """Where the first step does not fit into memory, all ranks start again with half of
     `max_tokens_per_micro_batch`, and so on down to `data.max_tokens`."""
 
 
@@ -208,8 +209,8 @@ class CheckpointConfig(Section):
     lowest_is_best: bool = True
     """Whether a lower value of `best_by` is better."""
     signals: list[Literal["USR1", "USR2", "TERM", "INT", "HUP"]] = ["USR1", "TERM"]
-    """Signals that ask for a checkpoint at the step's end and exit code 75; so does a file `STOP` in
-    `output_dir`."""
+    """Signals that ask for a checkpoint at the step's end and exit code 75; so do Ctrl-C (INT), a closed
+    terminal (HUP) and a file `STOP` in `output_dir`."""
 
 
 class WordsConfig(Section):

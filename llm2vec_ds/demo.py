@@ -10,8 +10,6 @@ import json
 import logging
 import platform
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from llm2vec_ds.child_command import run_command
 from llm2vec_ds.demo_model import demo_model_dir
 from llm2vec_ds.demo_text import DemoText, held_out_retrieval, training_text
 from llm2vec_ds.encoder import Encoder
@@ -218,9 +217,8 @@ def _mean_tokens(tokenizer: Any, texts: list[str], max_tokens: int) -> float:
 
 def _train(recipe: Path) -> None:
     """The ordinary command, in a process of its own, so that its memory is free before the next step."""
-    command = [sys.executable, "-m", "llm2vec_ds", "train", str(recipe)]
     log.info("llm2vec-ds train %s", recipe)
-    if subprocess.run(command, check=False).returncode:
+    if run_command("train", str(recipe)):
         raise UserError(f"training stopped, see above; repeat it with: llm2vec-ds train {recipe}")
 
 

@@ -26,6 +26,7 @@ from llm2vec_ds.data.sources import Source, find_source
 from llm2vec_ds.data.text_rows import TextRows, count_rows
 from llm2vec_ds.encoder import BadTexts, Encoder
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.full_memory import enough_memory
 from llm2vec_ds.reading import read_json
 from llm2vec_ds.storage.output_folder import check_reads_no_output
 from llm2vec_ds.vector_files import (
@@ -180,12 +181,8 @@ class _Encoding:
             options.model, attention=options.attention, precision=options.precision
         )
         dimensions = options.truncate_dim or encoder.dimensions
-        try:
+        with enough_memory(f"lower --micro-batch-tokens (now {options.batch_tokens})"):
             self._encode(encoder, start, stop, dimensions)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"the GPU's memory is full: lower --micro-batch-tokens (now {options.batch_tokens})"
-            ) from None
         if self.target.suffix != ".npy":
             write_rows(self.rows, self._blocks(start, stop), dimensions)
         self._finish(start, stop, n_rows, dimensions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,11 @@ def say(words: str) -> None:
         with suppress(OSError):
             sys.stderr.write(f"{words}\n")
             sys.stderr.flush()
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all of its launcher's: rank 0, or a process that has no launcher."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "")) in ("", "0")
 
 
 def reason(error: OSError) -> str:

@@ -28,6 +28,7 @@ from llm2vec_ds.data.corpus import Corpus, DistinctTexts, known_positives, load_
 from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.full_memory import enough_memory
 from llm2vec_ds.mine_options import MiningOptions
 from llm2vec_ds.reading import read_json
 from llm2vec_ds.search import Limits, best_rows
@@ -161,12 +162,7 @@ class _Mining:
         self._mapped(path, len(texts))  # else blocks of an earlier run would be taken for good
         with tqdm(total=len(texts), initial=n_done, desc=f"encode {kind}", unit="text", disable=None) as bar:
             for block in _blocks(n_done, len(texts), TEXTS_A_BLOCK):
-                vectors = self.encoder.encode(
-                    texts[block],
-                    instruction=instruction,
-                    normalize=True,
-                    batch_tokens=self.options.max_tokens_per_micro_batch,
-                )
+                vectors = self._vectors(texts[block], instruction)
                 n_after = len(texts) - block[0]
                 # Written, not assigned through the map: there a full disk would be a bus error.
                 write_at(path, vectors.tobytes(), -n_after * vectors[0].nbytes, os.SEEK_END)
@@ -183,6 +179,11 @@ class _Mining:
         except (OSError, EOFError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}): remove {self.folder} to start anew") from None
         return mapped
+
+    def _vectors(self, texts: list[str], instruction: str | None) -> np.ndarray:
+        budget = self.options.max_tokens_per_micro_batch
+        with enough_memory(f"lower --micro-batch-tokens (now {budget})"):
+            return self.encoder.encode(texts, instruction=instruction, normalize=True, batch_tokens=budget)
 
     def _search(self, corpus: Corpus, queries: np.ndarray, documents: np.ndarray) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,8 +41,10 @@ class MiningOptions:
         """Refuses options that contradict each other.
 
         Raises:
-            UserError: ranks that are reversed or too few, or an unknown sampling.
+            UserError: ranks that are reversed or too few, a margin that is no number, or an unknown sampling.
         """
+        if not math.isfinite(self.margin):
+            raise UserError(f"--margin {self.margin} is not a finite number: give one such as 0.05")
         if self.first_rank > self.last_rank:
             raise UserError(f"--first-rank {self.first_rank} is over --last-rank {self.last_rank}: swap them")
         n_ranks = self.last_rank - self.first_rank + 1

@@ -130,6 +130,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_batch_has_negatives(self) -> Recipe:
+        if self.batch.global_batch_size > 1 or self.contrastive is None:
+            return self
+        if self.data.pairs is None or self.data.pairs.max_negatives == 0:
+            raise ValueError(
+                f"batch.global_batch_size=1 leaves the {self.stage} loss without negatives, so that it is "
+                "always 0: raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_is_measured(self) -> Recipe:
         if self.checkpoint.best_by and self.data.held_out_path is None and self.evaluation is None:
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def test_an_ablation_goes_on_where_it_stopped(
         "bi+mntp+simcse": 1,
     }
     assert (output / "table.md").read_text().count("\n") == 2 + len(recipe.variants)
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("llm2vec_ds.ablate.run_command", lambda *a: pytest.fail("trained again"))
     monkeypatch.setattr("llm2vec_ds.evaluate.mteb.measure", lambda *a: pytest.fail("measured again"))
     assert run_ablation(recipe, "quick", output)["scores"] == result["scores"]
     assert json.loads((output / "results.json").read_text())["scores"] == result["scores"]

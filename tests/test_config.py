@@ -89,6 +89,11 @@ def test_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
         ("max_steps=0", "`max_steps`"),
         ("stage=mtnp", "`stage`"),
         ("batch.global_batch_size=many", "`batch.global_batch_size`"),
+        ("optimizer.lr=.inf", "`optimizer.lr`: Input should be a finite number"),
+        ("optimizer.weight_decay=.nan", "`optimizer.weight_decay`"),
+        ("optimizer.max_grad_norm=.inf", "`optimizer.max_grad_norm`"),
+        ("adapter.alpha=inf", "`adapter.alpha`"),
+        ("step_timeout_s=.inf", "`step_timeout_s`"),
         ("simcse.scale=20", "section `simcse` has no effect in stage `mntp`"),
         ("seed", "is not key=value"),
         ("seed.x=1", "`seed` is a single value"),
@@ -145,3 +150,8 @@ def test_every_field_is_documented() -> None:
         c: set(names) - own_name_says_it for c, names in missing.items() if set(names) - own_name_says_it
     }
     assert Recipe in sections
+
+
+def test_one_pair_a_batch_is_fine_with_hard_negatives() -> None:
+    values = {**MINIMAL, "stage": "supervised", "batch": {"global_batch_size": 1}}
+    assert parse_recipe(values).batch.global_batch_size == 1

@@ -16,6 +16,9 @@ PACKAGE = ROOT / "llm2vec_ds"
 FLOW = [
     "errors",
     "reading",
+    "interrupts",
+    "child_command",
+    "full_memory",
     "network",
     "durable",
     "storage.lock",
@@ -82,6 +85,7 @@ FLOW = [
     "engine.identity",
     "engine.preemption",
     "engine.run_folder",
+    "engine.progress_check",
     "engine.watchdog",
     "engine.memory",
     "engine.trainer",

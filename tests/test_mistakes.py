@@ -97,6 +97,40 @@ MISTAKES = {
     "not key=value": Mistake(
         "override 'seed' is not key=value, e.g. optimizer.lr=1e-4", ("train", "RECIPE", "seed")
     ),
+    "an infinite learning rate": Mistake(
+        "TMP/r.yaml: `optimizer.lr`: Input should be a finite number (got inf)",
+        ("train", "RECIPE", "optimizer.lr=.inf"),
+    ),
+    "a pair of floats, one no number": Mistake(
+        "TMP/r.yaml: `optimizer.betas.1`: Input should be a finite number (got nan)",
+        ("train", "RECIPE", "optimizer.betas=[0.9, .nan]"),
+    ),
+    "a machine without end": Mistake(
+        "TMP/r.yaml: `machine.memory_gib`: Input should be a finite number (got 'inf')",
+        ("plan", "RECIPE", "--gpu-memory-gib", "inf"),
+    ),
+    "a batch of one text": Mistake(
+        "TMP/r.yaml: batch.global_batch_size=1 leaves the simcse loss without negatives, so that it is "
+        "always 0: raise it",
+        ("train", "RECIPE", "batch.global_batch_size=1"),
+    ),
+    "a batch of one pair, its negatives not read": Mistake(
+        "TMP/r.yaml: batch.global_batch_size=1 leaves the supervised loss without negatives, so that it is "
+        "always 0: raise it",
+        ("train", "TMP/r.yaml", "stage=supervised", "simcse=null", "batch.global_batch_size=1"),
+        {"data": {"path": "TMP/p.jsonl", "pairs": {"max_negatives": 0}}},
+        PAIRS,
+    ),
+    "a batch of one pair without negative": Mistake(
+        "batch.global_batch_size=1: 1 of 2 examples have no hard negative, so that their loss is always 0: "
+        "raise it, or give each of them a negative",
+        ("train", "TMP/r.yaml", "stage=supervised", "simcse=null", "batch.global_batch_size=1"),
+        {"data": {"path": "TMP/p.jsonl", "max_tokens": 64}},
+        {
+            "p.jsonl": b'{"query": "a", "positive": "b", "negative": "c"}\n'
+            b'{"query": "d", "positive": "e", "negative": []}\n'
+        },
+    ),
     # Its data.
     "no data file": Mistake(
         "data file TMP/none.txt not found (relative paths start at ROOT)", PREPARE, data("none.txt")
@@ -445,6 +479,9 @@ MISTAKES = {
     ),
     "unknown sampling": Mistake(
         "--sampling 'best' is unknown: choose top or random", mine("--sampling", "best"), files=PAIRS
+    ),
+    "a margin without end": Mistake(
+        "--margin inf is not a finite number: give one such as 0.05", mine("--margin", "inf"), files=PAIRS
     ),
     "mined already": Mistake(
         "--output TMP/m.jsonl exists: choose another, or give --overwrite",

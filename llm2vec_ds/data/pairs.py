@@ -68,6 +68,15 @@ class PreparedPairs:
     def __len__(self) -> int:
         return int(self._first_example[-1])
 
+    @property
+    def n_without_negatives(self) -> int:
+        """Examples of a query and its positive alone."""
+        sizes = (
+            np.diff(starts, append=len(texts))
+            for starts, texts in zip(self._starts, self._texts, strict=True)
+        )
+        return sum(int(np.count_nonzero(size <= 2)) for size in sizes)
+
     def __getitem__(self, examples: Sequence[int] | np.ndarray) -> list[list[TokenizedText]]:
         """The texts of each example: query, positive, hard negatives. One read a source."""
         examples = np.asarray(examples, dtype=np.int64)

@@ -220,6 +220,7 @@ class Engine:
                 f"DeepSpeed refuses a section ({error.title}) of the JSON that `deepspeed` names: {mistakes}"
             ) from None
         self.zero_stage = int(self._engine.zero_optimization_stage())
+        self.measures_gradients = config.get("zero_optimization", {}).get("compute_grad_norm", True)
         if self.zero_stage == 3:
             _gather_for_adapted_layers(model)
         # bitsandbytes packs its moments in blocks that are no tensors of a parameter's shape.
@@ -234,7 +235,8 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self, lr: float) -> float:
-        """One optimizer step at `lr`; returns the global gradient norm before clipping.
+        """One optimizer step at `lr`; returns the global gradient norm before clipping, 0 where the JSON
+        forbids to compute it (`measures_gradients`).
 
         Raises:
             RuntimeError: DeepSpeed skipped the step, which the check for finite gradients should have

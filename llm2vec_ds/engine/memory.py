@@ -21,6 +21,7 @@ from llm2vec_ds.distributed import all_reduce_max_int, rank, world_size
 from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.monitor import peak_mib
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.full_memory import GPU, full_memory
 from llm2vec_ds.planner.plan import GIB, Memory, Planner
 from llm2vec_ds.recipe import Recipe
 from llm2vec_ds.stages.base import Stage
@@ -31,13 +32,15 @@ MIB = 2**20
 
 
 def explains_full_memory(train: Callable[..., Path]) -> Callable[..., Path]:
-    """`train`, but a GPU whose memory is full becomes a UserError that says what to lower."""
+    """`train`, but a full memory becomes a UserError that says what to lower."""
 
     @wraps(train)
-    def explained(recipe: Recipe, *arguments: Any) -> Path:
+    def explained(recipe: Recipe, *arguments: Any, **keywords: Any) -> Path:
         try:
-            return train(recipe, *arguments)
-        except torch.OutOfMemoryError as error:
+            return train(recipe, *arguments, **keywords)
+        except Exception as error:
+            if full_memory(error) is None:
+                raise
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             said = explain_full_memory(recipe, device, _planner(recipe, device), error)
         raise UserError(said)
@@ -74,8 +77,9 @@ def explain_full_memory(
     recipe: Recipe, device: torch.device, planner: Planner | None, error: BaseException
 ) -> str:
     """One line: what was planned, what is held, what to lower."""
-    said = ["the GPU's memory is full"]
-    if device.type == "cuda":
+    which = full_memory(error)
+    said = [f"{which} is full"]
+    if which == GPU and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         held = torch.cuda.memory_allocated(device)
         said.append(f"{held / GIB:.1f} of {total / GIB:.1f} GiB held by tensors")
@@ -120,7 +124,7 @@ def fit_token_budget(recipe: Recipe, stage: Any, engine: Engine) -> None:
     while all_reduce_max_int(int(not _fits(stage, recipe)), stage.encoder.device):
         if stage.max_tokens <= least:
             raise UserError(
-                f"not even {least} tokens (data.max_tokens) fit into the GPU's memory: lower "
+                f"not even {least} tokens (data.max_tokens) fit into memory: lower "
                 "data.max_tokens, or see llm2vec-ds plan"
             )
         stage.max_tokens = max(least, stage.max_tokens // 2)
@@ -139,7 +143,9 @@ def _fits(stage: Any, recipe: Recipe) -> bool:
     try:
         outcome = stage.model(pack(texts, labels).to(stage.encoder.device))
         torch.autograd.grad(outcome[0].sum(), parameters, allow_unused=True)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if full_memory(error) is None:
+            raise
         full = True  # what the pass holds is freed only when this error is gone
     if full and torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -156,7 +162,7 @@ def _planner(recipe: Recipe, device: torch.device) -> Planner | None:
     try:
         with torch.random.fork_rng(devices=[]):
             return Planner(recipe, machine=machine)
-    except (UserError, RuntimeError) as error:  # torch's for what has no meta form, NotImplementedError too
+    except (UserError, RuntimeError, MemoryError) as error:  # RuntimeError: torch's for what has no meta form
         log.warning("memory is not planned: %s", " ".join(str(error).split())[:160])
         return None
 

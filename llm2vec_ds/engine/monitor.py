@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from llm2vec_ds.distributed import all_gather_object, rank
 from llm2vec_ds.durable import replace_file
-from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.errors import UserError, say, writing
 from llm2vec_ds.reading import parse_json
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,8 @@ class MetricsLog:
         shown = ", ".join(
             f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float) and k != "n_masked"
         )
-        self._bar.write(f"held out, step {values['step']}: {shown}\n", file=sys.stderr, end="")  # one write
+        with tqdm.external_write_mode(file=sys.stderr):
+            say(f"held out, step {values['step']}: {shown}")
 
     def close(self) -> None:
         self._bar.close()

@@ -173,7 +173,7 @@ def _train(
         evaluation=evaluation,
     )
     heap = freed_memory_is_kept() if device.type == "cpu" else nullcontext()
-    with heap, watched(recipe, stage, engine, folder):
+    with heap, watched(recipe, stage, engine, folder), stop.stepping():
         trainer.run(checkpoint)
 
 

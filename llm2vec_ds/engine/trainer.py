@@ -29,6 +29,7 @@ from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.identity import made_by
 from llm2vec_ds.engine.monitor import FiniteCheck, MetricsLog, peak_mib
 from llm2vec_ds.engine.preemption import StopRequest
+from llm2vec_ds.engine.progress_check import ProgressCheck
 from llm2vec_ds.engine.run_folder import ENCODER, mark_finished
 from llm2vec_ds.engine.watchdog import Watchdog
 from llm2vec_ds.errors import Stopped, UserError
@@ -95,9 +96,10 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or gradient was not finite; the weights have not moved.
             Stopped: it was asked to stop, and has saved.
-            UserError: a checkpoint could not be written, or another rank is gone.
+            UserError: a checkpoint could not be written, another rank is gone, or nothing is learned.
         """
         first_step = checkpoint.step if checkpoint else 0
+        self.progress = ProgressCheck(self.recipe.max_steps - first_step, from_start=checkpoint is None)
         log_rows = MetricsLog(self.folder, self.recipe.max_steps, self.recipe.stage, first_step)
         try:
             with self.watchdog.watching():
@@ -107,6 +109,7 @@ class Trainer:
                     self._load(checkpoint)
                 for step in range(first_step, self.recipe.max_steps):
                     self._step_and_save(step, log_rows)
+                self.progress.last_word()
                 self._finish()
         finally:
             self.prefetch.close()
@@ -146,6 +149,8 @@ class Trainer:
         self.check.stop_if_not_finite(step + 1, result.bad_rows, self._describe)
         lr = learning_rate(step, recipe.max_steps, recipe.optimizer)
         grad_norm = self.engine.step(lr)
+        still = grad_norm == 0.0 and self.engine.measures_gradients
+        self.progress.look(step + 1, loss=result.loss, still=still, vectors_alike=result.vectors_alike)
         asked = self.stop.seen(look_for_file=rank() == 0)
         n_tokens, n_asked = all_reduce_sum(
             torch.tensor([result.n_tokens, int(asked)], device=self.device)

@@ -34,6 +34,8 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
     bad_rows: list[int] = field(default_factory=list)
     """Texts of this rank with a non-finite loss or vector."""
+    vectors_alike: bool = False
+    """All texts of the global batch, not all equal themselves, have the same vector within rounding."""
 
 
 class Stage(Protocol):

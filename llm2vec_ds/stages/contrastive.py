@@ -18,6 +18,9 @@ from llm2vec_ds.loss.contrastive import ContrastiveLoss, PairVectors
 from llm2vec_ds.loss.embedding_cache import ContrastiveModel, vectors_loss_backward
 from llm2vec_ds.stages.base import Backward, Forward, StepResult, dropout_seed, equal_count
 
+ALIKE = 1e-6
+"""1 − cosine of vectors that differ by rounding only."""
+
 Examples = Callable[[Sequence[int] | np.ndarray], list[list[TokenizedText]]]
 """Rows → the texts of each: query, positive, hard negatives."""
 
@@ -76,13 +79,16 @@ class ContrastiveStage:
             lambda scalar, index, last: backward(scalar, rows=packed.rows(rows, index), last=last),
             n_passes=n_passes,
         )
-        n_queries = torch.tensor(float(len(rows)), device=device)
-        loss, hits, n_global = all_reduce_sum(torch.stack([share, n_hits, n_queries])).tolist()
+        n_queries, can_differ = torch.tensor([float(len(rows)), float(packed.n_distinct > 1)], device=device)
+        differ = can_differ * distance_from_first(vectors)
+        sums = all_reduce_sum(torch.stack([share, n_hits, n_queries, can_differ, differ]))
+        loss, hits, n_global, n_can_differ, distance = sums.tolist()
         return StepResult(
             loss=loss,
             n_tokens=sum(batch.n_tokens for batch in packed.batches),
             metrics={"accuracy": hits / n_global, "scale": float(last_scale)},
             bad_rows=packed.not_finite(rows, vectors),
+            vectors_alike=n_can_differ > 0 and distance < ALIKE,
         )
 
     @torch.no_grad()
@@ -91,6 +97,12 @@ class ContrastiveStage:
         if self.held_out_pairs is None:
             return None
         return held_out_metrics(self.held_out_pairs, self.loss, forward, self.max_tokens, self.encoder.device)
+
+
+def distance_from_first(vectors: torch.Tensor) -> torch.Tensor:
+    """Largest 1 − cosine between the first of `vectors [N, D]` and another, a scalar in fp32."""
+    unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
+    return (unit - unit[0]).square().sum(-1).max() / 2
 
 
 class PackedExamples:
@@ -107,6 +119,7 @@ class PackedExamples:
         self.batches: list[PackedBatch] = [pack([texts[i] for i in group]) for group in self.groups]
         self.order = np.concatenate(self.groups)
         self.ids = torch.tensor([text.text_hash for text in texts], dtype=torch.int64)
+        self.n_distinct = len({text.text_hash for text in texts})
 
     def pair_vectors(self, vectors: torch.Tensor) -> PairVectors:
         """From vectors in the order of the micro-batches."""

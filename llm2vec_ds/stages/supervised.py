@@ -5,6 +5,7 @@ from __future__ import annotations
 from llm2vec_ds.config import ContrastiveConfig
 from llm2vec_ds.data.batches import SourceBatches
 from llm2vec_ds.data.pairs import PreparedPairs
+from llm2vec_ds.errors import UserError
 from llm2vec_ds.loss.embedding_cache import ContrastiveModel
 from llm2vec_ds.stages.contrastive import ContrastiveStage
 
@@ -20,7 +21,16 @@ def supervised_stage(
     sampling_temperature: float,
     max_tokens_per_micro_batch: int,
 ) -> ContrastiveStage:
-    """In-batch negatives are all positives and hard negatives of the batch (arXiv 2404.05961, section 4)."""
+    """In-batch negatives are all positives and hard negatives of the batch (arXiv 2404.05961, section 4).
+
+    Raises:
+        UserError: a batch is one example, and an example has no hard negative; or too few examples.
+    """
+    if global_batch_size == 1 and pairs.n_without_negatives:
+        raise UserError(
+            f"batch.global_batch_size=1: {pairs.n_without_negatives} of {len(pairs)} examples have no hard "
+            "negative, so that their loss is always 0: raise it, or give each of them a negative"
+        )
     return ContrastiveStage(
         model,
         pairs.__getitem__,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from tests.support.ports import free_port
 
 HUNG = -999
+Own = Callable[[], None]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 """Variables that say which rank a process is; a run within the tests' own process leaves them behind."""
 
@@ -39,7 +42,10 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def enter(environment: dict[str, str]) -> None:
-    """First in a forked process, whose own environment is the server's, so that of an earlier test."""
+    """First in a forked process, whose own environment is the server's, so that of an earlier test. Where
+    tests run in the background, signals are ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(environment)
@@ -69,9 +75,11 @@ def exit_code_of(arguments: list[str]) -> int:
     return 0
 
 
-def _command(environment: dict[str, str], log: str, line: list[str]) -> None:
+def _command(environment: dict[str, str], log: str, line: list[str], own: Own | None) -> None:
     write_to(log)
     enter(environment)
+    if own is not None:
+        own()
     os._exit(exit_code_of(line))  # without the server's own clean-up
 
 
@@ -90,11 +98,20 @@ def wait(processes: list[BaseProcess], timeout_s: float = 120) -> list[int]:
 
 def forked_command(arguments: list[str], ranks: int, log: Path) -> list[int]:
     """`llm2vec-ds ARGUMENTS` on each rank, with output to LOG.RANK; exit codes as of `wait`."""
-    port = free_port()
+    return wait(start_command(arguments, [f"{log}.{rank}" for rank in range(ranks)]), timeout_s=300)
+
+
+def start_command(arguments: list[str], logs: list[str], own: Own | None = None) -> list[BaseProcess]:
+    """`llm2vec-ds ARGUMENTS` on as many ranks as there are logs.
+
+    Args:
+        logs: the file that each rank writes to.
+        own: called in each process before the command, at module level of a test file.
+    """
+    ranks, port = len(logs), free_port()
     processes: list[BaseProcess] = []
-    for rank in range(ranks):
+    for rank, log in enumerate(logs):
         environment = rank_environment(rank, ranks, port) if ranks > 1 else own_environment()
-        own = (environment, f"{log}.{rank}", arguments)
-        processes.append(server().Process(target=_command, args=own))
+        processes.append(server().Process(target=_command, args=(environment, log, arguments, own)))
         processes[-1].start()
-    return wait(processes, timeout_s=300)
+    return processes

@@ -1,0 +1,77 @@
+"""Whether a run learns: looks at each step's numbers, and stops a run that learns nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from itertools import islice
+from statistics import mean
+
+from llm2vec_ds.distributed import rank
+from llm2vec_ds.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MANY_STEPS = 20
+"""A run that has been dead for so many steps stays dead."""
+
+
+class ProgressCheck:
+    """A step is dead where its gradient is exactly zero, or where all its texts have the same vector.
+
+    The numbers are on the host already, and the same on every rank; so ranks come to the same end.
+
+    Args:
+        n_steps: steps that this process is to take.
+        from_start: the run begins here. One that goes on has had gradients before, so that a zero may mean
+            that nothing is left to learn.
+    """
+
+    def __init__(self, n_steps: int, *, from_start: bool) -> None:
+        self._many_still = min(MANY_STEPS, n_steps)
+        # A rate that is far too high spoils the first step only: a short run is judged by its second half.
+        self._many_alike = min(MANY_STEPS, max(2, n_steps // 2))
+        self._has_moved = not from_start
+        self._n_still = self._n_alike = self._n_steps = 0
+        self._first: list[float] = []
+        self._last: deque[float] = deque(maxlen=MANY_STEPS)
+
+    def look(self, step: int, *, loss: float, still: bool, vectors_alike: bool) -> None:
+        """Takes in the numbers of step `step`, before anything of it is saved; `still`: no gradient.
+
+        Raises:
+            UserError: no step of the run has had a gradient, or all vectors are equal, for many steps.
+        """
+        self._n_steps += 1
+        self._last.append(loss)
+        if len(self._first) < MANY_STEPS:
+            self._first.append(loss)
+        self._n_still = self._n_still + 1 if still else 0
+        self._n_alike = self._n_alike + 1 if vectors_alike else 0
+        self._has_moved |= not still
+        if self._n_alike == self._many_alike:
+            raise UserError(
+                f"step {step}: for {self._n_alike} steps all texts of a batch have had the same vector, so "
+                "nothing is learned: lower optimizer.lr, and check the texts and the model"
+            )
+        if self._n_still == self._many_still:
+            self._stands_still(f"step {step}: for {self._n_still} step(s) the gradient has been exactly zero")
+
+    def _stands_still(self, said: str) -> None:
+        if not self._has_moved:
+            raise UserError(f"{said}, so nothing is learned: check whether all texts of the data are equal")
+        if rank() == 0:
+            log.warning("%s: check the loss, whether nothing is left to learn or all is lost", said)
+
+    def last_word(self) -> None:
+        """At the end of the run: warns where the loss is more than twice that of the beginning."""
+        window = min(MANY_STEPS, max(1, self._n_steps // 4))
+        if self._n_steps < 2 or rank() != 0:
+            return
+        before, after = mean(self._first[:window]), mean(islice(reversed(self._last), window))
+        if after > 2 * before:
+            log.warning(
+                "the loss has risen from %.4g to %.4g, so nothing is learned: lower optimizer.lr",
+                before,
+                after,
+            )
