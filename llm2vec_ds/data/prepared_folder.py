@@ -25,15 +25,15 @@ class Manifest:
 
     Attributes:
         fingerprint: SHA-256 over those of the parts.
-        largest_id: of all token ids.
         counts: rows, tokens, and what was left out and why.
+        largest_id: of all token ids; None: version 0.1 wrote the folder, and did not look.
     """
 
     fingerprint: str
     source: str
-    largest_id: int
     parts: list[str]
     counts: dict[str, int]
+    largest_id: int | None = None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -72,6 +72,12 @@ def batches(folder: Path, parts: list[str]) -> Iterator[Any]:
     for name in parts:
         with pa.OSFile(str(folder / name)) as part, pa.ipc.open_stream(part) as stream:
             yield from stream
+
+
+def largest_id_in(folder: Path) -> int:
+    """Of all token ids in a folder that `prepare` made."""
+    manifest = read_manifest(folder)
+    return largest_id(folder, manifest.parts) if manifest.largest_id is None else manifest.largest_id
 
 
 def largest_id(folder: Path, parts: list[str]) -> int:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from llm2vec_ds.errors import is_first_rank, say
+from llm2vec_ds.errors import Stopped, is_first_rank, say
 from llm2vec_ds.interrupts import HANDED_ON_S, catch, restore
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,11 @@ class StopRequest:
         if not self.cause and look_for_file and self._stop_file.exists():
             self.cause = f"the file {self._stop_file}"
         return bool(self.cause)
+
+    def stopped(self, where: str) -> Stopped:
+        """The end of a run that was asked to stop."""
+        cause = self.cause or "a signal to another rank"
+        return Stopped(f"stopped by {cause} {where}: run the same command with resume=true to go on")
 
     @contextmanager
     def listening(self, names: Sequence[str]) -> Iterator[None]:

@@ -15,7 +15,7 @@ from llm2vec_ds.config import MntpConfig
 from llm2vec_ds.data.masking import Masking
 from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_all
 from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
-from llm2vec_ds.data.prepared_folder import read_manifest
+from llm2vec_ds.data.prepared_folder import largest_id_in
 from llm2vec_ds.data.prompts import template_for
 from llm2vec_ds.distributed import (
     Ranks,
@@ -70,11 +70,12 @@ Partition = Callable[[], AbstractContextManager[Any]]
 
 
 @explains_full_memory
-def train(recipe: Recipe, evaluation: Evaluation | None = None) -> Path:
+def train(recipe: Recipe, evaluation: Evaluation | None = None, *, more_follow: bool = False) -> Path:
     """Runs a recipe on this process and, under a launcher, its peers; returns the run's folder.
 
     Args:
         evaluation: called as `recipe.evaluation` says.
+        more_follow: this is not the last of several runs, which a wish to stop is meant for too.
 
     Raises:
         UserError: anything the user can mend, before training where it can be known then.
@@ -94,8 +95,10 @@ def train(recipe: Recipe, evaluation: Evaluation | None = None) -> Path:
         with _locked(recipe, folder):
             if _is_done(recipe, folder):
                 log.info("%s: finished already, nothing to do", folder)
-            else:
-                _train(recipe, ranks, device, folder, stop, evaluation)
+                return folder
+            asked = _train(recipe, ranks, device, folder, stop, evaluation)
+    if asked and more_follow:
+        raise stop.stopped(f"after the last step of {recipe.stage}, its encoder written")
     return folder
 
 
@@ -139,7 +142,8 @@ def _train(
     folder: Path,
     stop: StopRequest,
     evaluation: Evaluation | None,
-) -> None:
+) -> bool:
+    """Whether it was asked to stop in its last step."""
     dtype = TrunkOptions(precision=recipe.model.precision, device=device).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     stage = build_stage(recipe, device, partition_for(config))
@@ -151,15 +155,15 @@ def _train(
     )
     found = agreed(lambda: _checkpoint_to_resume(recipe, folder, store, identity) if rank() == 0 else None)
     checkpoint = all_gather_object(found)[0]
-    if ranks.rank == 0:
-        begin(recipe, folder, identity, fresh=checkpoint is None)
-        log.info(
-            "%s: %s a step, %s steps, %s process(es)",
-            recipe.stage,
-            recipe.batch.global_batch_size,
-            recipe.max_steps,
-            ranks.world_size,
-        )
+    fresh = checkpoint is None
+    agreed(lambda: begin(recipe, folder, identity, fresh=fresh) if rank() == 0 else None)
+    log.info(
+        "%s: %s a step, %s steps, %s process(es)",
+        recipe.stage,
+        recipe.batch.global_batch_size,
+        recipe.max_steps,
+        ranks.world_size,
+    )
     engine = Engine(stage.model, config)
     log.info("linear layers that are one operation with their adapter: %s", n_fused(stage.model))
     trainer = Trainer(
@@ -174,7 +178,7 @@ def _train(
     )
     heap = freed_memory_is_kept() if device.type == "cpu" else nullcontext()
     with heap, watched(recipe, stage, engine, folder), stop.stepping():
-        trainer.run(checkpoint)
+        return trainer.run(checkpoint)
 
 
 def _checkpoint_to_resume(
@@ -342,7 +346,7 @@ def _training_data(recipe: Recipe, prepared: list[dict[str, list[Path]]]) -> Pre
 
 def _largest_id(prepared: list[dict[str, list[Path]]]) -> int:
     folders = [folder for groups in prepared for of_group in groups.values() for folder in of_group]
-    return max(read_manifest(folder).largest_id for folder in folders)
+    return max(map(largest_id_in, folders))
 
 
 def _check_batch(recipe: Recipe, ranks: Ranks) -> None:

@@ -30,11 +30,11 @@ def train_stages(
     Raises:
         UserError: as `train`.
     """
-    for recipe in recipes:
+    for number, recipe in enumerate(recipes, 1):
         folder = Path(recipe.output_dir)
         if len(recipes) > 1 and not (recipe.overwrite or recipe.resume) and is_finished(folder):
             recipe = recipe.model_copy(update={"resume": True})  # which refuses a run of something else
-        train(recipe, evaluation_of(recipe.evaluation))
+        train(recipe, evaluation_of(recipe.evaluation), more_follow=number < len(recipes))
         gc.collect()  # engine and model refer to each other; the next stage needs their memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

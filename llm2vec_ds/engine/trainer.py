@@ -32,7 +32,7 @@ from llm2vec_ds.engine.preemption import StopRequest
 from llm2vec_ds.engine.progress_check import ProgressCheck
 from llm2vec_ds.engine.run_folder import ENCODER, mark_finished
 from llm2vec_ds.engine.watchdog import Watchdog
-from llm2vec_ds.errors import Stopped, UserError
+from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapter_stack import adapter_state
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.recipe import Recipe
@@ -90,14 +90,18 @@ class Trainer:
         self.prefetch = Prefetch(self._rows_and_batches, recipe.max_steps)
         self._best_score: float | None = all_gather_object(store.best_score())[0]
 
-    def run(self, checkpoint: Checkpoint | None = None) -> None:
+    def run(self, checkpoint: Checkpoint | None = None) -> bool:
         """The whole run, or what is left of it after `checkpoint`.
+
+        Returns:
+            Whether it was asked to stop in its last step, on every rank alike.
 
         Raises:
             NonFiniteError: a loss or gradient was not finite; the weights have not moved.
             Stopped: it was asked to stop, and has saved.
             UserError: a checkpoint could not be written, another rank is gone, or nothing is learned.
         """
+        asked = False
         first_step = checkpoint.step if checkpoint else 0
         self.progress = ProgressCheck(self.recipe.max_steps - first_step, from_start=checkpoint is None)
         log_rows = MetricsLog(self.folder, self.recipe.max_steps, self.recipe.stage, first_step)
@@ -108,19 +112,21 @@ class Trainer:
                 else:
                     self._load(checkpoint)
                 for step in range(first_step, self.recipe.max_steps):
-                    self._step_and_save(step, log_rows)
+                    asked = self._step_and_save(step, log_rows)
                 self.progress.last_word()
                 self._finish()
         finally:
             self.prefetch.close()
             log_rows.close()
+        return asked
 
     def _rows_and_batches(self, step: int) -> tuple[np.ndarray, Any]:
         """This rank's part of the step."""
         rows = rank_slice(self.stage.global_batch(step), rank(), world_size())
         return rows, self.stage.batches(step, rows)
 
-    def _step_and_save(self, step: int, log_rows: MetricsLog) -> None:
+    def _step_and_save(self, step: int, log_rows: MetricsLog) -> bool:
+        """Whether any rank has been asked to stop, in the last step; after another one it stops."""
         self.watchdog.begin(f"step {step + 1}")
         with contact(f"step {step + 1}"):
             metrics, asked = self._step(step)
@@ -133,11 +139,8 @@ class Trainer:
             log_rows.sync()
             self._save_checkpoint(step + 1, score)
         if asked and not ends:
-            cause = self.stop.cause or "a signal to another rank"
-            raise Stopped(
-                f"stopped by {cause} after step {step + 1} of {self.recipe.max_steps}, everything saved: "
-                "run the same command with resume=true to go on"
-            )
+            raise self.stop.stopped(f"after step {step + 1} of {self.recipe.max_steps}, everything saved")
+        return asked
 
     def _step(self, step: int) -> tuple[dict[str, Any], bool]:
         """Metrics, and whether any rank has been asked to stop."""

@@ -16,6 +16,7 @@ from llm2vec_kernels.row_ops import runs_on
 from torch import nn
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.full_memory import full_memory
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import (
     check_can_be_bidirectional,
@@ -217,6 +218,8 @@ def loading(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # over a damaged file it raises errors of every kind
+        if full_memory(error) is not None:
+            raise
         damaged = damaged_file(Path(path))
         cause = f"{damaged}: take it from its source again" if damaged else _cause(path, error)
         raise UserError(f"model {path!r} cannot be loaded: {cause}") from error

@@ -16,6 +16,7 @@ from llm2vec_ds.engine import run as engine_run
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.engine.run_folder import check_is_of_finished_run, check_run_folder, is_finished
 from llm2vec_ds.engine.run_stages import train_stages
+from llm2vec_ds.errors import Stopped
 from llm2vec_ds.export import ExportOptions, export
 from llm2vec_ds.recipe import Recipe, parse_recipe
 from llm2vec_ds.storage.lock import held
@@ -241,6 +242,28 @@ def test_a_finished_stage_of_several_is_left_alone_or_refused(
     assert is_finished(tmp_path / "second")
     with pytest.raises(UserError, match="run holds another run .seed was 42, now 7."):
         train_stages([first.model_copy(update={"seed": 7}), second])
+
+
+def test_a_stop_in_the_last_step_of_a_stage_is_meant_for_all(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That stage finishes, the next one does not begin."""
+    first = changed(values, output_dir=str(tmp_path / "first"), max_steps=1)
+    second = changed(
+        values,
+        output_dir=str(tmp_path / "second"),
+        model={"path": str(tmp_path / "first/encoder")},
+        max_steps=1,
+    )
+    with monkeypatch.context() as asking:
+        asking.setattr("llm2vec_ds.engine.preemption.StopRequest.seen", lambda *_, **__: True)
+        with pytest.raises(Stopped, match="after the last step of simcse, its encoder written: run the same"):
+            train_stages([first, second])
+        assert is_finished(tmp_path / "first")
+        assert not (tmp_path / "second").exists()
+        train(changed(values, output_dir=str(tmp_path / "alone"), max_steps=1))  # nothing follows
+    train_stages([stage.model_copy(update={"resume": True}) for stage in (first, second)])
+    assert is_finished(tmp_path / "second")
 
 
 # Who works in it?
