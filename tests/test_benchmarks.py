@@ -33,6 +33,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def figures(outcome: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    """What a benchmark that must succeed printed as JSON; DeepSpeed warns on stdout too."""
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    return [json.loads(line) for line in outcome.stdout.splitlines() if line.startswith("{")]
+
+
 def test_smoke_run_prints_a_line_a_case_and_pass() -> None:
     outcome = run("attention.py", "--smoke")
     assert outcome.returncode == 0, outcome.stderr[-2000:]
@@ -209,9 +215,8 @@ def test_mntp_in_a_tiny_shape() -> None:
 
 
 def test_the_contrastive_loss_is_that_of_the_full_matrix() -> None:
-    outcome = run("contrastive_loss.py", *"--n 48 --dim 8 --repeats 1".split())
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
-    lines = {line["case"]: line for line in map(json.loads, outcome.stdout.splitlines())}
+    few = "--n 48 --dim 8 --repeats 1".split()
+    lines = {line["case"]: line for line in figures(run("contrastive_loss.py", *few))}
     assert set(lines) == {"full_fp32", "full_tf32", "full_bf16", "ours"}
     assert lines["ours"]["loss_difference"] < 1e-5
     assert lines["ours"]["gradient_difference"] < 1e-4
@@ -235,9 +240,7 @@ def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_training_steps_beside_plain_ones(work: str, cases: list[str], tiny_shape: str) -> None:
     """Their first losses agree, or it ends with 1."""
     few = "--cpu --steps 1 --warm-up 1 --cases".split()
-    outcome = run("train_gpu.py", *work.split(), "--config", tiny_shape, *few, *cases)
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
-    lines = [json.loads(line) for line in outcome.stdout.splitlines()]
+    lines = figures(run("train_gpu.py", *work.split(), "--config", tiny_shape, *few, *cases))
     assert [line["case"] for line in lines] == cases
     assert lines[0]["first_losses"][0] == pytest.approx(lines[1]["first_losses"][0], rel=1e-3)
     assert lines[0]["tokens"] == {"mntp": 200, "cached": 15 * 21}[work.split()[0]]
@@ -246,9 +249,7 @@ def test_training_steps_beside_plain_ones(work: str, cases: list[str], tiny_shap
 
 def test_host_overhead_in_a_tiny_shape() -> None:
     few = "--layers 1 --vocab 100 --steps 1 --warm-up 1 --engines zero2 --parts train cached model encode"
-    outcome = run("host_overhead.py", *few.split())
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
-    (line,) = (json.loads(text) for text in outcome.stdout.splitlines() if text.startswith("{"))
+    (line,) = figures(run("host_overhead.py", *few.split()))
     assert set(line["train"]["ratio"]["zero2"]) == {"none", "default", "full", "full_over_full"}
     ours, plain = line["encode"]["ours"]["processor_ms"], line["encode"]["plain"]["processor_ms"]
     assert line["encode"]["ratio"] == pytest.approx(ours / plain, rel=0.01)
@@ -259,9 +260,7 @@ def test_host_overhead_in_a_tiny_shape() -> None:
 def test_encoding_beside_sentence_transformers(tiny_shape: str) -> None:
     pytest.importorskip("sentence_transformers")
     few = "--cpu --divide 64 --rounds 1 --batch-tokens 512 --batch-sizes 16".split()
-    outcome = run("encode_gpu.py", "--config", tiny_shape, *few)
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
-    lines = [json.loads(line) for line in outcome.stdout.splitlines()]
+    lines = figures(run("encode_gpu.py", "--config", tiny_shape, *few))
     assert [line["texts"] for line in lines] == ["sts", "wiki"] * 2
     assert all(line["least_cosine"] > 0.9999 for line in lines)
 
@@ -275,9 +274,9 @@ def test_the_meter_takes_the_median_of_the_timed_steps(monkeypatch: pytest.Monke
     meter = meter_module(monkeypatch)
     wall = iter([0.0, 9.0, 10.0, 13.0, 15.0])
     monkeypatch.setattr(meter.time, "perf_counter", lambda: next(wall))
-    figures = meter.StepMeter(torch.device("cpu"), warm_up=1, timed=3).measure(lambda: None)
-    assert figures["wall_ms"] == 2000
-    assert (figures["wall_ms_least"], figures["wall_ms_most"]) == (1000, 3000)
+    measured = meter.StepMeter(torch.device("cpu"), warm_up=1, timed=3).measure(lambda: None)
+    assert measured["wall_ms"] == 2000
+    assert (measured["wall_ms_least"], measured["wall_ms_most"]) == (1000, 3000)
 
 
 def test_a_profile_counts_work_that_overlaps_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,8 +292,8 @@ def test_a_profile_counts_work_that_overlaps_once(monkeypatch: pytest.MonkeyPatc
         {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 9000},
         {"name": "no category"},
     ]
-    figures = meter.profile_figures(events, n_steps=2)
-    assert figures == {"gpu_ms": 2.0, "waits": 0.5, "launches": 1.0, "copies": 0.0}
+    measured = meter.profile_figures(events, n_steps=2)
+    assert measured == {"gpu_ms": 2.0, "waits": 0.5, "launches": 1.0, "copies": 0.0}
 
 
 def test_lengths_are_stretched_to_the_tokens_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
