@@ -15,9 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2vec_ds.config import AdapterConfig
-from llm2vec_ds.distributed import ranks_from_environment
+from llm2vec_ds.distributed import agreed, ranks_from_environment
 from llm2vec_ds.engine.deepspeed_engine import deepspeed_config, partition_for, start_process_group
-from llm2vec_ds.engine.run import _agreed
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.loss.mntp import MaskedTokenHead
 from llm2vec_ds.model.adapters import add_lora, merged_state_dict
@@ -151,7 +150,7 @@ def refused(rank: int, world: int, folder: str) -> str:
     """The mistake as this rank tells it."""
     options = options_of(rank, world, "fp32")
     try:
-        _agreed(lambda: load_trunk(folder, options))
+        agreed(lambda: load_trunk(folder, options))
     except UserError as error:
         return str(error)
     return ""
