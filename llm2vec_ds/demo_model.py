@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import subprocess
 import sys
 import tempfile
-import uuid
 import zipfile
 from contextlib import suppress
 from pathlib import Path
 
 from llm2vec_ds.data.prepare import cache_root
-from llm2vec_ds.errors import UserError, reason, writing
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.storage.output_folder import replaced_folder
 
 log = logging.getLogger(__name__)
 
@@ -42,18 +41,9 @@ def demo_model_dir() -> Path:
         with suppress(OSError):  # a cache that an earlier version filled lacks it, and may be read-only
             _write_card(folder)
         return folder
-    with writing(f"the demo's model {folder}"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            _convert(_fetch_gguf(Path(scratch)), unfinished)
-        unfinished.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another process has just finished it
-            raise UserError(f"the demo's model {folder} cannot be written: {reason(error)}") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    what = f"the demo's model {folder}"
+    with writing(what), replaced_folder(folder, what) as unfinished, tempfile.TemporaryDirectory() as scratch:
+        _convert(_fetch_gguf(Path(scratch)), unfinished)
     return folder
 
 
