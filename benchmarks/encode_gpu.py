@@ -37,10 +37,10 @@ def write_trunk(folder: Path, config_file: str, dtype: torch.dtype) -> int:
     """Random weights without a language head; its number of token ids."""
     from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.from_pretrained(config_file)
+    config = AutoConfig.from_pretrained(config_file, trust_remote_code=False)
     config.is_causal = False
     torch.manual_seed(0)
-    AutoModel.from_config(config, dtype=dtype).save_pretrained(folder)
+    AutoModel.from_config(config, dtype=dtype, trust_remote_code=False).save_pretrained(folder)
     write_tokenizer(folder, config.vocab_size)
     return int(config.vocab_size)
 

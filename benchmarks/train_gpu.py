@@ -50,7 +50,7 @@ class Bench:
 
         self.options, self.folder = options, folder
         self.device = torch.device("cpu" if options.cpu else "cuda")
-        config = AutoConfig.from_pretrained(options.config)
+        config = AutoConfig.from_pretrained(options.config, trust_remote_code=False)
         self.vocab = config.vocab_size
         self.model = write_model(folder / "model", config, torch.float32 if options.cpu else torch.bfloat16)
 

@@ -141,11 +141,15 @@ def _encode_stdin(options: EncodeOptions, target: Target, folder: Path, overwrit
 
 
 def _check_note(file: Path) -> None:
-    note = note_of(file)
-    if note.exists() and VectorNote.read(file) is None:
+    """A note without its vectors is one that a killed process left, or a file of others."""
+    if file.exists() or not note_of(file).exists():
+        return
+    try:
+        VectorNote.read(file)
+    except UserError:
         raise UserError(
-            f"--output {file}: its note would replace {note}, which is none: choose another --output"
-        )
+            f"--output {file}: its note would replace {note_of(file)}, which is none: choose another --output"
+        ) from None
 
 
 def _run(encoding: _Encoding) -> None:

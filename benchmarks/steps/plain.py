@@ -21,11 +21,12 @@ def load(auto_class: Any, folder: Path, device: torch.device, attention_dropout:
     """Bidirectional, sdpa; bf16 on a GPU, else fp32."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.is_causal = False
     config.attention_dropout = attention_dropout
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = auto_class.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
+    options = {"config": config, "dtype": dtype, "attn_implementation": "sdpa"}
+    model = auto_class.from_pretrained(folder, trust_remote_code=False, **options)
     return model.to(device)
 
 
@@ -137,7 +138,7 @@ def contrastive_run(
         recompute=False,
     )
     texts = [text for column in zip(*examples, strict=True) for text in column]
-    ids = AutoTokenizer.from_pretrained(folder)(texts)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(texts)["input_ids"]
     size = texts_a_pass or len(ids)
     batches = [pad(ids[i : i + size]) for i in range(0, len(ids), size)]
 
@@ -181,7 +182,7 @@ def encoder_of(folder: Path, device: torch.device) -> Callable[[list[str]], Any]
     from transformers import AutoModel, AutoTokenizer
 
     trunk = load(AutoModel, folder, device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Any:

@@ -19,7 +19,7 @@ def write_model(folder: Path, config: Any, dtype: torch.dtype) -> Path:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).save_pretrained(folder)
     write_tokenizer(folder, config.vocab_size)
     return folder
 

@@ -218,7 +218,7 @@ def loading(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # over a damaged file it raises errors of every kind
-        if full_memory(error) is not None:
+        if isinstance(error, UserError) or full_memory(error) is not None:
             raise
         damaged = damaged_file(Path(path))
         cause = f"{damaged}: take it from its source again" if damaged else _cause(path, error)
@@ -258,6 +258,6 @@ def _cause(path: str, error: BaseException) -> str:
         offline = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
         return f"there is no such folder, and {offline}: give a folder, or connect to the network"
     words = " ".join(str(error).split())[:240]
-    if said(OSError, ValueError, RuntimeError):
+    if said(OSError, ValueError, RuntimeError, ImportError):
         return words
     return f"{words or 'no reason given'} ({type(error).__name__}): check its config.json and tokenizer files"

@@ -25,6 +25,8 @@ def test_csv_files_hold_every_step_of_this_run(
     stale = tmp_path / "run" / "monitor" / "csv" / "train_loss.csv"
     stale.parent.mkdir(parents=True)
     stale.write_text("step,loss\n1,99\n")  # of the run that is overwritten
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        (tmp_path / "run" / name).touch()
     values = recipe("mntp", tiny_model_dir, texts_file, tmp_path / "run", monitor=["csv"], overwrite=True)
     values["data"]["held_out_path"] = str(texts_file)
     rows = trained(values | {"max_steps": 3})
