@@ -233,6 +233,7 @@ def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "config.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "cases"),
     [("mntp --tokens 200", ["none", "plain_fp32"]), ("cached", ["default", "plain"])],
@@ -247,6 +248,7 @@ def test_training_steps_beside_plain_ones(work: str, cases: list[str], tiny_shap
     assert all(line["wall_ms"] > 0 and line["processor_ms"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_host_overhead_in_a_tiny_shape() -> None:
     few = "--layers 1 --vocab 100 --steps 1 --warm-up 1 --engines zero2 --parts train cached model encode"
     (line,) = figures(run("host_overhead.py", *few.split()))
@@ -257,6 +259,7 @@ def test_host_overhead_in_a_tiny_shape() -> None:
     assert line["model"]["ratio"]["none"] > 0
 
 
+@pytest.mark.slow
 def test_encoding_beside_sentence_transformers(tiny_shape: str) -> None:
     pytest.importorskip("sentence_transformers")
     few = "--cpu --divide 64 --rounds 1 --batch-tokens 512 --batch-sizes 16".split()
@@ -324,6 +327,7 @@ def test_qlora_steps_beside_the_plan(tmp_path: Path) -> None:
     assert all(line["planned_parts_mib"]["adapters"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["mntp", "encode"])
 def test_the_speed_of_a_work_alone(work: str, tiny_model_dir: Path) -> None:
     """Rivals have environments of their own from the package index, which no test makes."""

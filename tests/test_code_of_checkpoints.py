@@ -101,6 +101,7 @@ def test_what_is_written_names_no_code(
     assert not [file for file in written if "auto_map" in file.read_text()]
 
 
+@pytest.mark.slow
 def test_a_recipe_that_trusts_a_model_runs_its_code(plant: Plant, texts_file: Path, tmp_path: Path) -> None:
     """In a process of its own: transformers keeps what the code tells it."""
     values = recipe("mntp", plant.working_code(), texts_file, tmp_path / "run", max_steps=1)
