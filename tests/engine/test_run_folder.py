@@ -196,8 +196,13 @@ def test_a_damaged_run_json_is_named(damage: str, values: dict[str, Any], finish
 # Is its encoder of that run?
 
 
+@pytest.mark.parametrize("changes", [{"pooling": "last"}, {}], ids=["another recipe", "the same"])
 def test_an_encoder_of_an_earlier_run_is_not_used(
-    values: dict[str, Any], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any],
+    values: dict[str, Any],
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run that begins over another, and fails, leaves that one's encoder."""
 
@@ -207,7 +212,7 @@ def test_an_encoder_of_an_earlier_run_is_not_used(
     with monkeypatch.context() as failing:
         failing.setattr(engine_run.Trainer, "run", fails)
         with pytest.raises(UserError, match="a disk has burnt"):
-            train(changed(values, output_dir=str(finished), overwrite=True, pooling="last"))
+            train(changed(values, output_dir=str(finished), overwrite=True, **changes))
     assert (finished / "encoder" / "config.json").exists()
     for source in (finished, finished / "encoder"):
         with pytest.raises(UserError, match="encoder is not of the run in .*run, which has not finished"):
