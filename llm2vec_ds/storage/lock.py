@@ -1,8 +1,8 @@
 """One writer at a time: a lock file that names its holder, for processes of one host and of several.
 
 Only one process can make the file, on a shared file system too. Its holder also keeps an flock on it, which
-the system drops when the process ends. So a host knows which of its own locks are left over; of another host
-only SLURM can tell, where it has started the same job again.
+the system drops when the process ends. So a host knows which of its own locks are left over. Of another host
+only SLURM can tell: it has started the same job again, or the holder's job does not run any more.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,18 +28,31 @@ log = logging.getLogger(__name__)
 NAMELESS_WAIT_S = 1.0
 """A process writes its name into the file that it has just made long before this."""
 BEGINNING = '{"host": "'
+SQUEUE_WAIT_S = 30
+WORKING = {
+    "RUNNING",
+    "COMPLETING",
+    "CONFIGURING",
+    "SUSPENDED",
+    "STOPPED",
+    "SIGNALING",
+    "RESIZING",
+    "STAGE_OUT",
+}
+"""States of a SLURM job whose processes may be there; a pending one's are not."""
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock. `job` and `restarts` are SLURM's, where it started the process."""
+    """Who holds a lock. `job`, `restarts` and `cluster` are SLURM's, where it started the process."""
 
     host: str
     pid: int
     since: str
     job: str | None = None
     restarts: int = 0
+    cluster: str | None = None
 
     @classmethod
     def this_process(cls, environment: Mapping[str, str] = os.environ) -> Holder:
@@ -48,6 +62,7 @@ class Holder:
             datetime.now(UTC).isoformat(timespec="seconds"),
             environment.get("SLURM_JOB_ID"),
             int(environment.get("SLURM_RESTART_COUNT") or 0),
+            environment.get("SLURM_CLUSTER_NAME"),
         )
 
     @classmethod
@@ -139,10 +154,26 @@ def _take_over(file: Path, descriptor: int, what: object, *, has_flock: bool) ->
     elif holder.host == own.host:
         ended = has_flock or not _is_running(holder.pid)
     else:
-        ended = holder.job is not None and holder.job == own.job and own.restarts > holder.restarts
+        ended = _slurm_has_ended(holder, own)
     if not ended:
         raise _busy(file, what, text, is_alive=False)
     log.info("%s: taking over from %s, which has ended", what, holder or "a process")
+
+
+def _slurm_has_ended(holder: Holder, own: Holder) -> bool:
+    """Whether SLURM knows that the holder's job, of this cluster, has ended; False where nobody can tell."""
+    if holder.job is None or own.job is None or holder.cluster != own.cluster:
+        return False
+    if holder.job == own.job:
+        return own.restarts > holder.restarts
+    line = ["squeue", "--noheader", "--format=%T", f"--jobs={holder.job}"]
+    try:
+        asked = subprocess.run(line, capture_output=True, text=True, timeout=SQUEUE_WAIT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    if asked.returncode:
+        return "Invalid job id" in asked.stderr  # forgotten, some minutes after its end
+    return not set(asked.stdout.split()) & WORKING
 
 
 def _is_begun(text: str) -> bool:

@@ -94,9 +94,7 @@ def test_another_hosts_lock_is_left_alone_and_explained(tmp_path: Path) -> None:
     assert Holder.parse((tmp_path / "lock").read_text()) == OTHER_HOST
 
 
-@pytest.mark.parametrize(
-    ("job", "restarts", "follows"), [("17", 1, True), ("17", 0, False), ("18", 1, False)]
-)
+@pytest.mark.parametrize(("job", "restarts", "follows"), [("17", 1, True), ("17", 0, False)])
 def test_a_restart_of_the_same_slurm_job_follows_on_another_host(
     job: str, restarts: int, follows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +102,39 @@ def test_a_restart_of_the_same_slurm_job_follows_on_another_host(
     _write(tmp_path / "lock", OTHER_HOST)
     monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    if follows:
+        with held(tmp_path / "lock", "run"):
+            pass
+    else:
+        with pytest.raises(UserError, match="another process works there"):
+            held(tmp_path / "lock", "run").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("says", "cluster", "follows"),
+    [
+        ("echo COMPLETED", "own", True),
+        ("echo PENDING", "own", True),
+        ("true", "own", True),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "own", True),
+        ("echo RUNNING", "own", False),
+        ("echo COMPLETING", "own", False),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", "own", False),
+        ("exit 127", "own", False),
+        ("echo COMPLETED", "another", False),
+    ],
+)
+def test_slurm_is_asked_whether_another_job_has_ended(
+    says: str, cluster: str, follows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was cancelled and submitted again, on another node."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\n[ "$*" = "--noheader --format=%T --jobs=17" ] || exit 9\n{says}\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "own")
+    _write(tmp_path / "lock", replace(OTHER_HOST, cluster=cluster))
     if follows:
         with held(tmp_path / "lock", "run"):
             pass
