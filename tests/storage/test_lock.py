@@ -40,8 +40,11 @@ def _write(file: Path, holder: Holder) -> None:
 
 def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
     process, may_end = _holding_process(tmp_path / "lock")
-    with pytest.raises(UserError, match=f"run: another process works there \\(process {process.pid} on "):
+    with pytest.raises(
+        UserError, match=f"run: another process works there \\(process {process.pid} on "
+    ) as told:
         held(tmp_path / "lock", "run").__enter__()
+    assert "has ended" not in str(told.value)  # its flock says that it has not
     may_end.set()
     process.join()
     assert not (tmp_path / "lock").exists()
