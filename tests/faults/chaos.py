@@ -173,10 +173,12 @@ class Chaos:
         return files in ([], sorted(path.name for path in (self.folder / "whole" / "encoder").rglob("*")))
 
 
-def run(folder: Path, n_kills: int, seed: int, phases: Collection[str] | None = None) -> Outcome:
-    """At least `n_kills` kills, and one at every file operation (of these phases, if any are given)."""
+def run(
+    folder: Path, n_kills: int, seed: int, phases: Collection[str] | None = None, every: int = 1
+) -> Outcome:
+    """At least `n_kills` kills, and one at each `every`-th file operation (of these phases, if any are given)."""
     chaos = Chaos(folder, seed)
-    faults = chaos.faults(phases)
+    faults = chaos.faults(phases)[::every]
     chaos.outcome.points = len(faults)
     number = 0
     with tqdm(total=n_kills, desc="kills", unit="kill", disable=None) as bar:

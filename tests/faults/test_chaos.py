@@ -20,15 +20,15 @@ def test_kills_lose_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_kills_lose_no_encoder(tmp_path: Path) -> None:
-    """Every file operation from the writing of `encoder/` to the end of the run."""
-    outcome = chaos.run(tmp_path, n_kills=1, seed=1, phases=["encoder"])
+    """Some file operations from the writing of `encoder/` to the end of the run; `make chaos` does all."""
+    outcome = chaos.run(tmp_path, n_kills=1, seed=1, phases=["encoder"], every=4)
     assert outcome.is_good, outcome
-    assert outcome.points >= 15
+    assert outcome.points >= 5
 
 
 @pytest.mark.slow
 def test_kills_lose_no_export(tmp_path: Path) -> None:
     """Some file operations; `make chaos` does all."""
-    outcome = chaos_export.run(tmp_path / "exports", every=7)
+    outcome = chaos_export.run(tmp_path / "exports", every=12)
     assert outcome.is_good, outcome
-    assert outcome.kills >= 5
+    assert outcome.kills >= 4
