@@ -176,7 +176,7 @@ class Chaos:
 def run(
     folder: Path, n_kills: int, seed: int, phases: Collection[str] | None = None, every: int = 1
 ) -> Outcome:
-    """At least `n_kills` kills, and one at each `every`-th file operation (of these phases, if any are given)."""
+    """At least `n_kills` kills, and one at each `every`-th file operation of these phases (None: of all)."""
     chaos = Chaos(folder, seed)
     faults = chaos.faults(phases)[::every]
     chaos.outcome.points = len(faults)
