@@ -128,7 +128,7 @@ def begin(recipe: Recipe, folder: Path, identity: Mapping[str, Any], *, fresh: b
 def _left_by_a_run(folder: Path) -> Iterator[Path]:
     yield from (folder / name for name in (METRICS, HELD_OUT) if (folder / name).exists())
     for pattern in CHECKPOINT_FOLDERS:
-        yield from (folder / CHECKPOINTS).glob(pattern)
+        yield from list((folder / CHECKPOINTS).glob(pattern))
     for pattern in MONITOR_FILES:
         yield from list((folder / MONITOR).rglob(pattern))
 

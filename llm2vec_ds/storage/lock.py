@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.reading import checked_json
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,8 @@ class Holder:
     def parse(cls, text: str) -> Holder | None:
         """None: the text is not what a holder writes."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError):
+            return checked_json(text.encode(), cls)
+        except ValueError:
             return None
 
     def __str__(self) -> str:
@@ -104,11 +105,13 @@ def _acquire(file: Path, what: object) -> int:
                 continue
             if not is_new:
                 _take_over(file, descriptor, what, has_flock=bool(is_ours))
+        except BaseException:  # the file stays: another process may hold it, even where this one made it
+            os.close(descriptor)
+            raise
+        try:
             _write(descriptor, Holder.this_process())
         except BaseException:
-            if is_new:
-                file.unlink(missing_ok=True)
-            os.close(descriptor)
+            _release(file, descriptor)
             raise
         return descriptor
 

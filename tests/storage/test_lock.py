@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -158,9 +159,34 @@ def test_where_the_file_system_has_no_flock_the_process_decides(
         pass
 
 
-def test_a_file_that_is_no_lock_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "content", ["a thesis", '{"pid": 3}', '{"host": 3, "pid": "x", "since": ""}', "[" * 5000]
+)
+def test_a_file_that_is_no_lock_is_left_alone(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "NAMELESS_WAIT_S", 0.01)
-    (tmp_path / "lock").write_text("a thesis")
+    (tmp_path / "lock").write_text(content)
     with pytest.raises(UserError, match="a process that has not said its name"):
         held(tmp_path / "lock", "run").__enter__()
-    assert (tmp_path / "lock").read_text() == "a thesis"
+    assert (tmp_path / "lock").read_text() == content
+
+
+def test_who_makes_the_file_and_comes_second_leaves_it_to_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between making the file and its flock another process may get the flock."""
+    monkeypatch.setattr(lock, "_flock", lambda descriptor: False)
+    with pytest.raises(UserError, match="another process works there"):
+        held(tmp_path / "lock", "run").__enter__()
+    assert (tmp_path / "lock").exists()
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock, "_write", full)
+    with pytest.raises(UserError, match="run cannot be written: No space left on device"):
+        held(tmp_path / "lock", "run").__enter__()
+    assert not (tmp_path / "lock").exists()
