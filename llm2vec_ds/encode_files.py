@@ -132,6 +132,7 @@ def _encode_stdin(options: EncodeOptions, target: Target, folder: Path, overwrit
     if target.path.exists() and not overwrite:
         raise UserError(f"--output {target.path} exists: choose another, or give --overwrite")
     _check_note(target.path)
+    check_reads_no_output([target.path], [Path("/dev/stdin")], f"--output {target.path}")
     with work_folder(folder, f"stdin {os.getpid()}"):
         spooled = folder / "stdin.txt"
         with spooled.open("wb") as file:

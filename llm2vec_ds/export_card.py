@@ -8,55 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder import Encoder
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.reading import explain, parse_yaml, read_json, read_json_lines
+from llm2vec_ds.reading import parse_yaml, read_json, read_json_lines
+from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.recipe_file import load_recipe
 
 ELSEWHERE = "export the encoder folder from another place, without it"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-
-
-@dataclass(frozen=True)
-class _Model:
-    path: str
-
-
-@dataclass(frozen=True)
-class _Data:
-    path: str | list[str]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    global_batch_size: int
-
-
-@dataclass(frozen=True)
-class _Optimizer:
-    lr: float
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    rank: int
-    alpha: float
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """What a run's recipe.yaml has to say for its card."""
-
-    stage: str
-    model: _Model
-    data: _Data
-    max_steps: int
-    batch: _Batch
-    optimizer: _Optimizer
-    seed: int
-    adapter: _Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +33,7 @@ class Origin:
     """Where an encoder comes from: its stages, first to last (recipe and run folder), and the base model."""
 
     base: str | None
-    stages: tuple[tuple[dict[str, Any], Path], ...]
+    stages: tuple[tuple[Recipe, Path], ...]
     scores: dict[str, Any]
 
     @property
@@ -87,13 +48,13 @@ class Origin:
 
 def origin(source: Path) -> Origin:
     """Follows recipes back from a run, demo or encoder folder to the base model."""
-    stages: list[tuple[dict[str, Any], Path]] = []
+    stages: list[tuple[Recipe, Path]] = []
     base: str | None = None
     folder: Path | None = _run_folder(source)
     while folder is not None:
         recipe = _recipe(folder / "recipe.yaml")
         stages.insert(0, (recipe, folder))
-        base = _found(str(recipe["model"]["path"]), folder)
+        base = _found(recipe.model.path, folder)
         before = _run_folder(Path(base)) if Path(base).is_dir() else None
         folder = before if before not in [seen for _, seen in stages] else None
     scores_file = source / "metrics.json"
@@ -101,16 +62,11 @@ def origin(source: Path) -> Origin:
     return Origin(base, tuple(stages), scores)
 
 
-def _recipe(file: Path) -> dict[str, Any]:
+def _recipe(file: Path) -> Recipe:
     try:
-        values = parse_yaml(file.read_text(encoding="utf-8"))
-        TypeAdapter(_Recipe).validate_python(values)
-    except ValidationError as error:
-        raise UserError(f"{file} is damaged ({explain(error.errors()[0])}): {ELSEWHERE}") from None
-    except ValueError as error:
+        return load_recipe(file)
+    except UserError as error:
         raise UserError(f"{file} is damaged ({error}): {ELSEWHERE}") from None
-    recipe: dict[str, Any] = values
-    return recipe
 
 
 def _found(path: str, run: Path) -> str:
@@ -241,15 +197,15 @@ def _stages(origin: Origin) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for recipe, folder in origin.stages:
-        adapter = recipe.get("adapter")
-        lora = f"LoRA r={adapter['rank']}, α={adapter['alpha']}" if adapter else "none: all weights"
+        adapter = recipe.adapter
+        lora = f"LoRA r={adapter.rank}, α={adapter.alpha:g}" if adapter else "none: all weights"
         n_tokens, tokens_per_s = _measured(folder)
         rows.append(
-            f"| {recipe['stage']} | {_data_name(recipe['data']['path'])} "
-            f"| {recipe['max_steps']} × {recipe['batch']['global_batch_size']} | {recipe['optimizer']['lr']} "
+            f"| {recipe.stage} | {_data_name(recipe.data.path)} "
+            f"| {recipe.max_steps} × {recipe.batch.global_batch_size} | {recipe.optimizer.lr:g} "
             f"| {lora} | {n_tokens} | {tokens_per_s} |"
         )
-    seeds = ", ".join(str(recipe["seed"]) for recipe, _ in origin.stages)
+    seeds = ", ".join(str(recipe.seed) for recipe, _ in origin.stages)
     return "\n".join([*rows, "", f"Seed(s) {seeds}; tokens a second over all processes."])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,22 @@ def test_an_output_that_is_the_input_is_refused(output: str, options: EncodeOpti
     with pytest.raises(UserError, match="would write over .*, which it reads: choose another output"):
         encode(own, tmp_path / output, format="jsonl", overwrite=True)
     assert file.read_text() == row
+
+
+def test_standard_input_is_not_written_over(options: EncodeOptions, tmp_path: Path) -> None:
+    """`encode --input - --output t.jsonl < t.jsonl`."""
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"text": "the river", "id": 7}\n')
+    before, kept = file.read_text(), os.dup(0)
+    with file.open() as opened:
+        os.dup2(opened.fileno(), 0)
+        try:
+            with pytest.raises(UserError, match=r"would write over .*t\.jsonl, which it reads"):
+                encode(replace(options, input="-"), file, overwrite=True)
+        finally:
+            os.dup2(kept, 0)
+            os.close(kept)
+    assert file.read_text() == before
 
 
 def test_a_note_replaces_nothing_of_others(options: EncodeOptions, tmp_path: Path) -> None:

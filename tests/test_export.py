@@ -305,7 +305,7 @@ def write_run(folder: Path, stage: str, model: str) -> None:
     folder.mkdir(parents=True)
     recipe = {"stage": stage, "model": {"path": model}, "data": {"path": "private/texts.txt"}, "max_steps": 5}
     recipe |= {"batch": {"global_batch_size": 8}, "optimizer": {"lr": 1e-4}, "seed": 1}
-    recipe |= {"adapter": {"rank": 4, "alpha": 8}}
+    recipe |= {"adapter": {"rank": 4, "alpha": 8}, "output_dir": str(folder)}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     (folder / "metrics.jsonl").write_text(json.dumps({"n_tokens": 1000, "step_ms": 500.0}) + "\n")
 
@@ -322,7 +322,7 @@ def test_the_card_tells_stages_scores_and_licence(tmp_path: Path) -> None:
     scores = {"causal": {"sts_spearman": 0.25}, "simcse": {"sts_spearman": 0.5}, "run": {"sts": "pairs.csv"}}
     (tmp_path / "demo" / "metrics.json").write_text(json.dumps(scores))
     found = origin(tmp_path / "demo")
-    assert [recipe["stage"] for recipe, _ in found.stages] == ["mntp", "simcse"]
+    assert [recipe.stage for recipe, _ in found.stages] == ["mntp", "simcse"]
     export(tmp_path / "demo", tmp_path / "out", ExportOptions())
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: sentence-transformers\n")

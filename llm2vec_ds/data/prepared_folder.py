@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.reading import read_json
@@ -58,7 +59,8 @@ def damage_of(folder: Path) -> str | None:
 
 def fingerprint(folder: Path, parts: list[str]) -> str:
     digest = hashlib.sha256()
-    for name in parts:
+    # From two seconds on a bar is shown: a large folder takes a while.
+    for name in tqdm(parts, desc="check prepared texts", unit="part", disable=None, delay=2):
         with (folder / name).open("rb") as part:
             digest.update(hashlib.file_digest(part, "sha256").digest())
     return digest.hexdigest()

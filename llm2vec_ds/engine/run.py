@@ -75,7 +75,7 @@ def train(recipe: Recipe, evaluation: Evaluation | None = None, *, more_follow: 
 
     Args:
         evaluation: called as `recipe.evaluation` says.
-        more_follow: this is not the last of several runs, which a wish to stop is meant for too.
+        more_follow: other runs come after this one. A request to stop in its last step stops before them.
 
     Raises:
         UserError: anything the user can mend, before training where it can be known then.

@@ -41,7 +41,7 @@ CHECKPOINTS, MONITOR, ENCODER, LOCK = "checkpoints", "monitor", "encoder", "lock
 FORMAT_VERSION = 1
 WRITTEN = (RUN, RECIPE, METRICS, HELD_OUT, "memory.json", FINISHED, CHECKPOINTS, MONITOR, ENCODER)
 CHECKPOINT_FOLDERS = ("step-*", ".unfinished-*", ".removed-*")
-MONITOR_FILES = ("*.csv", "events.out.tfevents.*", "wandb")
+MONITOR_FILES = ("csv/train_*.csv", "csv/held_out_*.csv", "tensorboard/events.out.tfevents.*")
 
 
 class Identity(TypedDict):
@@ -130,7 +130,7 @@ def _left_by_a_run(folder: Path) -> Iterator[Path]:
     for pattern in CHECKPOINT_FOLDERS:
         yield from list((folder / CHECKPOINTS).glob(pattern))
     for pattern in MONITOR_FILES:
-        yield from list((folder / MONITOR).rglob(pattern))
+        yield from list((folder / MONITOR).glob(pattern))
 
 
 def mark_finished(folder: Path, max_steps: int, identity: Mapping[str, Any]) -> None:

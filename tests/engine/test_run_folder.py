@@ -81,16 +81,21 @@ def test_what_others_wrote_is_not_touched(
 
 
 def test_overwrite_deletes_what_the_run_wrote_alone(values: dict[str, Any], finished: Path) -> None:
-    own = {"notes.txt": "a", "encoder/notes.txt": "b", "checkpoints/notes.txt": "c", "monitor/notes.txt": "d"}
+    own = {
+        "notes.txt": "a",
+        "encoder/notes.txt": "b",
+        "checkpoints/notes.txt": "c",
+        "monitor/csv/own.csv": "d",
+    }
     for name, text in own.items():
-        (finished / name).parent.mkdir(exist_ok=True)
+        (finished / name).parent.mkdir(parents=True, exist_ok=True)
         (finished / name).write_text(text)
     (finished / "checkpoints" / "step-00000001").mkdir()
-    (finished / "monitor" / "train_loss.csv").touch()
+    (finished / "monitor" / "csv" / "train_loss.csv").touch()
     train(changed(values, output_dir=str(finished), overwrite=True, max_steps=1))
     assert {name: (finished / name).read_text() for name in own} == own
     assert not (finished / "checkpoints" / "step-00000001").exists()
-    assert not (finished / "monitor" / "train_loss.csv").exists()
+    assert not (finished / "monitor" / "csv" / "train_loss.csv").exists()
     assert len((finished / "metrics.jsonl").read_text().splitlines()) == 1
     assert is_finished(finished)
 
