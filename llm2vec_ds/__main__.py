@@ -35,7 +35,7 @@ def _exit_code() -> int:
 
 
 def _of_the_machine(error: Exception) -> str | None:
-    """Cause and mend of an error of the disk or of a full memory that no command has explained."""
+    """Cause and fix of an error of the disk or of a full memory that no command has explained."""
     if isinstance(error, OSError) and error.errno in NO_SPACE + NO_PLACE:
         return f"{error.filename or 'a file'}: {reason(error)}"
     from llm2vec_ds.full_memory import full_memory

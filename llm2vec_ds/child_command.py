@@ -1,4 +1,4 @@
-"""A command of this package in a process of its own, so that its memory is free afterwards."""
+"""A command of this package in a separate process, so that its memory is free afterwards."""
 
 from __future__ import annotations
 

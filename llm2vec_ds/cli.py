@@ -231,7 +231,7 @@ def doctor(
         "demo --model Qwen/Qwen3-0.6B --text my.txt --sts my-pairs.csv",
     )
 )
-@kept("the demo is not finished, the same command begins it anew")
+@kept("the demo is not finished, the same command starts it again")
 def demo(
     output: Annotated[
         Path,

@@ -40,7 +40,7 @@ def _needs(package: str) -> None:
 
 
 def _needs_mteb() -> None:
-    """Imports it, too: it makes a cache folder of its own then."""
+    """Imports it, too: it makes its own cache folder then."""
     _needs("mteb")
     with writing("mteb's cache (the folder MTEB_CACHE, else ~/.cache/mteb)"):
         importlib.import_module("mteb")

@@ -198,7 +198,7 @@ class _Encoding:
             n_done = 0
             np.lib.format.open_memmap(self.vectors, mode="w+", dtype=np.float32, shape=shape)
         if load_vectors(self.vectors).shape != shape or not 0 <= n_done <= stop - start:
-            raise UserError(f"{self.vectors} is damaged: remove {self.folder} to start anew")
+            raise UserError(f"{self.vectors} is damaged: remove {self.folder} to start again")
         rows = TextRows(self.source, self.options.text_column, start + n_done, stop)
         for block in encoder.encode_blocks(
             rows,
@@ -222,7 +222,7 @@ class _Encoding:
     def _n_done(self) -> int:
         if not self.progress.exists():
             return 0
-        return read_json(self.progress, int, f"remove {self.folder} to start anew")
+        return read_json(self.progress, int, f"remove {self.folder} to start again")
 
     def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, list[str | None], np.ndarray]]:
         """First row, texts and vectors of each block."""

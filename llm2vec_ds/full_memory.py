@@ -34,8 +34,8 @@ def full_memory(error: BaseException) -> str | None:
 
 
 @contextmanager
-def enough_memory(mend: str) -> Iterator[None]:
-    """Around work that may fill memory; `mend` says what to lower.
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Around work that may fill memory; `remedy` says what to lower.
 
     Raises:
         UserError: in place of an error of a full memory.
@@ -46,4 +46,4 @@ def enough_memory(mend: str) -> Iterator[None]:
         which = full_memory(error)
         if which is None:
             raise
-        raise UserError(f"{which} is full: {mend}") from None
+        raise UserError(f"{which} is full: {remedy}") from None

@@ -17,7 +17,7 @@ same one."""
 
 
 class Interrupted(BaseException):
-    """A signal ends this command. No Exception, so that no library takes it for a failure of its own.
+    """A signal ends this command. No Exception, so that no library takes it for its own failure.
 
     Attributes:
         kept: what is kept, and how to go on; empty where there is nothing to say.

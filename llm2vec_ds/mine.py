@@ -102,11 +102,11 @@ class _Mining:
         self.found = folder / "found.jsonl"
         self.progress = _Progress()
         if self.note.exists():
-            self.progress = read_json(self.note, _Progress, f"remove {folder} to start anew")
+            self.progress = read_json(self.note, _Progress, f"remove {folder} to start again")
         if not self.found.exists():  # it was moved to the output, which is to be made again
             self.progress = replace(self.progress, n_searched=0, n_bytes=0, n_few=0, n_none=0)
         elif self.found.stat().st_size < self.progress.n_bytes:
-            raise UserError(f"{self.found} is damaged (it is cut off): remove {folder} to start anew")
+            raise UserError(f"{self.found} is damaged (it is cut off): remove {folder} to start again")
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -177,7 +177,7 @@ class _Mining:
             if mapped.dtype != np.float32 or mapped.ndim != 2 or len(mapped) != n_texts:
                 raise ValueError(f"it does not hold {n_texts} vectors")
         except (OSError, EOFError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}): remove {self.folder} to start anew") from None
+            raise UserError(f"{path} is damaged ({error}): remove {self.folder} to start again") from None
         return mapped
 
     def _vectors(self, texts: list[str], instruction: str | None) -> np.ndarray:

@@ -69,7 +69,7 @@ def read_folders(folders: Sequence[Path]) -> ReportData:
 
 
 def _json(file: Path, shape: type[T]) -> T:
-    return read_json(file, shape, "make it anew, or leave this folder out")
+    return read_json(file, shape, "make it again, or leave this folder out")
 
 
 def _lines(file: Path) -> list[Row]:

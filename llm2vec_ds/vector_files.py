@@ -24,7 +24,7 @@ from llm2vec_ds.reading import checked_json, explain, read_json
 
 VECTOR_FORMATS = (".npy", ".jsonl", ".parquet")
 ROWS_A_BLOCK = 4096
-ENCODE_ANEW = "encode the texts anew, with --overwrite"
+ENCODE_AGAIN = "encode the texts again, with --overwrite"
 Count = Annotated[int, Field(ge=0)]
 _SHARD_NAME = re.compile(r"shard-(\d+)-of-(\d+)(\.[a-z]+)")
 
@@ -84,7 +84,7 @@ class VectorNote:
         """
         if not note_of(file).exists():
             return None
-        return read_json(note_of(file), cls, ENCODE_ANEW)
+        return read_json(note_of(file), cls, ENCODE_AGAIN)
 
 
 def note_of(file: Path) -> Path:
@@ -199,7 +199,7 @@ def _check_rows(file: Path, note: VectorNote | None, n_rows: int) -> None:
 
 
 def _damaged(file: Path, cause: str) -> UserError:
-    return UserError(f"{file} is damaged ({cause}): {ENCODE_ANEW}")
+    return UserError(f"{file} is damaged ({cause}): {ENCODE_AGAIN}")
 
 
 @dataclass(frozen=True)

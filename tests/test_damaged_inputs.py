@@ -67,7 +67,7 @@ def test_a_damaged_manifest_is_made_anew(
         read_manifest(manifest.parent)
     prepared(texts_file, tmp_path)
     assert manifest.read_text() == whole
-    assert "preparing them anew" in caplog.text
+    assert "preparing them again" in caplog.text
 
 
 def test_prepared_texts_that_get_damaged_before_they_are_opened(texts_file: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_damaged_vectors_are_named(how: str, vectors: Path) -> None:
     name, do = VECTOR_DAMAGE[how]
     assert load_vectors(vectors / name).shape == (64, 32)
     do(vectors / name)
-    message = rf"{re.escape(str(vectors / name))} is damaged \(.+\): encode the texts anew, with --overwrite"
+    message = rf"{re.escape(str(vectors / name))} is damaged \(.+\): encode the texts again, with --overwrite"
     with pytest.raises(UserError, match=message):
         load_vectors(vectors / name)
 
@@ -81,7 +81,7 @@ def test_damaged_vectors_are_named(how: str, vectors: Path) -> None:
 @pytest.mark.parametrize("how", [*JSON_DAMAGE, "another type"])
 def test_a_damaged_note_of_vectors_is_named(how: str, vectors: Path) -> None:
     damage(vectors / "v.npy.json", {**JSON_DAMAGE, "another type": changed(dimensions="many")}[how])
-    with pytest.raises(UserError, match=r"v\.npy\.json is damaged \(.+\): encode the texts anew"):
+    with pytest.raises(UserError, match=r"v\.npy\.json is damaged \(.+\): encode the texts again"):
         search(vectors / "v.npy", "trout")
 
 
@@ -123,7 +123,7 @@ def test_mining_does_not_go_on_from_damage(
     else:
         (tmp_path / "m.jsonl").unlink()
     damage(folder / how, JSON_DAMAGE["cut off"])
-    with pytest.raises(UserError, match=r"damaged \(.+\): remove .+ to start anew"):
+    with pytest.raises(UserError, match=r"damaged \(.+\): remove .+ to start again"):
         mine(options, tmp_path / "m.jsonl")
 
 
@@ -159,7 +159,9 @@ RESULTS = ("results.json", "metrics.json", "scores.json")
 def test_damaged_results_of_a_report_are_named(name: str, how: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
     damage(tmp_path / name, JSON_DAMAGE[how])
-    with pytest.raises(UserError, match=rf"{name} is damaged \(.+\): make it anew, or leave this folder out"):
+    with pytest.raises(
+        UserError, match=rf"{name} is damaged \(.+\): make it again, or leave this folder out"
+    ):
         read_folders([tmp_path])
 
 

@@ -265,7 +265,7 @@ MISTAKES = {
         files={"llama/config.json": quantised_config("awq")},
     ),
     "a model of its own code": Mistake(
-        "model 'TMP/llama' cannot be loaded: it needs code of its own, and only a recipe (of train, prepare "
+        "model 'TMP/llama' cannot be loaded: it needs its own code, and only a recipe (of train, prepare "
         "or plan) can allow that: read the code, then set model.trust_remote_code=true",
         changes={"model": {"path": "TMP/llama"}},
         files={"llama/config.json": b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'},

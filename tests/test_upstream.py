@@ -119,7 +119,7 @@ def test_code_of_a_checkpoint_is_never_run(models: Path, tmp_path: Path) -> None
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text("raise SystemExit('was run')")
-    with pytest.raises(UserError, match="it needs code of its own"):
+    with pytest.raises(UserError, match="it needs its own code"):
         Encoder.from_pretrained(folder)
 
 

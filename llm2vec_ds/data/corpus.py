@@ -119,7 +119,7 @@ def load_corpus(folder: Path) -> Corpus:
         pa.ArrowException,
     ) as error:
         cause = " ".join(str(error).split())[:160]
-        raise UserError(f"the texts in {folder} are damaged ({cause}): remove it to start anew") from None
+        raise UserError(f"the texts in {folder} are damaged ({cause}): remove it to start again") from None
 
 
 def _distinct_texts(file: Path, row_of_text: np.ndarray) -> DistinctTexts:

@@ -3,7 +3,7 @@
 A folder of prepared texts is keyed by the source (paths, sizes, times of change), the tokenizer and the
 settings. It is filled part by part under another name, each part with a note of how far it got, so that a
 killed preparation goes on where it stopped; it gets its name by a rename, so it is complete or absent. Before
-it is used again its content is compared with its fingerprint: a damaged folder is made anew.
+it is used again its content is compared with its fingerprint: a damaged folder is made again.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def prepare(
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{folder.name}.lock"):
             if folder.is_dir() and (damage := damage_of(folder)):
-                log.warning("prepared texts in %s are damaged (%s): preparing them anew", folder, damage)
+                log.warning("prepared texts in %s are damaged (%s): preparing them again", folder, damage)
                 shutil.rmtree(folder)
             if not folder.is_dir():
                 to_rows = _ToRows(data, tokenizer, template, end_with_eos, instructions)

@@ -86,7 +86,7 @@ class StopRequest:
 
 @contextmanager
 def _heard_at_once(hear: Callable[[int], None]) -> Iterator[None]:
-    """Calls `hear` with each caught signal's number from a thread of its own: the main thread's handlers wait
+    """Calls `hear` with each caught signal's number from a separate thread: the main thread's handlers wait
     until it comes back from a long operation, a whole backward pass or a collective without end."""
     receiver, sender = socket.socketpair()
 

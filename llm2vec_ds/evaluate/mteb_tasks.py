@@ -238,7 +238,9 @@ def _relevant(file: Path, queries: set[Any], corpus: set[Any]) -> dict[str, dict
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text: make it anew, or take it from its source again") from None
+        raise UserError(
+            f"{file} is not UTF-8 text: make it again, or take it from its source again"
+        ) from None
     for number, line in enumerate(lines[1:], 2):
         try:
             query, document, score = line.split("\t")

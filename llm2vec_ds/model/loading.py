@@ -209,11 +209,11 @@ def _from_pretrained(auto_class: Any, path: str, *, trust_remote_code: bool, **o
 
 @contextmanager
 def loading(path: str) -> Iterator[None]:
-    """Around what transformers makes of the model `path`: what it refuses is the user's to mend.
+    """Around what transformers makes of the model `path`: what it refuses is the user's to fix.
 
     Raises:
         UserError: in place of what transformers, torch and safetensors raise for files that they cannot use
-            (an ImportError: the package that reads quantised weights is missing); names cause and mend.
+            (an ImportError: the package that reads quantised weights is missing); names cause and fix.
     """
     try:
         yield
@@ -239,7 +239,7 @@ def _cause(path: str, error: BaseException) -> str:
 
     if "trust_remote_code" in str(error):
         return (
-            "it needs code of its own, and only a recipe (of train, prepare or plan) can allow that: read "
+            "it needs its own code, and only a recipe (of train, prepare or plan) can allow that: read "
             "the code, then set model.trust_remote_code=true"
         )
     if isinstance(error, NO_PICKLED_WEIGHTS):

@@ -31,7 +31,7 @@ def test_code_beside_a_model_is_not_run_unless_asked_for(tmp_path: Path) -> None
     own = {"model_type": "own", "auto_map": {"AutoConfig": "c.C", "AutoModel": "m.M"}}
     (tmp_path / "config.json").write_text(json.dumps(own))
     (tmp_path / "c.py").write_text("raise ValueError('it ran')\n")
-    with pytest.raises(UserError, match=r"needs code of its own, .* set model.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"needs its own code, .* set model.trust_remote_code=true"):
         load_trunk(str(tmp_path), TrunkOptions())
     with pytest.raises(UserError, match="it ran"):
         load_trunk(str(tmp_path), TrunkOptions(trust_remote_code=True))
