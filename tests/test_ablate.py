@@ -15,19 +15,10 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe import parse_recipe
 from tests.evaluate.test_in_training import pairs_file
 from tests.evaluate.test_word_level import conllu
-from tests.support.tiny import sentences
+from tests.support.tiny import text_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "recipes" / "smollm2_ablation.yaml"
-
-
-def text_file(folder: Path) -> Path:
-    """Paragraphs of three sentences each, as `training_text` wants them."""
-    picked = [s[:80].strip().capitalize() + "." for s in sentences(300) if len(s) > 30]
-    paragraphs = [" ".join(picked[i : i + 3]) for i in range(0, len(picked) - 3, 3)]
-    path = folder / "text.txt"
-    path.write_text("\n\n".join(paragraphs) + "\n")
-    return path
 
 
 def ablation_recipe(folder: Path, model: Path, **changes: Any) -> AblationRecipe:

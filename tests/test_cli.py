@@ -13,21 +13,14 @@ import numpy as np
 import pytest
 import typer
 
-from llm2vec_ds.__main__ import main
 from llm2vec_ds.cli import app
 from llm2vec_ds.encoder import Encoder
+from tests.support.in_process import run
 from tests.support.runs import ROOT, command, recipe, write_recipe
 from tests.support.tiny import sentences
 
 COMMANDS = ["train", "prepare", "encode", "search", "export", "mine", "doctor", "demo"]
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "datasets", "mteb", "bitsandbytes", "numpy", "pyarrow")
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["llm2vec-ds", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoTokenizer
 from llm2vec_ds.cli import app
 from llm2vec_ds.encoder import Encoder
 from tests.support.forked import own_environment
+from tests.support.in_process import error_line, run
 from tests.support.model_commands import CASES, Case
 from tests.support.planted import PLANTS, Plant
 from tests.support.runs import ROOT, recipe, write_recipe
-from tests.test_mistakes import error_line, run
 
 WITHOUT_A_MODEL = {"doctor"}
 """It trains a model that it builds itself."""

@@ -16,9 +16,9 @@ from llm2vec_ds.data.prepared_folder import read_manifest
 from llm2vec_ds.demo_model import demo_model_dir
 from llm2vec_ds.evaluate.sts import load_graded_pairs
 from tests.support.damage import DEEP, JSON_DAMAGE, RANDOM, Damage, damage, save_nan_llama
+from tests.support.in_process import assert_reads, error_line, run
 from tests.support.runs import recipe, write_recipe
 from tests.support.tiny import save_tiny_llama, tiny_tokenizer
-from tests.test_mistakes import assert_reads, error_line, run
 
 TOKENIZER = tiny_tokenizer()
 

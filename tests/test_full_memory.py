@@ -13,8 +13,8 @@ import torch
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.full_memory import GPU, MACHINE, full_memory
 from llm2vec_ds.recipe import parse_recipe
+from tests.support.in_process import assert_reads, error_line, run
 from tests.support.runs import recipe, write_recipe
-from tests.test_mistakes import assert_reads, error_line, run
 
 PETABYTE = 2**50
 

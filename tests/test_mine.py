@@ -20,8 +20,8 @@ from llm2vec_ds.mine import mine
 from llm2vec_ds.mine_options import MiningOptions
 from llm2vec_ds.recipe import parse_recipe
 from llm2vec_ds.storage.lock import held
+from tests.support.in_process import full_disk
 from tests.support.tiny import sentences, tiny_tokenizer
-from tests.test_mistakes import full_disk
 
 TEXTS = sentences(60, seed=3)
 # The first query has two positives; the last positive is not in the corpus; one pair is no pair.

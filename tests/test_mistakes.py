@@ -7,12 +7,9 @@ import importlib.util
 import json
 import os
 import re
-import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from llm2vec_ds.__main__ import main
+from tests.support.in_process import assert_reads, error_line, full_disk, run
 from tests.support.runs import recipe, write_recipe
 from tests.support.tiny import sentences, tiny_tokenizer
 
@@ -520,27 +517,6 @@ def snapshot(folder: Path) -> Files:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("llm2vec-ds: error: ")]
-    assert len(lines) == 1, error
-    assert error.splitlines()[-1] == lines[0]
-    assert "Traceback" not in error
-    return lines[0].removeprefix("llm2vec-ds: error: ")
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["llm2vec-ds", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
-
-
-def assert_reads(line: str, expected: str) -> None:
-    pattern = ".+".join(re.escape(part) for part in expected.split("…"))
-    assert re.fullmatch(pattern, line), f"\n{line}\n{expected}"
-
-
 @pytest.fixture
 def other_models(tmp_path: Path) -> None:
     """Folders that look like models: a Llama without weights, a falcon, a slow tokenizer."""
@@ -670,17 +646,6 @@ def test_a_port_that_is_taken(tmp_path: Path, tiny_model_dir: Path, texts_file: 
         "address already in use): start every rank, each with this MASTER_ADDR and a MASTER_PORT that is "
         "free on rank 0's node and open to the others",
     )
-
-
-@contextmanager
-def full_disk(bytes_a_file: int) -> Iterator[None]:
-    """No file grows beyond this, so a write fails as on a full disk (EFBIG for ENOSPC)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 FREE_SOME = "cannot be written: …: free some space, or write to another disk"

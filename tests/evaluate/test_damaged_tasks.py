@@ -18,9 +18,9 @@ from llm2vec_ds.evaluate.mteb_tasks import tasks_for
 from llm2vec_ds.evaluate.shards import RankEncoder, ShardedEncoder
 from tests.support.damage import DEEP, JSON_DAMAGE, RANDOM, damage, save_nan_llama
 from tests.support.forked import own_environment
+from tests.support.in_process import assert_reads, error_line, run
 from tests.support.ranks import run_ranks
 from tests.support.tiny import sentences
-from tests.test_mistakes import assert_reads, error_line, run
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from llm2vec_ds.planner.plan import GIB, Planner
 from llm2vec_ds.planner.workload import workload
 from llm2vec_ds.recipe import parse_recipe
 from llm2vec_ds.recipe_file import load_recipe
+from tests.support.in_process import error_line, run
 from tests.support.runs import ROOT, command
-from tests.test_mistakes import error_line, run
 
 LLAMA = ROOT / "recipes" / "llama2_7b_chat" / "mntp.yaml"
 

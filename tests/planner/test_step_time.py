@@ -13,8 +13,8 @@ from llm2vec_ds.planner.measured import measured_speed
 from llm2vec_ds.planner.plan import Planner
 from llm2vec_ds.planner.step_time import Speed, Work, fit_speed
 from llm2vec_ds.recipe_file import load_recipe
+from tests.support.in_process import error_line, run
 from tests.support.runs import recipe, trained, write_recipe
-from tests.test_mistakes import error_line, run
 
 STEPS = [(Work(operations, passes), 0.0) for operations in (1e12, 3e12, 9e12) for passes in (1, 2, 5)]
 

@@ -14,8 +14,7 @@ from tests.evaluate.test_in_training import pairs_file
 from tests.evaluate.test_word_level import conllu
 from tests.support.planted import as_quantised_encoder
 from tests.support.runs import recipe, write_recipe
-from tests.support.tiny import sentences
-from tests.test_ablate import text_file
+from tests.support.tiny import sentences, text_file
 
 Line = list[object]
 

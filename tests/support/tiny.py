@@ -68,3 +68,12 @@ def save_tiny_llama(folder: Path, **changes: Any) -> Path:
     tiny_llama(**changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def text_file(folder: Path) -> Path:
+    """Paragraphs of three sentences each, as `training_text` wants them."""
+    picked = [s[:80].strip().capitalize() + "." for s in sentences(300) if len(s) > 30]
+    paragraphs = [" ".join(picked[i : i + 3]) for i in range(0, len(picked) - 3, 3)]
+    path = folder / "text.txt"
+    path.write_text("\n\n".join(paragraphs) + "\n")
+    return path
