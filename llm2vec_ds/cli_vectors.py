@@ -176,7 +176,9 @@ def export(
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to this hub repository.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export; what others put beside it stays.")
+    ] = False,
 ) -> None:
     """Write an encoder as a folder that other tools load without this package's code, and check it.
 

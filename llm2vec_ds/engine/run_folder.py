@@ -15,10 +15,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from typing_extensions import TypedDict
 
 from llm2vec_ds import __version__
 from llm2vec_ds.durable import replace_file, sync_folder
@@ -44,7 +43,8 @@ CHECKPOINT_FOLDERS = ("step-*", ".unfinished-*", ".removed-*")
 MONITOR_FILES = ("csv/train_*.csv", "csv/held_out_*.csv", "tensorboard/events.out.tfevents.*")
 
 
-class Identity(TypedDict):
+@dataclass(frozen=True)
+class Identity:
     """See engine/identity.py; None: not known."""
 
     recipe: dict[str, Any]
@@ -52,7 +52,8 @@ class Identity(TypedDict):
     model: str | None
 
 
-class Described(TypedDict):
+@dataclass(frozen=True)
+class Described:
     """What run.json holds."""
 
     format_version: int
@@ -116,12 +117,8 @@ def begin(recipe: Recipe, folder: Path, identity: Mapping[str, Any], *, fresh: b
         if fresh:
             for path in _left_by_a_run(folder):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        values = {
-            "format_version": FORMAT_VERSION,
-            "llm2vec_ds_version": __version__,
-            "identity": dict(identity),
-        }
-        replace_file(folder / RUN, f"{json.dumps(values, indent=1)}\n".encode())
+        described = Described(FORMAT_VERSION, __version__, Identity(**identity))
+        replace_file(folder / RUN, f"{json.dumps(asdict(described), indent=1)}\n".encode())
         dump_recipe(recipe, folder / RECIPE)
 
 
@@ -166,8 +163,7 @@ def identity_in(folder: Path) -> dict[str, Any] | None:
     """
     if (folder / RUN).is_file():
         remedy = "restore it, choose another output_dir, or start again by overwrite=true"
-        identity = read_json(folder / RUN, Described, remedy)["identity"]
-        return {**identity}
+        return asdict(read_json(folder / RUN, Described, remedy).identity)
     if (folder / RECIPE).is_file():
         return {"recipe": recipe_identity(load_recipe(folder / RECIPE)), "data": None, "model": None}
     return None

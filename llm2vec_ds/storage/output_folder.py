@@ -17,9 +17,8 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-
-from typing_extensions import TypedDict
 
 from llm2vec_ds import __version__
 from llm2vec_ds.durable import aside_of, exchange, rename, sync_tree, write_file
@@ -54,7 +53,8 @@ FILES_OF_0_1 = (
 )
 
 
-class Manifest(TypedDict):
+@dataclass(frozen=True)
+class Manifest:
     """What MANIFEST holds: `files`, relative to the folder."""
 
     format_version: int
@@ -168,7 +168,7 @@ def written_files(folder: Path) -> set[str]:
     except (OSError, ValueError) as error:
         log.warning("%s is damaged (%s): the folder counts as another's", folder / MANIFEST, error)
         return set()
-    return {name for name in manifest["files"] if _is_inside(name)} | {MANIFEST}
+    return {name for name in manifest.files if _is_inside(name)} | {MANIFEST}
 
 
 def _is_inside(name: str) -> bool:
@@ -192,8 +192,8 @@ def _holds(folder: Path, path: Path) -> bool:
 
 def _write_manifest(folder: Path) -> None:
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
-    values = {"format_version": FORMAT_VERSION, "llm2vec_ds_version": __version__, "files": files}
-    write_file(folder / MANIFEST, f"{json.dumps(values, indent=1)}\n".encode())
+    manifest = Manifest(FORMAT_VERSION, __version__, files)
+    write_file(folder / MANIFEST, f"{json.dumps(asdict(manifest), indent=1)}\n".encode())
 
 
 def _take_along(old: Path, new: Path, what: str) -> None:
