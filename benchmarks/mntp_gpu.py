@@ -50,10 +50,10 @@ def packed_batch(vocab_size: int, n_texts: int, length: int) -> PackedBatch:
     return pack(texts, labels)
 
 
-def measure(options: argparse.Namespace, recomputation: str, peak: float) -> dict[str, Any]:
+def random_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, MaskedTokenHead]:
+    """Trunk with trainable adapters, and head, with random weights in the shape of `options`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    device = torch.device("cpu" if options.cpu else "cuda")
     dtype = torch.float32 if options.cpu else torch.bfloat16
     config = LlamaConfig(
         vocab_size=options.vocab,
@@ -76,12 +76,16 @@ def measure(options: argparse.Namespace, recomputation: str, peak: float) -> dic
     fuse_layers(trunk)
     head = MaskedTokenHead(linear, config, chunk_tokens=1024)
     add_lora(trunk, AdapterConfig(dropout=options.dropout))
-    trainable = [p for p in trunk.parameters() if p.requires_grad]
-    for parameter in trainable:  # as the engine's bf16 does
+    for parameter in trunk.parameters():  # as the engine's bf16 does
         parameter.data = parameter.data.to(dtype)
+    return trunk.train(), head
+
+
+def measure(options: argparse.Namespace, recomputation: str, peak: float) -> dict[str, Any]:
+    device = torch.device("cpu" if options.cpu else "cuda")
+    trunk, head = random_model(options, device)
     recompute_activations(trunk, recomputation)  # type: ignore[arg-type]
-    trunk.train()
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in trunk.parameters() if p.requires_grad], lr=1e-4)
     batch = packed_batch(options.vocab, options.texts, options.length).to(device)
     assert batch.labels is not None
     masked_M = (batch.labels != -100).nonzero().squeeze(1)
@@ -97,7 +101,7 @@ def measure(options: argparse.Namespace, recomputation: str, peak: float) -> dic
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = [seconds_of(step, device) for _ in range(options.steps)]
-    gflop = needed_gflop("mntp", config.to_dict(), batch.n_tokens, len(masked_M))
+    gflop = needed_gflop("mntp", trunk.config.to_dict(), batch.n_tokens, len(masked_M))
     return {
         "activation_checkpointing": recomputation,
         "adapter_dropout": options.dropout,
