@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from llm2vec_kernels import AttentionNeeds, attention, choose_attention_backend
+from llm2vec_kernels.attention import AttentionNeeds, attention, choose_attention_backend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 

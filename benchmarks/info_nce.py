@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-from llm2vec_kernels.info_nce import TILE_MIB, info_nce
+from llm2vec_kernels.info_nce.api import TILE_MIB, info_nce
 
 SCALE = 20.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,8 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import torch
-from llm2vec_kernels import reference
-from llm2vec_kernels.flash_attention import flash_attention
+from llm2vec_kernels.attention import reference
+from llm2vec_kernels.attention.triton import flash_attention
 
 # (dtype, query heads, key/value heads, head dim, options)
 CHECKS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (

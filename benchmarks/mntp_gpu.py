@@ -24,16 +24,16 @@ from device_peaks import matmul_peak_tflop_per_s, seconds_of
 from speed.limit import needed_gflop
 
 from llm2vec_ds.batch import PackedBatch
-from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
-from llm2vec_ds.encoder import trunk_hidden_states
-from llm2vec_ds.loss.mntp import MaskedTokenHead
+from llm2vec_ds.encoder.encoder import trunk_hidden_states
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import with_causal
 from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.recomputation import recompute_activations
+from llm2vec_ds.objectives.mntp.head import MaskedTokenHead
+from llm2vec_ds.recipe.sections import AdapterConfig
 
 MASK_RATE = 0.2
 

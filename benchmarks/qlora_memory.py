@@ -54,7 +54,7 @@ def measure(
 ) -> dict[str, Any]:
     """A few steps of one stage through the ordinary command's function."""
     from llm2vec_ds.engine.run_stages import train_stages
-    from llm2vec_ds.recipe_file import load_recipe
+    from llm2vec_ds.recipe.files import load_recipe
 
     run, texts = scratch / stage, scratch / f"{stage}.txt"
     plain = load_recipe(recipe_file, [f"stage={stage}"])
@@ -96,8 +96,8 @@ def main() -> int:
     if not options.cpu and not torch.cuda.is_available():
         print("error: no CUDA device here: --cpu runs without one, for a small model", file=sys.stderr)
         return 2
-    from llm2vec_ds.cli_common import quiet_libraries
-    from llm2vec_ds.recipe_file import load_recipe
+    from llm2vec_ds.cli.common import quiet_libraries
+    from llm2vec_ds.recipe.files import load_recipe
 
     quiet_libraries()
     first = load_recipe(options.recipe, [f"stage={options.stages[0]}"])

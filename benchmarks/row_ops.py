@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from device_peaks import copy_gb_per_s
-from llm2vec_kernels import row_ops
+from llm2vec_kernels.row_ops import api as row_ops
 from transformers.models.llama import modeling_llama as llama
 
 EPS = 1e-5

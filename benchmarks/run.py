@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llm2vec_kernels.cpu_products import cpu_products
+from llm2vec_kernels.products import cpu_products
 from speed.limit import matmul_peak_gflop_per_s, needed_gflop
 from speed.rivals import RIVALS, Rival, model_for, python_of
 from speed.work import BLOCK_TOKENS, BLOCKS, EXAMPLES, UNITS, WORKS, Spec, make_spec
 
-from llm2vec_ds.ablate import hardware
+from llm2vec_ds.ablation.run import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = Path(__file__).resolve().parent / "speed" / "worker_ours.py"
@@ -71,7 +71,7 @@ def add_masked_batch(spec: Spec, folder: Path) -> None:
     from worker_ours import recipe_of
 
     from llm2vec_ds.engine.run import build_stage
-    from llm2vec_ds.stages.mntp import MntpStage
+    from llm2vec_ds.objectives.mntp.objective import MntpStage
 
     folder.mkdir()
     stage = build_stage(
@@ -206,7 +206,7 @@ def main() -> None:
     if arguments.against == "sentence-transformers" and arguments.work == "mntp":
         parser.error("sentence-transformers has no MNTP: compare with llm2vec")
     if arguments.model is None:
-        from llm2vec_ds.demo_model import demo_model_dir
+        from llm2vec_ds.demo.model import demo_model_dir
 
         arguments.model = str(demo_model_dir())
     with tempfile.TemporaryDirectory() as folder:

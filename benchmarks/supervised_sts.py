@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.evaluate.sts import load_graded_pairs, sts_spearman
 
 POSITIVE_SCORE = 4.0

@@ -33,7 +33,7 @@ import torch.multiprocessing as mp
 from llm2vec_ds.distributed import ranks_from_environment
 from llm2vec_ds.engine.deepspeed_engine import deepspeed_config, partition_for, start_process_group
 from llm2vec_ds.model.loading import TrunkOptions, load_trunk
-from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.recipe.recipe import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, VOCABULARY = 1024, 4_000  # no tensor above 17 MB: 4 % of 400 MB, in a 7B Llama it is 2 %

@@ -12,16 +12,17 @@ __version__ = "0.1.0"
 __all__ = ["Encoder", "EncoderSettings", "UserError", "__version__", "load_vectors", "vector_blocks"]
 
 if TYPE_CHECKING:
-    from llm2vec_ds.encoder import Encoder, EncoderSettings
+    from llm2vec_ds.encoder.encoder import Encoder
+    from llm2vec_ds.encoder.settings import EncoderSettings
     from llm2vec_ds.errors import UserError
-    from llm2vec_ds.vector_files import load_vectors, vector_blocks
+    from llm2vec_ds.vectors.files import load_vectors, vector_blocks
 
 _MODULES = {
-    "Encoder": "encoder",
-    "EncoderSettings": "encoder",
+    "Encoder": "encoder.encoder",
+    "EncoderSettings": "encoder.settings",
     "UserError": "errors",
-    "load_vectors": "vector_files",
-    "vector_blocks": "vector_files",
+    "load_vectors": "vectors.files",
+    "vector_blocks": "vectors.files",
 }
 
 

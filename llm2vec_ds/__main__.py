@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 
 from llm2vec_ds.errors import NO_PLACE, NO_SPACE, Stopped, UserError, is_first_rank, reason, say
-from llm2vec_ds.interrupts import Interrupted, ignore_ending_signals, interruptible
+from llm2vec_ds.process.interrupts import Interrupted, ignore_ending_signals, interruptible
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
 
 def _exit_code() -> int:
     try:
-        from llm2vec_ds.cli import app
+        from llm2vec_ds.cli.app import app
 
         app(prog_name="llm2vec-ds")  # also as `python -m llm2vec_ds`; leaves by SystemExit
     except UserError as error:
@@ -38,7 +38,7 @@ def _of_the_machine(error: Exception) -> str | None:
     """Cause and fix of an error of the disk or of a full memory that no command has explained."""
     if isinstance(error, OSError) and error.errno in NO_SPACE + NO_PLACE:
         return f"{error.filename or 'a file'}: {reason(error)}"
-    from llm2vec_ds.full_memory import full_memory
+    from llm2vec_ds.process.full_memory import full_memory
 
     which = full_memory(error)
     return which and f"{which} is full: end other programs, or take a machine with more memory"

@@ -116,8 +116,8 @@ def _package(name: str, mend: str, *, blocks: bool = False, optional: bool = Fal
 def _devices() -> Iterator[Finding]:
     import psutil
     import torch
-    from llm2vec_kernels import AttentionNeeds, choose_attention_backend
-    from llm2vec_kernels.cpu_products import cpu_products
+    from llm2vec_kernels.attention import AttentionNeeds, choose_attention_backend
+    from llm2vec_kernels.products import cpu_products
 
     memory_gib = psutil.virtual_memory().total / GIB
     products = cpu_products()

@@ -21,7 +21,7 @@ yet, and has the same tokenizer.
 TEXT
 }
 
-read_model='import sys; from llm2vec_ds.recipe_file import load_recipe; print(load_recipe(sys.argv[1], sys.argv[2:]).model.path)'
+read_model='import sys; from llm2vec_ds.recipe.files import load_recipe; print(load_recipe(sys.argv[1], sys.argv[2:]).model.path)'
 
 main() {
   local argument recipe model recipes=() overrides=()

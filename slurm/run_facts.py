@@ -16,7 +16,7 @@ from importlib.metadata import distributions
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.network import own_address
-from llm2vec_ds.recipe_file import load_recipe
+from llm2vec_ds.recipe.files import load_recipe
 
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 

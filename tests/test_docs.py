@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2vec_ds.recipe import documented_keys
+from llm2vec_ds.recipe.recipe import documented_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

@@ -5,164 +5,105 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "llm2vec_ds"
+PACKAGE, KERNELS = ROOT / "llm2vec_ds", ROOT / "kernels" / "llm2vec_kernels"
 
-# Earlier entries know nothing of later ones.
-FLOW = [
+# A folder, or a file of the top level, imports from those above it only.
+ORDER = [
     "errors",
-    "reading",
-    "interrupts",
-    "child_command",
-    "full_memory",
     "network",
-    "durable",
-    "storage.lock",
-    "storage.output_folder",
+    "process",
+    "storage",
     "batch",
-    "config",
     "recipe",
-    "recipe_file",
     "distributed",
-    "data.sources",
-    "data.text_rows",
-    "data.prompts",
-    "data.prepared_folder",
-    "data.prepare",
-    "data.pairs",
-    "data.corpus",
-    "data.batches",
-    "data.packing",
-    "data.prefetch",
-    "data.masking",
-    "data.tagged",
-    "model.bidirectional",
-    "model.attention",
-    "model.cpu_linear",
-    "model.fused_layers",
-    "model.quantization",
-    "model.damage",
-    "model.loading",
-    "model.pooling",
-    "model.lora_linear",
-    "model.recomputation",
-    "model.adapters",
-    "model.imported",
-    "streaming",
-    "encoder_settings",
-    "model.adapter_stack",
+    "data",
+    "model",
     "encoder",
-    "loss.mntp",
-    "loss.ring",
-    "loss.contrastive",
-    "loss.embedding_cache",
-    "stages.base",
-    "stages.mntp",
-    "stages.contrastive",
-    "stages.simcse",
-    "stages.supervised",
-    "engine.comm_bytes",
-    "engine.deepspeed_json",
-    "engine.checkpoint",
-    "engine.trainable_state",
-    "engine.host_heap",
-    "engine.deepspeed_engine",
-    "planner.flash_shapes",
-    "planner.meta_model",
-    "planner.simulate",
-    "planner.states",
-    "planner.workload",
-    "planner.traffic",
-    "planner.step_time",
-    "planner.plan",
-    "planner.measured",
-    "planner.table",
-    "engine.monitor",
-    "engine.identity",
-    "engine.preemption",
-    "engine.run_folder",
-    "engine.progress_check",
-    "engine.watchdog",
-    "engine.memory",
-    "engine.trainer",
-    "engine.run",
-    "engine.run_stages",
-    "work_folder",
-    "vector_files",
-    "encode_files",
-    "vector_search",
-    "evaluate.identity",
-    "evaluate.shards",
-    "search",
-    "mine_options",
-    "mine",
-    "evaluate.sts",
-    "evaluate.retrieval",
-    "evaluate.word_features",
-    "evaluate.word_level",
-    "evaluate.word_task",
-    "evaluate.mteb_tasks",
-    "evaluate.mteb",
-    "evaluate.in_training",
-    "export_files",
-    "export_card",
+    "objectives",
+    "planner",
+    "engine",
+    "vectors",
+    "mining",
+    "evaluate",
     "export",
-    "merge",
     "report",
-    "doctor",
-    "demo_model",
-    "demo_text",
-    "example_sentences",
-    "report_data",
-    "report_figures",
-    "report_page",
-    "ablation_recipe",
-    "ablate",
     "demo",
-    "cli_common",
-    "cli_evaluate",
-    "cli_ablate",
-    "cli_vectors",
-    "cli_memory",
+    "ablation",
+    "doctor",
     "cli",
     "__main__",
 ]
+STRANGERS = [("data", "model")]
+"""They meet in `batch` alone."""
+KERNEL_ORDER = ["devices", "products", "attention", "info_nce", "row_ops"]
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+def module_name(path: Path, root: Path = PACKAGE) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts)
 
 
 def imported(path: Path) -> set[str]:
+    """All modules that a file names in an import, also `b` of `from a import b`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
     return names
 
 
-MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+def own_imports(path: Path, root: Path = PACKAGE) -> set[str]:
+    prefix = f"{root.name}."
+    return {name.removeprefix(prefix) for name in imported(path) if name.startswith(prefix)}
 
 
-def test_every_module_has_its_place_in_the_flow() -> None:
-    assert sorted(map(module_name, MODULES)) == sorted(FLOW)
+def modules(root: Path) -> list[Path]:
+    return [path for path in sorted(root.rglob("*.py")) if path.name != "__init__.py"]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_imports_point_back_to_nothing(path: Path) -> None:
-    place = FLOW.index(module_name(path))
-    own = [name.removeprefix("llm2vec_ds.") for name in imported(path) if name.startswith("llm2vec_ds.")]
-    later = [name for name in own if name in FLOW and FLOW.index(name) >= place]
-    assert not later
-    folder = module_name(path).partition(".")[0]
-    other = {"data": "model.", "model": "data."}.get(folder)
-    assert not [name for name in own if other and name.startswith(other)]
+MODULES, KERNEL_MODULES = modules(PACKAGE), modules(KERNELS)
+
+
+def place(module: str) -> str:
+    """Its folder, or itself at the top level."""
+    return module.partition(".")[0]
+
+
+def test_every_folder_has_its_place() -> None:
+    assert {place(module_name(path)) for path in MODULES} == set(ORDER)
+    assert {place(module_name(path, KERNELS)) for path in KERNEL_MODULES} == set(KERNEL_ORDER)
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "order"),
+    [(path, PACKAGE, ORDER) for path in MODULES] + [(path, KERNELS, KERNEL_ORDER) for path in KERNEL_MODULES],
+    ids=lambda value: value.stem if isinstance(value, Path) else "",
+)
+def test_a_folder_imports_from_those_above_it(path: Path, root: Path, order: list[str]) -> None:
+    own = place(module_name(path, root))
+    others = {place(name) for name in own_imports(path, root)} & set(order) - {own}
+    assert not [other for other in others if order.index(other) > order.index(own)]
+    assert not [other for other in others if (own, other) in STRANGERS or (other, own) in STRANGERS]
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    for root, paths in ((PACKAGE, MODULES), (KERNELS, KERNEL_MODULES)):
+        names = {module_name(path, root) for path in paths}
+        graph = {module_name(path, root): own_imports(path, root) & names for path in paths}
+        list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_the_top_level_is_small() -> None:
+    """One breath: a file there is of no subject, or of all."""
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
@@ -172,7 +113,7 @@ def test_only_the_engine_imports_deepspeed(path: Path) -> None:
 
 
 def test_kernels_know_nothing_of_the_toolkit() -> None:
-    for path in (ROOT / "kernels" / "llm2vec_kernels").glob("*.py"):
+    for path in KERNEL_MODULES:
         assert not [name for name in imported(path) if name.startswith(("llm2vec_ds", "transformers"))]
 
 

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from llm2vec_kernels.cpu_products import product
+from llm2vec_kernels.products import product
 
 
 def matmul_peak_gflop_per_s(threads: int, size: int = 2048, seconds: float = 2.0) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from llm2vec_ds import Encoder
 from llm2vec_ds.engine.run import train as run
-from llm2vec_ds.recipe import Recipe, parse_recipe
+from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 
 
 def recipe_of(spec: dict[str, Any], folder: Path) -> Recipe:

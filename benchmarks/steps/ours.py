@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llm2vec_ds.engine.run import build_stage, train
-from llm2vec_ds.recipe import Recipe, parse_recipe
+from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 from steps.meter import StepMeter
 
 ADAPTER = {"rank": 16, "alpha": 32, "dropout": 0.05}

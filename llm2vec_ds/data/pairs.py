@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from llm2vec_ds.config import DataConfig
 from llm2vec_ds.data.prepare import Instructions, PreparedTexts, load_prepared, prepare
 from llm2vec_ds.data.prepared_folder import QUERY
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.data.sources import COMPRESSIONS, find_source
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.reading import parse_yaml
-from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.recipe.sections import DataConfig
+from llm2vec_ds.storage.reading import parse_yaml
 
 
 @dataclass(frozen=True)

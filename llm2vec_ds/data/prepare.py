@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llm2vec_ds.config import DataConfig
 from llm2vec_ds.data.prepared_folder import (
     MANIFEST,
     NEGATIVE,
@@ -48,7 +47,8 @@ from llm2vec_ds.data.prompts import (
 )
 from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
 from llm2vec_ds.errors import UserError, reason
-from llm2vec_ds.reading import read_json
+from llm2vec_ds.recipe.sections import DataConfig
+from llm2vec_ds.storage.reading import read_json
 
 log = logging.getLogger(__name__)
 

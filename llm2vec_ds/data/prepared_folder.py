@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.reading import read_json
+from llm2vec_ds.storage.reading import read_json
 
 MANIFEST = "manifest.json"
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from llm2vec_ds.config import PairsConfig
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.reading import parse_json
+from llm2vec_ds.recipe.sections import PairsConfig
+from llm2vec_ds.storage.reading import parse_json
 
 log = logging.getLogger(__name__)
 

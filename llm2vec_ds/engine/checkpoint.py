@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec_ds.distributed import all_gather_object, barrier, rank
-from llm2vec_ds.durable import remove_folder, rename, sync_folder, write_file
 from llm2vec_ds.errors import UserError, reason, writing
-from llm2vec_ds.reading import parse_json
+from llm2vec_ds.storage.durable import remove_folder, rename, sync_folder, write_file
+from llm2vec_ds.storage.reading import parse_json
 
 log = logging.getLogger(__name__)
 

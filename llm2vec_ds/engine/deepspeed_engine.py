@@ -18,20 +18,20 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from llm2vec_ds.config import OptimizerConfig
 from llm2vec_ds.distributed import Ranks, meeting
+from llm2vec_ds.engine.combinations import check_combination
 from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
-from llm2vec_ds.engine.deepspeed_json import (
-    OWNED_BY_RECIPE,
-    check_combination,
-    optimizer_is_offloaded,
-    read_json,
-)
-from llm2vec_ds.engine.host_heap import large_blocks_go_back
 from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.lora_linear import LoraLinear
-from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.process.host_heap import large_blocks_go_back
+from llm2vec_ds.recipe.deepspeed_json import (
+    OWNED_BY_RECIPE,
+    optimizer_is_offloaded,
+    read_json,
+)
+from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.recipe.sections import OptimizerConfig
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llm2vec_kernels.cpu_products import cpu_products
+from llm2vec_kernels.products import cpu_products
 
 from llm2vec_ds.distributed import world_size
-from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.model.fingerprint import model_fingerprint
+from llm2vec_ds.recipe.recipe import Recipe
 
 FREE_KEYS = (
     "output_dir",
@@ -40,7 +40,6 @@ FREE_KEYS = (
 """Recipe keys that may differ on resume: where things lie and how ranks share the work. Data and model are
 known by what they hold, wherever they lie."""
 
-SAMPLED_BLOCKS, BLOCK_BYTES = 64, 2**16
 PACKAGES = ("llm2vec-ds", "torch", "transformers", "deepspeed", "peft", "tokenizers", "numpy")
 
 
@@ -69,50 +68,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if None not in (before[part], now[part]) and before[part] != now[part]:
             found.append(words)
     return found
-
-
-def model_fingerprint(path: str) -> str | None:
-    """SHA-256 of a model's configuration, and of blocks spread over its weight files.
-
-    None: a model of the hub whose weights are not on this machine.
-
-    Training moves practically every weight, so that sampled blocks (4 MiB a file) tell models apart as well
-    as all bytes would, without reading a hundred gigabytes at each start.
-    """
-    digest = hashlib.sha256()
-    files = _model_files(path)
-    if not any(file.suffix != ".json" for file in files) and not Path(path).is_dir():
-        return None
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        for block in _blocks(file):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _model_files(path: str) -> list[Path]:
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(path, "config.json")
-        if not isinstance(found, str):
-            return []
-        folder = Path(found).parent
-    patterns = ("config.json", "*.safetensors", "*.bin", "*.gguf")
-    return sorted(file for pattern in patterns for file in folder.glob(pattern))
-
-
-def _blocks(file: Path) -> list[bytes]:
-    size = file.stat().st_size
-    if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
-        return [file.read_bytes()]
-    blocks = []
-    with file.open("rb") as opened:
-        for number in range(SAMPLED_BLOCKS):
-            opened.seek((size - BLOCK_BYTES) * number // (SAMPLED_BLOCKS - 1))
-            blocks.append(opened.read(BLOCK_BYTES))
-    return blocks
 
 
 def made_by(recipe: Recipe) -> dict[str, Any]:

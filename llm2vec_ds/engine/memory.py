@@ -14,17 +14,17 @@ import numpy as np
 import psutil
 import torch
 
-from llm2vec_ds.config import MachineConfig
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.distributed import all_reduce_max_int, rank, world_size
 from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.monitor import peak_mib
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.full_memory import GPU, full_memory
+from llm2vec_ds.objectives.base import Stage
 from llm2vec_ds.planner.plan import GIB, Memory, Planner
-from llm2vec_ds.recipe import Recipe
-from llm2vec_ds.stages.base import Stage
+from llm2vec_ds.process.full_memory import GPU, full_memory
+from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.recipe.sections import MachineConfig
 
 log = logging.getLogger(__name__)
 

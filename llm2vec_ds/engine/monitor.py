@@ -18,9 +18,9 @@ from torch import nn
 from tqdm import tqdm
 
 from llm2vec_ds.distributed import all_gather_object, rank
-from llm2vec_ds.durable import replace_file
 from llm2vec_ds.errors import UserError, say, writing
-from llm2vec_ds.reading import parse_json
+from llm2vec_ds.storage.durable import replace_file
+from llm2vec_ds.storage.reading import parse_json
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from llm2vec_ds.config import MntpConfig
-from llm2vec_ds.data.masking import Masking
 from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_all
 from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
 from llm2vec_ds.data.prepared_folder import largest_id_in
@@ -26,7 +24,8 @@ from llm2vec_ds.distributed import (
     rank,
     ranks_from_environment,
 )
-from llm2vec_ds.encoder import Encoder, EncoderSettings
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore
 from llm2vec_ds.engine.deepspeed_engine import (
     Engine,
@@ -34,10 +33,8 @@ from llm2vec_ds.engine.deepspeed_engine import (
     partition_for,
     start_process_group,
 )
-from llm2vec_ds.engine.host_heap import freed_memory_is_kept
 from llm2vec_ds.engine.identity import changes, identity_of, made_by
 from llm2vec_ds.engine.memory import explains_full_memory, watched
-from llm2vec_ds.engine.preemption import StopRequest
 from llm2vec_ds.engine.run_folder import (
     CHECKPOINTS,
     LOCK,
@@ -49,19 +46,23 @@ from llm2vec_ds.engine.run_folder import (
 )
 from llm2vec_ds.engine.trainer import Evaluation, Trainer
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.loss.contrastive import check_widths
-from llm2vec_ds.loss.embedding_cache import ContrastiveModel
-from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
 from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora, n_fused
 from llm2vec_ds.model.damage import check_ids
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk, load_trunk_and_head
 from llm2vec_ds.model.recomputation import recompute_activations
-from llm2vec_ds.recipe import Recipe
-from llm2vec_ds.stages.base import Stage
-from llm2vec_ds.stages.mntp import MntpStage
-from llm2vec_ds.stages.simcse import simcse_stage
-from llm2vec_ds.stages.supervised import supervised_stage
+from llm2vec_ds.objectives.base import Stage
+from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel
+from llm2vec_ds.objectives.contrastive.info_nce import check_widths
+from llm2vec_ds.objectives.contrastive.simcse import simcse_stage
+from llm2vec_ds.objectives.contrastive.supervised import supervised_stage
+from llm2vec_ds.objectives.mntp.head import MaskedTokenHead, MntpModel
+from llm2vec_ds.objectives.mntp.masking import Masking
+from llm2vec_ds.objectives.mntp.objective import MntpStage
+from llm2vec_ds.process.host_heap import freed_memory_is_kept
+from llm2vec_ds.process.preemption import StopRequest
+from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.recipe.sections import MntpConfig
 from llm2vec_ds.storage.lock import held
 
 log = logging.getLogger(__name__)

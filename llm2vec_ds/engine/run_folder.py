@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec_ds import __version__
-from llm2vec_ds.durable import replace_file, sync_folder
 from llm2vec_ds.engine.identity import changes, recipe_identity
-from llm2vec_ds.engine.preemption import STOP_FILE
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.reading import parse_json, read_json
-from llm2vec_ds.recipe import Recipe
-from llm2vec_ds.recipe_file import dump_recipe, load_recipe
+from llm2vec_ds.process.preemption import STOP_FILE
+from llm2vec_ds.recipe.files import dump_recipe, load_recipe
+from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.storage.durable import replace_file, sync_folder
 from llm2vec_ds.storage.output_folder import check_replaceable, resolved
+from llm2vec_ds.storage.reading import parse_json, read_json
 
 RUN, RECIPE, METRICS, HELD_OUT, FINISHED = (
     "run.json",

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from llm2vec_ds.config import EvaluationConfig
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.engine.run_folder import is_finished
 from llm2vec_ds.engine.trainer import Evaluation
-from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.recipe.sections import EvaluationConfig
 
 
 def train_stages(

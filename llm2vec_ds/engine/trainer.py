@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm2vec_ds.config import OptimizerConfig
 from llm2vec_ds.data.batches import rank_slice
 from llm2vec_ds.data.prefetch import Prefetch
 from llm2vec_ds.distributed import (
@@ -23,20 +22,21 @@ from llm2vec_ds.distributed import (
     rank,
     world_size,
 )
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore, Manifest
 from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.identity import made_by
 from llm2vec_ds.engine.monitor import FiniteCheck, MetricsLog, peak_mib
-from llm2vec_ds.engine.preemption import StopRequest
 from llm2vec_ds.engine.progress_check import ProgressCheck
 from llm2vec_ds.engine.run_folder import ENCODER, mark_finished
 from llm2vec_ds.engine.watchdog import Watchdog
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapter_stack import adapter_state
 from llm2vec_ds.model.adapters import merged_state_dict
-from llm2vec_ds.recipe import Recipe
-from llm2vec_ds.stages.base import Stage
+from llm2vec_ds.objectives.base import Stage
+from llm2vec_ds.process.preemption import StopRequest
+from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.recipe.sections import OptimizerConfig
 
 log = logging.getLogger(__name__)
 

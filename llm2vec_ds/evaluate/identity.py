@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec_ds import __version__
-from llm2vec_ds.engine.identity import model_fingerprint
+from llm2vec_ds.model.fingerprint import model_fingerprint
 
 KEY_CHARACTERS = 16
 

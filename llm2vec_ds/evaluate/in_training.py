@@ -9,9 +9,8 @@ from collections.abc import Callable
 
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-from llm2vec_ds.config import EvaluationConfig, WordsConfig
 from llm2vec_ds.distributed import all_gather_object
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.mteb import MtebEncoder, measure
 from llm2vec_ds.evaluate.mteb_tasks import tasks_for
@@ -19,6 +18,7 @@ from llm2vec_ds.evaluate.shards import RankEncoder
 from llm2vec_ds.evaluate.word_features import SHIFTS, word_features
 from llm2vec_ds.evaluate.word_level import ProbeOptions, probe
 from llm2vec_ds.evaluate.word_task import WordTask
+from llm2vec_ds.recipe.sections import EvaluationConfig, WordsConfig
 
 
 def in_training_evaluation(config: EvaluationConfig) -> Callable[[Encoder], dict[str, float]]:

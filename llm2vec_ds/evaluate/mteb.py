@@ -21,8 +21,8 @@ from mteb.types import PromptType
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.identity import key_of, model_name, weights_key
 from llm2vec_ds.evaluate.shards import RankEncoder
-from llm2vec_ds.reading import parse_yaml
-from llm2vec_ds.work_folder import replace_text
+from llm2vec_ds.storage.reading import parse_yaml
+from llm2vec_ds.storage.work_folder import replace_text
 
 log = logging.getLogger(__name__)
 

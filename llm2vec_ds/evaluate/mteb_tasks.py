@@ -22,7 +22,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.identity import file_key
 from llm2vec_ds.evaluate.sts import load_graded_pairs
-from llm2vec_ds.reading import parse_json
+from llm2vec_ds.storage.reading import parse_json
 
 SUBSETS = {
     "paper15": [

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 
 
 @dataclass(frozen=True)

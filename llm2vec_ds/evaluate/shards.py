@@ -20,7 +20,7 @@ from llm2vec_ds.distributed import (
     ranks_from_environment,
     world_size,
 )
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 
 log = logging.getLogger(__name__)

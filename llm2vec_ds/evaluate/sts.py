@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.data.tagged import TaggedSentence
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.model.damage import check_ids, why_not_finite
 from llm2vec_ds.storage.output_folder import replaced_folder

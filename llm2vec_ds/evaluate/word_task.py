@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from llm2vec_ds.data.tagged import HUB, TaggedSentence, load_tagged
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.identity import file_key, key_of, weights_key
 from llm2vec_ds.evaluate.word_features import SHIFTS, WordFeatures, word_features
 from llm2vec_ds.evaluate.word_level import ProbeOptions, probe
-from llm2vec_ds.work_folder import replace_text
+from llm2vec_ds.storage.work_folder import replace_text
 
 
 @dataclass(frozen=True)

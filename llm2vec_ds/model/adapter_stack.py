@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import TRAINED, GatherParameters, adapter_names, add_lora, check_whole
-from llm2vec_ds.reading import read_json
+from llm2vec_ds.recipe.sections import AdapterConfig
+from llm2vec_ds.storage.reading import read_json
 
 FOLDER, INDEX = "adapters", "stack.json"
 

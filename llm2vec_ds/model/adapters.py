@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.quantization import dequantized
+from llm2vec_ds.recipe.sections import AdapterConfig
 
 TRAINED = "default"
 """Name of the adapter that trains."""

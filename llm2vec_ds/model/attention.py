@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from llm2vec_kernels import ATTENTION_NAMES, attention
+from llm2vec_kernels.attention import ATTENTION_NAMES, attention
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 

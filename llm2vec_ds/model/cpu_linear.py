@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 import torch
-from llm2vec_kernels.cpu_products import cpu_products, product
+from llm2vec_kernels.products import cpu_products, product
 from torch import nn
 from torch.autograd.function import once_differentiable
 

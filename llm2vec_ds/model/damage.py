@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.reading import checked_json
+from llm2vec_ds.storage.reading import checked_json
 
 INDEX = "model.safetensors.index.json"
 JSON_FILES = (

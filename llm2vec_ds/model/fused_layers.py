@@ -13,7 +13,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from llm2vec_kernels.row_ops import gated_unit, rms_norm, rotate, runs_on
+from llm2vec_kernels.row_ops.api import gated_unit, rms_norm, rotate, runs_on
 from torch import nn
 from transformers.models.gemma import modeling_gemma as gemma
 from transformers.models.llama import modeling_llama as llama

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.reading import read_json
+from llm2vec_ds.storage.reading import read_json
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from llm2vec_kernels import AttentionBackend, AttentionNeeds, choose_attention_backend
-from llm2vec_kernels.row_ops import runs_on
+from llm2vec_kernels.attention import AttentionBackend, AttentionNeeds, choose_attention_backend
+from llm2vec_kernels.row_ops.api import runs_on
 from torch import nn
 
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.full_memory import full_memory
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import (
     check_can_be_bidirectional,
@@ -28,6 +27,7 @@ from llm2vec_ds.model.cpu_linear import use_fast_products
 from llm2vec_ds.model.damage import damaged_file
 from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.quantization import nf4_config, prepare_for_training
+from llm2vec_ds.process.full_memory import full_memory
 
 log = logging.getLogger(__name__)
 

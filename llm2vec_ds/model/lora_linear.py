@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from llm2vec_kernels.cpu_products import product
+from llm2vec_kernels.products import product
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn

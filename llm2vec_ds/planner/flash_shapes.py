@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from llm2vec_kernels.cpu_attention import cpu_attention
+from llm2vec_kernels.attention.cpu import cpu_attention
 from torch import nn
 
 from llm2vec_ds.model.attention import register

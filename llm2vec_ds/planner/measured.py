@@ -10,12 +10,12 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from llm2vec_ds.config import MachineConfig
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.planner.plan import Planner
 from llm2vec_ds.planner.step_time import Fit, Work, fit_speed
-from llm2vec_ds.reading import read_json, read_json_lines
-from llm2vec_ds.recipe_file import load_recipe
+from llm2vec_ds.recipe.files import load_recipe
+from llm2vec_ds.recipe.sections import MachineConfig
+from llm2vec_ds.storage.reading import read_json, read_json_lines
 
 WARM_UP_STEPS = 1
 

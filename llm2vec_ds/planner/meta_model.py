@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.loss.mntp import MaskedTokenHead
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.bidirectional import with_causal
 from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.loading import TrunkOptions, loading
 from llm2vec_ds.model.quantization import quantize_shapes
 from llm2vec_ds.model.recomputation import recompute_activations
+from llm2vec_ds.objectives.mntp.head import MaskedTokenHead
 from llm2vec_ds.planner.flash_shapes import register_for_shapes
-from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.recipe.sections import AdapterConfig
 
 META = torch.device("meta")
 

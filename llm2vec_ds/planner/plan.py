@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from llm2vec_ds.config import MachineConfig
-from llm2vec_ds.engine.deepspeed_json import read_json
 from llm2vec_ds.model.adapter_stack import read_stack
 from llm2vec_ds.model.loading import TrunkOptions
 from llm2vec_ds.model.quantization import weight_storages
@@ -26,7 +24,9 @@ from llm2vec_ds.planner.states import States, states
 from llm2vec_ds.planner.step_time import Speed, StepTime, Work, assumed_speed, operations
 from llm2vec_ds.planner.traffic import bandwidth_gbps, step_bytes
 from llm2vec_ds.planner.workload import Bank, Workload, embedding_bank, workload
-from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.recipe.deepspeed_json import read_json
+from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.recipe.sections import MachineConfig
 
 GIB = 2**30
 RESERVED = {"cuda": GIB * 3 // 4, "cpu": GIB}

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llm2vec_ds.batch import PackedBatch
-from llm2vec_ds.encoder import trunk_hidden_states
+from llm2vec_ds.encoder.encoder import trunk_hidden_states
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.planner.meta_model import META, MetaModel
-from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

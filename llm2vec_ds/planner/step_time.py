@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm2vec_ds.config import MachineConfig
-from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.recipe.sections import MachineConfig
 
 UTILISATION = 0.4
 """Share of the data sheet's speed that matrix products of this size reach: an assumption."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm2vec_ds.config import MachineConfig
 from llm2vec_ds.planner.workload import FP32, Workload
+from llm2vec_ds.recipe.sections import MachineConfig
 
 ID_BYTES = 8
 BETWEEN_NODES_GBPS, INSIDE_NODE_GBPS = 200.0, 256.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.recipe.recipe import Recipe
 
 FP32 = 4
 TILE = 64 * 2**20

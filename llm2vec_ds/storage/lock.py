@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.reading import checked_json
+from llm2vec_ds.storage.reading import checked_json
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from llm2vec_ds import __version__
-from llm2vec_ds.durable import aside_of, exchange, rename, sync_tree, write_file
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.reading import checked_json, parse_json
+from llm2vec_ds.storage.durable import aside_of, exchange, rename, sync_tree, write_file
 from llm2vec_ds.storage.lock import held
+from llm2vec_ds.storage.reading import checked_json, parse_json
 
 log = logging.getLogger(__name__)
 

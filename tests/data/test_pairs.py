@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from llm2vec_ds.config import DataConfig
 from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_pairs
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe.sections import DataConfig
 from tests.support.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

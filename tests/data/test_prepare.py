@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from llm2vec_ds.config import DataConfig
 from llm2vec_ds.data import prepare as prepare_module
 from llm2vec_ds.data.prepare import load_prepared, prepare
 from llm2vec_ds.data.prompts import tokenize
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe.sections import DataConfig
 from tests.support.tiny import sentences, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llm2vec_ds.durable import write_file
 from llm2vec_ds.engine.checkpoint import CheckpointStore, Hashes, Manifest
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.storage.durable import write_file
 
 CONTENT = b"trainable state"
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llm2vec_ds.engine.run import train
-from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.engine.test_global_batch import EXAMPLES, TEXTS_AN_EXAMPLE, pairs_file, recipe_of
 from tests.support.ranks import run_ranks
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from llm2vec_ds.engine import deepspeed_engine
 from llm2vec_ds.engine.run import train
-from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.ranks import run_ranks
 from tests.support.tiny import WORDS, tiny_tokenizer
 

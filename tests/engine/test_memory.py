@@ -14,9 +14,9 @@ from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.engine import memory
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.loss.embedding_cache import ContrastiveModel
-from llm2vec_ds.loss.mntp import MntpModel
-from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel
+from llm2vec_ds.objectives.mntp.head import MntpModel
+from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.ranks import run_ranks
 from tests.support.runs import NO_DROPOUT, ROOT, recipe
 

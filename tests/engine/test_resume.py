@@ -16,8 +16,8 @@ from llm2vec_ds.engine import trainable_state
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.recipe import parse_recipe
-from llm2vec_ds.stages.mntp import MntpStage
+from llm2vec_ds.objectives.mntp.objective import MntpStage
+from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.ranks import run_ranks
 from tests.support.runs import NO_DROPOUT, recipe
 

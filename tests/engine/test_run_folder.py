@@ -17,8 +17,8 @@ from llm2vec_ds.engine.run import train
 from llm2vec_ds.engine.run_folder import check_is_of_finished_run, check_run_folder, is_finished
 from llm2vec_ds.engine.run_stages import train_stages
 from llm2vec_ds.errors import Stopped
-from llm2vec_ds.export import ExportOptions, export
-from llm2vec_ds.recipe import Recipe, parse_recipe
+from llm2vec_ds.export.export import ExportOptions, export
+from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 from llm2vec_ds.storage.lock import held
 from llm2vec_ds.storage.output_folder import MANIFEST
 from tests.support.runs import recipe
@@ -266,7 +266,7 @@ def test_a_stop_in_the_last_step_of_a_stage_is_meant_for_all(
         max_steps=1,
     )
     with monkeypatch.context() as asking:
-        asking.setattr("llm2vec_ds.engine.preemption.StopRequest.seen", lambda *_, **__: True)
+        asking.setattr("llm2vec_ds.process.preemption.StopRequest.seen", lambda *_, **__: True)
         with pytest.raises(Stopped, match="after the last step of simcse, its encoder written: run the same"):
             train_stages([first, second])
         assert is_finished(tmp_path / "first")
@@ -311,7 +311,7 @@ def test_adapters_are_merged_without_a_second_copy(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written are the trunk's own weights, and the same bits as from copies."""
-    from llm2vec_ds.encoder import Encoder
+    from llm2vec_ds.encoder.encoder import Encoder
     from llm2vec_ds.model.adapters import merged_state_dict
 
     copies: dict[str, torch.Tensor] = {}

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2vec_ds.config import OptimizerConfig
 from llm2vec_ds.engine.deepspeed_engine import OWNED_BY_RECIPE, deepspeed_config
 from llm2vec_ds.engine.trainer import learning_rate
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.recipe.recipe import parse_recipe
+from llm2vec_ds.recipe.sections import OptimizerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {"stage": "mntp", "model": {"path": "m"}, "data": {"path": "t.txt"}, "output_dir": "o"}

@@ -11,7 +11,7 @@ import torch
 
 from llm2vec_ds.engine.deepspeed_engine import deepspeed_config
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.engine.test_global_batch import ROOT, _train_cases, outcome, recipe_of
 from tests.engine.test_global_batch import pairs_file as pairs_file
 from tests.support.ranks import run_ranks

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from llm2vec_ds.engine.run import build_stage
-from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.runs import NO_DROPOUT, recipe, trained
 
 

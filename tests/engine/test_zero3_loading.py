@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.distributed import agreed, ranks_from_environment
 from llm2vec_ds.engine.deepspeed_engine import deepspeed_config, partition_for, start_process_group
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.loss.mntp import MaskedTokenHead
 from llm2vec_ds.model.adapters import add_lora, merged_state_dict
 from llm2vec_ds.model.loading import TrunkOptions, load_trunk, load_trunk_and_head
-from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.objectives.mntp.head import MaskedTokenHead
+from llm2vec_ds.recipe.recipe import parse_recipe
+from llm2vec_ds.recipe.sections import AdapterConfig
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_tiny_llama
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from llm2vec_ds import Encoder
-from llm2vec_ds.config import EvaluationConfig
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.in_training import in_training_evaluation
 from llm2vec_ds.evaluate.sts import load_graded_pairs, sts_spearman
-from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.recipe.recipe import parse_recipe
+from llm2vec_ds.recipe.sections import EvaluationConfig
 from tests.evaluate.test_word_level import conllu
 from tests.support.runs import command, recipe, write_recipe
 from tests.support.tiny import sentences

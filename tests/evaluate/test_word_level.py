@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from llm2vec_ds import Encoder
-from llm2vec_ds.cli import app
+from llm2vec_ds.cli.app import app
 from llm2vec_ds.data.tagged import TaggedSentence, load_tagged
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.word_features import SHIFTS, WordFeatures, word_features

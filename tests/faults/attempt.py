@@ -69,7 +69,7 @@ def _rank(
 
 def _note_phases(operations: Operations) -> None:
     """`start` until the first save, then the number of saves begun, and `encoder` from its writing on."""
-    from llm2vec_ds.encoder import Encoder
+    from llm2vec_ds.encoder.encoder import Encoder
     from llm2vec_ds.engine.checkpoint import CheckpointStore
 
     saves = 0
@@ -108,7 +108,7 @@ def _plant(fault: Fault, have_met: list[Path]) -> None:
     import torch
 
     from llm2vec_ds.engine import run
-    from llm2vec_ds.stages.contrastive import ContrastiveStage
+    from llm2vec_ds.objectives.contrastive.objective import ContrastiveStage
 
     if fault.kind == "absent":
 

@@ -8,8 +8,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm2vec_ds.encoder import Encoder
-from llm2vec_ds.encoder_settings import EncoderSettings
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.settings import EncoderSettings
 from tests.faults.operations import Fault, Operations
 from tests.support.forked import enter, exit_code_of, own_environment, server, wait, write_to
 from tests.support.tiny import tiny_llama, tiny_tokenizer

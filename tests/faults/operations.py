@@ -41,7 +41,7 @@ class Operations:
     """
 
     def __init__(self, fault: Fault | None = None) -> None:
-        from llm2vec_ds import durable
+        from llm2vec_ds.storage import durable
 
         self.fault = fault
         self.phase = "start"

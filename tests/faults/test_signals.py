@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from llm2vec_ds.child_command import run_command
 from llm2vec_ds.engine.checkpoint import CheckpointStore
 from llm2vec_ds.errors import Stopped
-from llm2vec_ds.interrupts import HANDED_ON_S, Interrupted, interruptible
+from llm2vec_ds.process.child_command import run_command
+from llm2vec_ds.process.interrupts import HANDED_ON_S, Interrupted, interruptible
 from tests.support.forked import own_environment, start_command, wait
 from tests.support.runs import recipe, write_recipe
 
@@ -97,7 +97,7 @@ def test_ranks_agree_and_one_speaks(run: Run, tmp_path: Path) -> None:
 
 
 def _third_step_without_end() -> None:
-    from llm2vec_ds.stages.contrastive import ContrastiveStage
+    from llm2vec_ds.objectives.contrastive.objective import ContrastiveStage
 
     whole = ContrastiveStage.step
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from llm2vec_kernels import AttentionNeeds, attention, backends, choose_attention_backend, reference
+from llm2vec_kernels.attention import AttentionNeeds, attention, backends, choose_attention_backend, reference
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 HALF = torch.bfloat16
@@ -17,10 +17,10 @@ HALF = torch.bfloat16
 @pytest.fixture
 def _all_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with a data-centre GPU and every package."""
-    from llm2vec_kernels import flash_configs
+    from llm2vec_kernels.attention import tile_sizes
 
     monkeypatch.setattr(backends, "INSTALLED", frozenset(backends.PACKAGES))
-    monkeypatch.setattr(flash_configs, "card_of", lambda device: flash_configs.HOPPER)
+    monkeypatch.setattr(tile_sizes, "card_of", lambda device: tile_sizes.HOPPER)
 
 
 @pytest.mark.usefixtures("_all_installed")
@@ -86,7 +86,7 @@ def test_what_is_not_installed_or_too_small_is_refused(monkeypatch: pytest.Monke
 
 
 def test_a_card_with_little_shared_memory_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm2vec_kernels import flash_configs
+    from llm2vec_kernels.attention import tile_sizes
 
     class Properties:
         name = "Tesla V100"
@@ -94,11 +94,11 @@ def test_a_card_with_little_shared_memory_is_refused_by_name(monkeypatch: pytest
         shared_memory_per_block = 49_152
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    flash_configs.card_of.cache_clear()
+    tile_sizes.card_of.cache_clear()
     chosen = choose_attention_backend("auto", AttentionNeeds(CUDA, HALF))
     assert chosen.name == "torch"
     assert "Tesla V100 gives a program 98304 bytes" in chosen.reason
-    flash_configs.card_of.cache_clear()
+    tile_sizes.card_of.cache_clear()
 
 
 def fake_package(name: str, accepts: set[str], monkeypatch: pytest.MonkeyPatch) -> None:

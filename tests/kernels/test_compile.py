@@ -16,8 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from llm2vec_kernels import info_nce_triton, row_ops_triton
-from llm2vec_kernels.flash_configs import (
+from llm2vec_kernels.attention.tile_sizes import (
     AMPERE,
     CARDS,
     CONSUMER,
@@ -31,6 +30,8 @@ from llm2vec_kernels.flash_configs import (
     padded_head_dim,
     tiles_for,
 )
+from llm2vec_kernels.info_nce import triton as info_nce_triton
+from llm2vec_kernels.row_ops import triton as row_ops_triton
 
 SCRIPT = Path(__file__).parents[1] / "support" / "compile_kernels.py"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"

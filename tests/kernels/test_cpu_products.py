@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llm2vec_kernels import cpu_products as module
-from llm2vec_kernels.cpu_products import cpu_products, product, usual_library
+from llm2vec_kernels import products as module
+from llm2vec_kernels.products import cpu_products, product, usual_library
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,7 @@ def test_measuring_leaves_the_threads_as_they_were() -> None:
 
 MANY_SHAPES = """
 import torch
-from llm2vec_kernels.cpu_products import product
+from llm2vec_kernels.products import product
 
 def resident_mib():
     return int(open("/proc/self/statm").read().split()[1]) * 4 // 1024

@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llm2vec_kernels import reference
+from llm2vec_kernels.attention import reference
 
 pytest.importorskip("triton")
-from llm2vec_kernels.flash_attention import flash_attention, flash_attention_op, visible_intervals
-from llm2vec_kernels.flash_configs import tiles_on
+from llm2vec_kernels.attention.tile_sizes import tiles_on
+from llm2vec_kernels.attention.triton import flash_attention, flash_attention_op, visible_intervals
 
 from tests.support.interpreter import round_bf16_to_nearest
 

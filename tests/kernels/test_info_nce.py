@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llm2vec_kernels import info_nce_tiles, reference
-from llm2vec_kernels.info_nce import block_gradients, block_log_sum_exp, info_nce, merge_statistics
-from llm2vec_kernels.info_nce_tiles import CHUNK_ELEMENTS
+from llm2vec_kernels.info_nce import reference
+from llm2vec_kernels.info_nce import tiles as info_nce_tiles
+from llm2vec_kernels.info_nce.api import block_gradients, block_log_sum_exp, info_nce, merge_statistics
+from llm2vec_kernels.info_nce.tiles import CHUNK_ELEMENTS
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-from llm2vec_kernels import info_nce, info_nce_tiles, info_nce_triton, reference
-from llm2vec_kernels.info_nce_epilogue import TorchEpilogue
-from llm2vec_kernels.info_nce_tiles import Block
+from llm2vec_kernels.info_nce import api as info_nce
+from llm2vec_kernels.info_nce import reference
+from llm2vec_kernels.info_nce import tiles as info_nce_tiles
+from llm2vec_kernels.info_nce import triton as info_nce_triton
+from llm2vec_kernels.info_nce.epilogue import TorchEpilogue
+from llm2vec_kernels.info_nce.tiles import Block
 
 from tests.kernels.test_info_nce import SMALL_TILE_MIB, Example, assert_equals_reference, example
 from tests.support.interpreter import round_bf16_to_nearest

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llm2vec_kernels import row_ops
+from llm2vec_kernels.row_ops import api as row_ops
 
 EPS = 1e-5
 

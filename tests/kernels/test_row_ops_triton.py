@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-from llm2vec_kernels import row_ops
-from llm2vec_kernels import row_ops_triton as ours
+from llm2vec_kernels.row_ops import api as row_ops
+from llm2vec_kernels.row_ops import triton as ours
 
 from tests.kernels import test_row_ops as formulas
 from tests.support.interpreter import round_bf16_to_nearest

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llm2vec_kernels import attention, choose_attention_backend, reference
+from llm2vec_kernels.attention import attention, choose_attention_backend, reference
 
 lengths_of_texts = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.data.packing import pack
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import add_lora, merged_state_dict
 from llm2vec_ds.model.cpu_linear import use_fast_products
+from llm2vec_ds.recipe.sections import AdapterConfig
 from tests.model.test_equalities import texts, trunk
 from tests.support.tiny import tiny_tokenizer
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2vec_ds.config import ContrastiveConfig
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
-from llm2vec_ds.encoder import Encoder
-from llm2vec_ds.loss.contrastive import ContrastiveLoss, PairVectors
-from llm2vec_ds.loss.mntp import MaskedTokenHead, MntpModel
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, is_causal, with_causal
+from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
+from llm2vec_ds.objectives.mntp.head import MaskedTokenHead, MntpModel
+from llm2vec_ds.recipe.sections import ContrastiveConfig
 from tests.support.tiny import tiny_tokenizer
 
 ATTENTION = register()

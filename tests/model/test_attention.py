@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llm2vec_kernels import attention
+from llm2vec_kernels.attention import attention
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.attention import _padding_last, register

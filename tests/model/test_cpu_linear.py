@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from llm2vec_kernels import cpu_products as products
+from llm2vec_kernels import products
 from torch import nn
 
-from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.model.adapters import add_lora, n_fused
 from llm2vec_ds.model.cpu_linear import CpuLinear, use_fast_products
+from llm2vec_ds.recipe.sections import AdapterConfig
 
 CPU = torch.device("cpu")
 

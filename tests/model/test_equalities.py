@@ -9,7 +9,7 @@ import torch
 
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from llm2vec_kernels.cpu_products import cpu_products
+from llm2vec_kernels.products import cpu_products
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
-from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.model.adapters import add_lora, n_fused
 from llm2vec_ds.model.lora_linear import LoraLinear
+from llm2vec_ds.recipe.sections import AdapterConfig
 
 
 class TwoLayers(nn.Module):

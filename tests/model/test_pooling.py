@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.model.pooling import POOLINGS
-from llm2vec_ds.recipe import Recipe
+from llm2vec_ds.recipe.recipe import Recipe
 
 
 def by_loop(name: str, hidden: torch.Tensor, texts: list[TokenizedText]) -> torch.Tensor:

@@ -11,19 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.data.packing import pack
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.engine.deepspeed_engine import deepspeed_config
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.sts import own_graded_pairs
-from llm2vec_ds.merge import merge_into_original
+from llm2vec_ds.export.merge import merge_into_original
 from llm2vec_ds.model.adapter_stack import put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora, merged_state_dict
 from llm2vec_ds.model.loading import TrunkOptions, load_trunk
 from llm2vec_ds.model.quantization import quantized_layers
-from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.recipe.recipe import parse_recipe
+from llm2vec_ds.recipe.sections import AdapterConfig
 from tests.model.test_equalities import texts
 from tests.support.ranks import run_ranks
 from tests.support.runs import NO_DROPOUT, ROOT, recipe

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from llm2vec_kernels.cpu_products import cpu_products
+from llm2vec_kernels.products import cpu_products
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from llm2vec_ds.config import AdapterConfig
 from llm2vec_ds.data.packing import pack
-from llm2vec_ds.encoder import Encoder
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.cpu_linear import use_fast_products
 from llm2vec_ds.model.recomputation import Recomputation, _keep_and_replay, recompute_activations
+from llm2vec_ds.recipe.sections import AdapterConfig
 from tests.model.test_equalities import texts, trunk
 from tests.support.tiny import tiny_tokenizer
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from llm2vec_ds.config import MachineConfig
 from llm2vec_ds.planner import table
 from llm2vec_ds.planner.plan import GIB, Planner
 from llm2vec_ds.planner.workload import workload
-from llm2vec_ds.recipe import parse_recipe
-from llm2vec_ds.recipe_file import load_recipe
+from llm2vec_ds.recipe.files import load_recipe
+from llm2vec_ds.recipe.recipe import parse_recipe
+from llm2vec_ds.recipe.sections import MachineConfig
 from tests.support.in_process import error_line, run
 from tests.support.runs import ROOT, command
 

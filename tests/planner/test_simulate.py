@@ -12,16 +12,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from llm2vec_ds.batch import PackedBatch
-from llm2vec_ds.config import MachineConfig
-from llm2vec_ds.loss.mntp import MaskedTokenHead
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import with_causal
 from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.model.recomputation import recompute_activations
+from llm2vec_ds.objectives.mntp.head import MaskedTokenHead
 from llm2vec_ds.planner.plan import Planner
-from llm2vec_ds.recipe import Recipe, parse_recipe
+from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
+from llm2vec_ds.recipe.sections import MachineConfig
 from tests.support.measure import storage_bytes
 from tests.support.runs import ROOT
 

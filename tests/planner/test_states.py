@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from llm2vec_ds.config import MachineConfig
 from llm2vec_ds.distributed import ranks_from_environment
 from llm2vec_ds.engine.deepspeed_engine import deepspeed_config, partition_for, start_process_group
 from llm2vec_ds.engine.run import build_stage
 from llm2vec_ds.model.loading import TrunkOptions
 from llm2vec_ds.planner.plan import Planner
-from llm2vec_ds.recipe import parse_recipe
+from llm2vec_ds.recipe.recipe import parse_recipe
+from llm2vec_ds.recipe.sections import MachineConfig
 from tests.support.measure import MeasuringEngine, weight_bytes
 from tests.support.ranks import run_ranks
 from tests.support.runs import ROOT, recipe
@@ -93,7 +93,7 @@ def test_real_model_is_counted_to_the_byte(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from llm2vec_ds.model.adapters import add_lora
-    from llm2vec_ds.recipe_file import load_recipe
+    from llm2vec_ds.recipe.files import load_recipe
 
     path = ROOT / "recipes" / "smollm2_135m" / "mntp.yaml"
     resolved = load_recipe(path)

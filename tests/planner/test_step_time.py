@@ -12,7 +12,7 @@ import torch
 from llm2vec_ds.planner.measured import measured_speed
 from llm2vec_ds.planner.plan import Planner
 from llm2vec_ds.planner.step_time import Speed, Work, fit_speed
-from llm2vec_ds.recipe_file import load_recipe
+from llm2vec_ds.recipe.files import load_recipe
 from tests.support.in_process import error_line, run
 from tests.support.runs import recipe, trained, write_recipe
 

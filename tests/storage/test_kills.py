@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2vec_ds import durable
+from llm2vec_ds.storage import durable
 from llm2vec_ds.storage.lock import held
 from llm2vec_ds.storage.output_folder import MANIFEST, replaced_folder
 from tests.faults.operations import Fault, Operations

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llm2vec_ds import durable
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.storage import durable
 from llm2vec_ds.storage.output_folder import (
     MANIFEST,
     check_no_foreign,

@@ -11,10 +11,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from llm2vec_kernels import info_nce_triton
-from llm2vec_kernels import row_kernels as rows
-from llm2vec_kernels.flash_attention_backward import dkdv_kernel, dq_kernel
-from llm2vec_kernels.flash_attention_forward import forward_kernel
+from llm2vec_kernels.attention.triton_backward import dkdv_kernel, dq_kernel
+from llm2vec_kernels.attention.triton_forward import forward_kernel
+from llm2vec_kernels.info_nce import triton as info_nce_triton
+from llm2vec_kernels.row_ops import kernels as rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

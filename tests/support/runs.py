@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from llm2vec_kernels.cpu_products import cpu_products
+from llm2vec_kernels.products import cpu_products
 
 from tests.support.forked import forked_command, own_environment
 from tests.support.ports import free_port

@@ -1,0 +1,17 @@
+"""Attention over a packed stream of texts. The others call what is named here."""
+
+from llm2vec_kernels.attention.api import (
+    ATTENTION_NAMES,
+    AttentionBackend,
+    attention,
+    choose_attention_backend,
+)
+from llm2vec_kernels.attention.backends import AttentionNeeds
+
+__all__ = [
+    "ATTENTION_NAMES",
+    "AttentionBackend",
+    "AttentionNeeds",
+    "attention",
+    "choose_attention_backend",
+]

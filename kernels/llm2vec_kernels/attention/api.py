@@ -1,0 +1,103 @@
+"""One attention function over several backends: picks by what is asked for, refuses by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llm2vec_kernels.attention.backends import BACKENDS, AttentionNeeds, Backend
+
+ATTENTION_NAMES = ("auto", *BACKENDS)
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """A way to compute packed attention, and why it was chosen (for the log)."""
+
+    name: str
+    reason: str
+
+    @property
+    def backend(self) -> Backend:
+        return BACKENDS[self.name]
+
+
+def choose_attention_backend(name: str = "auto", needs: AttentionNeeds | None = None) -> AttentionBackend:
+    """`auto | triton | flash_attn | varlen | torch` → the backend, and the reason.
+
+    `auto` takes Triton on a GPU that it supports and for anything but causal attention, else torch.
+
+    Args:
+        needs: what is known of the calls to come; None: a CPU's.
+
+    Raises:
+        ValueError: the name is unknown, or the backend asked for cannot do what is needed.
+    """
+    needs = needs or AttentionNeeds(torch.device("cpu"))
+    if name not in ATTENTION_NAMES:
+        raise ValueError(f"unknown attention backend {name!r}: choose one of {', '.join(ATTENTION_NAMES)}")
+    if name != "auto":
+        BACKENDS[name].assert_supported(needs)
+        return AttentionBackend(name, "asked for")
+    if needs.device.type != "cuda":
+        return AttentionBackend("torch", f"auto: the device is {needs.device}")
+    if missing := BACKENDS["triton"].lacks(needs):
+        return AttentionBackend("torch", f"auto: not triton, {missing}")
+    return AttentionBackend("triton", "auto: packed non-causal attention on CUDA")
+
+
+def attention(
+    q_THD: torch.Tensor,
+    k_THD: torch.Tensor,
+    v_THD: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None = None,
+    *,
+    softmax_scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention inside each text of a packed stream: no padding, no leak from text to text.
+
+    Args:
+        q_THD: `[T, Hq, D]`; k_THD, v_THD: `[T, Hk, D]` with Hq a multiple of Hk.
+        cu_seqlens: `[S+1]` int32, ascending from 0 to T; a text may be empty.
+        max_seqlen: the longest text in tokens, or any bound on it; None takes T, a bound that costs speed.
+        window: inclusive reach, |i − j| ≤ window; None sees the whole text.
+        softcap: c in c·tanh(score / c); None leaves scores as they are.
+        dropout_p: share of attention weights dropped, from torch's default generator.
+        causal: keys after the query are hidden (for the causal baseline only).
+        backend: a name of `choose_attention_backend`.
+
+    Returns:
+        `[T, Hq, D]` in q's dtype.
+
+    Raises:
+        ValueError: the backend cannot do this; the message says what can.
+    """
+    needs = AttentionNeeds(
+        device=q_THD.device,
+        dtype=q_THD.dtype,
+        head_dim=q_THD.shape[2],
+        grouped=q_THD.shape[1] != k_THD.shape[1],
+        window=window,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        causal=causal,
+    )
+    return choose_attention_backend(backend, needs).backend.run(
+        q_THD,
+        k_THD,
+        v_THD,
+        cu_seqlens,
+        len(q_THD) if max_seqlen is None else max_seqlen,
+        softmax_scale=softmax_scale,
+        window=window,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        causal=causal,
+    )

@@ -1,0 +1,341 @@
+"""InfoNCE that never holds the score matrix.
+
+    score(q, d) = scale · q·d        loss(q) = log Σ_d exp score(q, d) − score(q, positive of q)
+
+(van den Oord et al., 2018, arXiv 1807.03748). The sum runs over the positives of all rows and any number
+of hard negatives, without documents that are known to be false negatives. Vectors are taken as they come:
+for cosines the caller normalises them. Products are accumulated and scores are kept in fp32 whatever the
+vectors' dtype (fp64 for fp64).
+
+A tile of scores is a few queries against all documents. With p = softmax of a row and e = one-hot of its
+positive, everything follows from g_qd = p_qd − e_qd:
+
+    ∂loss/∂q = scale · Σ_d g_qd d     ∂Σ w·loss/∂d = scale · Σ_q w_q g_qd q     ∂loss/∂scale = q · Σ_d g_qd d
+
+`block_log_sum_exp`, `merge_statistics` and `block_gradients` are the same for documents that come in
+blocks, as in a ring over ranks. The symmetric loss (CLIP) is a second call with roles swapped:
+`info_nce(document_ND[positive_Q], query_QD, torch.arange(Q), query_id_Q=id_Q, document_id_N=id_Q, …)` with
+the ids of the positives, so that a query that has the same positive is no negative.
+
+Shape legend: Q queries, N documents, D width, B queries of one tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from llm2vec_kernels.devices import runs_triton
+from llm2vec_kernels.info_nce.epilogue import Epilogue, TorchEpilogue
+from llm2vec_kernels.info_nce.tiles import (
+    HELD_ELEMENTS,
+    MIN_TILE_ROWS,
+    Block,
+    BlockStatistics,
+    add_product,
+    document_chunks,
+    full_precision,
+    product,
+    score_tiles,
+    slices,
+)
+
+TILE_MIB = 64
+
+
+class InfoNce(NamedTuple):
+    """`loss_Q` fp32, differentiable; `hit_Q` bool: the positive beats every negative; `lse_Q` fp32."""
+
+    loss_Q: torch.Tensor
+    hit_Q: torch.Tensor
+    lse_Q: torch.Tensor
+
+
+class BlockGradients(NamedTuple):
+    """Gradients of Σ_q weight · (lse − positive score) that come from one block, in fp32."""
+
+    d_query_QD: torch.Tensor
+    d_document_ND: torch.Tensor
+    d_scale: torch.Tensor
+
+
+def block_log_sum_exp(
+    query_QD: torch.Tensor,
+    document_ND: torch.Tensor,
+    *,
+    scale: float | torch.Tensor,
+    positive_Q: torch.Tensor,
+    query_id_Q: torch.Tensor | None = None,
+    document_id_N: torch.Tensor | None = None,
+    score_limit_Q: torch.Tensor | None = None,
+    tile_mib: float = TILE_MIB,
+    allow_tf32: bool = False,
+) -> BlockStatistics:
+    """Log-sum-exp, positive's score and best negative of each query over one block; without gradient.
+
+    Args:
+        query_QD: fp16, bf16, fp32 or fp64; document_ND: `[N, D]` of the same dtype.
+        scale: the inverse temperature.
+        positive_Q: int64, the row of each query's positive in this block; −1 where it is not in this block.
+        query_id_Q: int64, the id of each query's positive document; with `document_id_N`, a document of
+            equal id is a false negative and counts for nothing, except at the positive's own row.
+        score_limit_Q: a document other than the positive counts for nothing where its scaled score is
+            above this.
+        tile_mib: size of the score tile in MiB; it holds at least 64 rows.
+        allow_tf32: lets fp32 products on a GPU round their operands to TF32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    block = Block(query_QD, document_ND, float(scale), positive_Q, query_id_Q, document_id_N, score_limit_Q)
+    with full_precision(allow_tf32):
+        return _statistics(block, tile_mib)
+
+
+def merge_statistics(a: BlockStatistics, b: BlockStatistics) -> BlockStatistics:
+    """The statistics of two blocks together, as exact as one pass over both."""
+    return BlockStatistics(
+        torch.logaddexp(a.lse_Q, b.lse_Q),
+        torch.maximum(a.positive_score_Q, b.positive_score_Q),
+        torch.maximum(a.best_negative_Q, b.best_negative_Q),
+    )
+
+
+def block_gradients(
+    query_QD: torch.Tensor,
+    document_ND: torch.Tensor,
+    *,
+    scale: float | torch.Tensor,
+    positive_Q: torch.Tensor,
+    lse_Q: torch.Tensor,
+    weight_Q: torch.Tensor,
+    query_id_Q: torch.Tensor | None = None,
+    document_id_N: torch.Tensor | None = None,
+    score_limit_Q: torch.Tensor | None = None,
+    tile_mib: float = TILE_MIB,
+    allow_tf32: bool = False,
+) -> BlockGradients:
+    """What one block adds to the gradient of Σ_q weight · (lse − positive score); scores are recomputed.
+
+    Args:
+        lse_Q: over the documents of *all* blocks (`merge_statistics`), so that gradients add up.
+        weight_Q: the upstream gradient of each query's loss.
+
+    The others are those of `block_log_sum_exp`. Sums over blocks give the gradients of the whole.
+    """
+    block = Block(query_QD, document_ND, float(scale), positive_Q, query_id_Q, document_id_N, score_limit_Q)
+    with full_precision(allow_tf32):
+        return _block_gradients(block, lse_Q, weight_Q, tile_mib)
+
+
+def info_nce(
+    query_QD: torch.Tensor,
+    document_ND: torch.Tensor,
+    positive_Q: torch.Tensor,
+    *,
+    scale: float | torch.Tensor,
+    query_id_Q: torch.Tensor | None = None,
+    document_id_N: torch.Tensor | None = None,
+    score_limit_Q: torch.Tensor | None = None,
+    tile_mib: float = TILE_MIB,
+    allow_tf32: bool = False,
+) -> InfoNce:
+    """Loss of each query over all documents, differentiable in query, document and a tensor `scale`.
+
+    `positive_Q` names a document for every query; the other arguments are those of `block_log_sum_exp`.
+    Memory beyond the vectors and their gradients is about one tile.
+
+    The queries' gradient, and for fp32 vectors the documents' for equal weights, are computed along with
+    the loss, while the tile is there: three matrix products in all, as with the full matrix. Where the
+    upstream gradient turns out to differ from row to row, or the vectors are fp16 or bf16 (an fp32 total
+    as large as two gradients would be held), backward recomputes the scores: two products more, or one.
+    """
+    if len(positive_Q) and not 0 <= int(positive_Q.min()) <= int(positive_Q.max()) < len(document_ND):
+        raise ValueError(f"positive_Q must be rows of document_ND, 0 to {len(document_ND) - 1}")
+    others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
+    if torch.is_grad_enabled():
+        return InfoNce(*_InfoNce.apply(query_QD, document_ND, scale, others, tile_mib, allow_tf32))
+    block = Block(query_QD, document_ND, float(scale), *others)
+    with full_precision(allow_tf32):
+        return _outcome(_statistics(block, tile_mib))
+
+
+def _outcome(statistics: BlockStatistics) -> InfoNce:
+    lse_Q, positive_Q, negative_Q = statistics
+    return InfoNce(lse_Q - positive_Q, positive_Q > negative_Q, lse_Q)
+
+
+def _tiles(block: Block, tile_mib: float) -> Iterator[tuple[slice, Epilogue]]:
+    """Rows, and what is to be done with their scores."""
+    epilogue: type[Epilogue] = TorchEpilogue
+    if runs_triton(block.query_QD.device):
+        from llm2vec_kernels.info_nce.triton import TritonEpilogue  # here, for machines without Triton
+
+        epilogue = TritonEpilogue
+    for rows, score_BN in score_tiles(block, tile_mib):
+        yield rows, epilogue(block.part(rows), score_BN)
+
+
+def _statistics(block: Block, tile_mib: float, sums: _Sums | None = None) -> BlockStatistics:
+    """Of the whole block; where `sums` are given, they are added up for equal weights."""
+    out = BlockStatistics(*block.query_QD.new_empty(3, len(block.query_QD), dtype=block.score_dtype))
+    for rows, tile in _tiles(block, tile_mib):
+        own = tile.statistics()
+        for whole, part in zip(out, own, strict=True):
+            whole[rows] = part
+        if sums is not None:
+            sums.add(rows, tile.coefficients(own.lse_Q, sums.factor))
+    return out
+
+
+def _block_gradients(
+    block: Block, lse_Q: torch.Tensor, weight_Q: torch.Tensor, tile_mib: float
+) -> BlockGradients:
+    weight_Q = weight_Q.to(block.score_dtype)
+    relative_Q, largest = _relative(weight_Q)
+    sums = _Sums(block, query=True, document=True)
+    for rows, tile in _tiles(block, tile_mib):
+        sums.add(rows, tile.coefficients(lse_Q[rows], sums.factor), relative_Q[rows])
+    return BlockGradients(
+        sums.query_QD.mul_(weight_Q[:, None]),
+        sums.document_ND.mul_(block.scale * largest / sums.factor),
+        (weight_Q * sums.slope_Q).sum(),
+    )
+
+
+def _document_gradient(
+    block: Block, lse_Q: torch.Tensor, weight_Q: torch.Tensor, tile_mib: float
+) -> torch.Tensor:
+    """As `_block_gradients`, in the documents' dtype: a few documents at a time against all queries."""
+    relative_Q, largest = _relative(weight_Q.to(block.score_dtype))
+    out_ND = torch.empty_like(block.document_ND)
+    for documents in slices(len(out_ND), _documents_of_a_tile(block, tile_mib)):
+        part = block.part(documents=documents)
+        sums = _Sums(part, query=False, document=True)
+        for rows, tile in _tiles(part, tile_mib):
+            sums.add(rows, tile.coefficients(lse_Q[rows], sums.factor, relative_Q[rows]))
+        out_ND[documents] = sums.document_ND.mul_(block.scale * largest / sums.factor).to(out_ND.dtype)
+    return out_ND
+
+
+def _documents_of_a_tile(block: Block, tile_mib: float) -> int:
+    """Neither side of a tile is to be short (a product whose result is small does not fill a GPU), nor is the
+    documents' total, which is fp32, to be much larger than a tile."""
+    elements = int(tile_mib * 2**20) // block.score_dtype.itemsize
+    n_queries, width = block.query_QD.shape
+    n_documents = max(isqrt(elements) // 2, elements // max(1, n_queries))
+    n_documents = min(n_documents, HELD_ELEMENTS // max(1, width))
+    return max(MIN_TILE_ROWS, n_documents // MIN_TILE_ROWS * MIN_TILE_ROWS)  # rows aligned for tensor cores
+
+
+def _relative(weight_Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights as a share of the largest, which fp16 can hold, and the largest."""
+    largest = weight_Q.abs().amax() if len(weight_Q) else weight_Q.new_ones(())
+    largest = largest.masked_fill(largest == 0, 1.0)
+    return weight_Q / largest, largest
+
+
+class _Sums:
+    """`query_QD` = scale · Σ_d g d, `document_ND` = factor · Σ_q w g q, `slope_Q` = q · Σ_d g d."""
+
+    def __init__(self, block: Block, *, query: bool, document: bool, like_input: bool = False) -> None:
+        self.block = block
+        self.with_query, self.with_document = query, document
+        # fp16's smallest numbers are as large as a softmax over 10^5 documents: coefficients are raised.
+        self.factor = 2.0**15 if block.operand_dtype == torch.float16 else 1.0
+        wide = block.score_dtype
+        if query:
+            self.query_QD = torch.empty_like(block.query_QD, dtype=None if like_input else wide)
+            self.slope_Q = block.query_QD.new_empty(len(block.query_QD), dtype=wide)
+        if document:
+            self.document_ND = torch.zeros_like(block.document_ND, dtype=wide)
+
+    def add(self, rows: slice, coefficient_BN: torch.Tensor, relative_B: torch.Tensor | None = None) -> None:
+        """One tile's factor · g; `relative_B` weighs the rows in `document_ND` unless the tile has them."""
+        query_BD = self.block.query_QD[rows]
+        if self.with_query:
+            sum_BD = torch.empty_like(query_BD, dtype=self.block.score_dtype)
+            for documents, document_CD in document_chunks(self.block):
+                multiply = product if documents.start == 0 else add_product
+                multiply(coefficient_BN[:, documents], document_CD, sum_BD)
+            sum_BD /= self.factor
+            self.slope_Q[rows] = (query_BD * sum_BD).sum(1)
+            self.query_QD[rows] = sum_BD.mul_(self.block.scale)
+        if self.with_document:
+            if relative_B is not None:
+                query_BD = query_BD * relative_B[:, None]
+            query_BD = query_BD.to(coefficient_BN.dtype)
+            in_place = coefficient_BN.dtype == self.document_ND.dtype  # else each chunk's product is held
+            n_documents, width = self.document_ND.shape
+            for documents in slices(n_documents, n_documents if in_place else max(1, HELD_ELEMENTS // width)):
+                add_product(coefficient_BN[:, documents].T, query_BD, self.document_ND[documents])
+
+
+class _InfoNce(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_QD: torch.Tensor,
+        document_ND: torch.Tensor,
+        scale: float | torch.Tensor,
+        others: tuple[torch.Tensor | None, ...],
+        tile_mib: float,
+        allow_tf32: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        block = Block(query_QD, document_ND, float(scale), *others)  # type: ignore[arg-type]
+        needs_query, needs_document, needs_scale = ctx.needs_input_grad[:3]
+        with full_precision(allow_tf32):
+            sums = _Sums(
+                block,
+                query=needs_query or needs_scale,
+                document=needs_document and query_QD.dtype == block.score_dtype,
+                like_input=True,
+            )
+            outcome = _outcome(_statistics(block, tile_mib, sums if any(ctx.needs_input_grad) else None))
+        ctx.save_for_backward(query_QD, document_ND, outcome.lse_Q, *others)
+        ctx.sums, ctx.scale, ctx.options = sums, scale, (tile_mib, allow_tf32)
+        ctx.mark_non_differentiable(outcome.hit_Q, outcome.lse_Q)
+        return tuple(outcome)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight_Q: torch.Tensor, *unused: None) -> tuple[torch.Tensor | None, ...]:
+        query_QD, document_ND, lse_Q, *others = ctx.saved_tensors
+        block = Block(query_QD, document_ND, float(ctx.scale), *others)
+        gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+        tile_mib, allow_tf32 = ctx.options
+        with full_precision(allow_tf32):
+            sums, ctx.sums = ctx.sums, None
+            if sums is None:  # a second backward through one graph: the first has overwritten the sums
+                whole = _block_gradients(block, lse_Q, weight_Q, tile_mib)
+                gradients = whole.d_query_QD.to(query_QD), whole.d_document_ND.to(document_ND), whole.d_scale
+            else:
+                gradients = _finish(sums, lse_Q, weight_Q, tile_mib, needs_document=ctx.needs_input_grad[1])
+        d_query_QD, d_document_ND, d_scale = gradients
+        if isinstance(ctx.scale, torch.Tensor) and d_scale is not None:
+            d_scale = d_scale.to(ctx.scale).view_as(ctx.scale)
+        else:
+            d_scale = None
+        return d_query_QD, d_document_ND, d_scale, None, None, None
+
+
+def _finish(
+    sums: _Sums, lse_Q: torch.Tensor, weight_Q: torch.Tensor, tile_mib: float, *, needs_document: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of query, document and scale from forward's sums, which are overwritten."""
+    block = sums.block
+    d_query_QD = d_document_ND = d_scale = None
+    if sums.with_query:
+        d_scale = (weight_Q * sums.slope_Q).sum()
+        d_query_QD = sums.query_QD.mul_(weight_Q[:, None])
+    if sums.with_document and bool((weight_Q == weight_Q[:1]).all()):
+        d_document_ND = sums.document_ND.mul_(block.scale * weight_Q[:1])
+    elif needs_document:
+        if sums.with_document:
+            del sums.document_ND
+        d_document_ND = _document_gradient(block, lse_Q, weight_Q, tile_mib)
+    return d_query_QD, d_document_ND, d_scale

@@ -1,0 +1,37 @@
+"""InfoNCE in plain PyTorch: the specification. Slow, obvious, exact in the dtype that it is given.
+
+Shape legend: Q queries, N documents, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def info_nce(
+    query_QD: torch.Tensor,
+    document_ND: torch.Tensor,
+    positive_Q: torch.Tensor,
+    *,
+    scale: float | torch.Tensor,
+    query_id_Q: torch.Tensor | None = None,
+    document_id_N: torch.Tensor | None = None,
+    score_limit_Q: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, hit and log-sum-exp `[Q]` over the whole Q×N matrix (arXiv 1807.03748).
+
+    loss = log Σ_d exp score − score of the positive. A document other than the positive counts for nothing
+    where its id is the query's or its score is above the query's limit. A hit beats every other document.
+    """
+    score_QN = scale * query_QD @ document_ND.T
+    positive_QN = positive_Q[:, None] == torch.arange(len(document_ND), device=positive_Q.device)
+    excluded_QN = torch.zeros_like(positive_QN)
+    if query_id_Q is not None and document_id_N is not None:
+        excluded_QN |= query_id_Q[:, None] == document_id_N
+    if score_limit_Q is not None:
+        excluded_QN |= score_QN > score_limit_Q[:, None]
+    score_QN = score_QN.masked_fill(excluded_QN & ~positive_QN, float("-inf"))
+    lse_Q = score_QN.logsumexp(1)
+    positive_score_Q = score_QN[positive_QN]
+    hit_Q = positive_score_Q > score_QN.masked_fill(positive_QN, float("-inf")).amax(1)
+    return lse_Q - positive_score_Q, hit_Q, lse_Q

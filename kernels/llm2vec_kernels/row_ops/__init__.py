@@ -1,0 +1,1 @@
+"""RMSNorm, rotary embedding and gated units."""

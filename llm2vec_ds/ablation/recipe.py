@@ -1,0 +1,113 @@
+"""Recipes of `llm2vec-ds ablate`: which variants, trained how, measured on what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe.files import apply_override
+from llm2vec_ds.recipe.recipe import STAGES
+from llm2vec_ds.recipe.sections import Place, Section, WordsConfig
+from llm2vec_ds.storage.reading import parse_yaml
+
+StageName = Literal["mntp", "simcse", "supervised"]
+
+
+class EvaluateConfig(Section):
+    """What every variant is measured on."""
+
+    sentences: list[str] = Field(default_factory=list)
+    """Tasks as `llm2vec-ds evaluate mteb --task` takes them."""
+    words: dict[str, WordsConfig] = Field(default_factory=dict)
+    """Word-level tasks by name."""
+
+
+class AblationRecipe(Section):
+    """The paper's comparison of its steps, on any model and data."""
+
+    model: Place | None = None
+    """Folder or hub id; null: the demo's SmolLM2-135M-Instruct."""
+    text: Place | None = None
+    """Plain text that gives paragraphs (MNTP) and sentences (SimCSE); null: that of the demo. A stage that
+    names its own `data.path` takes that."""
+    variants: list[str]
+    """`uni` (causal) or `bi`, and the stages that follow, such as `bi+mntp+simcse`."""
+    seeds: list[int] = Field(default_factory=lambda: [42], min_length=1)
+    """Everything that is trained is trained with each."""
+    stages: dict[StageName, dict[str, Any]] = Field(default_factory=dict)
+    """Each stage's recipe, without model, output and seed."""
+    budgets: dict[str, dict[StageName, dict[str, Any]]] = Field(default_factory=dict)
+    """By name: what a budget changes in the stages."""
+    evaluate: EvaluateConfig
+    """What every variant is measured on."""
+
+    @field_validator("variants")
+    @classmethod
+    def _variants_are_known(cls, variants: list[str]) -> list[str]:
+        for variant in variants:
+            attention, *stages = variant.split("+")
+            if attention not in ("uni", "bi") or not set(stages) <= set(STAGES):
+                raise ValueError(f"variant {variant!r}: write uni or bi, then stages, such as bi+mntp+simcse")
+        if len(set(variants)) < len(variants) or not variants:
+            raise ValueError("name each variant once, and at least one")
+        return variants
+
+    def stage_values(self, stage: str, budget: str | None) -> dict[str, Any]:
+        """The stage's recipe as the budget changes it."""
+        values = self.stages.get(stage, {})  # type: ignore[call-overload]
+        changes = self.budgets[budget].get(stage, {}) if budget else {}  # type: ignore[call-overload]
+        return _merged(values, changes)
+
+
+def runs_of(variants: list[str]) -> Iterator[str]:
+    """Every training run that the variants need, each after the one it starts from: `bi+mntp`, …"""
+    seen: dict[str, None] = {}
+    for variant in variants:
+        parts = variant.split("+")
+        seen.update(dict.fromkeys("+".join(parts[:n]) for n in range(2, len(parts) + 1)))
+    yield from seen
+
+
+def load_ablation(path: Path, budget: str | None, overrides: list[str] | None = None) -> AblationRecipe:
+    """Reads, applies `key=value` overrides, validates.
+
+    Raises:
+        UserError: no such file, no mapping, an unknown key or budget, or an invalid value.
+    """
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"recipe {path}: {error.strerror}: name one such as recipes/smollm2_ablation.yaml"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
+    for override in overrides or []:
+        apply_override(values, override)
+    try:
+        recipe = AblationRecipe.model_validate(values)
+    except ValidationError as error:
+        mistakes = "; ".join(
+            f"`{'.'.join(map(str, e['loc']))}`: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        )
+        raise UserError(f"{path}: {mistakes}") from None
+    if budget is not None and budget not in recipe.budgets:
+        known = ", ".join(recipe.budgets) or "none"
+        raise UserError(f"--budget {budget!r} is not in {path}: it has {known}")
+    return recipe
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, change in changes.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(change, dict)
+        merged[key] = _merged(old, change) if both else change  # type: ignore[arg-type]
+    return merged

@@ -1,0 +1,267 @@
+"""`llm2vec-ds ablate`: the paper's table. Trains every variant with every seed, measures all alike.
+
+Each training run is the ordinary command; each finished part is kept, so that a stopped ablation goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from llm2vec_ds.ablation.recipe import AblationRecipe, runs_of
+from llm2vec_ds.demo.model import demo_model_dir
+from llm2vec_ds.demo.text import training_text
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.evaluate.identity import key_of, weights_key
+from llm2vec_ds.evaluate.word_level import ProbeOptions
+from llm2vec_ds.evaluate.word_task import WordTask, run_word_task
+from llm2vec_ds.process.child_command import run_command
+from llm2vec_ds.storage.output_folder import check_no_foreign, check_reads_no_output
+from llm2vec_ds.storage.reading import checked_json
+from llm2vec_ds.storage.work_folder import replace_text
+
+log = logging.getLogger(__name__)
+
+
+TEXTS = ("paragraphs", "held_out", "sentences")
+WRITTEN = (*(f"{name}.txt" for name in TEXTS), "scores", "features", "mteb", "table.md", "report.html")
+"""What an ablation writes into its folder, beside runs/ at its start and results.json."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A recipe, its budget, and the folder that everything goes to."""
+
+    recipe: AblationRecipe
+    budget: str | None
+    output: Path
+    model: str
+
+    def run(self) -> dict[str, Any]:
+        """Trains and measures what is missing; returns what results.json holds.
+
+        Raises:
+            UserError: anything that the user can mend.
+        """
+        self._check()
+        texts = self._texts()
+        results: dict[str, dict[str, Any]] = {}
+        for seed in self.recipe.seeds:
+            for run in runs_of(self.recipe.variants):
+                self._train(run, seed, texts)
+            for variant in self.recipe.variants:
+                results.setdefault(variant, {})[str(seed)] = self._measure(variant, seed)
+                self._write(results)
+        return self._write(results)
+
+    def _check(self) -> None:
+        from llm2vec_ds.evaluate.mteb_tasks import tasks_for
+
+        if self.recipe.evaluate.sentences:
+            tasks_for(self.recipe.evaluate.sentences)
+        for words in self.recipe.evaluate.words.values():
+            WordTask(words.train, words.test, words.column).check()
+        what = f"--output {self.output}"
+        text = [Path(self.recipe.text)] if self.recipe.text else []
+        check_reads_no_output([self.output / f"{name}.txt" for name in TEXTS], text, what)
+        check_no_foreign(self.output, what, WRITTEN, marks=["runs", "results.json"])
+        with writing(what):
+            (self.output / "runs").mkdir(parents=True, exist_ok=True)
+
+    def _texts(self) -> dict[str, str]:
+        """Files of paragraphs, held-out paragraphs and sentences."""
+        material = training_text(Path(self.recipe.text) if self.recipe.text else None)
+        lines = {
+            "paragraphs": material.paragraphs,
+            "held_out": material.held_out_paragraphs,
+            "sentences": material.sentences,
+        }
+        for name, texts in lines.items():
+            file, text = self.output / f"{name}.txt", "\n".join(texts) + "\n"
+            if not file.exists() or file.read_bytes() != text.encode():
+                with writing(file):
+                    file.write_text(text, encoding="utf-8")
+        return {name: str(self.output / f"{name}.txt") for name in lines}
+
+    def folder(self, variant: str, seed: int) -> str:
+        """Where the variant's encoder is: the model itself where nothing was trained."""
+        return self.model if "+" not in variant else str(self._run_folder(variant, seed) / "encoder")
+
+    def _run_folder(self, run: str, seed: int) -> Path:
+        return self.output / "runs" / f"seed-{seed}" / run
+
+    def _train(self, run: str, seed: int, texts: dict[str, str]) -> None:
+        before, _, stage = run.rpartition("+")
+        folder = self._run_folder(run, seed)
+        recipe = self._stage_recipe(run, stage, self.folder(before, seed), seed, texts)
+        file, text = folder.with_name(f"{run}.yaml"), yaml.safe_dump(recipe, sort_keys=False)
+        key = key_of(text, weights_key(recipe["model"]["path"]))
+        done = folder.with_name(f"{run}.done")
+        if done.exists() and done.read_text(errors="replace") == key:
+            log.info("%s, seed %s: trained before", run, seed)
+            return
+        begun = folder.with_name(f"{run}.begun")
+        going_on = ["resume=true"] if begun.exists() and begun.read_text(errors="replace") == key else []
+        with writing(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+            replace_text(begun, key)
+        log.info("llm2vec-ds train %s", " ".join([str(file), *going_on]))
+        if run_command("train", str(file), *going_on):
+            raise UserError(f"training stopped, see above; repeat it with: llm2vec-ds train {file}")
+        replace_text(done, key)
+
+    def _stage_recipe(
+        self, run: str, stage: str, start: str, seed: int, texts: dict[str, str]
+    ) -> dict[str, Any]:
+        values = self.recipe.stage_values(stage, self.budget)
+        data = dict(values.pop("data", {}))
+        own = {
+            "mntp": {"path": texts["paragraphs"], "held_out_path": texts["held_out"], "long_texts": "split"},
+            "simcse": {"path": texts["sentences"]},
+        }.get(stage)
+        if "path" not in data and own is None:
+            raise UserError(f"stages.{stage}.data.path is missing: the supervised stage needs its own data")
+        causal = run.startswith("uni")
+        return {
+            "stage": stage,
+            "model": {"path": start, "causal": causal, **values.pop("model", {})},
+            "data": {**({} if "path" in data else own or {}), **data},
+            "output_dir": str(self._run_folder(run, seed)),
+            "overwrite": True,
+            "seed": seed,
+            **values,
+        }
+
+    def _measure(self, variant: str, seed: int) -> dict[str, Any]:
+        model = self.folder(variant, seed)
+        file = self.output / "scores" / f"{variant}.seed-{seed}.json"
+        evaluate = self.recipe.evaluate
+        key = key_of(weights_key(model), model, variant, evaluate.model_dump())
+        stored = _stored(file)
+        if stored is not None and stored.key == key:
+            log.info("%s, seed %s: measured before", variant, seed)
+            return stored.scores
+        encoder = Encoder.from_pretrained(model, causal=variant.startswith("uni"))
+        scores = {**self._sentence_scores(encoder, model), **self._word_scores(encoder, model, variant, seed)}
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(file, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
+        log.info("%s, seed %s: %s", variant, seed, ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        return scores
+
+    def _sentence_scores(self, encoder: Encoder, model: str) -> dict[str, float]:
+        names = self.recipe.evaluate.sentences
+        if not names:
+            return {}
+        from llm2vec_ds.evaluate.mteb import MtebEncoder, evaluate_mteb, model_meta
+        from llm2vec_ds.evaluate.mteb_tasks import tasks_for
+        from llm2vec_ds.evaluate.shards import RankEncoder
+
+        ranked = RankEncoder(encoder)
+        wrapped = MtebEncoder(ranked, model_meta(model, ranked, {}), {})
+        scores = evaluate_mteb(wrapped, tasks_for(names), self.output / "mteb")
+        return {score.task: score.value for score in scores}
+
+    def _word_scores(self, encoder: Encoder, model: str, variant: str, seed: int) -> dict[str, float]:
+        """By the paper's protocol, shifted where MNTP has trained; beside it the other way and entity F1."""
+        scores: dict[str, float] = {}
+        shift, other = ("next_token", "same_token") if "mntp" in variant else ("same_token", "next_token")
+        for name, words in self.recipe.evaluate.words.items():
+            task = WordTask(words.train, words.test, words.column, words.max_sentences)
+            probes = [ProbeOptions(max_steps=words.max_steps, seed=seed)]
+            features = self.output / "features" / variant
+            result = run_word_task(encoder, model, task, probes, features)
+            scores[name] = result[shift]["accuracy"]
+            scores[f"{name}, {other}"] = result[other]["accuracy"]
+            if result[shift]["entity_f1"] is not None:
+                scores[f"{name}, entity F1"] = result[shift]["entity_f1"]
+            if "+" in variant or seed == self.recipe.seeds[-1]:  # else the next seed's layer needs them
+                shutil.rmtree(features, ignore_errors=True)
+        return scores
+
+    def _write(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        summary = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "budget": self.budget,
+            "model": self.model,
+            "scores": results,
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        with writing(f"--output {self.output}"):
+            replace_text(self.output / "results.json", json.dumps(summary, indent=1) + "\n")
+            replace_text(self.output / "table.md", table(results) + "\n")
+        return summary
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A variant's scores with one seed, and what they were measured on."""
+
+    key: str
+    scores: dict[str, float]
+
+
+def _stored(file: Path) -> _Measured | None:
+    """What an earlier ablation measured; None where there is nothing, or it is damaged."""
+    if not file.exists():
+        return None
+    try:
+        return checked_json(file.read_bytes(), _Measured)
+    except ValueError as error:
+        log.warning("%s is damaged (%s): measured again", file, error)
+        return None
+
+
+def run_ablation(recipe: AblationRecipe, budget: str | None, output: Path) -> dict[str, Any]:
+    """Everything: see `Ablation.run`."""
+    return Ablation(recipe, budget, output, recipe.model or str(demo_model_dir())).run()
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A Markdown table, a row a variant, the mean over seeds ± their standard deviation."""
+    metrics = list(dict.fromkeys(m for by_seed in results.values() for s in by_seed.values() for m in s))
+    lines = [f"| variant | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    for variant, by_seed in results.items():
+        cells = [_cell([scores[m] for scores in by_seed.values() if m in scores]) for m in metrics]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that figures depend on."""
+    names = ("llm2vec-ds", "torch", "transformers", "deepspeed", "peft", "mteb")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def hardware() -> str:
+    """Processor, or GPUs."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+    return f"{name}, {torch.get_num_threads()} threads"

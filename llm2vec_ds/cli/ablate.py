@@ -1,0 +1,87 @@
+"""`ablate` and `report`: wiring only."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm2vec_ds.cli.common import examples, expanded, quiet_libraries
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.process.interrupts import kept
+
+
+def register(app: typer.Typer) -> None:
+    """Adds them."""
+    app.command(
+        epilog=examples(
+            "ablate recipes/smollm2_ablation.yaml --budget quick",
+            "ablate recipes/smollm2_ablation.yaml --output my-ablation seeds=[1,2,3] model=my/llm",
+        )
+    )(ablate)
+    app.command(
+        epilog=examples(
+            "report runs/smoke_mntp",
+            "report runs/one runs/another --output compared.html",
+            "report ablation",
+        )
+    )(report)
+
+
+@kept("finished runs and scores are kept, run the same command to go on")
+def ablate(
+    recipe: Annotated[
+        Path, typer.Argument(help="recipes/smollm2_ablation.yaml, or one of your own.", callback=expanded)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change, e.g. seeds=[1,2].")
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for runs, scores, table.md and report.html; goes on where it stopped.",
+            callback=expanded,
+        ),
+    ] = Path("ablation"),
+    budget: Annotated[str | None, typer.Option(help="A budget of the recipe, such as quick or full.")] = None,
+) -> None:
+    """Train and measure the paper's variants: uni, bi, bi+mntp, bi+simcse, bi+mntp+simcse."""
+    from llm2vec_ds.ablation.recipe import load_ablation
+
+    loaded = load_ablation(recipe, budget, overrides)
+    quiet_libraries()
+    from llm2vec_ds.ablation.run import run_ablation, table
+    from llm2vec_ds.report.page import write_report
+
+    result = run_ablation(loaded, budget, output)
+    write_report([output], output / "report.html")
+    print(table(result["scores"]))
+    logging.getLogger("llm2vec_ds").info("%s, %s", output / "table.md", output / "report.html")
+
+
+@kept("the report is not finished, run the same command again")
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of training runs, ablations, demos or evaluations.", callback=expanded),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="The HTML file; its figures go into a folder of that name, as PNG.", callback=expanded
+        ),
+    ] = Path("report.html"),
+    examples: Annotated[
+        bool, typer.Option(help="Load the encoders for a map and similarities of example sentences.")
+    ] = True,
+) -> None:
+    """Draw what runs measured: one HTML file that needs no network."""
+    if output.suffix != ".html":
+        raise UserError(f"--output {output} must end in .html")
+    quiet_libraries()
+    from llm2vec_ds.report.page import write_report
+
+    figures = write_report(folders, output, with_examples=examples)
+    logging.getLogger("llm2vec_ds").info("%s: %s figures", output, len(figures))

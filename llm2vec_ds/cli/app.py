@@ -1,0 +1,50 @@
+"""The command line: each group of commands is one file, and heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from llm2vec_ds import __version__
+from llm2vec_ds.cli import ablate, demo, doctor, evaluate, export, mining, plan, train, vectors
+from llm2vec_ds.cli.common import examples
+from llm2vec_ds.errors import is_first_rank
+
+app = typer.Typer(
+    name="llm2vec-ds",
+    help="Turn a decoder-only LLM into a text encoder: bidirectional attention, MNTP, contrastive training.",
+    epilog=examples(
+        "doctor",
+        "demo --budget quick",
+        "train recipes/smoke_mntp.yaml max_steps=5",
+        "--install-completion",
+    ),
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+for _commands in (doctor, demo, train, plan, evaluate, vectors, mining, export, ablate):
+    _commands.register(app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"llm2vec-ds {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", "--local-rank", hidden=True, help="Set by launchers.")
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("llm2vec_ds").setLevel(logging.INFO if is_first_rank() else logging.WARNING)

@@ -1,0 +1,61 @@
+"""What commands share: examples in their help, quiet libraries, the arguments that name a recipe."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def examples(*commands: str) -> str:
+    """An epilog of a command's help."""
+    return "\n\n".join(["Examples:", *(f"- `llm2vec-ds {command}`" for command in commands)])
+
+
+def quiet_libraries() -> None:
+    """transformers' advice and its bar over weights that load (downloads from the hub keep theirs),
+    bitsandbytes' about its kernels, and DeepSpeed's warning that a machine without GPU has none. Called
+    late: --help needs none of it.
+    """
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging as transformers_logging
+
+    downloads_shown = not hub.are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if downloads_shown:
+        hub.enable_progress_bars()
+    # Loaded for the first time it looks for a compiled CPU kernel, and says so where there is none.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
+    )
+
+
+def expanded(value: Any) -> Any:
+    """Callback of all that names a place: `~` is the home folder, also where no shell saw it (--to=~/x)."""
+    if isinstance(value, list | tuple):
+        return [expanded(item) for item in value]
+    # Unlike pathlib's, this leaves a hub id and the name of an unknown user as they are.
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value  # noqa: PTH111
+
+
+def _recipe_keys(incomplete: str) -> list[str]:
+    """For the shell: recipe keys that begin so."""
+    from llm2vec_ds.recipe.recipe import documented_keys
+
+    return [f"{key}=" for key, _, _ in documented_keys() if key.startswith(incomplete)]
+
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, see recipes/.", callback=expanded)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Recipe keys to change, e.g. seed=1 batch.global_batch_size=64.",
+        autocompletion=_recipe_keys,
+    ),
+]

@@ -1,0 +1,35 @@
+"""`doctor`: wiring only."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated
+
+import typer
+
+from llm2vec_ds.cli.common import examples, quiet_libraries
+from llm2vec_ds.errors import UserError
+
+
+def register(app: typer.Typer) -> None:
+    """Adds them."""
+    app.command(epilog=examples("doctor", "doctor --no-check"))(doctor)
+
+
+def doctor(
+    check: Annotated[
+        bool, typer.Option(help="Also train one step on a tiny model, about ten seconds.")
+    ] = True,
+) -> None:
+    """Say what this machine has, what a run would use, and what is missing and how to get it."""
+    quiet_libraries()
+    from llm2vec_ds.doctor import examine, training_check
+
+    blocked = False
+    findings = examine()
+    for finding in itertools.chain(findings, (run() for run in [training_check] if check and not blocked)):
+        mend = f"  → {finding.mend}" if finding.mend else ""
+        print(f"{finding.mark} {finding.name:15} {finding.value}{mend}", flush=True)
+        blocked |= finding.blocks
+    if blocked:
+        raise UserError("no run is possible here yet: see the lines marked ✗")

@@ -1,0 +1,105 @@
+"""`mine`: wiring only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm2vec_ds.cli.common import examples, expanded, quiet_libraries
+from llm2vec_ds.process.interrupts import kept
+
+
+def register(app: typer.Typer) -> None:
+    """Adds them."""
+    app.command(
+        epilog=examples(
+            "mine --model my/encoder --pairs recipes/data/smoke_pairs --output runs/mined.jsonl",
+            "mine --model my/encoder --pairs p.jsonl --corpus c.parquet --output m.jsonl --first-rank 10",
+            "mine --model my/encoder --pairs p.csv --output m.jsonl --margin 0.05 --sampling random",
+        )
+    )(mine)
+
+
+@kept("what is encoded and searched so far is kept, run the same command to go on")
+def mine(
+    model: Annotated[
+        str,
+        typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).", callback=expanded),
+    ],
+    pairs: Annotated[
+        str,
+        typer.Option(
+            help="Queries with their positives: .jsonl, .csv, .parquet, a folder, or hub:name.",
+            callback=expanded,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="A .jsonl file: query, positive, negative (a list).", callback=expanded)
+    ],
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            help="Where negatives come from: any of those, or .txt. Default: all positives.",
+            callback=expanded,
+        ),
+    ] = None,
+    query_column: Annotated[str, typer.Option(help="Column of --pairs with the query.")] = "query",
+    positive_column: Annotated[str, typer.Option(help="Column with its right document.")] = "positive",
+    corpus_column: Annotated[str, typer.Option(help="Column of --corpus with the text.")] = "text",
+    negatives: Annotated[int, typer.Option(metavar="N", help="Negatives of a pair.", min=1)] = 5,
+    first_rank: Annotated[
+        int, typer.Option(metavar="N", help="Leave out the nearest candidates before this one.", min=1)
+    ] = 1,
+    last_rank: Annotated[
+        int, typer.Option(metavar="N", help="Leave out the candidates after this one.", min=1)
+    ] = 50,
+    margin: Annotated[
+        float,
+        typer.Option(metavar="X", help="A candidate's cosine is below the positive's minus this.", min=0.0),
+    ] = 0.0,
+    sampling: Annotated[
+        str, typer.Option(help="Which of the ranks: top (the nearest) or random (fixed by --seed).")
+    ] = "top",
+    query_instruction: Annotated[
+        str | None, typer.Option(help="Put before each query; attended, not pooled.")
+    ] = None,
+    document_instruction: Annotated[
+        str | None, typer.Option(help="Put before each text of the corpus and each positive.")
+    ] = None,
+    micro_batch_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)
+    ] = 4096,
+    seed: Annotated[int, typer.Option(help="Fixes random sampling.", min=0)] = 42,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
+) -> None:
+    """Find hard negatives: texts that the model takes for near a query, though they do not answer it.
+
+    Every query is compared with the whole corpus (exact search). Never negatives: the positive, other
+    positives of the same query, and what scores as high as the positive. Ranks count the rest, from 1.
+
+    Killed, it goes on where it stopped. The output is data for the supervised stage.
+    """
+    quiet_libraries()
+    from llm2vec_ds.mining.mine import mine as run
+    from llm2vec_ds.mining.options import MiningOptions
+
+    options = MiningOptions(
+        model=model,
+        pairs=pairs,
+        corpus=corpus,
+        query_column=query_column,
+        positive_column=positive_column,
+        corpus_column=corpus_column,
+        negatives=negatives,
+        first_rank=first_rank,
+        last_rank=last_rank,
+        margin=margin,
+        sampling=sampling,
+        query_instruction=query_instruction,
+        document_instruction=document_instruction,
+        max_tokens_per_micro_batch=micro_batch_tokens,
+        seed=seed,
+    )
+    run(options, output, overwrite=overwrite)

@@ -1,0 +1,77 @@
+"""`plan`: wiring only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm2vec_ds.cli.common import Overrides, RecipeFile, examples, expanded, quiet_libraries
+
+
+def register(app: typer.Typer) -> None:
+    """Adds them."""
+    app.command(
+        epilog=examples(
+            "plan recipes/qlora_7b_24gb.yaml",
+            "plan recipes/llama2_7b_chat/mntp.yaml --nodes 4 --gpus-per-node 8 --gpu-memory-gib 80 --json",
+        )
+    )(plan)
+
+
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(metavar="N", help="Machines.", min=1)] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(metavar="G", help="GPUs of each; 0: a CPU.", min=0)
+    ] = None,
+    gpu_memory_gib: Annotated[
+        float | None,
+        typer.Option(metavar="M", help="GiB of one GPU, or of a CPU's host.", min=0.1),
+    ] = None,
+    interconnect_gbps: Annotated[
+        float | None, typer.Option(metavar="B", help="What one GPU sends, gigabits a second.", min=0.001)
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(metavar="F", help="Dense bf16 speed of one GPU, 10¹² a second.", min=0.001)
+    ] = None,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN",
+            help="Folder of a run on this machine; fits a step's time. Repeatable.",
+            callback=expanded,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of the table.")] = False,
+) -> None:
+    """Say what a recipe needs and what fits, without weights, data or network: memory by part, bytes sent.
+
+    The machine is the recipe's `machine`, or what the options say.
+    """
+    from llm2vec_ds.recipe.files import load_stages
+
+    given = {
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "memory_gib": gpu_memory_gib,
+        "interconnect_gbps": interconnect_gbps,
+        "tflops": tflops,
+    }
+    machine = [f"machine.{key}={value}" for key, value in given.items() if value is not None]
+    stages = load_stages(recipe, [*(overrides or []), *machine])
+    quiet_libraries()
+    from llm2vec_ds.planner import table
+    from llm2vec_ds.planner.measured import measured_speed
+    from llm2vec_ds.planner.plan import Planner
+
+    planners = [Planner(stage, recipe) for stage in stages]
+    fit = measured_speed(measured, planners[0].device) if measured else None
+    results = [table.as_json(planner, fit) for planner in planners]
+    if as_json:
+        print(json.dumps(results if len(results) > 1 else results[0], indent=1))
+    else:
+        print("\n\n".join(map(table.as_table, results)))

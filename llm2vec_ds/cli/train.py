@@ -1,0 +1,71 @@
+"""`train` and `prepare`: wiring only."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import typer
+
+from llm2vec_ds.cli.common import Overrides, RecipeFile, examples, quiet_libraries
+from llm2vec_ds.cli.evaluate import evaluation_of
+from llm2vec_ds.process.interrupts import kept
+
+
+def register(app: typer.Typer) -> None:
+    """Adds them."""
+    app.command(
+        epilog=examples(
+            "train recipes/smoke_mntp.yaml",
+            "train recipes/smoke_mntp.yaml max_steps=5 optimizer.lr=1e-4",
+            "train recipes/llama2_7b_chat/simcse.yaml deepspeed=ds_configs/zero3.json",
+        )
+    )(train)
+    app.command(
+        epilog=examples(
+            "prepare recipes/smoke_mntp.yaml data.prepared_dir=prepared",
+            "prepare recipes/smoke_mntp.yaml data.path=hub:owner/name@train",
+        )
+    )(prepare)
+
+
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Run one training stage, or all of a file with `stages`. A run's folder gets recipe.yaml, metrics.jsonl
+    and encoder/.
+
+    Starts as one process, under `deepspeed --num_gpus N --module llm2vec_ds train RECIPE`, or under any
+    launcher that sets RANK, WORLD_SIZE and LOCAL_RANK (or `srun`, one task a GPU).
+    """
+    from llm2vec_ds.recipe.files import load_stages
+
+    resolved = load_stages(recipe, overrides)
+    quiet_libraries()
+    from llm2vec_ds.engine.run_stages import train_stages
+
+    with kept("checkpoints and prepared texts are kept, run the same command with resume=true to go on"):
+        folder = train_stages(resolved, evaluation_of)
+    logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
+
+
+@kept("finished parts are kept, run the same command to go on")
+def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Tokenise a recipe's texts now, so that training starts at once and its nodes need no network.
+
+    Killed, it goes on where it stopped. Training with the same keys finds the result by itself.
+    """
+    from llm2vec_ds.recipe.files import load_stages
+
+    stages = load_stages(recipe, overrides)
+    quiet_libraries()
+    from llm2vec_ds.data.pairs import prepare_all
+    from llm2vec_ds.data.prepared_folder import read_manifest
+    from llm2vec_ds.model.loading import load_tokenizer
+
+    # Later stages go on with the first one's tokenizer, which is there before their model is.
+    model = stages[0].model
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    for groups in itertools.chain(*(prepare_all(stage, tokenizer) for stage in stages)):
+        for name, folders in groups.items():
+            for folder in folders:
+                counts = read_manifest(folder).counts
+                print(f"{name}: {counts['rows']} rows, {counts['tokens']} tokens in {folder}")

@@ -1,0 +1,238 @@
+"""`llm2vec-ds demo`: a real LLM through LLM2Vec, measured after every step.
+
+It prepares text, writes two ordinary recipes and runs them with the ordinary command, so that what it
+does can be repeated and changed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm2vec_ds.demo.model import demo_model_dir
+from llm2vec_ds.demo.text import DemoText, held_out_retrieval, training_text
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.evaluate.retrieval import RetrievalSet, ndcg_at_10
+from llm2vec_ds.evaluate.sts import GradedPairs, load_graded_pairs, own_graded_pairs, sts_spearman
+from llm2vec_ds.model.loading import load_tokenizer
+from llm2vec_ds.model.quantization import check_bitsandbytes
+from llm2vec_ds.process.child_command import run_command
+from llm2vec_ds.report.stages_plot import plot_stages
+from llm2vec_ds.storage.output_folder import (
+    check_no_foreign,
+    check_reads_no_output,
+    check_replaceable,
+    replaced_folder,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Trained tokens a stage (both SimCSE passes counted), so that a slow machine changes the time only."""
+
+    mntp_tokens: int
+    simcse_tokens: int
+    mntp: dict[str, Any]
+    simcse: dict[str, Any]
+
+
+SMALL_MNTP = {
+    "optimizer": {"lr": 5e-4, "warmup_steps": 2, "schedule": "linear"},
+    "batch": {"global_batch_size": 8, "max_tokens_per_micro_batch": 1024},
+}
+SMALL_SIMCSE = {
+    "simcse": {"attention_dropout": 0.1},
+    "optimizer": {"lr": 1e-3, "warmup_steps": 5, "schedule": "constant"},
+    "batch": {"global_batch_size": 48, "max_tokens_per_micro_batch": 2048},
+}
+# So few tokens are better spent on three times as many steps of a third of the sentences.
+QUICK_SIMCSE = SMALL_SIMCSE | {"batch": {"global_batch_size": 16, "max_tokens_per_micro_batch": 2048}}
+BUDGETS = {
+    "quick": Budget(6_000, 14_000, SMALL_MNTP, QUICK_SIMCSE),
+    "default": Budget(24_000, 76_000, SMALL_MNTP, SMALL_SIMCSE),
+    # The paper's steps and batches (32 × 512 tokens and 128 sentences, 1000 steps each), for a GPU.
+    "full": Budget(
+        1000 * 32 * 128,
+        1000 * 128 * 2 * 18,
+        {"optimizer": {"lr": 5e-5}, "batch": {"global_batch_size": 32, "max_tokens_per_micro_batch": 16384}},
+        {"optimizer": {"lr": 3e-5}, "batch": {"global_batch_size": 128, "max_tokens_per_micro_batch": 16384}},
+    ),
+}
+
+
+WRITTEN = (
+    *("paragraphs.txt", "held_out.txt", "sentences.txt", "mntp.yaml", "simcse.yaml"),
+    *("simcse", "encoder", "stages.png"),
+)
+"""What a demo writes into its folder, beside mntp/ at its start and metrics.json at its end."""
+
+
+def run_demo(
+    output: Path,
+    *,
+    budget: str = "default",
+    sts: Path | None = None,
+    text: Path | None = None,
+    model: str | None = None,
+    seed: int = 42,
+    qlora: bool = False,
+) -> dict[str, Any]:
+    """Causal baseline → bidirectional → MNTP → SimCSE; returns what metrics.json holds.
+
+    With `qlora` both stages train over NF4; all figures are of whole weights, the trained ones' dequantised.
+
+    Raises:
+        UserError: unusable input, or `output` holds a demo already.
+    """
+    _check(output, budget, qlora, text)
+    pairs = load_graded_pairs(sts) if sts else own_graded_pairs()
+    material = training_text(text)
+    retrieval = held_out_retrieval()
+    with writing(f"--output {output}"):
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "mntp").mkdir(exist_ok=True)
+    base = model or str(demo_model_dir())
+    started = time.monotonic()
+    recipes = _write_recipes(output, base, material, BUDGETS[budget], seed, "nf4" if qlora else None)
+
+    def measure(name: str, folder: str | Path, causal: bool = False) -> dict[str, float]:
+        return _measure(name, Encoder.from_pretrained(folder, causal=causal), pairs, retrieval)
+
+    metrics: dict[str, Any] = {
+        "causal": measure("causal", base, causal=True),
+        "bidirectional": measure("bidirectional", base),
+    }
+    for stage in ("mntp", "simcse"):
+        _train(recipes[stage])
+        metrics[stage] = measure(stage, output / stage / "encoder") | _trained(output / stage)
+    with replaced_folder(output / "encoder", f"--output {output}: its encoder/") as new:
+        shutil.copytree(output / "simcse" / "encoder", new, dirs_exist_ok=True)
+    how = ", NF4" if qlora else ""
+    plot_stages(metrics, output / "stages.png", f"{Path(base).name}, {budget} budget{how}")
+    metrics["run"] = {
+        "budget": budget,
+        "seed": seed,
+        "quantization": "nf4" if qlora else None,
+        "model": Path(base).name,
+        "sts": sts.name if sts else "sentence_pairs.csv",
+        "text": text.name if text else "pydoc_data.topics",
+        "elapsed_s": round(time.monotonic() - started, 1),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")},
+    }
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    log.info(
+        "encoder: %s, figures: %s, picture: %s",
+        *(output / n for n in ("encoder", "metrics.json", "stages.png")),
+    )
+    return metrics
+
+
+def _check(output: Path, budget: str, qlora: bool, text: Path | None) -> None:
+    if budget not in BUDGETS:
+        raise UserError(f"--budget {budget!r} is not one of {', '.join(BUDGETS)}")
+    if (output / "metrics.json").exists():
+        raise UserError(f"{output} already holds a demo: choose another --output or remove it")
+    what = f"--output {output}"
+    check_reads_no_output([output / name for name in WRITTEN], [text] if text else [], what)
+    check_no_foreign(output, what, WRITTEN, marks=["mntp"])
+    check_replaceable(output / "encoder", f"{what}: its encoder/")
+    if qlora:
+        check_bitsandbytes("--qlora")
+
+
+def _measure(name: str, encoder: Encoder, pairs: GradedPairs, retrieval: RetrievalSet) -> dict[str, float]:
+    scores = {
+        "sts_spearman": sts_spearman(encoder, pairs, progress=True),
+        "retrieval_ndcg_at_10": ndcg_at_10(encoder, retrieval, progress=True),
+    }
+    log.info("%-13s STS Spearman %.4f, retrieval nDCG@10 %.4f", name, *scores.values())
+    return scores
+
+
+def _write_recipes(
+    output: Path, base: str, material: DemoText, budget: Budget, seed: int, quantization: str | None
+) -> dict[str, Path]:
+    """Text files and recipes of both stages; steps follow from the token budget and the mean length."""
+    files = {
+        "paragraphs": material.paragraphs,
+        "held_out": material.held_out_paragraphs,
+        "sentences": material.sentences,
+    }
+    for name, lines in files.items():
+        (output / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = load_tokenizer(base)
+    common = {"seed": seed, "overwrite": True}
+    plans = {
+        "mntp": {
+            **common,
+            "model": {"path": base, "quantization": quantization},
+            "data": {
+                "path": str(output / "paragraphs.txt"),
+                "held_out_path": str(output / "held_out.txt"),
+                "max_tokens": 128,
+                "long_texts": "split",
+            },
+            **budget.mntp,
+        },
+        "simcse": {
+            **common,
+            "model": {"path": str(output / "mntp" / "encoder"), "quantization": quantization},
+            "data": {"path": str(output / "sentences.txt"), "max_tokens": 128},
+            **budget.simcse,
+        },
+    }
+    tokens_a_text = {
+        "mntp": _mean_tokens(tokenizer, material.paragraphs, 128),
+        "simcse": 2 * _mean_tokens(tokenizer, material.sentences, 128),
+    }
+    tokens = {"mntp": budget.mntp_tokens, "simcse": budget.simcse_tokens}
+    paths = {}
+    for stage, plan in plans.items():
+        tokens_a_step = tokens_a_text[stage] * plan["batch"]["global_batch_size"]
+        steps = max(1, round(tokens[stage] / tokens_a_step))
+        recipe = {"stage": stage, "output_dir": str(output / stage), "max_steps": steps, **plan}
+        paths[stage] = output / f"{stage}.yaml"
+        paths[stage].write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return paths
+
+
+def _mean_tokens(tokenizer: Any, texts: list[str], max_tokens: int) -> float:
+    """Mean tokens of a row: a longer text becomes several blocks of `max_tokens`."""
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    return sum(lengths) / sum(-(-length // max_tokens) for length in lengths)
+
+
+def _train(recipe: Path) -> None:
+    """The ordinary command, in a process of its own, so that its memory is free before the next step."""
+    log.info("llm2vec-ds train %s", recipe)
+    if run_command("train", str(recipe)):
+        raise UserError(f"training stopped, see above; repeat it with: llm2vec-ds train {recipe}")
+
+
+def _trained(folder: Path) -> dict[str, Any]:
+    """What the run itself logged: tokens, speed, held-out figures at its start and end."""
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    n_tokens = sum(step["n_tokens"] for step in steps)
+    result: dict[str, Any] = {
+        "steps": len(steps),
+        "trained_tokens": n_tokens,
+        "tokens_per_s": round(n_tokens / sum(step["step_ms"] for step in steps) * 1e3, 1),
+    }
+    held_out = folder / "held_out.jsonl"
+    if held_out.exists():
+        rows = [json.loads(line) for line in held_out.read_text().splitlines()]
+        result["held_out"] = {"before": rows[0], "after": rows[-1]}
+    return result

@@ -1,0 +1,390 @@
+"""The public class: a trunk and its pooling, text in, vectors out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from tqdm import tqdm
+
+from llm2vec_ds.batch import PackedBatch
+from llm2vec_ds.data.packing import pack, plan_micro_batches
+from llm2vec_ds.data.prompts import (
+    Prompt,
+    Template,
+    TokenizedText,
+    check_tokenizer,
+    drop_words,
+    tokenize,
+    truncate,
+)
+from llm2vec_ds.encoder.replicas import Replicas, devices, text_blocks
+from llm2vec_ds.encoder.settings import EncoderSettings, stored_settings
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.model.adapter_stack import AdapterStack, adapter_state, write_stack
+from llm2vec_ds.model.adapters import merged_state_dict
+from llm2vec_ds.model.bidirectional import is_causal
+from llm2vec_ds.model.damage import check_ids, why_not_finite
+from llm2vec_ds.model.imported import merge_adapters, resolve, upstream_settings
+from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
+from llm2vec_ds.model.pooling import POOLINGS
+from llm2vec_ds.storage.output_folder import replaced_folder
+
+log = logging.getLogger(__name__)
+
+BadTexts = Literal["raise", "nan"]
+LARGEST_FILE = "4GB"
+"""Of an encoder's weights; so much of a GPU's weights is on the host at once while they are written."""
+
+
+class Encoder(nn.Module):
+    """A decoder-only LLM as text encoder (LLM2Vec, arXiv 2404.05961).
+
+    >>> encoder = Encoder.from_pretrained("path/to/encoder")
+    >>> vectors = encoder.encode(["a text", "another"])      # numpy [2, d], fp32
+    """
+
+    def __init__(self, trunk: nn.Module, tokenizer: Any, settings: EncoderSettings | None = None) -> None:
+        super().__init__()
+        check_tokenizer(tokenizer)
+        self.trunk: Any = trunk
+        self.tokenizer = tokenizer
+        self.settings = settings or EncoderSettings()
+        self.devices = [next(trunk.parameters()).device]
+        self._replicas: Replicas[Any] | None = None
+        self.stack: AdapterStack | None = None
+        """Where adapters over a quantised base come from; `save` writes them beside the merged weights."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        adapters: Sequence[str | Path] = (),
+        settings: Mapping[str, Any] | None = None,
+        causal: bool | None = None,
+        attention: str = "auto",
+        precision: str = "auto",
+        device: torch.device | str | Sequence[torch.device | str] | None = None,
+    ) -> Encoder:
+        """Loads an encoder folder, or any decoder-only LLM (untrained, bidirectional unless `causal`).
+
+        Args:
+            path: a folder that `save` wrote, a transformers folder, or a hub id.
+            adapters: folders or hub ids of LoRA adapters (as peft and upstream `llm2vec` save them), merged
+                in this order; a `path` that holds an adapter alone stands for the model it names, and that
+                adapter comes first.
+            settings: changes to what the folder's llm2vec_ds.json (or `llm2vec_config.json`) says, by the
+                names of `EncoderSettings`.
+            causal: None keeps what the folder says.
+            attention: backend: `auto`, `triton`, `flash_attn`, `varlen` or `torch`.
+            precision: `auto` (bf16 on CUDA, fp32 on CPU), `fp32` or `bf16`.
+            device: one, or several that share the work of `encode`; None takes every GPU there is (under a
+                launcher this rank's), else the CPU.
+
+        Raises:
+            UserError: no such model, a type that cannot be made bidirectional, an adapter that does not
+                fit, or unknown settings.
+        """
+        chosen = devices(device)
+        path = os.path.expanduser(path)  # noqa: PTH111  (a hub id stays as it is)
+        stack = resolve(path, adapters)
+        trunk = load_trunk(stack.base, TrunkOptions(causal, attention, precision, device=chosen[0]))
+        merge_adapters(trunk, stack.adapters)
+        told_last = stack.adapters[-1] if stack.adapters else Path(path)
+        stored = {**upstream_settings(told_last), **stored_settings(Path(path)), **(settings or {})}
+        has_tokenizer = not stack.adapters or (Path(path) / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(path if has_tokenizer else stack.base)
+        encoder = cls(trunk, tokenizer, EncoderSettings.of(stored))
+        encoder.devices = chosen
+        return encoder.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trunk.parameters()).device
+
+    @property
+    def dimensions(self) -> int:
+        """Length of a vector."""
+        return int(self.trunk.config.get_text_config().hidden_size)
+
+    @property
+    def causal(self) -> bool:
+        """Does a token see only those before it?"""
+        return bool(is_causal(self.trunk.config))
+
+    def train(self, mode: bool = True) -> Encoder:
+        """As any module's; copies on other devices, which training would leave behind, are given up."""
+        if mode:
+            self._replicas = None
+        return super().train(mode)
+
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """Last hidden state of every token, `[T, D]`."""
+        return trunk_hidden_states(self.trunk, batch)
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """One vector a text, `[S, D]` fp32, not normalised."""
+        return self._vectors(self.trunk, batch)
+
+    def _vectors(self, trunk: Any, batch: PackedBatch) -> torch.Tensor:
+        if self.settings.pooled_tokens == "all":
+            batch = replace(batch, pool_mask=torch.ones_like(batch.pool_mask))
+        return POOLINGS[self.settings.pooling](trunk_hidden_states(trunk, batch), batch)
+
+    @overload
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        instruction: str | None = ...,
+        prompt_name: str | None = ...,
+        normalize: bool = ...,
+        truncate_dim: int | None = ...,
+        batch_tokens: int = ...,
+        bad_texts: BadTexts = ...,
+        show_progress: bool = ...,
+        convert_to_tensor: Literal[False] = ...,
+    ) -> np.ndarray: ...
+
+    @overload
+    def encode(
+        self, texts: str | Iterable[str], *, convert_to_tensor: Literal[True], **options: Any
+    ) -> torch.Tensor: ...
+
+    def encode(
+        self, texts: str | Iterable[str], *, convert_to_tensor: bool = False, **options: Any
+    ) -> np.ndarray | torch.Tensor:
+        """Vectors of `texts` in their order, `[N, D]` fp32; of a single string, `[D]`.
+
+        Takes the options of `encode_blocks`, and `convert_to_tensor` for a torch tensor on the CPU.
+
+        Raises:
+            UserError: as `encode_blocks`.
+        """
+        if isinstance(texts, str):
+            vectors = self.encode([texts], **options)[0]
+        else:
+            width = options.get("truncate_dim") or self.dimensions
+            blocks = [np.empty((0, width), dtype=np.float32), *self.encode_blocks(texts, **options)]
+            vectors = np.concatenate(blocks)
+        return torch.from_numpy(vectors) if convert_to_tensor else vectors
+
+    def encode_blocks(
+        self,
+        texts: Iterable[str | None],
+        *,
+        instruction: str | None = None,
+        prompt_name: str | None = None,
+        normalize: bool = False,
+        truncate_dim: int | None = None,
+        batch_tokens: int = 4096,
+        bad_texts: BadTexts = "raise",
+        first_row: int = 0,
+        show_progress: bool = False,
+    ) -> Iterator[np.ndarray]:
+        """The vectors of `encode` block by block, so that neither texts nor vectors need to fit in memory.
+
+        A text longer than `settings.max_tokens` is cut at its end. Texts are packed by length, so the order
+        costs nothing.
+
+        Args:
+            texts: any iterable; what is not a string, or empty, is a bad text.
+            instruction: put before each text, attended and not pooled.
+            prompt_name: instead of it, the instruction of that name in `settings.prompts`.
+            normalize: scale every vector to length 1.
+            truncate_dim: keep the first dimensions only (of an encoder trained with Matryoshka lengths).
+            batch_tokens: tokens of one forward pass; at least one text goes through.
+            bad_texts: `raise`, or `nan`: name it in the log and go on, its row is NaN.
+            first_row: number of the first text, for messages.
+
+        Raises:
+            UserError: a bad text, an unknown `prompt_name`, an impossible `truncate_dim`, or a model that
+                gives NaN.
+        """
+        if bad_texts not in ("raise", "nan"):
+            raise UserError(f"bad_texts {bad_texts!r} is unknown: choose raise or nan")
+        if truncate_dim is not None and not 0 < truncate_dim <= self.dimensions:
+            raise UserError(f"truncate_dim={truncate_dim}: vectors have {self.dimensions} dimensions")
+        instruction = self._instruction(instruction, prompt_name)
+        total = len(texts) if isinstance(texts, Sized) else None
+        hidden = None if show_progress else True  # None: where there is a terminal
+        with tqdm(total=total, desc="encode", unit="text", disable=hidden) as bar:
+            for block in text_blocks(texts):
+                vectors = np.full((len(block), self.dimensions), np.nan, dtype=np.float32)
+                tokenized = self._tokenized(block, instruction, first_row, bad_texts)
+                for rows, found in self._encode_tokenized(tokenized, batch_tokens):
+                    self._check_finite(found, first_row + rows)
+                    vectors[rows] = found
+                    bar.update(len(rows))
+                vectors = vectors[:, :truncate_dim]
+                if normalize:
+                    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+                first_row += len(block)
+                yield vectors
+
+    def similarity(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Cosine similarity of each row of `first [A, D]` with each of `second [B, D]`, `[A, B]` fp32."""
+        a, b = (torch.as_tensor(x).float() for x in (first, second))
+        cosines: np.ndarray = (
+            nn.functional.normalize(a, dim=-1) @ nn.functional.normalize(b, dim=-1).T
+        ).numpy()
+        return cosines
+
+    def _instruction(self, instruction: str | None, prompt_name: str | None) -> str | None:
+        if prompt_name is None:
+            return instruction
+        if instruction is not None:
+            raise UserError("give an instruction or a prompt_name, not both")
+        if prompt_name not in self.settings.prompts:
+            known = ", ".join(sorted(self.settings.prompts)) or "none"
+            raise UserError(f"prompt_name {prompt_name!r} is unknown; this encoder's prompts: {known}")
+        return self.settings.prompts[prompt_name]
+
+    def _tokenized(
+        self, texts: Sequence[str | None], instruction: str | None, first_row: int, bad_texts: BadTexts
+    ) -> dict[int, TokenizedText]:
+        """Row → tokens, of the good texts of a block."""
+        strings = {row: text for row, text in enumerate(texts) if isinstance(text, str)}
+        if self.settings.text_span == "upstream" and (most := self.settings.max_text_tokens):
+            longest = self.settings.max_tokens
+            strings = {r: drop_words(self.tokenizer, text, most, longest) for r, text in strings.items()}
+        tokenized = tokenize(
+            self.tokenizer,
+            [Prompt(instruction, text) for text in strings.values()],
+            Template(self.settings.template, self.settings.special_tokens),
+            end_with_eos=self.settings.pooling == "eos",
+            text_span=self.settings.text_span,
+        )
+        good = {
+            row: truncate(text, self.settings.max_tokens)
+            for row, text in zip(strings, tokenized, strict=True)
+            if text.pool_start < text.pool_end
+        }
+        for row, text in enumerate(texts):
+            if row not in good:
+                what = "is empty" if isinstance(text, str) else "is not text"
+                name = f"text {first_row + row} (counted from 0) {what}"
+                if bad_texts == "raise":
+                    raise UserError(f"{name}: remove it, or get NaN in its place with bad texts `nan`")
+                log.warning("%s: NaN in its place", name)
+        return good
+
+    def _check_finite(self, vectors: np.ndarray, rows: np.ndarray) -> None:
+        """Refuses a vector with a NaN or an infinity, which is the model's fault: its text is good."""
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            row = rows[~finite].min()
+            raise UserError(
+                f"text {row} (counted from 0) gets no finite vector: {why_not_finite(self.trunk)}"
+            )
+
+    def _encode_tokenized(
+        self, tokenized: dict[int, TokenizedText], batch_tokens: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows and their vectors, a micro-batch at a time."""
+        texts, rows = list(tokenized.values()), np.fromiter(tokenized, dtype=np.int64)
+        check_ids(max((max(text.input_ids) for text in texts), default=0), self.trunk)
+        lengths = [len(text) for text in texts]
+        groups = plan_micro_batches(lengths, max(batch_tokens, *lengths, 0))
+        was_training = self.training
+        self.eval()
+        if len(self.devices) > 1 and len(groups) > 1 and self._replicas is None:
+            self._replicas = Replicas(self.trunk, self.devices)
+
+        @torch.no_grad()  # holds for one thread
+        def vectors(trunk: Any, group: np.ndarray) -> np.ndarray:
+            batch = pack([texts[i] for i in group]).to(next(trunk.parameters()).device)
+            found: np.ndarray = self._vectors(trunk, batch).float().cpu().numpy()
+            return found
+
+        found = (
+            self._replicas.map(vectors, groups)
+            if self._replicas
+            else (vectors(self.trunk, g) for g in groups)
+        )
+        try:
+            for group, block in zip(groups, found, strict=True):
+                yield rows[group], block
+        finally:
+            self.train(was_training)
+
+    def save(
+        self,
+        folder: str | Path,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        adapters: dict[str, dict[str, torch.Tensor]] | None = None,
+    ) -> None:
+        """Writes trunk (safetensors), config, tokenizer and settings; the folder appears when complete.
+
+        An encoder that this class wrote there before is replaced in one move; what others have put beside it
+        stays.
+
+        Args:
+            state_dict: the trunk's weights where they differ from the live ones (merged adapters).
+            adapters: `adapter_state`, for a trunk whose parameters are not whole here.
+
+        Raises:
+            UserError: the folder holds other things, cannot be written, or the disk is full; what is there
+                stays.
+        """
+        folder = Path(folder)
+        what = f"encoder {folder}"
+        with writing(what), replaced_folder(folder, what) as unfinished:
+            self.save_weights(unfinished, state_dict)
+            if self.stack is not None:
+                write_stack(self.stack, adapters or adapter_state(self.trunk), unfinished)
+            self.tokenizer.save_pretrained(unfinished)
+            self.settings.write(unfinished)
+
+    def save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """The trunk alone: weights and config.json."""
+        try:
+            if getattr(self.trunk, "is_loaded_in_4bit", False):
+                self._save_dequantized(folder, state_dict)
+            else:
+                self.trunk.save_pretrained(folder, state_dict=state_dict, max_shard_size=LARGEST_FILE)
+        except SafetensorError as error:  # its name for what the system said
+            number = re.search(r"os error (\d+)", str(error))
+            said = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
+            raise OSError(*said) from None
+        for weights in folder.glob("*.safetensors"):  # which come readable to their owner alone
+            weights.chmod((folder / "config.json").stat().st_mode)
+
+    def _save_dequantized(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        """A plain checkpoint: transformers would write the 4-bit settings into config.json."""
+        from huggingface_hub import save_torch_state_dict
+
+        config = type(self.trunk.config).from_dict(self.trunk.config.to_dict())
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.architectures = [type(self.trunk).__name__]
+        config.save_pretrained(folder)
+        save_torch_state_dict(
+            state_dict or merged_state_dict(self.trunk), folder, max_shard_size=LARGEST_FILE
+        )
+
+
+def trunk_hidden_states(trunk: Any, batch: PackedBatch) -> torch.Tensor:
+    """Last hidden state of every token of a packed batch, `[T, D]`."""
+    output = trunk(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        attention_mask=None,
+        use_cache=False,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=batch.max_seqlen,
+        max_length_k=batch.max_seqlen,
+    )
+    hidden: torch.Tensor = output.last_hidden_state[0]
+    return hidden

@@ -1,0 +1,86 @@
+"""What an encoder is beside its trunk: pooling, template, lengths, prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, StrictBool, TypeAdapter, ValidationError
+
+from llm2vec_ds import __version__
+from llm2vec_ds.data.prompts import PLAIN, TEXT_SPANS, check_form
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.pooling import POOLINGS
+from llm2vec_ds.storage.reading import explain, read_json
+
+SETTINGS_FILE = "llm2vec_ds.json"
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What an encoder folder says beside the trunk's own config.json.
+
+    `pooled_tokens`: `text` leaves instruction, template and special tokens out of a vector; `all` takes the
+    whole input, as servers do. `prompts`: instructions by the name that `encode` knows them by. `text_span`:
+    see `data.prompts.TEXT_SPANS`; under `upstream`, a text of more than `max_text_tokens` loses words first.
+    """
+
+    pooling: str = "mean"
+    max_tokens: Annotated[int, Field(ge=1)] = 512
+    template: str = PLAIN
+    special_tokens: StrictBool = True
+    pooled_tokens: str = "text"
+    text_span: str = "offsets"
+    max_text_tokens: Annotated[int, Field(ge=1)] | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> EncoderSettings:
+        """From a mapping.
+
+        Raises:
+            UserError: an unknown name, pooling or text span, or a value of a wrong type.
+        """
+        if unknown := sorted(values.keys() - cls.__dataclass_fields__.keys()):
+            known = ", ".join(cls.__dataclass_fields__)
+            raise UserError(f"unknown encoder setting {unknown[0]!r}: choose among {known}")
+        try:
+            settings = TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            raise UserError(f"encoder setting {explain(error.errors()[0])}") from None
+        check_form(settings.template, "encoder setting template")
+        for name, allowed in (
+            ("pooling", tuple(POOLINGS)),
+            ("text_span", TEXT_SPANS),
+            ("pooled_tokens", ("text", "all")),
+        ):
+            if (value := getattr(settings, name)) not in allowed:
+                raise UserError(f"encoder setting {name}={value!r} is unknown: choose {', '.join(allowed)}")
+        return settings
+
+    def write(self, folder: Path) -> None:
+        """Into the folder's settings file."""
+        values = {**asdict(self), "llm2vec_ds_version": __version__}
+        (folder / SETTINGS_FILE).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """Of a folder's settings file; names that a later version may have written are passed over.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        return {}
+    remedy = "take the encoder folder from its run again"
+    stored = read_json(file, dict[str, Any], remedy)
+    known = {k: v for k, v in stored.items() if k in EncoderSettings.__dataclass_fields__}
+    try:
+        EncoderSettings.of(known)
+    except UserError as error:
+        raise UserError(f"{file} is damaged ({error}): {remedy}") from None
+    return known

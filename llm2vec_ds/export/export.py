@@ -1,0 +1,303 @@
+"""A run's encoder → a folder that other people's tools load without any code of this package.
+
+    run, demo or encoder folder ─► bare trunk, flags, tokenizer, pooling, card ─► loaded afresh ─► OUTPUT
+
+OUTPUT appears only when what was written gives the encoder's vectors.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm2vec_ds.data.packing import pack
+from llm2vec_ds.data.prompts import Prompt, Template, TokenizedText, tokenize, truncate
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.settings import EncoderSettings
+from llm2vec_ds.engine.run_folder import ENCODER, check_is_of_finished_run
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.evaluate.sts import own_graded_pairs
+from llm2vec_ds.export.card import copy_licence_files, licence, origin, write_card
+from llm2vec_ds.export.sentence_transformers import (
+    Plan,
+    padded_tokenizer,
+    plan,
+    save_tokenizer,
+    tokenizer_for,
+    write_config,
+    write_sentence_transformers,
+)
+from llm2vec_ds.model.pooling import POOLINGS
+from llm2vec_ds.storage.output_folder import check_replaceable, replaced_folder
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("sentence-transformers", "transformers")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOWEST_COSINE = {torch.float32: 0.99999, torch.float16: 0.999, torch.bfloat16: 0.99}
+"""What rounding the weights may cost a vector; a wrong file costs far more."""
+N_CHECKED_TEXTS = 24
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """`dtype`: auto keeps what the encoder's folder holds. `prompts`: more instructions by name."""
+
+    format: str = "sentence-transformers"
+    dtype: str = "auto"
+    licence: str | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    overwrite: bool = False
+
+
+def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
+    """Writes `output` and returns what its readers cannot express, each as a sentence.
+
+    Raises:
+        UserError: nothing to export there, an encoder that the format cannot express, an output that exists
+            or cannot be written, or one that does not give the encoder's vectors.
+    """
+    folder = find_encoder(source)
+    what = f"--output {output}"
+    _check(output, what, [source, folder], options)
+    # On the CPU and in fp32, so that the comparison afterwards is of like with like.
+    encoder = Encoder.from_pretrained(folder, precision="fp32", device="cpu")
+    encoder.settings = replace(encoder.settings, prompts={**encoder.settings.prompts, **options.prompts})
+    as_modules = plan(encoder) if options.format == "sentence-transformers" else None
+    found = origin(source)
+    licence_name = licence(found.base, options.licence)
+    told = limits(encoder, as_modules)
+    expected = _expected(encoder)
+    with writing(what), replaced_folder(output, what, [source, folder]) as unfinished:
+        dtype = _stored_dtype(folder) if options.dtype == "auto" else DTYPES[options.dtype]
+        _write(unfinished, encoder, as_modules, dtype)
+        write_card(unfinished, encoder, found, licence_name, told, options.format)
+        copied = copy_licence_files(found.base, unfinished)
+        _verify(unfinished, encoder, expected, as_modules, LOWEST_COSINE[dtype])
+    log.info("%s: %s, %s", output, options.format, str(dtype).removeprefix("torch."))
+    if licence_name is None:
+        log.warning("licence: none found for %s: look it up and give it with --licence", found.base_name)
+    else:
+        log.info("licence: %s (%s)", licence_name, ", ".join(copied) or f"that of {found.base_name}")
+    for limit in told:
+        log.warning("limit: %s", limit)
+    return told
+
+
+def find_encoder(source: Path) -> Path:
+    """The encoder of a run or demo folder, or the folder itself.
+
+    Raises:
+        UserError: there is none, or it is not of the run that the folder describes.
+    """
+    for folder in (source / ENCODER, source):
+        if (folder / "config.json").is_file():
+            check_is_of_finished_run(folder)
+            return folder
+    raise UserError(f"{source} holds no encoder: give a run's folder, a demo's, or an encoder folder")
+
+
+def limits(encoder: Encoder, as_modules: Plan | None) -> list[str]:
+    """What readers of the export do otherwise than this package, each as a sentence."""
+    settings, config = encoder.settings, encoder.trunk.config
+    if as_modules is None:
+        return ["Pooling is not part of a transformers folder: its readers pool by themselves."]
+    told = []
+    if as_modules.silent_ids:
+        told.append(
+            "vLLM and text-embeddings-inference pool the tokenizer's special tokens too, which this encoder "
+            "leaves out: their vectors differ (not so for an encoder trained with pooled_tokens=all)."
+        )
+        told.append("sentence-transformers must not flatten its input (FlashAttention with unpadded inputs).")
+    if not as_modules.include_prompt:
+        told.append(
+            "vLLM and text-embeddings-inference pool the instruction too, which this encoder leaves out: "
+            "their vectors of texts with an instruction differ."
+        )
+        if as_modules.silent_ids:
+            told.append(
+                "sentence-transformers gives vectors with a prompt another length, of the same direction: "
+                "compare by cosine."
+            )
+    if as_modules.default_prompt:
+        head = as_modules.prompts[as_modules.default_prompt]
+        told.append(
+            f"vLLM puts nothing before a text by itself, text-embeddings-inference only with "
+            f"--default-prompt-name {as_modules.default_prompt}: this encoder wants {head!r} there."
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if config.model_type == "llama" and rope != "default":
+        told.append(f"text-embeddings-inference does not know RoPE of the type {rope} for Llama.")
+    if settings.pooling == "weighted_mean":
+        told.append("vLLM and text-embeddings-inference have no weighted mean.")
+    return told
+
+
+def push_folder(folder: Path, repository: str) -> str:
+    """Uploads an export to the hub, private where the repository is new; returns its address.
+
+    Raises:
+        UserError: the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=repository))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--push {repository}: {reason}; log in with `hf auth login`. {folder} is kept"
+        ) from None
+
+
+def _check(output: Path, what: str, sources: list[Path], options: ExportOptions) -> None:
+    if options.format not in FORMATS:
+        raise UserError(f"--format {options.format!r} is unknown: choose {' or '.join(FORMATS)}")
+    if options.dtype not in ("auto", *DTYPES):
+        raise UserError(f"--dtype {options.dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
+    place = check_replaceable(output, what, sources)
+    if place.exists() and not options.overwrite:
+        raise UserError(f"{what} exists: choose another, or give --overwrite")
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    config = json.loads((folder / "config.json").read_text())
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _write(folder: Path, encoder: Encoder, as_modules: Plan | None, dtype: torch.dtype) -> None:
+    state = {name: value.to(dtype) for name, value in encoder.trunk.state_dict().items()}
+    encoder.trunk.config.dtype = dtype
+    encoder.save_weights(folder, state)
+    prompts = as_modules.prompts if as_modules else {}
+    tokenizer = tokenizer_for(encoder, prompts) if as_modules else padded_tokenizer(encoder.tokenizer)
+    save_tokenizer(tokenizer, folder)
+    write_config(folder, tokenizer)
+    encoder.settings.write(folder)
+    if as_modules is not None:
+        write_sentence_transformers(folder, encoder, as_modules)
+
+
+def _checked_texts() -> list[str]:
+    """Mixed lengths: single words, sentences, and some as long as several."""
+    pairs = own_graded_pairs()
+    sentences = list(dict.fromkeys(pairs.first + pairs.second))[:N_CHECKED_TEXTS]
+    return ["word", *sentences, " ".join(sentences), " ".join(sentences[:5])]
+
+
+def _expected(encoder: Encoder) -> dict[str | None, np.ndarray]:
+    """The encoder's own vectors of the checked texts, plain and with each prompt."""
+    texts = _checked_texts()
+    return {name: encoder.encode(texts, prompt_name=name) for name in (None, *encoder.settings.prompts)}
+
+
+def _verify(
+    folder: Path,
+    encoder: Encoder,
+    expected: dict[str | None, np.ndarray],
+    as_modules: Plan | None,
+    lowest: float,
+) -> None:
+    """Loads what was written with the libraries that others use, and compares."""
+    encoder.trunk = None  # its memory is needed for the fresh copy
+    gc.collect()
+    stock = _auto_model(folder, encoder.settings)
+    for name, vectors in expected.items():
+        _compare("transformers' AutoModel", name, stock[name], vectors, lowest)
+    if as_modules is None:
+        return
+    if importlib.util.find_spec("sentence_transformers") is None:
+        log.warning(
+            "not checked with sentence-transformers, which is not installed: pip install 'llm2vec-ds[export]'"
+        )
+        return
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(
+        str(folder), device="cpu", model_kwargs={"dtype": torch.float32}, trust_remote_code=False
+    )
+    for name, vectors in expected.items():
+        prompt = name or as_modules.default_prompt
+        found = model.encode(_checked_texts(), prompt_name=prompt, batch_size=8)
+        same = _same_span(model.tokenizer, encoder.settings, as_modules, prompt)
+        if not same.all():
+            log.warning(
+                "prompt %r: before %s of %s checked texts its last blank is a token of its own, which "
+                "sentence-transformers pools: their vectors differ a little",
+                prompt,
+                np.count_nonzero(~same),
+                len(same),
+            )
+        _compare("SentenceTransformer", name, found[same], vectors[same], lowest)
+
+
+def _same_span(tokenizer: Any, settings: EncoderSettings, as_modules: Plan, prompt: str | None) -> np.ndarray:
+    """Of the checked texts: does the prompt tokenised alone, by which sentence-transformers finds the text's
+    first token, have as many tokens as stand before the text? `[texts]` bool.
+    """
+    texts = _checked_texts()
+    if prompt is None or as_modules.include_prompt:
+        return np.ones(len(texts), dtype=bool)
+    alone = tokenizer(as_modules.prompts[prompt])["input_ids"]
+    length = len(alone) - (alone[-1] in tokenizer.all_special_ids)
+    template = Template(settings.template, settings.special_tokens)
+    prompts = [Prompt(settings.prompts.get(prompt), text) for text in texts]
+    return np.array([text.pool_start == length for text in tokenize(tokenizer, prompts, template)])
+
+
+def _auto_model(folder: Path, settings: EncoderSettings) -> dict[str | None, np.ndarray]:
+    """Vectors plain and with each prompt by stock transformers, text by text; the pooling alone is ours."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    template = Template(settings.template, settings.special_tokens)
+    found: dict[str | None, np.ndarray] = {}
+    for name in (None, *settings.prompts):
+        instruction = settings.prompts[name] if name else None
+        texts = tokenize(
+            tokenizer,
+            [Prompt(instruction, text) for text in _checked_texts()],
+            template,
+            end_with_eos=settings.pooling == "eos",
+            text_span=settings.text_span,
+        )
+        vectors = [_vector(model, truncate(text, settings.max_tokens), settings) for text in texts]
+        found[name] = np.stack(vectors)
+    return found
+
+
+@torch.no_grad()
+def _vector(model: Any, text: TokenizedText, settings: EncoderSettings) -> np.ndarray:
+    batch = pack([text])
+    if settings.pooled_tokens == "all":
+        batch = replace(batch, pool_mask=torch.ones_like(batch.pool_mask))
+    hidden = model(batch.input_ids[None], use_cache=False).last_hidden_state[0]
+    vector: np.ndarray = POOLINGS[settings.pooling](hidden, batch)[0].numpy()
+    return vector
+
+
+def _compare(reader: str, prompt: str | None, found: np.ndarray, expected: np.ndarray, lowest: float) -> None:
+    """Raises UserError where a cosine is under `lowest`, or there is nothing to compare."""
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (np.float64(found), np.float64(expected)))
+    cosine = float((a * b).sum(axis=1).min(initial=1.0 if len(a) else 0.0))
+    words = f" with prompt {prompt!r}" if prompt else ""
+    log.info("checked: %s%s gives the encoder's vectors, lowest cosine %.6f", reader, words, cosine)
+    if not cosine >= lowest:
+        raise UserError(
+            f"{reader}{words} does not give the encoder's vectors (lowest cosine {cosine:.4f}, expected "
+            f"{lowest}): nothing was exported"
+        )

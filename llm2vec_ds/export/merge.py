@@ -1,0 +1,55 @@
+"""Adapters trained over NF4, put into the original weights; how far that moves the vectors is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.evaluate.sts import own_graded_pairs
+from llm2vec_ds.model.adapter_stack import put_stack_in, read_stack
+from llm2vec_ds.model.adapters import merged_state_dict
+from llm2vec_ds.model.loading import TrunkOptions, load_trunk
+
+N_TEXTS = 64
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Cosines between a text's vectors by the two encoders."""
+
+    mean_cosine: float
+    least_cosine: float
+    n_texts: int
+
+
+def merge_into_original(folder: Path, output: Path, original: str | None = None) -> Difference:
+    """Writes `output`: the encoder of `folder`, its adapters over weights that never were in 4 bits.
+
+    Args:
+        original: the base model; None: what the folder names.
+
+    Raises:
+        UserError: the folder has no adapters of its own, or `output` is there.
+    """
+    stack = read_stack(str(folder), "nf4", None)
+    if not stack.earlier:
+        raise UserError(f"{folder} has no adapters/: only the encoder/ of a run over NF4 can be merged anew")
+    if output.exists():
+        raise UserError(f"{output} is there already: choose another --output")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = Encoder.from_pretrained(folder, device=device)
+    texts = own_graded_pairs().first[:N_TEXTS]
+    before = torch.from_numpy(trained.encode(texts, normalize=True))
+    tokenizer, settings, causal = trained.tokenizer, trained.settings, trained.causal
+    del trained  # one model at a time
+    trunk = load_trunk(original or stack.base, TrunkOptions(causal, device=device))
+    put_stack_in(trunk, stack)
+    encoder = Encoder(trunk.eval(), tokenizer, settings)
+    after = torch.from_numpy(encoder.encode(texts, normalize=True))
+    encoder.save(output, merged_state_dict(trunk, in_place=True))
+    cosine = (before * after).sum(1)
+    return Difference(float(cosine.mean()), float(cosine.min()), len(texts))

@@ -1,0 +1,262 @@
+"""The files that sentence-transformers, vLLM and text-embeddings-inference read beside a trunk's own.
+
+What each parser wants, as read in November 2026:
+
+- sentence-transformers 6.2: `modules.json`, `config_sentence_transformers.json`, `pooling_mode` in the
+  pooling's config.json (from 5.4 on), module types under their old names as aliases.
+- vLLM (`vllm/transformers_utils/config.py`): the pooling module by its type in `modules.json`, `pooling_mode`
+  or a true `pooling_mode_*`; `max_seq_length` *and* `do_lower_case` in `sentence_bert_config.json`;
+  `is_causal` in config.json (Gemma 3: `use_bidirectional_attention`).
+- text-embeddings-inference (`router/src/lib.rs`, `backends/candle/src/models/*.rs`): the booleans
+  `pooling_mode_*` in `1_Pooling/config.json`, `max_seq_length`, a `pad_token_id` that is not null, a
+  `rope_theta` at the top level (older versions), `use_bidirectional_attention` (Qwen 2: `is_causal`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2vec_ds.data.prompts import Template
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.errors import UserError
+
+POOLING_MODES = {
+    "mean": "mean",
+    "weighted_mean": "weightedmean",
+    "last": "lasttoken",
+    "eos": "lasttoken",
+    "bos": "cls",
+}
+LEGACY_POOLING_KEYS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+DEFAULT_PROMPT = "document"
+INPUT_NAMES = ["input_ids", "attention_mask"]
+"""Decoders know no token types, and some readers pass on whatever a tokenizer gives."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an encoder is said in sentence-transformers' words.
+
+    `prompts`: by name, the characters that go before a text. `default_prompt`: the name of the one before
+    every text, if any. `silent_ids`: special tokens that are attended and not pooled.
+    """
+
+    prompts: dict[str, str]
+    default_prompt: str | None
+    pooling_mode: str
+    include_prompt: bool
+    silent_ids: tuple[int, ...]
+
+
+def plan(encoder: Encoder) -> Plan:
+    """The same encoder in sentence-transformers' modules.
+
+    Raises:
+        UserError: they cannot express it.
+    """
+    settings = encoder.settings
+    template = Template(settings.template, settings.special_tokens)
+    before, after = added_ids(encoder.tokenizer)
+    _check(encoder, template, before, after)
+    prompts = {name: _head(template, instruction) for name, instruction in settings.prompts.items()}
+    default = None
+    if head := _head(template, None):
+        default = DEFAULT_PROMPT
+        prompts.setdefault(default, head)
+    pools_all = settings.pooled_tokens == "all" or settings.pooling in ("eos", "bos", "last")
+    silent = () if pools_all else tuple(dict.fromkeys(before + after))
+    return Plan(prompts, default, POOLING_MODES[settings.pooling], pools_all or not prompts, silent)
+
+
+def _head(template: Template, instruction: str | None) -> str:
+    string, begin, _ = template.render(instruction, "")
+    return string[:begin]
+
+
+def _check(encoder: Encoder, template: Template, before: list[int], after: list[int]) -> None:
+    settings, mend = encoder.settings, "use --format transformers"
+    if template.form.partition("{text}")[2]:
+        raise UserError(f"sentence-transformers cannot put {settings.template!r} around a text: {mend}")
+    if not settings.special_tokens and (before or after):
+        raise UserError(f"sentence-transformers cannot leave out the tokenizer's special tokens: {mend}")
+    if settings.text_span != "offsets":
+        raise UserError(f"sentence-transformers has no text span of the kind {settings.text_span!r}: {mend}")
+    excludes = settings.pooled_tokens == "text" and bool(before or after or settings.prompts)
+    if settings.pooling == "weighted_mean" and excludes:
+        raise UserError(
+            "sentence-transformers weights tokens by their place in the whole input, weighted_mean by that "
+            f"in the text: {mend}, or train with pooled_tokens=all"
+        )
+    if settings.pooling == "last" and after and settings.pooled_tokens == "text":
+        raise UserError(f"pooling `last` under a tokenizer that adds tokens at the end: {mend}")
+
+
+def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Special tokens that the tokenizer puts before and after a text."""
+    whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return list(whole[:start]), list(whole[start + len(bare) :])
+
+
+def write_config(folder: Path, tokenizer: Any) -> None:
+    """Makes `config.json` say the same to every reader; `tokenizer`: the exported one."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    if "is_causal" in config:  # else the model's own flag says it, and a second would move its window
+        config["use_bidirectional_attention"] = not config["is_causal"]
+    if config.get("pad_token_id") is None:
+        config["pad_token_id"] = tokenizer.pad_token_id
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def padded_tokenizer(tokenizer: Any) -> Any:
+    """A copy that can pad: with the end-of-sequence token where it has no padding token."""
+    import copy
+
+    padded = copy.deepcopy(tokenizer)
+    if padded.pad_token_id is None:
+        if padded.eos_token is None:
+            raise UserError("the tokenizer has neither a padding nor an end-of-sequence token: give it one")
+        padded.pad_token = padded.eos_token
+    padded.padding_side = "right"
+    padded.model_input_names = INPUT_NAMES
+    return padded
+
+
+def tokenizer_for(encoder: Encoder, prompts: dict[str, str]) -> Any:
+    """The tokenizer that gives sentence-transformers the encoder's ids and spans, texts being plain strings.
+
+    sentence-transformers finds a prompt's length by tokenising it alone. A blank at its end would then be a
+    token of its own, though it belongs to the first word after it; so that blank vanishes where a string is
+    a prompt and nothing else. For `eos` pooling the tokenizer adds the end-of-sequence token itself.
+    """
+    from tokenizers import Regex, Tokenizer, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    original = padded_tokenizer(encoder.tokenizer)
+    alone = [re.escape(prompt[:-1]) for prompt in dict.fromkeys(prompts.values()) if prompt.endswith(" ")]
+    adds_eos = encoder.settings.pooling == "eos" and added_ids(original)[1][-1:] != [original.eos_token_id]
+    if not alone and not adds_eos:
+        return original
+    said = json.loads(original.backend_tokenizer.to_str())
+    if adds_eos:
+        said["post_processor"] = ends_with(said["post_processor"], original.eos_token, original.eos_token_id)
+    backend = Tokenizer.from_str(json.dumps(said))
+    if alone:
+        cuts = [normalizers.Replace(Regex(rf"(?<=\A{prompt}) \z"), "") for prompt in alone]
+        backend.normalizer = normalizers.Sequence([*cuts, *filter(None, [backend.normalizer])])
+    tokens = {name: token for name, token in original.special_tokens_map.items() if isinstance(token, str)}
+    # Of no model's own class: those build normalizer and post-processor anew and lose what is added here.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        padding_side="right",
+        model_input_names=INPUT_NAMES,
+        model_max_length=original.model_max_length,
+        **tokens,
+    )
+
+
+def ends_with(post_processor: dict[str, Any] | None, token: str, token_id: int) -> dict[str, Any]:
+    """tokenizer.json's post-processor, with a token at the end of every text.
+
+    Into the template that is there: of two templates in a row, tokenizers heeds one alone.
+    """
+    end = {"SpecialToken": {"id": token, "type_id": 0}}
+    known = {token: {"id": token, "ids": [token_id], "tokens": [token]}}
+    if post_processor is None:
+        sequence = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
+        single = [sequence[0], end]
+        return {"type": "TemplateProcessing", "single": single, "pair": sequence, "special_tokens": known}
+    if post_processor["type"] == "TemplateProcessing":
+        single = [*post_processor["single"], end]
+        return {
+            **post_processor,
+            "single": single,
+            "special_tokens": {**post_processor["special_tokens"], **known},
+        }
+    parts = post_processor["processors"] if post_processor["type"] == "Sequence" else [post_processor]
+    others = [part for part in parts if part["type"] != "TemplateProcessing"]
+    template = next((part for part in parts if part["type"] == "TemplateProcessing"), None)
+    return {"type": "Sequence", "processors": [*others, ends_with(template, token, token_id)]}
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Under a class name that transformers 4 knows too."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("is_local", "local_files_only"):  # of the place it was read from
+        config.pop(key, None)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_sentence_transformers(folder: Path, encoder: Encoder, plan: Plan) -> None:
+    """modules.json and what it names."""
+    modules = [("", "Transformer")]
+    if plan.silent_ids:
+        modules.append(("1_WordWeights", "WordWeights"))
+        _write(folder / "1_WordWeights" / "config.json", _word_weights(encoder.tokenizer, plan.silent_ids))
+    modules.append(("1_Pooling", "Pooling"))  # the path that text-embeddings-inference opens
+    _write(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+            for i, (path, name) in enumerate(modules)
+        ],
+    )
+    _write(folder / "1_Pooling" / "config.json", _pooling(plan, encoder.dimensions))
+    _write(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": encoder.settings.max_tokens, "do_lower_case": False},
+    )
+    _write(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": plan.prompts,
+            "default_prompt_name": plan.default_prompt,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def _pooling(plan: Plan, dimensions: int) -> dict[str, Any]:
+    """Both spellings: booleans for servers and sentence-transformers before 5.4, the name for later ones."""
+    legacy = {key: mode == plan.pooling_mode for mode, key in LEGACY_POOLING_KEYS.items()}
+    return {
+        "word_embedding_dimension": dimensions,
+        **legacy,
+        "pooling_mode": plan.pooling_mode,
+        "include_prompt": plan.include_prompt,
+    }
+
+
+def _word_weights(tokenizer: Any, silent_ids: tuple[int, ...]) -> dict[str, Any]:
+    """Weight 0 for the silent tokens, 1 for all others; only theirs need names."""
+    names = {i: tokenizer.convert_ids_to_tokens(i) for i in silent_ids}
+    return {
+        "vocab": [names.get(i, "") for i in range(max(len(tokenizer), *(i + 1 for i in silent_ids)))],
+        "word_weights": dict.fromkeys(names.values(), 0.0),
+        "unknown_word_weight": 1.0,
+    }
+
+
+def _write(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,59 @@
+"""Exact search: the best rows of a matrix that need not fit in memory, tile by tile.
+
+Shapes: B queries, N documents, D dimensions, K best, X exclusions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from llm2vec_kernels.products import product
+
+ROUNDING = 1e-6
+"""Cosines nearer than this are equal in fp32."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which documents are no candidates of a query.
+
+    `below_B`: a candidate scores less than this, by more than rounding. `query_X, document_X`: the document
+    of this row is none of this query's candidates.
+    """
+
+    below_B: torch.Tensor
+    query_X: torch.Tensor
+    document_X: torch.Tensor
+
+
+def best_rows(
+    queries_BD: torch.Tensor, documents_ND: np.ndarray, k: int, limits: Limits, *, rows_a_tile: int
+) -> np.ndarray:
+    """Each query's candidates of the highest scores (inner products, fp32), best first, `[B, K]` int64.
+
+    −1 stands where there are fewer than `k`. Scores equal but for rounding come in any order.
+
+    Args:
+        documents_ND: fp32, memory-mapped or not; one tile of `rows_a_tile` at a time is on the device.
+    """
+    device = queries_BD.device
+    best_BK = torch.full((len(queries_BD), k), -torch.inf, device=device)
+    rows_BK = torch.full((len(queries_BD), k), -1, device=device)
+    for start in range(0, len(documents_ND), rows_a_tile):
+        tile_TD = torch.from_numpy(np.array(documents_ND[start : start + rows_a_tile])).to(device)
+        scores_BT = product(queries_BD, tile_TD)
+        _exclude(scores_BT, start, limits)
+        score, row = scores_BT.topk(min(k, len(tile_TD)))
+        row = torch.where(score > -torch.inf, row + start, -1)
+        best_BK, order = torch.cat([best_BK, score], dim=1).topk(k)
+        rows_BK = torch.cat([rows_BK, row], dim=1).gather(1, order)
+    rows: np.ndarray = rows_BK.cpu().numpy()
+    return rows
+
+
+def _exclude(scores_BT: torch.Tensor, start: int, limits: Limits) -> None:
+    scores_BT.masked_fill_(scores_BT >= limits.below_B[:, None] - ROUNDING, -torch.inf)
+    here = (limits.document_X >= start) & (limits.document_X < start + scores_BT.shape[1])
+    scores_BT[limits.query_X[here], limits.document_X[here] - start] = -torch.inf

@@ -1,0 +1,241 @@
+"""Hard negatives: for each pair, texts of a corpus that the model takes for near, by exact search.
+
+    pairs, corpus ─► distinct texts (Arrow) ─► vectors (.npy) ─► ranks of each pair ─► output
+
+All but the output lies in a work folder beside it, grows block by block, and a note says how far; so a
+killed run goes on where it stopped, and neither texts nor vectors need to fit in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.mining.corpus import Corpus, DistinctTexts, known_positives, load_corpus, write_corpus
+from llm2vec_ds.mining.exact_search import Limits, best_rows
+from llm2vec_ds.mining.options import MiningOptions
+from llm2vec_ds.process.full_memory import enough_memory
+from llm2vec_ds.recipe.sections import PairsConfig
+from llm2vec_ds.storage.output_folder import check_reads_no_output
+from llm2vec_ds.storage.reading import read_json
+from llm2vec_ds.storage.work_folder import replace_text, work_folder, write_at
+
+log = logging.getLogger(__name__)
+
+TEXTS_A_BLOCK = 1024
+PAIRS_A_BLOCK = 2048
+DOCUMENTS_A_TILE = 16384
+
+
+def mine(options: MiningOptions, output: Path, *, overwrite: bool = False) -> Counter[str]:
+    """Writes `output`, a JSON line for each pair with `query`, `positive` and `negative`, a list.
+
+    A candidate is a text of the corpus that is no known positive of the query in any pair and whose cosine
+    is below the positive's by more than the margin. Ranks count candidates only, from 1.
+
+    Returns:
+        How many pairs, queries and candidates there were, and pairs with too few negatives or none.
+
+    Raises:
+        UserError: a wrong option or source, an output that is there, or cannot be written.
+    """
+    options.check()
+    if output.suffix != ".jsonl":
+        raise UserError(f"--output {output} must end in .jsonl")
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise UserError(f"--output {output} exists: choose another, or give --overwrite")
+    sources = [find_source(options.pairs, "--pairs")]
+    if options.corpus is not None:
+        sources.append(find_source(options.corpus, "--corpus"))
+    check_reads_no_output(
+        [output], [file for source in sources for file in source.files], f"--output {output}"
+    )
+    folder = output.with_name(f".{output.name}.mining")
+    key = options.key(sources, TEXTS_A_BLOCK, PAIRS_A_BLOCK, DOCUMENTS_A_TILE)
+    with writing(f"--output {output}"), work_folder(folder, key):
+        mining = _Mining(options, sources, folder)
+        mining.run()
+        mining.found.rename(output)
+        shutil.rmtree(folder)
+    counts = mining.counts()
+    log.info("%s: %s", output, ", ".join(f"{n} {name}" for name, n in counts.items() if n))
+    return counts
+
+
+@dataclass
+class _Progress:
+    """How far the finished blocks go. `n_encoded` by kind of text; `n_bytes` of the lines of searched pairs,
+    `n_few` of which got too few negatives and `n_none` none; `counts` of what was read and left out.
+    """
+
+    n_encoded: dict[str, int] = field(default_factory=lambda: {"queries": 0, "documents": 0})
+    n_searched: int = 0
+    n_bytes: int = 0
+    n_few: int = 0
+    n_none: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class _Mining:
+    """One work folder: each step does what is not done yet."""
+
+    def __init__(self, options: MiningOptions, sources: list[Source], folder: Path) -> None:
+        self.options = options
+        self.sources = sources
+        self.folder = folder
+        self.note = folder / "progress.json"
+        self.found = folder / "found.jsonl"
+        self.progress = _Progress()
+        if self.note.exists():
+            self.progress = read_json(self.note, _Progress, f"remove {folder} to start again")
+        if not self.found.exists():  # it was moved to the output, which is to be made again
+            self.progress = replace(self.progress, n_searched=0, n_bytes=0, n_few=0, n_none=0)
+        elif self.found.stat().st_size < self.progress.n_bytes:
+            raise UserError(f"{self.found} is damaged (it is cut off): remove {folder} to start again")
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Loaded only where something is left to encode."""
+        return Encoder.from_pretrained(self.options.model)
+
+    def run(self) -> None:
+        if not self.progress.counts:
+            try:
+                self._read_sources()
+            except BaseException:  # nothing worth going on with
+                shutil.rmtree(self.folder)
+                raise
+        corpus = load_corpus(self.folder)
+        queries = self._encode("queries", corpus.queries, self.options.query_instruction)
+        documents = self._encode("documents", corpus.documents, self.options.document_instruction)
+        self._search(corpus, queries, documents)
+
+    def counts(self) -> Counter[str]:
+        few = f"pairs with fewer than {self.options.negatives} negatives"
+        return Counter(
+            self.progress.counts | {few: self.progress.n_few, "pairs with none": self.progress.n_none}
+        )
+
+    def _read_sources(self) -> None:
+        # The model first: a wrong one shows before the long reading.
+        bytes_a_text = 4 * self.encoder.trunk.config.hidden_size
+        options, counts = self.options, Counter[str]()
+        columns = PairsConfig(
+            query_column=options.query_column, positive_column=options.positive_column, max_negatives=0
+        )
+        pairs = stream_pairs(self.sources[0], columns, counts, ["--query-column", "--positive-column"])
+        texts = None
+        if options.corpus is not None:
+            key = "--corpus-column"
+            texts = stream_texts(self.sources[1], options.corpus_column, counts, whole=False, key=key)
+        log.info("reading %s", " and ".join(map(str, self.sources)))
+        write_corpus(self.folder, pairs, texts, counts)
+        corpus = load_corpus(self.folder)
+        n_queries, n_documents = len(corpus.queries), len(corpus.documents)
+        sizes = {"pairs": len(corpus.pairs), "queries": n_queries, "candidates": corpus.n_candidates}
+        self.progress.counts = sizes | counts
+        gib = bytes_a_text * (n_queries + n_documents) / 2**30
+        log.info("%s: vectors will take %.1f GiB", self.folder, gib)
+        self._write_note()
+
+    def _encode(self, kind: str, texts: DistinctTexts, instruction: str | None) -> np.ndarray:
+        """Normalised vectors, `[texts, D]` fp32, memory-mapped."""
+        path, n_done = self.folder / f"{kind}.npy", self.progress.n_encoded[kind]
+        if not n_done:
+            shape = (len(texts), self.encoder.trunk.config.hidden_size)
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        self._mapped(path, len(texts))  # else blocks of an earlier run would be taken for good
+        with tqdm(total=len(texts), initial=n_done, desc=f"encode {kind}", unit="text", disable=None) as bar:
+            for block in _blocks(n_done, len(texts), TEXTS_A_BLOCK):
+                vectors = self._vectors(texts[block], instruction)
+                n_after = len(texts) - block[0]
+                # Written, not assigned through the map: there a full disk would be a bus error.
+                write_at(path, vectors.tobytes(), -n_after * vectors[0].nbytes, os.SEEK_END)
+                self.progress.n_encoded[kind] = int(block[-1]) + 1
+                self._write_note()
+                bar.update(len(block))
+        return self._mapped(path, len(texts))
+
+    def _mapped(self, path: Path, n_texts: int) -> np.ndarray:
+        try:
+            mapped: np.ndarray = np.load(path, mmap_mode="r")
+            if mapped.dtype != np.float32 or mapped.ndim != 2 or len(mapped) != n_texts:
+                raise ValueError(f"it does not hold {n_texts} vectors")
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}): remove {self.folder} to start again") from None
+        return mapped
+
+    def _vectors(self, texts: list[str], instruction: str | None) -> np.ndarray:
+        budget = self.options.max_tokens_per_micro_batch
+        with enough_memory(f"lower --micro-batch-tokens (now {budget})"):
+            return self.encoder.encode(texts, instruction=instruction, normalize=True, batch_tokens=budget)
+
+    def _search(self, corpus: Corpus, queries: np.ndarray, documents: np.ndarray) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        known = known_positives(corpus.pairs)
+        n_done, n_pairs = self.progress.n_searched, len(corpus.pairs)
+        self.found.touch()
+        with tqdm(total=n_pairs, initial=n_done, desc="search", unit="pair", disable=None) as bar:
+            for block in _blocks(n_done, n_pairs, PAIRS_A_BLOCK):
+                query, positive = corpus.pairs[block].T
+                query_BD = torch.from_numpy(queries[query]).to(device)
+                positive_BD = torch.from_numpy(documents[positive]).to(device)
+                limits = Limits(
+                    (query_BD * positive_BD).sum(dim=1) - self.options.margin,
+                    *(torch.from_numpy(found).to(device) for found in known.of(query)),
+                )
+                candidates_ND = documents[: corpus.n_candidates]
+                ranked = best_rows(
+                    query_BD, candidates_ND, self.options.last_rank, limits, rows_a_tile=DOCUMENTS_A_TILE
+                )
+                self._write_found(corpus, block, ranked)
+                bar.update(len(block))
+
+    def _write_found(self, corpus: Corpus, block: np.ndarray, ranked: np.ndarray) -> None:
+        """Lines of a block of pairs; whatever a killed run wrote after the last note is cut off."""
+        chosen = [self._choose(int(pair), rows[rows >= 0]) for pair, rows in zip(block, ranked, strict=True)]
+        query, positive = corpus.pairs[block].T
+        negatives = iter(corpus.documents[np.concatenate(chosen)])
+        lines = [
+            {"query": q, "positive": p, "negative": list(islice(negatives, len(rows)))}
+            for q, p, rows in zip(corpus.queries[query], corpus.documents[positive], chosen, strict=True)
+        ]
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        os.truncate(self.found, self.progress.n_bytes)
+        self.progress.n_bytes = write_at(self.found, content, self.progress.n_bytes)
+        n_found = np.array([len(rows) for rows in chosen])
+        self.progress.n_few += int(np.count_nonzero(n_found < self.options.negatives))
+        self.progress.n_none += int(np.count_nonzero(n_found == 0))
+        self.progress.n_searched = int(block[-1]) + 1
+        self._write_note()
+
+    def _choose(self, pair: int, ranked: np.ndarray) -> np.ndarray:
+        """At most `negatives` of the rank range: its first, or drawn by (seed, pair), in the order drawn."""
+        in_range, n = ranked[self.options.first_rank - 1 :], self.options.negatives
+        if self.options.sampling == "random":
+            seeds = np.random.SeedSequence([self.options.seed, pair])
+            in_range = np.random.Generator(np.random.Philox(seeds)).permutation(in_range)
+        return in_range[:n]
+
+    def _write_note(self) -> None:
+        replace_text(self.note, json.dumps(asdict(self.progress)))
+
+
+def _blocks(start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+    """Consecutive numbers, `size` at a time."""
+    return (np.arange(first, min(first + size, stop)) for first in range(start, stop, size))

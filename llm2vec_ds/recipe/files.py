@@ -1,0 +1,130 @@
+"""Recipes as YAML files: read with `key=value` overrides, several stages in one, and written.
+
+Precedence: command-line `key=value` over recipe file over default.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe.recipe import STAGES, Recipe, parse_recipe
+from llm2vec_ds.storage.durable import replace_file
+from llm2vec_ds.storage.reading import parse_yaml
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe file, applies `key=value` overrides (dotted keys), validates.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a key is unknown or a value is invalid; or it has
+            several stages and none is named.
+    """
+    recipes = load_stages(path, overrides)
+    if len(recipes) > 1:
+        names = ", ".join(recipe.stage for recipe in recipes)
+        raise UserError(f"recipe {path} has the stages {names}: name one, e.g. stage={recipes[0].stage}")
+    return recipes[0]
+
+
+def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Recipe]:
+    """The recipes of a file, in their order: one, or one for each key of its `stages`.
+
+    A stage's keys lie over those beside `stages`. Each writes to a folder of its name in `output_dir`, and
+    starts from the `encoder/` of the one before unless it says `model.path`. `stage=NAME` picks one.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    values, given = _read_yaml(Path(path)), overrides or []
+    if "stages" not in values:
+        for override in given:
+            apply_override(values, override)
+        return [parse_recipe(values, source=str(path))]
+    stages = values.pop("stages")
+    if not isinstance(stages, dict) or not stages or set(stages) - set(STAGES):
+        raise UserError(f"recipe {path}: `stages` must have keys out of {', '.join(STAGES)}")
+    chosen = [o.partition("=")[2] for o in given if o.startswith("stage=")]
+    recipes: list[Recipe] = []
+    for name, own in stages.items():
+        merged = _stage_values(values, name, own or {}, [recipe.stage for recipe in recipes], given)
+        recipes.append(parse_recipe(merged, source=f"{path}, stage {name}"))
+    if chosen and chosen[-1] not in stages:
+        raise UserError(f"recipe {path} has no stage {chosen[-1]!r}: it has {', '.join(stages)}")
+    return [recipe for recipe in recipes if not chosen or recipe.stage == chosen[-1]]
+
+
+def _stage_values(
+    common: dict[str, Any], name: str, own: dict[str, Any], before: list[str], overrides: list[str]
+) -> dict[str, Any]:
+    values = _laid_over(common, {"stage": name})
+    other_sections = tuple(f"{stage}." for stage in STAGES if stage != name)
+    applied = [o for o in overrides if not o.startswith(("stage=", *other_sections))]
+    if before:  # the first stage's model, unless a stage names its own
+        applied = [override for override in applied if not override.startswith("model.path=")]
+    for override in [o for o in applied if o.startswith("output_dir=")]:
+        apply_override(values, override)
+    root = values.get("output_dir")
+    values = _laid_over(values, {"output_dir": f"{root}/{name}"} if root else {})
+    if before:
+        values = _laid_over(values, {"model": {"path": f"{root}/{before[-1]}/encoder"}})
+    values = _laid_over(values, own)
+    for override in [o for o in applied if not o.startswith("output_dir=")]:
+        apply_override(values, override)
+    return values
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """A new mapping: `above` where it has a key, section by section."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in below.items()}
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = _laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"recipe {path} not found: give the path of a YAML file, e.g. recipes/smoke_mntp.yaml"
+        )
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
+    return values
+
+
+def dump_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the resolved recipe, every default filled in, so that the run can be repeated."""
+    values = recipe.model_dump(mode="json")
+    values = {k: v for k, v in values.items() if k not in STAGES or v is not None}
+    replace_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Puts one `key=value` (dotted key, YAML value) into `values`.
+
+    Raises:
+        UserError: no such form, or a key below a single value.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not key=value, e.g. optimizer.lr=1e-4")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if child is None:
+            child = values[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: `{parent}` is a single value, not a section")
+        values = child
+    try:
+        values[last] = parse_yaml(text)
+    except ValueError:
+        values[last] = text

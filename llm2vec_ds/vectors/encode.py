@@ -1,0 +1,254 @@
+"""Vectors of a file of texts, into one file or into shards of a folder; killed, it goes on where it stopped.
+
+    texts ─► work folder: vectors.npy grows block by block, a note says how far ─► .npy, .jsonl or .parquet
+
+Neither texts nor vectors need to fit in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llm2vec_ds import __version__
+from llm2vec_ds.data.sources import Source, find_source
+from llm2vec_ds.data.text_rows import TextRows, count_rows
+from llm2vec_ds.encoder.encoder import BadTexts, Encoder
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.process.full_memory import enough_memory
+from llm2vec_ds.storage.output_folder import check_reads_no_output
+from llm2vec_ds.storage.reading import read_json
+from llm2vec_ds.storage.work_folder import replace_text, work_folder, write_at
+from llm2vec_ds.vectors.files import (
+    VECTOR_FORMATS,
+    Shard,
+    VectorNote,
+    load_vectors,
+    note_of,
+    vector_blocks,
+    write_rows,
+)
+
+log = logging.getLogger(__name__)
+
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What is encoded, and how; all of it shapes the vectors but `batch_tokens`."""
+
+    model: str
+    input: str
+    text_column: str = "text"
+    instruction: str | None = None
+    prompt_name: str | None = None
+    normalize: bool = False
+    truncate_dim: int | None = None
+    attention: str = "auto"
+    precision: str = "auto"
+    bad_texts: BadTexts = "raise"
+    batch_tokens: int = 4096
+
+    def key(self, source: Source) -> str:
+        """Changes with all that the vectors depend on; of a model's files with their sizes and times."""
+        model = Path(self.model)
+        files = sorted(model.iterdir()) if model.is_dir() else []
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        parts = [__version__, asdict(self), source.identity(), stats, torch.cuda.is_available()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where vectors go: a file, or a shard of a folder in one of VECTOR_FORMATS."""
+
+    path: Path
+    shard: Shard = field(default_factory=Shard)
+    suffix: str = ".npy"
+
+    @classmethod
+    def of(cls, output: Path, shard: str | None, suffix: str) -> Target:
+        """From the command line: a file's name says its format, a folder's files are of `suffix`.
+
+        Raises:
+            UserError: an unknown format, or a shard of a single file.
+        """
+        if suffix not in VECTOR_FORMATS:
+            known = ", ".join(f[1:] for f in VECTOR_FORMATS)
+            raise UserError(f"--format {suffix[1:]!r} is unknown: choose one of {known}")
+        parsed = Shard.parse(shard) if shard is not None else Shard()
+        if output.suffix in VECTOR_FORMATS and not output.is_dir():
+            if shard is not None:
+                raise UserError(f"--shard needs a folder, --output {output} is a file: drop {output.suffix}")
+            return cls(output, suffix=output.suffix)
+        if output.suffix and not output.is_dir() and shard is None:
+            raise UserError(f"--output {output} must end in {', '.join(VECTOR_FORMATS)}, or name a folder")
+        return cls(parsed.file(output, suffix), parsed, suffix)
+
+
+def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = False) -> Path:
+    """Writes the target's vectors and their note; finished ones of the same options are left alone.
+
+    Raises:
+        UserError: a wrong option or input, an output of other options, or one that cannot be written.
+    """
+    file = target.path
+    folder = file.with_name(f".{file.name}.encoding")
+    with writing(f"--output {file}"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if options.input == STDIN:
+            return _encode_stdin(options, target, folder, overwrite)
+        source = find_source(options.input, "--input")
+        check_reads_no_output([file, note_of(file)], source.files, f"--output {file}")
+        key = options.key(source)
+        if file.exists() and not overwrite:
+            note = VectorNote.read(file)
+            if note is not None and note.key == key:
+                log.info("%s: done already, left alone", file)
+                return file
+            raise UserError(f"--output {file} exists: choose another, or give --overwrite")
+        _check_note(file)
+        with work_folder(folder, f"{key} {target.shard}"):
+            _run(_Encoding(options, source, target, folder, key))
+    return file
+
+
+def _encode_stdin(options: EncodeOptions, target: Target, folder: Path, overwrite: bool) -> Path:
+    """Standard input cannot be read twice, so it goes to the disk first; and nothing can be resumed."""
+    if target.shard.count > 1:
+        raise UserError("--shard needs a file as --input: standard input is read once")
+    if target.path.exists() and not overwrite:
+        raise UserError(f"--output {target.path} exists: choose another, or give --overwrite")
+    _check_note(target.path)
+    check_reads_no_output([target.path], [Path("/dev/stdin")], f"--output {target.path}")
+    with work_folder(folder, f"stdin {os.getpid()}"):
+        spooled = folder / "stdin.txt"
+        with spooled.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        _run(_Encoding(options, Source((spooled,)), target, folder, key=f"stdin {os.getpid()}"))
+    return target.path
+
+
+def _check_note(file: Path) -> None:
+    """A note without its vectors is one that a killed process left, or a file of others."""
+    if file.exists() or not note_of(file).exists():
+        return
+    try:
+        VectorNote.read(file)
+    except UserError:
+        raise UserError(
+            f"--output {file}: its note would replace {note_of(file)}, which is none: choose another --output"
+        ) from None
+
+
+def _run(encoding: _Encoding) -> None:
+    """The work folder stays where another run can go on from it."""
+    try:
+        encoding.run()
+    except BaseException:
+        if not encoding.progress.exists() or encoding.options.input == STDIN:
+            shutil.rmtree(encoding.folder)
+        raise
+    shutil.rmtree(encoding.folder)
+
+
+class _Encoding:
+    """One work folder: does what is not done yet."""
+
+    def __init__(
+        self, options: EncodeOptions, source: Source, target: Target, folder: Path, key: str
+    ) -> None:
+        self.options, self.source, self.target, self.key = options, source, target, key
+        self.folder = folder
+        self.vectors = folder / "vectors.npy"
+        self.rows = folder / f"rows{target.suffix}"
+        self.progress = folder / "progress.json"
+
+    def run(self) -> None:
+        options = self.options
+        n_rows = count_rows(self.source, options.text_column)
+        if not n_rows:
+            raise UserError(f"--input {options.input} is empty")
+        start, stop = self.target.shard.rows(n_rows)
+        encoder = Encoder.from_pretrained(
+            options.model, attention=options.attention, precision=options.precision
+        )
+        dimensions = options.truncate_dim or encoder.dimensions
+        with enough_memory(f"lower --micro-batch-tokens (now {options.batch_tokens})"):
+            self._encode(encoder, start, stop, dimensions)
+        if self.target.suffix != ".npy":
+            write_rows(self.rows, self._blocks(start, stop), dimensions)
+        self._finish(start, stop, n_rows, dimensions)
+
+    def _encode(self, encoder: Encoder, start: int, stop: int, dimensions: int) -> None:
+        n_done, shape = self._n_done(), (stop - start, dimensions)
+        if not n_done or not self.vectors.exists():  # it was moved to the output, which is to be made again
+            n_done = 0
+            np.lib.format.open_memmap(self.vectors, mode="w+", dtype=np.float32, shape=shape)
+        if load_vectors(self.vectors).shape != shape or not 0 <= n_done <= stop - start:
+            raise UserError(f"{self.vectors} is damaged: remove {self.folder} to start again")
+        rows = TextRows(self.source, self.options.text_column, start + n_done, stop)
+        for block in encoder.encode_blocks(
+            rows,
+            instruction=self.options.instruction,
+            prompt_name=self.options.prompt_name,
+            normalize=self.options.normalize,
+            truncate_dim=self.options.truncate_dim,
+            batch_tokens=self.options.batch_tokens,
+            bad_texts=self.options.bad_texts,
+            first_row=start + n_done,
+            show_progress=True,
+        ):
+            n_after = stop - start - n_done
+            # Written, not assigned through the map: there a full disk would be a bus error.
+            write_at(self.vectors, block.tobytes(), -n_after * dimensions * block.itemsize, os.SEEK_END)
+            n_done += len(block)
+            replace_text(self.progress, json.dumps(n_done))
+        if n_done != stop - start:
+            raise UserError(f"--input {self.options.input} became shorter while it was read: start again")
+
+    def _n_done(self) -> int:
+        if not self.progress.exists():
+            return 0
+        return read_json(self.progress, int, f"remove {self.folder} to start again")
+
+    def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, list[str | None], np.ndarray]]:
+        """First row, texts and vectors of each block."""
+        texts = iter(TextRows(self.source, self.options.text_column, start, stop))
+        for vectors in vector_blocks(self.vectors):
+            yield start, list(islice(texts, len(vectors))), vectors
+            start += len(vectors)
+
+    def _finish(self, start: int, stop: int, n_rows: int, dimensions: int) -> None:
+        options, file = self.options, self.target.path
+        source = options.input if options.input == STDIN else str(Path(options.input).resolve())
+        note = VectorNote(
+            key=self.key,
+            model=options.model,
+            input=options.input if options.input.startswith("hub:") else source,
+            text_column=options.text_column,
+            instruction=options.instruction,
+            normalize=options.normalize,
+            first_row=start,
+            n_rows=n_rows,
+            n_rows_here=stop - start,
+            dimensions=dimensions,
+            llm2vec_ds_version=__version__,
+        )
+        # An old note first: it must not speak for the new file.
+        note_of(file).unlink(missing_ok=True)
+        (self.vectors if self.target.suffix == ".npy" else self.rows).rename(file)
+        note.write(file)
+        log.info("%s: %s vectors of %s dimensions", file, stop - start, dimensions)

@@ -1,0 +1,99 @@
+"""The texts of an encoding that are nearest to a query, to look at by eye: exact search, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llm2vec_ds.data.sources import find_source
+from llm2vec_ds.data.text_rows import TextRows
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.vectors.encode import STDIN
+from llm2vec_ds.vectors.files import VectorNote, note_of, read_rows, vector_blocks, vector_files
+
+
+@dataclass(frozen=True)
+class Hit:
+    """`row` of the encoded input, the cosine of its vector with the query's, and its text."""
+
+    row: int
+    cosine: float
+    text: str
+
+
+def search(
+    index: str | Path,
+    query: str,
+    *,
+    top: int = 10,
+    model: str | None = None,
+    texts: str | None = None,
+    instruction: str | None = None,
+    prompt_name: str | None = None,
+) -> list[Hit]:
+    """The `top` nearest texts, nearest first; rows without a vector are never among them.
+
+    Args:
+        index: what `llm2vec-ds encode` wrote: a file, or a folder of shards.
+        model: the encoder; None: the one that the index names.
+        texts: where the texts are; None: the input that the index names.
+        instruction: put before the query.
+        prompt_name: instead of it, an instruction that the encoder names.
+
+    Raises:
+        UserError: no such index, model or texts, or they do not belong together.
+    """
+    files = vector_files(index)
+    note = VectorNote.read(files[0])
+    if note is None:
+        raise UserError(f"{files[0]} has no note {note_of(files[0]).name}: encode it anew")
+    encoder = Encoder.from_pretrained(model or note.model)
+    if encoder.dimensions < note.dimensions:
+        raise UserError(
+            f"{index} has {note.dimensions} dimensions, the model {encoder.dimensions}: use its own"
+        )
+    vector = encoder.encode(
+        query,
+        instruction=instruction,
+        prompt_name=prompt_name,
+        truncate_dim=note.dimensions,
+        normalize=True,
+    )
+    rows, cosines = _nearest(index, vector, top)
+    found = _texts(files, note, texts, {note.first_row + int(row) for row in rows})
+    return [
+        Hit(note.first_row + int(row), float(cosine), found.get(note.first_row + int(row)) or "")
+        for row, cosine in zip(rows, cosines, strict=True)
+    ]
+
+
+def _nearest(index: str | Path, vector_D: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and cosines, best first."""
+    rows, cosines, start = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32), 0
+    for block_ND in vector_blocks(index):
+        lengths = np.linalg.norm(block_ND, axis=1).clip(min=1e-12)
+        scores = np.nan_to_num(block_ND @ vector_D / lengths, nan=-np.inf)
+        rows = np.concatenate([rows, np.arange(start, start + len(block_ND))])
+        cosines = np.concatenate([cosines, scores])
+        best = np.argsort(-cosines, kind="stable")[:top]
+        rows, cosines = rows[best], cosines[best]
+        start += len(block_ND)
+    good = np.isfinite(cosines)
+    return rows[good], cosines[good]
+
+
+def _texts(files: list[Path], note: VectorNote, given: str | None, wanted: set[int]) -> dict[int, str | None]:
+    """Texts of the wanted rows: from the index where it holds them, else from its input."""
+    if not wanted:
+        return {}
+    if given is None and files[0].suffix != ".npy":
+        rows = (row for file in files for block in read_rows(file) for row in block)
+        return {row["row"]: row["text"] for row in rows if row["row"] in wanted}
+    if given is None and note.input == STDIN:
+        raise UserError(f"{files[0]} was made from standard input: say where its texts are with --texts")
+    source = find_source(given or note.input, "--texts")
+    texts = TextRows(source, note.text_column, 0, max(wanted) + 1)
+    return {row: text for row, text in enumerate(texts) if row in wanted}

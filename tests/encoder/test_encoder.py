@@ -1,0 +1,172 @@
+"""The public class: order, instructions, saving."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm2vec_ds import Encoder, EncoderSettings
+from llm2vec_ds.encoder.replicas import text_blocks
+from llm2vec_ds.errors import UserError
+from tests.support.tiny import sentences
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_model_dir: Path) -> Encoder:
+    return Encoder.from_pretrained(tiny_model_dir)
+
+
+def test_vectors_come_in_order_whatever_the_micro_batch(encoder: Encoder) -> None:
+    texts = sentences(20)
+    together = encoder.encode(texts)
+    alone = np.concatenate([encoder.encode([text]) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert together.dtype == np.float32
+    assert np.abs(together[0] - together[1]).max() > 1e-2
+
+
+def test_an_instruction_is_attended_and_not_pooled(encoder: Encoder) -> None:
+    plain = encoder.encode(["the river runs"])
+    one, other = (encoder.encode(["the river runs"], instruction=i) for i in ("bread", "rain falls"))
+    assert np.abs(one - plain).max() > 1e-4
+    assert np.abs(one - other).max() > 1e-4
+
+
+def test_normalized_vectors_have_length_one(encoder: Encoder) -> None:
+    np.testing.assert_allclose(
+        np.linalg.norm(encoder.encode(sentences(5), normalize=True), axis=1), 1, atol=1e-6
+    )
+
+
+def test_an_empty_text_is_named(encoder: Encoder) -> None:
+    with pytest.raises(UserError, match="text 1 .* is empty"):
+        encoder.encode(["bread", " ", ""])
+
+
+def test_bad_texts_are_named_and_passed_over_if_asked(
+    encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["bread", None, "the river runs", ""]
+    vectors = np.concatenate(list(encoder.encode_blocks(texts, bad_texts="nan", first_row=10)))
+    assert np.isnan(vectors).all(axis=1).tolist() == [False, True, False, True]
+    np.testing.assert_allclose(vectors[2], encoder.encode("the river runs"), atol=1e-6)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "text 11 (counted from 0) is not text",
+        "text 13 (counted from 0) is empty",
+    ]
+
+
+def test_any_iterable_is_read_no_further_than_needed(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm2vec_ds.encoder.replicas.TEXTS_A_BLOCK", 4)
+    texts, n_read = sentences(10), 0
+
+    def stream() -> Iterator[str]:
+        nonlocal n_read
+        for text in texts:
+            n_read += 1
+            yield text
+
+    blocks = encoder.encode_blocks(stream())
+    first = next(blocks)
+    assert (len(first), n_read) == (4, 4)
+    np.testing.assert_allclose(np.concatenate([first, *blocks]), encoder.encode(texts), atol=1e-6)
+
+
+def test_few_long_texts_make_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2vec_ds.encoder.replicas.CHARACTERS_A_BLOCK", 10)
+    assert list(text_blocks(["a" * 6, "b" * 6, "c"])) == [["a" * 6, "b" * 6], ["c"]]
+
+
+def test_several_devices_share_the_work_and_keep_the_order(encoder: Encoder, tiny_model_dir: Path) -> None:
+    several = Encoder.from_pretrained(tiny_model_dir, device=["cpu", "cpu"])
+    texts = sentences(40)
+    np.testing.assert_allclose(several.encode(texts, batch_tokens=1), encoder.encode(texts), atol=1e-5)
+    assert several._replicas is not None
+    several.train()
+    assert several._replicas is None  # copies would not follow the training
+
+
+def test_prompts_have_names(encoder: Encoder, tmp_path: Path) -> None:
+    named = Encoder(encoder.trunk, encoder.tokenizer, EncoderSettings(prompts={"query": "rain falls"}))
+    named.save(tmp_path / "encoder")
+    loaded = Encoder.from_pretrained(tmp_path / "encoder")
+    expected = encoder.encode(["bread"], instruction="rain falls")
+    np.testing.assert_allclose(loaded.encode(["bread"], prompt_name="query"), expected, atol=1e-6)
+    with pytest.raises(UserError, match="'document' is unknown; this encoder's prompts: query"):
+        loaded.encode(["bread"], prompt_name="document")
+
+
+def test_vectors_may_be_cut_and_come_as_tensors(encoder: Encoder) -> None:
+    whole, cut = (encoder.encode(sentences(3), truncate_dim=n, normalize=bool(n)) for n in (None, 8))
+    np.testing.assert_allclose(
+        cut, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), atol=1e-6
+    )
+    tensor = encoder.encode(sentences(3), convert_to_tensor=True)
+    assert tensor.shape == whole.shape
+    assert encoder.encode([]).shape == (0, 32)
+
+
+def test_similarity_is_the_cosine(encoder: Encoder) -> None:
+    vectors = encoder.encode(sentences(3)).astype(np.float64)
+    lengths = np.linalg.norm(vectors, axis=1)
+    expected = vectors @ vectors[:2].T / np.outer(lengths, lengths[:2])
+    np.testing.assert_allclose(encoder.similarity(vectors, vectors[:2]), expected, atol=1e-6)
+
+
+def test_saved_and_loaded_is_the_same_and_bidirectional(encoder: Encoder, tmp_path: Path) -> None:
+    encoder.save(tmp_path / "encoder")
+    loaded = Encoder.from_pretrained(tmp_path / "encoder")
+    np.testing.assert_array_equal(loaded.encode(sentences(5)), encoder.encode(sentences(5)))
+    config = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    assert config["is_causal"] is False
+    assert config["architectures"] == ["LlamaModel"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder"]
+
+
+def test_saving_deletes_nothing_of_others(encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    (tmp_path / "models" / "other" / "model.safetensors").write_text("precious")
+    with pytest.raises(UserError, match="encoder .*models holds files, and no encoder or export"):
+        encoder.save(tmp_path / "models")
+    assert (tmp_path / "models" / "other" / "model.safetensors").read_text() == "precious"
+    encoder.save(tmp_path / "encoder")
+    (tmp_path / "encoder" / "notes.txt").write_text("precious")
+    Encoder.from_pretrained(tmp_path / "encoder").save(tmp_path / "encoder")  # over what it was read from
+    assert (tmp_path / "encoder" / "notes.txt").read_text() == "precious"
+    again = Encoder.from_pretrained(tmp_path / "encoder")
+    np.testing.assert_array_equal(again.encode(sentences(5)), encoder.encode(sentences(5)))
+
+
+def test_home_is_a_tilde(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    encoder.save("~/encoder")
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+    Encoder.from_pretrained("~/encoder")
+
+
+def test_stock_transformers_gives_the_same_vectors(encoder: Encoder, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    encoder.save(tmp_path / "encoder")
+    model = AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    ids = AutoTokenizer.from_pretrained(tmp_path / "encoder")("the river runs", return_tensors="pt")[
+        "input_ids"
+    ]
+    with torch.no_grad():
+        vector = model(ids).last_hidden_state[0, 1:].mean(0)
+    np.testing.assert_allclose(encoder.encode(["the river runs"])[0], vector.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "none"])
+def test_a_missing_model_is_one_line(path: str) -> None:
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        Encoder.from_pretrained(path)
+    assert "\n" not in str(caught.value)

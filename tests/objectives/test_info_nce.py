@@ -1,0 +1,168 @@
+"""The contrastive loss over all ranks against a spelt-out double-precision one, with gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
+from llm2vec_ds.recipe.sections import ContrastiveConfig
+from tests.support.ranks import run_ranks
+
+N_QUERIES, WIDTH = 7, 6
+IDS = [1, 2, 3, 2, 5, 6, 1]  # of positives: queries 0 and 6, 1 and 3 have the same
+NEGATIVE_OF = [0, 0, 1, 3, 4]  # which query each hard negative came with
+NEGATIVE_IDS = [11, 12, 5, 14, 15]  # the third is the positive of query 4
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "symmetric": {"symmetric": True},
+    "matryoshka": {"matryoshka_dims": [2, 6]},
+    "margin": {"false_negative_margin": 0.1},
+    "all": {"symmetric": True, "matryoshka_dims": [3, 6], "false_negative_margin": 0.2},
+}
+
+
+def vectors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Queries, positives near them, negatives; and the scale."""
+    torch.manual_seed(0)
+    query = torch.randn(N_QUERIES, WIDTH)
+    positive = query + torch.randn(N_QUERIES, WIDTH)
+    negative = query[NEGATIVE_OF] + torch.randn(len(NEGATIVE_OF), WIDTH)
+    return [x.to(dtype).requires_grad_() for x in (query, positive, negative, torch.tensor(5.0))]
+
+
+def spelt_out(
+    query: torch.Tensor,
+    positive: torch.Tensor,
+    negative: torch.Tensor,
+    scale: torch.Tensor,
+    symmetric: bool = False,
+    matryoshka_dims: list[int] | None = None,
+    false_negative_margin: float | None = None,
+) -> torch.Tensor:
+    def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b / (a.norm() * b.norm())
+
+    def one_way(queries: Any, documents: Any, ids: list[int]) -> torch.Tensor:
+        losses = []
+        for i, q in enumerate(queries):
+            own = cosine(q, documents[i])
+            counted = [own]
+            for j, document in enumerate(documents):
+                value = cosine(q, document)
+                too_near = false_negative_margin is not None and value > own + false_negative_margin
+                if j != i and ids[j] != IDS[i] and not too_near:
+                    counted.append(value)
+            losses.append(torch.logsumexp(scale * torch.stack(counted), 0) - scale * own)
+        return torch.stack(losses).mean()
+
+    total = torch.zeros((), dtype=query.dtype)
+    dims = matryoshka_dims or [WIDTH]
+    for dim in dims:
+        q, p, n = (x[:, :dim] for x in (query, positive, negative))
+        part = one_way(q, [*p, *n], IDS + NEGATIVE_IDS)
+        if symmetric:
+            part = (part + one_way(p, q, IDS)) / 2
+        total = total + part / len(dims)
+    return total
+
+
+def share_and_gradients(
+    config: ContrastiveConfig, queries: slice, negatives: slice
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    query, positive, negative, scale = vectors()
+    pairs = PairVectors(
+        query[queries],
+        positive[queries],
+        negative[negatives],
+        torch.tensor(IDS[queries], dtype=torch.int64),
+        torch.tensor(NEGATIVE_IDS[negatives], dtype=torch.int64),
+    )
+    share, hits = ContrastiveLoss(config)(pairs, scale)
+    gradients = torch.autograd.grad(share, [query, positive, negative, scale])
+    return torch.stack([share.detach(), hits]), list(gradients)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_formula_with_gradients(case: str, exchange: str) -> None:
+    config = ContrastiveConfig(exchange=exchange, **CASES[case])  # type: ignore[arg-type]
+    (share, _), gradients = share_and_gradients(config, slice(None), slice(None))
+    inputs = vectors(torch.float64)
+    expected = spelt_out(*inputs, **CASES[case])
+    torch.testing.assert_close(share.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+        assert theirs.abs().max() > 1e-2
+
+
+def test_each_option_changes_the_loss() -> None:
+    inputs = vectors(torch.float64)
+    values = {name: spelt_out(*inputs, **options).item() for name, options in CASES.items()}
+    assert len({round(value, 3) for value in values.values()}) == len(CASES)
+
+
+def _on_ranks(rank: int, world: int) -> dict[str, Any]:
+    """Unequal shares; the last rank of three has no negatives."""
+    bounds = {2: ([0, 4, 7], [0, 3, 5]), 3: ([0, 1, 4, 7], [0, 2, 5, 5])}[world]
+    queries, negatives = (slice(edge[rank], edge[rank + 1]) for edge in bounds)
+    results = {}
+    for case, options in CASES.items():
+        for exchange in ("gather", "ring"):
+            config = ContrastiveConfig(exchange=exchange, **options)  # type: ignore[arg-type]
+            results[f"{case} {exchange}"] = share_and_gradients(config, queries, negatives)
+    return results
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_equal_one_process(world: int) -> None:
+    parts = run_ranks(_on_ranks, world)
+    for case, options in CASES.items():
+        expected, expected_gradients = share_and_gradients(
+            ContrastiveConfig(**options), slice(None), slice(None)
+        )
+        for exchange in ("gather", "ring"):
+            of_ranks = [part[f"{case} {exchange}"] for part in parts]
+            torch.testing.assert_close(sum(r[0] for r in of_ranks), expected, rtol=1e-5, atol=1e-6)
+            # Each rank has zeros for the rows of the others, which received its part of the gradient.
+            for place, theirs in enumerate(expected_gradients):
+                ours = sum(r[1][place] for r in of_ranks)
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def _rounded(rank: int, world: int) -> dict[str, Any]:
+    queries, negatives = ((slice(0, 4), slice(0, 3)), (slice(4, 7), slice(3, 5)))[rank]
+    return {
+        exchange: share_and_gradients(
+            ContrastiveConfig(exchange=exchange, exchange_precision="bf16"),  # type: ignore[arg-type]
+            queries,
+            negatives,
+        )
+        for exchange in ("gather", "ring")
+    }
+
+
+def test_rounding_on_the_wire_does_not_depend_on_ranks_or_way() -> None:
+    rounded = ContrastiveConfig(exchange_precision="bf16")
+    expected, gradients = share_and_gradients(rounded, slice(None), slice(None))
+    exact, _ = share_and_gradients(ContrastiveConfig(), slice(None), slice(None))
+    assert 1e-6 < abs(expected[0] - exact[0]) < 1e-2
+    parts = run_ranks(_rounded, 2)
+    for exchange in ("gather", "ring"):
+        together = sum(part[exchange][0] for part in parts)
+        torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-6)
+        for place, theirs in enumerate(gradients):
+            ours = sum(part[exchange][1][place] for part in parts)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_alike_documents_give_the_log_of_their_number() -> None:
+    ones = torch.ones(8, 4)
+    pairs = PairVectors(ones, ones, ones[:0], torch.arange(8), torch.arange(0))
+    share, hits = ContrastiveLoss(ContrastiveConfig())(pairs, torch.tensor(20.0))
+    torch.testing.assert_close(share, torch.tensor(math.log(8)))
+    assert hits == 0

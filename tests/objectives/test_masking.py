@@ -1,0 +1,65 @@
+"""MNTP masking: shares, exclusions, keys."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.objectives.mntp.masking import NOT_PREDICTED, Masking
+from llm2vec_ds.recipe.sections import MntpConfig
+from tests.support.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+UNDERSCORE = TOKENIZER.convert_tokens_to_ids("_")
+
+
+def masking(**config: object) -> Masking:
+    return Masking.for_tokenizer(TOKENIZER, MntpConfig(**config))  # type: ignore[arg-type]
+
+
+def test_bert_shares_over_a_long_text() -> None:
+    ids = np.random.default_rng(0).integers(3, 400, 40_000)
+    ids[ids == UNDERSCORE] += 1
+    masked, labels = masking()(ids, seed=0, step=0, row=0)
+    predicted = labels != NOT_PREDICTED
+    assert (labels[predicted] == ids[predicted]).all()
+    assert (masked[~predicted] == ids[~predicted]).all()
+    assert predicted.mean() == pytest.approx(0.2, abs=0.01)
+    hidden = masked[predicted] == UNDERSCORE
+    kept = masked[predicted] == ids[predicted]
+    assert hidden.mean() == pytest.approx(0.8, abs=0.02)
+    assert kept.mean() == pytest.approx(0.1, abs=0.02)
+    assert not np.isin(masked[predicted], TOKENIZER.all_special_ids).any()
+
+
+def test_all_mask_hides_every_predicted_token() -> None:
+    masked, labels = masking(masking="all", mask_rate=0.8)(np.arange(3, 390), seed=0, step=0, row=0)
+    predicted = labels != NOT_PREDICTED
+    assert predicted.mean() == pytest.approx(0.8, abs=0.06)
+    assert (masked[predicted] == UNDERSCORE).all()
+
+
+def test_specials_and_the_first_token_are_never_masked() -> None:
+    ids = np.array([0, 1, 2, 50, 0, 60, 2] * 20)
+    for row in range(20):
+        _, labels = masking(mask_rate=0.99)(ids, seed=0, step=0, row=row)
+        assert not np.isin(labels, TOKENIZER.all_special_ids).any()
+        _, labels = masking(mask_rate=0.99)(np.array([50, 60, 70]), seed=0, step=0, row=row)
+        assert labels[0] == NOT_PREDICTED
+
+
+def test_the_key_alone_decides() -> None:
+    ids, mask = np.arange(3, 103), masking()
+    first = mask(ids, seed=1, step=2, row=3)
+    mask(ids, seed=9, step=9, row=9)
+    again = mask(ids, seed=1, step=2, row=3)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    for other in ({"seed": 0}, {"step": 0}, {"row": 0}):
+        _, labels = mask(ids, **{"seed": 1, "step": 2, "row": 3, **other})
+        assert (labels != first[1]).any()
+
+
+def test_a_mask_token_of_several_tokens_is_refused() -> None:
+    with pytest.raises(UserError, match="mask_token 'not one token' is .* tokens"):
+        masking(mask_token="not one token")

@@ -1,0 +1,157 @@
+"""Recipes: precedence, and mistakes that name their mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe.files import dump_recipe, load_recipe, load_stages
+from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
+
+MINIMAL = {"stage": "mntp", "model": {"path": "m"}, "data": {"path": "t.txt"}, "output_dir": "o"}
+
+
+def write(tmp_path: Path, values: object) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_override_beats_recipe_beats_default(tmp_path: Path) -> None:
+    path = write(tmp_path, {**MINIMAL, "seed": 7, "optimizer": {"lr": 1e-3}})
+    recipe = load_recipe(path, ["optimizer.lr=3e-5", "adapter=null", "batch.global_batch_size=64"])
+    assert (recipe.seed, recipe.optimizer.lr, recipe.adapter) == (7, 3e-5, None)
+    assert recipe.batch.global_batch_size == 64
+    assert recipe.optimizer.max_grad_norm == 1.0
+
+
+def test_override_reaches_into_a_section_that_the_recipe_leaves_out(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, MINIMAL), ["mntp.mask_rate=0.3"]).mntp.mask_rate == 0.3  # type: ignore[union-attr]
+
+
+STAGED = {
+    "model": {"path": "m"},
+    "output_dir": "runs/x",
+    "batch": {"global_batch_size": 8},
+    "stages": {
+        "mntp": {"data": {"path": "t.txt"}, "mntp": {"mask_rate": 0.5}},
+        "simcse": {"data": {"path": "s.txt"}, "batch": {"max_tokens_per_micro_batch": 512}},
+    },
+}
+
+
+def test_a_file_of_several_stages(tmp_path: Path) -> None:
+    path = write(tmp_path, STAGED)
+    mntp, simcse = load_stages(path, ["seed=3", "mntp.mask_rate=0.3", "model.path=other"])
+    assert (mntp.stage, mntp.model.path, mntp.output_dir) == ("mntp", "other", "runs/x/mntp")
+    assert mntp.mntp is not None
+    assert mntp.mntp.mask_rate == 0.3
+    assert (simcse.stage, simcse.model.path) == ("simcse", "runs/x/mntp/encoder")
+    assert (simcse.batch.global_batch_size, simcse.batch.max_tokens_per_micro_batch) == (8, 512)
+    assert mntp.seed == simcse.seed == 3
+    (only,) = load_stages(path, ["stage=simcse", "output_dir=runs/y"])
+    assert (only.model.path, only.output_dir) == ("runs/y/mntp/encoder", "runs/y/simcse")
+    assert load_recipe(path, ["stage=simcse"]).stage == "simcse"
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({}, [], "has the stages mntp, simcse: name one, e.g. stage=mntp"),
+        ({}, ["stage=supervised"], "has no stage 'supervised': it has mntp, simcse"),
+        ({"stages": {"first": {}}}, [], "`stages` must have keys out of mntp, simcse, supervised"),
+        ({"sede": 1}, [], "stage mntp: unknown key `sede`"),
+    ],
+)
+def test_mistakes_with_stages(
+    tmp_path: Path, changes: dict[str, object], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, {**STAGED, **changes}), overrides)
+    assert message in str(caught.value)
+
+
+def test_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    recipe = parse_recipe({**MINIMAL, "stage": "simcse", "simcse": {"scale": 30}})
+    dump_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sede=1", "unknown key `sede`: did you mean `seed`?"),
+        ("optimizer.learning_rate=1", "did you mean `optimizer."),
+        ("adapter.rnk=4", "unknown key `adapter.rnk`: did you mean `adapter.rank`?"),
+        ("max_steps=0", "`max_steps`"),
+        ("stage=mtnp", "`stage`"),
+        ("batch.global_batch_size=many", "`batch.global_batch_size`"),
+        ("optimizer.lr=.inf", "`optimizer.lr`: Input should be a finite number"),
+        ("optimizer.weight_decay=.nan", "`optimizer.weight_decay`"),
+        ("optimizer.max_grad_norm=.inf", "`optimizer.max_grad_norm`"),
+        ("adapter.alpha=inf", "`adapter.alpha`"),
+        ("step_timeout_s=.inf", "`step_timeout_s`"),
+        ("simcse.scale=20", "section `simcse` has no effect in stage `mntp`"),
+        ("seed", "is not key=value"),
+        ("seed.x=1", "`seed` is a single value"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, override: str, message: str) -> None:
+    path = write(tmp_path, {**MINIMAL, "seed": 1})
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["- a list", "{unclosed", "just words", ""])
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match="recipe"):
+        load_recipe(path)
+
+
+def test_missing_file_and_missing_keys(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="`model` is missing; `data` is missing"):
+        load_recipe(write(tmp_path, {"stage": "mntp", "output_dir": "o"}))
+
+
+def test_every_field_is_documented() -> None:
+    def undocumented(section: type) -> list[str]:
+        return [name for name, field in section.model_fields.items() if not field.description]  # type: ignore[attr-defined]
+
+    from llm2vec_ds.recipe import sections
+
+    named = [*vars(sections).values(), Recipe]
+    documented = [c for c in named if isinstance(c, type) and issubclass(c, sections.Section)]
+    missing = {c.__name__: undocumented(c) for c in documented}
+    own_name_says_it = {
+        "model",
+        "data",
+        "pairs",
+        "batch",
+        "optimizer",
+        "adapter",
+        "checkpoint",
+        "evaluation",
+        "machine",
+        "mntp",
+        "simcse",
+        "supervised",
+        "path",
+    }
+    assert not {
+        c: set(names) - own_name_says_it for c, names in missing.items() if set(names) - own_name_says_it
+    }
+    assert Recipe in sections
+
+
+def test_one_pair_a_batch_is_fine_with_hard_negatives() -> None:
+    values = {**MINIMAL, "stage": "supervised", "batch": {"global_batch_size": 1}}
+    assert parse_recipe(values).batch.global_batch_size == 1
