@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from device_peaks import seconds_of
 
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
-from llm2vec_ds.recipe.sections import SimcseConfig
+from llm2vec_ds.recipe.objectives import SimcseConfig
 
 SCALE = 20.0
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

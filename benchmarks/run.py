@@ -70,7 +70,7 @@ def add_masked_batch(spec: Spec, folder: Path) -> None:
     import torch
     from worker_ours import recipe_of
 
-    from llm2vec_ds.engine.run import build_stage
+    from llm2vec_ds.engine.build import build_stage
     from llm2vec_ds.objectives.mntp.objective import MntpStage
 
     folder.mkdir()

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from llm2vec_ds.engine.run import build_stage, train
+from llm2vec_ds.engine.build import build_stage
+from llm2vec_ds.engine.run import train
 from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 from steps.meter import StepMeter
 

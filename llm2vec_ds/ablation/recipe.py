@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.files import apply_override
-from llm2vec_ds.recipe.recipe import STAGES
+from llm2vec_ds.recipe.objectives import SECTIONS
 from llm2vec_ds.recipe.sections import Place, Section, WordsConfig
 from llm2vec_ds.storage.reading import parse_yaml
 
@@ -50,7 +50,7 @@ class AblationRecipe(Section):
     def _variants_are_known(cls, variants: list[str]) -> list[str]:
         for variant in variants:
             attention, *stages = variant.split("+")
-            if attention not in ("uni", "bi") or not set(stages) <= set(STAGES):
+            if attention not in ("uni", "bi") or not set(stages) <= set(SECTIONS):
                 raise ValueError(f"variant {variant!r}: write uni or bi, then stages, such as bi+mntp+simcse")
         if len(set(variants)) < len(variants) or not variants:
             raise ValueError("name each variant once, and at least one")

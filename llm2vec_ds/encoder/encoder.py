@@ -98,7 +98,10 @@ class Encoder(nn.Module):
         chosen = devices(device)
         path = os.path.expanduser(path)  # noqa: PTH111  (a hub id stays as it is)
         stack = resolve(path, adapters)
-        trunk = load_trunk(stack.base, TrunkOptions(causal, attention, precision, device=chosen[0]))
+        trunk = load_trunk(
+            stack.base,
+            TrunkOptions(causal=causal, attention=attention, precision=precision, device=chosen[0]),
+        )
         merge_adapters(trunk, stack.adapters)
         told_last = stack.adapters[-1] if stack.adapters else Path(path)
         stored = {**upstream_settings(told_last), **stored_settings(Path(path)), **(settings or {})}

@@ -14,7 +14,8 @@ from llm2vec_kernels.products import cpu_products
 
 from llm2vec_ds.distributed import world_size
 from llm2vec_ds.model.fingerprint import model_fingerprint
-from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.recipe.keys import default_of
+from llm2vec_ds.recipe.recipe import Recipe, recipe_class
 
 FREE_KEYS = (
     "output_dir",
@@ -56,11 +57,19 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, in words: recipe keys with both values, then data and model where both are known."""
-    absent = "not set"
-    old, new = before["recipe"], now["recipe"]
-    keys = [key for key in sorted({*old, *new}) if old.get(key, absent) != new.get(key, absent)]
-    found = [f"{key} was {old.get(key, absent)}, now {new.get(key, absent)}" for key in keys]
+    """What differs, in words: recipe keys with both values, then data and model where both are known.
+
+    A key that one of them lacks has its default there: versions add keys.
+    """
+    root = recipe_class(now["recipe"]["stage"])
+
+    def value(part: Mapping[str, Any], key: str) -> Any:
+        return part["recipe"].get(key, default_of(key, root))
+
+    keys = [
+        key for key in sorted({*before["recipe"], *now["recipe"]}) if value(before, key) != value(now, key)
+    ]
+    found = [f"{key} was {_shown(value(before, key))}, now {_shown(value(now, key))}" for key in keys]
     for part, words in (
         ("data", "the training data have changed"),
         ("model", "the model to start from has changed"),
@@ -68,6 +77,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if None not in (before[part], now[part]) and before[part] != now[part]:
             found.append(words)
     return found
+
+
+def _shown(value: Any) -> Any:
+    return "not set" if value is None else value
 
 
 def made_by(recipe: Recipe) -> dict[str, Any]:

@@ -10,11 +10,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
-from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.distributed import all_reduce_max_int, rank, world_size
 from llm2vec_ds.engine.deepspeed_engine import Engine
@@ -106,7 +104,7 @@ def _mends(recipe: Recipe, planner: Planner | None) -> str:
     return f"Try {', or '.join(mends)}"
 
 
-def fit_token_budget(recipe: Recipe, stage: Any, engine: Engine) -> None:
+def fit_token_budget(recipe: Recipe, stage: Stage, engine: Engine) -> None:
     """Halves the stage's token budget until one full micro-batch passes on every rank.
 
     Forward and backward run before any step, without gradients being kept or exchanged, so that a rank
@@ -122,26 +120,27 @@ def fit_token_budget(recipe: Recipe, stage: Any, engine: Engine) -> None:
         )
     least = recipe.data.max_tokens
     while all_reduce_max_int(int(not _fits(stage, recipe)), stage.encoder.device):
-        if stage.max_tokens <= least:
+        if stage.max_tokens_per_micro_batch <= least:
             raise UserError(
                 f"not even {least} tokens (data.max_tokens) fit into memory: lower "
                 "data.max_tokens, or see llm2vec-ds plan"
             )
-        stage.max_tokens = max(least, stage.max_tokens // 2)
-        log.warning("memory is full: all ranks go on with %s tokens a micro-batch", stage.max_tokens)
+        stage.max_tokens_per_micro_batch = max(least, stage.max_tokens_per_micro_batch // 2)
+        log.warning(
+            "memory is full: all ranks go on with %s tokens a micro-batch", stage.max_tokens_per_micro_batch
+        )
 
 
-def _fits(stage: Any, recipe: Recipe) -> bool:
+def _fits(stage: Stage, recipe: Recipe) -> bool:
     """Does a full micro-batch pass here? Gradients are computed and dropped: no hook of DeepSpeed's runs."""
-    n_texts = max(1, stage.max_tokens // recipe.data.max_tokens)
+    n_texts = max(1, stage.max_tokens_per_micro_batch // recipe.data.max_tokens)
     ids = [3] * recipe.data.max_tokens
-    texts = [TokenizedText(ids, 0, len(ids), 0)] * n_texts
-    labels = [np.asarray(ids)] * n_texts if recipe.mntp is not None else None
+    batch = stage.sample_batch([TokenizedText(ids, 0, len(ids), 0)] * n_texts)
     parameters = [p for p in stage.model.parameters() if p.requires_grad]
     stage.model.train()
     full = False
     try:
-        outcome = stage.model(pack(texts, labels).to(stage.encoder.device))
+        outcome = stage.model(batch.to(stage.encoder.device))
         torch.autograd.grad(outcome[0].sum(), parameters, allow_unused=True)
     except Exception as error:
         if full_memory(error) is None:

@@ -46,7 +46,7 @@ def merge_into_original(folder: Path, output: Path, original: str | None = None)
     before = torch.from_numpy(trained.encode(texts, normalize=True))
     tokenizer, settings, causal = trained.tokenizer, trained.settings, trained.causal
     del trained  # one model at a time
-    trunk = load_trunk(original or stack.base, TrunkOptions(causal, device=device))
+    trunk = load_trunk(original or stack.base, TrunkOptions(causal=causal, device=device))
     put_stack_in(trunk, stack)
     encoder = Encoder(trunk.eval(), tokenizer, settings)
     after = torch.from_numpy(encoder.encode(texts, normalize=True))

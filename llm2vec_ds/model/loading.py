@@ -38,7 +38,10 @@ NO_PICKLED_WEIGHTS = (UnpicklingError, EOFError)
 """What torch raises for a file of weights that it may not unpickle (it takes tensors alone), or cannot."""
 
 
-@dataclass(frozen=True)
+Partition = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrunkOptions:
     """How a trunk is built. `causal=None` keeps what the folder says (an LLM: bidirectional).
 
@@ -51,7 +54,7 @@ class TrunkOptions:
     precision: str = "auto"
     attention_dropout: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    partition: Callable[[], AbstractContextManager[Any]] = nullcontext
+    partition: Partition = nullcontext
     trust_remote_code: bool = False
     quantization: str | None = None
 

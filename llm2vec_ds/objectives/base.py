@@ -1,19 +1,25 @@
-"""What a stage is: its batches, its loss, its metrics. The trainer sees only this."""
+"""What an objective is, and a stage of it: batches, loss, metrics. Engine and planner see only this."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from llm2vec_ds.batch import PackedBatch
+from llm2vec_ds.data.pairs import PreparedPairs
+from llm2vec_ds.data.prepare import PreparedTexts
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.distributed import all_reduce_max_int
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.model.pooling import POOLINGS
+from llm2vec_ds.recipe.objectives import ObjectiveConfig
+from llm2vec_ds.recipe.recipe import Recipe
 
 Forward = Callable[[PackedBatch], Any]
 
@@ -39,7 +45,9 @@ class StepResult:
 
 
 class Stage(Protocol):
-    """An objective with its data. Knows nothing of DeepSpeed, optimizers or schedules."""
+    """An objective with its model and data. Knows nothing of DeepSpeed, optimizers or schedules."""
+
+    max_tokens_per_micro_batch: int
 
     @property
     def model(self) -> nn.Module:
@@ -68,8 +76,87 @@ class Stage(Protocol):
     ) -> StepResult:
         """Forward and backward for `rows`, whose micro-batches are `batches`."""
 
+    def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
+        """`texts` as one micro-batch of training, with as much to compute as one can have."""
+
     def held_out(self, forward: Forward) -> dict[str, float] | None:
         """Metrics on texts that do not train, the same on every rank; None without such texts."""
+
+
+Rows = PreparedTexts | PreparedPairs
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a stage is built from: everything that is the same for all objectives.
+
+    Attributes:
+        language_head: of the model, where the objective `uses_language_head`.
+        training, held_out: texts, or pairs where its section `reads_pairs`.
+    """
+
+    recipe: Recipe
+    encoder: Encoder
+    language_head: nn.Linear | None
+    training: Rows
+    held_out: Rows | None
+
+
+@dataclass(frozen=True)
+class PlannedWork:
+    """What a step does beside running its texts through the trunk; the planner counts it.
+
+    Attributes:
+        texts_per_row: of a row of the global batch.
+        documents_per_row: those of them that all ranks see; 0: ranks exchange no vectors, and no embedding
+            cache runs.
+        exchange, bytes_per_number: how vectors travel.
+        head_rows_per_token: rows of the language head for each token of the batch.
+        trainable: shapes of what trains beside the trunk and its adapters.
+        follows_another: it usually starts from the encoder of an earlier stage.
+    """
+
+    texts_per_row: int = 1
+    documents_per_row: int = 0
+    exchange: str = "gather"
+    bytes_per_number: int = 4
+    head_rows_per_token: float = 0.0
+    trainable: tuple[torch.Size, ...] = ()
+    follows_another: bool = False
+
+
+class Objective(ABC):
+    """One way to train an encoder: an entry of `registry`. It holds no state.
+
+    Attributes:
+        section: what a recipe says of it, under the name of the stage.
+        uses_language_head: the model is loaded with it.
+    """
+
+    section: ClassVar[type[ObjectiveConfig]]
+    uses_language_head: ClassVar[bool] = False
+
+    @abstractmethod
+    def build(self, parts: Parts) -> Stage:
+        """Model, batches, loss and metrics together.
+
+        Raises:
+            UserError: the recipe asks for what this model or these data cannot give.
+        """
+
+    def planned_work(self, recipe: Recipe) -> PlannedWork:
+        """For the planner."""
+        return PlannedWork()
+
+    def planned_head(self, language_head: nn.Linear | None, config: Any, recipe: Recipe) -> nn.Module | None:
+        """The module behind the trunk, on the meta device; None: there is none."""
+        return None
+
+    def planned_outcome(
+        self, hidden_TD: torch.Tensor, batch: PackedBatch, head: nn.Module | None, recipe: Recipe
+    ) -> torch.Tensor:
+        """What a micro-batch computes behind the trunk, on the meta device."""
+        return POOLINGS[recipe.pooling](hidden_TD, batch)
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:

@@ -16,7 +16,7 @@ from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.loading import TrunkOptions, loading
 from llm2vec_ds.model.quantization import quantize_shapes
 from llm2vec_ds.model.recomputation import recompute_activations
-from llm2vec_ds.objectives.mntp.head import MaskedTokenHead
+from llm2vec_ds.objectives.registry import objective_of
 from llm2vec_ds.planner.flash_shapes import register_for_shapes
 from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.recipe.sections import AdapterConfig
@@ -26,11 +26,11 @@ META = torch.device("meta")
 
 @dataclass
 class MetaModel:
-    """What the engine would train. `head` is None for contrastive stages; adapters are not in yet."""
+    """What the engine would train, without adapters. `head` is what the objective puts behind the trunk."""
 
     whole: nn.Module
     trunk: Any
-    head: MaskedTokenHead | None
+    head: nn.Module | None
 
     @property
     def n_layers(self) -> int:
@@ -85,12 +85,11 @@ def meta_model(recipe: Recipe, config: Any, options: TrunkOptions) -> MetaModel:
     from transformers import AutoModel, AutoModelForCausalLM
 
     config = with_causal(config, recipe.model.causal)
-    objective = recipe.mntp or recipe.contrastive
-    assert objective is not None
-    if objective.attention_dropout:
-        config.attention_dropout = objective.attention_dropout
-    attention = register_for_shapes(options.device.type, objective.attention_dropout)
-    auto_class = AutoModelForCausalLM if recipe.mntp is not None else AutoModel
+    objective, dropout = objective_of(recipe), recipe.objective.attention_dropout
+    if dropout:
+        config.attention_dropout = dropout
+    attention = register_for_shapes(options.device.type, dropout)
+    auto_class = AutoModelForCausalLM if objective.uses_language_head else AutoModel
     with META:
         with loading(recipe.model.path):
             model = auto_class.from_config(
@@ -100,12 +99,11 @@ def meta_model(recipe: Recipe, config: Any, options: TrunkOptions) -> MetaModel:
                 trust_remote_code=recipe.model.trust_remote_code,
             )
         trunk = model.base_model
-        head = None
         if recipe.model.quantization is not None:
             quantize_shapes(model, options.dtype)
             trunk.is_loaded_in_4bit = True
-        if recipe.mntp is not None:
-            head = MaskedTokenHead(model.get_output_embeddings(), trunk.config, recipe.mntp.head_chunk_tokens)
+        language_head = model.get_output_embeddings() if objective.uses_language_head else None
+        head = objective.planned_head(language_head, trunk.config, recipe)
     if recipe.adapter is not None:
         model.requires_grad_(False)
     return MetaModel(model, trunk, head)

@@ -81,7 +81,7 @@ class Shapes:
     dtype: torch.dtype
     two_sizes: tuple[tuple[int, PassBytes], tuple[int, PassBytes]]
 
-    def a_pass(self, n_texts: int) -> PassBytes:
+    def one_pass(self, n_texts: int) -> PassBytes:
         """Bytes grow in a straight line with the texts."""
         (n_a, a), (n_b, b) = self.two_sizes
 
@@ -121,12 +121,11 @@ class Planner:
         )
 
     def bank(self, load: Workload | None = None) -> Bank:
-        config = self.recipe.contrastive
-        return embedding_bank(load or self.load, self.shapes.width, config.exchange if config else "gather")
+        return embedding_bank(load or self.load, self.shapes.width)
 
     def memory(self, deepspeed: str | None, load: Workload | None = None) -> Memory:
         load = load or self.load
-        held, bank, one = self.states(deepspeed), self.bank(load), self.shapes.a_pass(load.texts_a_pass)
+        held, bank, one = self.states(deepspeed), self.bank(load), self.shapes.one_pass(load.texts_per_pass)
         if load.cached:
             step = max(one.peak + bank.kept, bank.in_loss)
         else:
@@ -160,8 +159,6 @@ class Planner:
         return self.memory(deepspeed, load).peak <= self.limit()
 
     def sent_bytes(self, deepspeed: str | None) -> int:
-        config = self.recipe.contrastive
-        wire = 2 if config is not None and config.exchange_precision == "bf16" else 4
         item = self.shapes.dtype.itemsize
         return step_bytes(
             self.load,
@@ -169,15 +166,13 @@ class Planner:
             gradient_bytes=item * sum(s.numel() for s in self.shapes.trainable),
             weight_bytes=item * self.shapes.n_parameters,
             width=self.shapes.width,
-            element_bytes=wire,
-            exchange=config.exchange if config else "gather",
             recomputes=self.recipe.model.activation_checkpointing != "none",
         )
 
     def work(self, n_tokens: float | None = None) -> Work:
         """Of one rank's step with that many tokens; None: every text as long as it may be."""
         load, shapes_ = self.load, self.shapes
-        whole = load.texts * load.tokens_a_text
+        whole = load.texts * load.tokens_per_text
         n_tokens = whole if n_tokens is None else n_tokens
         micro_batches = max(1, round(load.micro_batches * n_tokens / whole))
         cached = load.documents > 0 and micro_batches > 1
@@ -190,6 +185,7 @@ class Planner:
                 linear_parameters=shapes_.linear_parameters,
                 attention_width=shapes_.attention_width,
                 head_parameters=shapes_.vocabulary * shapes_.width,
+                head_rows=n_tokens * load.objective.head_rows_per_token,
             ),
             micro_batches * (2 if cached else 1),
         )
@@ -205,30 +201,30 @@ class Planner:
 
     def largest_token_budget(self) -> int:
         """The largest `batch.max_tokens_per_micro_batch` that fits, in whole texts; 0 if none does."""
-        n_texts = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_texts_a_pass(n)))
-        return n_texts * self.load.tokens_a_text
+        n_texts = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_texts_per_pass(n)))
+        return n_texts * self.load.tokens_per_text
 
     def largest_global_batch(self) -> int | None:
-        """Examples of a contrastive step that fit by memory of vectors; None for MNTP, which has none."""
+        """Examples of a contrastive step that fit by memory of vectors; None where an objective has none."""
         if not self.load.documents:
             return None
         a_rank = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_examples(n)))
         return a_rank * self.world_size
 
-    def _with_texts_a_pass(self, n_texts: int) -> Workload:
+    def _with_texts_per_pass(self, n_texts: int) -> Workload:
         texts = max(n_texts, self.load.texts)
-        return dataclasses.replace(self.load, texts_a_pass=n_texts, texts=texts)
+        return dataclasses.replace(self.load, texts_per_pass=n_texts, texts=texts)
 
     def _with_examples(self, n: int) -> Workload:
         """At this recipe's token budget, so that the cache runs where the batch grows."""
-        factor = n / self.load.queries
-        budget = max(1, self.recipe.batch.max_tokens_per_micro_batch // self.load.tokens_a_text)
+        factor = n / self.load.rows
+        budget = max(1, self.recipe.batch.max_tokens_per_micro_batch // self.load.tokens_per_text)
         texts = round(self.load.texts * factor)
         return dataclasses.replace(
             self.load,
             texts=texts,
-            texts_a_pass=min(texts, budget),
-            queries=n,
+            texts_per_pass=min(texts, budget),
+            rows=n,
             documents=round(self.load.documents * factor),
         )
 
@@ -256,13 +252,12 @@ class Planner:
 
 def shapes(recipe: Recipe, config: Any, device: torch.device, load: Workload) -> Shapes:
     """Builds the model on the meta device, counts it, and runs its first layers there."""
-    options = TrunkOptions(recipe.model.causal, "auto", recipe.model.precision, device=device)
+    options = TrunkOptions(causal=recipe.model.causal, precision=recipe.model.precision, device=device)
     model = meta_model(recipe, config, options)
     n_layers = model.n_layers
     own = list(model.whole.parameters())
     trainable = trainable_shapes(model, recipe.adapter)
-    if recipe.contrastive is not None and recipe.contrastive.learn_scale:
-        trainable.append(torch.Size([1]))
+    trainable += load.objective.trainable
     text_config = model.trunk.config.get_text_config()
     head_dim = getattr(text_config, "head_dim", None) or (
         text_config.hidden_size // text_config.num_attention_heads
@@ -270,7 +265,7 @@ def shapes(recipe: Recipe, config: Any, device: torch.device, load: Workload) ->
     counted = sum(weight_storages(model.whole).values())
     # QLoRA's later stages hold the adapters of the earlier ones: those that are there, or that will be.
     n_stacked = len(read_stack(recipe.model.path, recipe.model.quantization, None).earlier)
-    if recipe.model.quantization is not None and recipe.mntp is None:
+    if recipe.model.quantization is not None and load.objective.follows_another:
         n_stacked = max(n_stacked, 1)
     counted += n_stacked * options.dtype.itemsize * sum(shape.numel() for shape in trainable)
     return_values: dict[str, Any] = {
@@ -295,10 +290,10 @@ def _two_sizes(
     few, more = min(2, n_layers), min(3, n_layers)
     model.cut(more)
     put_adapters_in(model, recipe, options)
-    sizes = (load.texts_a_pass, 2 * load.texts_a_pass)
-    long = [simulate(model, recipe, n, load.tokens_a_text) for n in sizes]
+    sizes = (load.texts_per_pass, 2 * load.texts_per_pass)
+    long = [simulate(model, recipe, n, load.tokens_per_text) for n in sizes]
     model.cut(few)
-    short = [simulate(model, recipe, n, load.tokens_a_text) for n in sizes]
+    short = [simulate(model, recipe, n, load.tokens_per_text) for n in sizes]
     passes = []
     for a, b in zip(short, long, strict=True):
         activations = b.activations + (n_layers - more) * (b.activations - a.activations)

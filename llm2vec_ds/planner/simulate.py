@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.encoder.encoder import trunk_hidden_states
-from llm2vec_ds.model.pooling import POOLINGS
+from llm2vec_ds.objectives.registry import objective_of
 from llm2vec_ds.planner.meta_model import META, MetaModel
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -81,9 +81,9 @@ class LiveBytes(TorchDispatchMode):
         self.last, self.peak = self.peak - self.now, max(before, self.peak)
 
 
-def simulate(model: MetaModel, recipe: Recipe, n_texts: int, tokens_a_text: int) -> PassBytes:
+def simulate(model: MetaModel, recipe: Recipe, n_texts: int, tokens_per_text: int) -> PassBytes:
     """Forward and backward of `n_texts` equally long texts, as a stage runs them."""
-    stream, pooled = _batches(n_texts, tokens_a_text)
+    stream, pooled = _batches(n_texts, tokens_per_text)
     model.whole.train()
     live = LiveBytes()
     live.known(tensor.untyped_storage() for tensor in (*model.whole.parameters(), *model.whole.buffers()))
@@ -97,7 +97,7 @@ def simulate(model: MetaModel, recipe: Recipe, n_texts: int, tokens_a_text: int)
         with live:
             hidden_TD = trunk_hidden_states(model.trunk, stream)
             with live.fresh_peak():
-                result = _head_or_pooling(model, recipe, hidden_TD, pooled)
+                result = objective_of(recipe).planned_outcome(hidden_TD, pooled, model.head, recipe)
             logits = live.last
             del hidden_TD
             activations = live.now
@@ -108,27 +108,15 @@ def simulate(model: MetaModel, recipe: Recipe, n_texts: int, tokens_a_text: int)
     return PassBytes(activations, live.peak, logits if model.head is not None else 0)
 
 
-def _head_or_pooling(
-    model: MetaModel, recipe: Recipe, hidden_TD: torch.Tensor, batch: PackedBatch
-) -> torch.Tensor:
-    if model.head is None:
-        return POOLINGS[recipe.pooling](hidden_TD, batch)
-    assert recipe.mntp is not None
-    n_masked = max(1, round(recipe.mntp.mask_rate * len(hidden_TD)))
-    index_M = torch.empty(n_masked, dtype=torch.int64, device=META)
-    loss_M: torch.Tensor = model.head(hidden_TD[index_M], index_M)[0]
-    return loss_M
-
-
-def _batches(n_texts: int, tokens_a_text: int) -> tuple[PackedBatch, PackedBatch]:
+def _batches(n_texts: int, tokens_per_text: int) -> tuple[PackedBatch, PackedBatch]:
     """One whose text boundaries are real, for an attention that reads them, and one all on meta."""
-    n_tokens = n_texts * tokens_a_text
+    n_tokens = n_texts * tokens_per_text
     with META:
         ids = torch.empty(n_tokens, dtype=torch.int64)
         mask = torch.empty(n_tokens, dtype=torch.bool)
-    bounds = torch.arange(0, n_tokens + 1, tokens_a_text, dtype=torch.int32)
-    stream = PackedBatch(ids, ids, bounds, tokens_a_text, mask)
-    return stream, PackedBatch(ids, ids, bounds.to(META), tokens_a_text, mask)
+    bounds = torch.arange(0, n_tokens + 1, tokens_per_text, dtype=torch.int32)
+    stream = PackedBatch(ids, ids, bounds, tokens_per_text, mask)
+    return stream, PackedBatch(ids, ids, bounds.to(META), tokens_per_text, mask)
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:

@@ -65,27 +65,27 @@ def assumed_speed(machine: MachineConfig) -> Speed:
 def operations(
     recipe: Recipe,
     n_tokens: float,
-    tokens_a_text: float,
+    tokens_per_text: float,
     *,
     cached: bool,
     linear_parameters: int,
     attention_width: int,
     head_parameters: int,
+    head_rows: float,
 ) -> float:
     """Two for each weight and token, four for each pair of tokens of a text and attention width.
 
     Args:
-        n_tokens: of one rank in a step. tokens_a_text: their length, all taken for equal.
+        n_tokens: of one rank in a step. tokens_per_text: their length, all taken for equal.
         cached: forward runs once more, for the embedding cache.
         linear_parameters: of the trunk, embeddings left out.
         attention_width: heads · head dim, summed over layers.
-        head_parameters: of the language head, which MNTP runs on masked rows, forward and backward.
+        head_parameters: of the language head, which runs on `head_rows` rows, forward and backward.
     """
-    forward = n_tokens * (2.0 * linear_parameters + 4.0 * tokens_a_text * attention_width)
+    forward = n_tokens * (2.0 * linear_parameters + 4.0 * tokens_per_text * attention_width)
     backward = 2 if recipe.adapter is None else 1  # frozen weights have no gradient of their own
     again = 1 if recipe.model.activation_checkpointing == "full" else 0
-    masked = 0.0 if recipe.mntp is None else n_tokens * recipe.mntp.mask_rate
-    return forward * ((2 if cached else 1) + backward + again) + masked * 4.0 * head_parameters
+    return forward * ((2 if cached else 1) + backward + again) + head_rows * 4.0 * head_parameters
 
 
 def fit_speed(runs: Sequence[Sequence[tuple[Work, float]]]) -> Fit:

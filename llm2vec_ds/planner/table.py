@@ -44,9 +44,9 @@ def as_json(planner: Planner, fit: Fit | None = None) -> dict[str, Any]:
         "deepspeed": recipe.deepspeed,
         "step": {
             "texts_a_rank": load.texts,
-            "tokens_a_text": load.tokens_a_text,
+            "tokens_a_text": load.tokens_per_text,
             "micro_batches": load.micro_batches,
-            "tokens_a_micro_batch": load.texts_a_pass * load.tokens_a_text,
+            "tokens_a_micro_batch": load.texts_per_pass * load.tokens_per_text,
         },
         "memory_bytes": asdict(memory),
         "limit_bytes": planner.limit(),
@@ -70,14 +70,14 @@ def _negatives(planner: Planner, global_batch: int | None) -> int | None:
     """Documents of all ranks less the own positive."""
     if global_batch is None:
         return None
-    return max(0, global_batch * planner.load.documents // planner.load.queries - 1)
+    return max(0, global_batch * planner.load.documents // planner.load.rows - 1)
 
 
 def assumptions(planner: Planner, fit: Fit | None = None) -> list[str]:
     """What the figures rest on."""
     device, machine = planner.device.type, planner.machine
     said = [
-        f"every text has data.max_tokens = {planner.load.tokens_a_text} tokens",
+        f"every text has data.max_tokens = {planner.load.tokens_per_text} tokens",
         f"{RESERVED[device] / GIB:.2f} GiB and {FRAGMENTATION:.0%} of the tensors are not ours",
         "attention is a fused kernel, which holds no score matrix"
         if device == "cuda"

@@ -20,15 +20,13 @@ def step_bytes(
     gradient_bytes: int,
     weight_bytes: int,
     width: int,
-    element_bytes: int,
-    exchange: str,
     recomputes: bool,
 ) -> int:
     """The sums of docs/scaling.md, for ZeRO-3 its upper bound.
 
     Args:
         gradient_bytes: G, of what trains. weight_bytes: P, of all weights.
-        width: D, of a vector. element_bytes: b, of its numbers on the wire; gradients go home in fp32.
+        width: D, of a vector; its gradients go home in fp32.
         recomputes: layers run again in backward, and ZeRO-3 gathers them for that.
     """
     world, m = load.world_size, load.micro_batches
@@ -41,16 +39,16 @@ def step_bytes(
         2: 2 * m * g + g,
         3: m * g + (load.forwards + m + (m if recomputes else 0)) * p,
     }[stage]
-    return int(engine) + _loss_bytes(load, width, element_bytes, exchange)
+    return int(engine) + _loss_bytes(load, width)
 
 
-def _loss_bytes(load: Workload, width: int, element_bytes: int, exchange: str) -> int:
+def _loss_bytes(load: Workload, width: int) -> int:
     world = load.world_size
-    there = load.documents * (element_bytes * width + ID_BYTES)
+    there = load.documents * (load.objective.bytes_per_number * width + ID_BYTES)
     home = load.documents * FP32 * width
     if world == 1:
         return 0
-    if exchange == "ring":
+    if load.objective.exchange == "ring":
         return 2 * (world - 1) * there + world * home
     return (world - 1) * (there + home)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.objectives.base import PlannedWork
+from llm2vec_ds.objectives.registry import objective_of
 from llm2vec_ds.recipe.recipe import Recipe
 
 FP32 = 4
@@ -18,21 +20,23 @@ class Workload:
 
     Attributes:
         texts: of one rank in a step.
-        texts_a_pass: in one micro-batch.
-        documents: positives and hard negatives of one rank; 0 for MNTP.
+        texts_per_pass: in one micro-batch.
+        rows: of one rank in a step.
+        documents: one rank's vectors that all ranks see; 0: none are exchanged.
         micro_batches: of one rank in a step.
     """
 
-    tokens_a_text: int
+    tokens_per_text: int
     texts: int
-    texts_a_pass: int
-    queries: int
+    texts_per_pass: int
+    rows: int
     documents: int
     world_size: int
+    objective: PlannedWork
 
     @property
     def micro_batches(self) -> int:
-        return -(-self.texts // self.texts_a_pass)
+        return -(-self.texts // self.texts_per_pass)
 
     @property
     def cached(self) -> bool:
@@ -54,14 +58,18 @@ def workload(recipe: Recipe, world_size: int) -> Workload:
             "raise it, or plan for fewer GPUs"
         )
     examples = -(-batch.global_batch_size // world_size)
-    a_query = 0 if recipe.contrastive is None else 1 + _negatives(recipe)
-    texts = examples * (1 + a_query)
+    work = objective_of(recipe).planned_work(recipe)
+    texts = examples * work.texts_per_row
     a_pass = min(texts, max(1, batch.max_tokens_per_micro_batch // recipe.data.max_tokens))
-    return Workload(recipe.data.max_tokens, texts, a_pass, examples, examples * a_query, world_size)
-
-
-def _negatives(recipe: Recipe) -> int:
-    return 0 if recipe.data.pairs is None else recipe.data.pairs.max_negatives
+    return Workload(
+        tokens_per_text=recipe.data.max_tokens,
+        texts=texts,
+        texts_per_pass=a_pass,
+        rows=examples,
+        documents=examples * work.documents_per_row,
+        world_size=world_size,
+        objective=work,
+    )
 
 
 @dataclass(frozen=True)
@@ -72,13 +80,15 @@ class Bank:
     in_loss: int
 
 
-def embedding_bank(load: Workload, width: int, exchange: str) -> Bank:
+def embedding_bank(load: Workload, width: int) -> Bank:
     """Vectors and their gradients in fp32; the loss adds normalised ones, what ranks exchange, and a tile."""
     if not load.documents:
         return Bank(0, 0)
     vector = FP32 * width
     own = load.texts * vector
-    parts = load.world_size if exchange == "gather" else 2  # the ring holds its own and the next rank's
+    parts = (
+        load.world_size if load.objective.exchange == "gather" else 2
+    )  # the ring holds its own and the next rank's
     exchanged = 2 * parts * load.documents * vector if load.world_size > 1 else load.documents * vector
-    tile = min(TILE, FP32 * load.queries * load.documents * load.world_size)
+    tile = min(TILE, FP32 * load.rows * load.documents * load.world_size)
     return Bank(2 * own, 4 * own + exchanged + tile)

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.recipe.recipe import STAGES, Recipe, parse_recipe
+from llm2vec_ds.recipe.objectives import SECTIONS
+from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 from llm2vec_ds.storage.durable import replace_file
 from llm2vec_ds.storage.reading import parse_yaml
 
@@ -45,8 +46,8 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Re
             apply_override(values, override)
         return [parse_recipe(values, source=str(path))]
     stages = values.pop("stages")
-    if not isinstance(stages, dict) or not stages or set(stages) - set(STAGES):
-        raise UserError(f"recipe {path}: `stages` must have keys out of {', '.join(STAGES)}")
+    if not isinstance(stages, dict) or not stages or set(stages) - set(SECTIONS):
+        raise UserError(f"recipe {path}: `stages` must have keys out of {', '.join(SECTIONS)}")
     chosen = [o.partition("=")[2] for o in given if o.startswith("stage=")]
     recipes: list[Recipe] = []
     for name, own in stages.items():
@@ -61,7 +62,7 @@ def _stage_values(
     common: dict[str, Any], name: str, own: dict[str, Any], before: list[str], overrides: list[str]
 ) -> dict[str, Any]:
     values = _laid_over(common, {"stage": name})
-    other_sections = tuple(f"{stage}." for stage in STAGES if stage != name)
+    other_sections = tuple(f"{stage}." for stage in SECTIONS if stage != name)
     applied = [o for o in overrides if not o.startswith(("stage=", *other_sections))]
     if before:  # the first stage's model, unless a stage names its own
         applied = [override for override in applied if not override.startswith("model.path=")]
@@ -103,7 +104,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def dump_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the resolved recipe, every default filled in, so that the run can be repeated."""
     values = recipe.model_dump(mode="json")
-    values = {k: v for k, v in values.items() if k not in STAGES or v is not None}
     replace_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
 

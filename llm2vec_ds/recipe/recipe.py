@@ -6,38 +6,33 @@ rest from the recipe.
 
 from __future__ import annotations
 
-import difflib
-import json
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, create_model, model_validator
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe.keys import keys_of, unknown_key
+from llm2vec_ds.recipe.objectives import SECTIONS, ObjectiveConfig
 from llm2vec_ds.recipe.sections import (
     AdapterConfig,
     BatchConfig,
     CheckpointConfig,
-    ContrastiveConfig,
     DataConfig,
     EvaluationConfig,
     MachineConfig,
-    MntpConfig,
     ModelConfig,
     OptimizerConfig,
     Place,
     Positive,
     Section,
-    SimcseConfig,
-    SupervisedConfig,
 )
-
-STAGES = ("mntp", "simcse", "supervised")
 
 
 class Recipe(Section):
-    """One training run: a stage, its model, its data."""
+    """One training run: a stage, its model, its data. `recipe_class` adds the section of the stage."""
 
-    stage: Literal["mntp", "simcse", "supervised"]
+    stage: str
     """Which objective trains the model."""
     model: ModelConfig
     data: DataConfig
@@ -78,25 +73,22 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig | None = None
     """Tasks measured during training; null: none."""
-    mntp: MntpConfig | None = None
-    simcse: SimcseConfig | None = None
-    supervised: SupervisedConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _only_the_own_stage_section(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
+        """Drops empty sections of other stages, which old recipes hold, and fills in the own one."""
+        if not isinstance(values, dict) or values.get("stage") not in list(SECTIONS):
             return values
-        stage = values.get("stage")
-        if stage not in STAGES:
-            return values
-        others = [name for name in STAGES if name != stage and values.get(name) is not None]
-        if others:
-            raise ValueError(f"section `{others[0]}` has no effect in stage `{stage}`: remove it")
-        values = {**values, stage: values.get(stage) or {}}
+        stage = values["stage"]
+        others = [name for name in SECTIONS if name != stage]
+        if used := [name for name in others if values.get(name) is not None]:
+            raise ValueError(f"section `{used[0]}` has no effect in stage `{stage}`: remove it")
+        values = {key: value for key, value in values.items() if key not in others}
+        values[stage] = values.get(stage) or {}
         data = values.get("data")
         if isinstance(data, dict):
-            if stage == "supervised":
+            if SECTIONS[stage].reads_pairs:
                 values["data"] = {**data, "pairs": data.get("pairs") or {}}
             elif data.get("pairs") is not None:
                 raise ValueError(f"section `data.pairs` has no effect in stage `{stage}`: remove it")
@@ -125,19 +117,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _pairs_are_not_split(self) -> Recipe:
-        if self.stage == "supervised" and self.data.long_texts == "split":
+        if self.data.pairs is not None and self.data.long_texts == "split":
             raise ValueError("data.long_texts: split would part a query from its positive: use truncate")
         return self
 
     @model_validator(mode="after")
-    def _a_batch_has_negatives(self) -> Recipe:
-        if self.batch.global_batch_size > 1 or self.contrastive is None:
-            return self
-        if self.data.pairs is None or self.data.pairs.max_negatives == 0:
-            raise ValueError(
-                f"batch.global_batch_size=1 leaves the {self.stage} loss without negatives, so that it is "
-                "always 0: raise it"
-            )
+    def _suits_its_objective(self) -> Recipe:
+        if mistake := self.objective.mistake_with(self.batch, self.data):
+            raise ValueError(mistake)
         return self
 
     @model_validator(mode="after")
@@ -150,61 +137,54 @@ class Recipe(Section):
         return self
 
     @property
-    def contrastive(self) -> ContrastiveConfig | None:
-        """The settings of a contrastive stage; None for MNTP."""
-        return self.simcse or self.supervised
+    def objective(self) -> ObjectiveConfig:
+        """The section of the stage."""
+        section: ObjectiveConfig = getattr(self, self.stage)
+        return section
+
+
+def recipe_class(stage: str) -> type[Recipe]:
+    """`Recipe` with the section of a stage, under the stage's name.
+
+    Raises:
+        KeyError: no such stage.
+    """
+    return _with_section(stage, SECTIONS[stage])
+
+
+@lru_cache
+def _with_section(stage: str, section: type[ObjectiveConfig]) -> type[Recipe]:
+    field: Any = (section, Field(default_factory=section))
+    return create_model("Recipe", __base__=Recipe, **{stage: field})
 
 
 def parse_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
     """Validates; all mistakes in one UserError line."""
+    stage = values.get("stage")
+    if "stage" in values and not (isinstance(stage, str) and stage in SECTIONS):
+        known = ", ".join(SECTIONS)
+        raise UserError(f"{source}: `stage`: Input should be one of {known} (got {stage!r})")
+    parsed_by = recipe_class(stage) if stage is not None else Recipe
     try:
-        return Recipe.model_validate(values)
+        return parsed_by.model_validate(values)
     except ValidationError as error:
-        mistakes = "; ".join(_explain(mistake) for mistake in error.errors())
+        mistakes = "; ".join(_explain(mistake, parsed_by) for mistake in error.errors())
         raise UserError(f"{source}: {mistakes}") from None
 
 
-def _explain(mistake: Any) -> str:
+def _explain(mistake: Any, parsed_by: type[Recipe]) -> str:
     key = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
-        return _unknown_key(key, [str(part) for part in mistake["loc"]])
+        return unknown_key([str(part) for part in mistake["loc"]], parsed_by)
     if mistake["type"] == "missing":
         return f"`{key}` is missing"
     message = mistake["msg"].removeprefix("Value error, ")
     return f"`{key}`: {message} (got {mistake['input']!r})" if key else message
 
 
-def _unknown_key(key: str, location: list[str]) -> str:
-    section = _section_at(location[:-1])
-    names = list(section.model_fields) if section else []
-    prefix = key.rpartition(".")[0]
-    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.0)
-    if not near:
-        return f"unknown key `{key}`"
-    suggestion = f"{prefix}.{near[0]}" if prefix else near[0]
-    return f"unknown key `{key}`: did you mean `{suggestion}`?"
-
-
-def _section_at(location: list[str], start: type[Section] | None = None) -> type[Section] | None:
-    section = start or Recipe
-    for name in location:
-        field = section.model_fields.get(name)
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        found = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
-        if not found:
-            return None
-        section = found[0]
-    return section
-
-
-def documented_keys(section: type[Section] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
+def documented_keys() -> list[tuple[str, str, str]]:
     """(dotted key, default or type, meaning) of every recipe key, from the docstrings of the fields."""
-    rows = []
-    for name, field in section.model_fields.items():
-        inner = _section_at(location=[name], start=section)
-        if inner is not None:
-            rows += documented_keys(inner, f"{prefix}{name}.")
-            continue
-        default = "required" if field.is_required() else json.dumps(field.default)
-        rows.append((prefix + name, default, " ".join((field.description or "").split())))
+    rows = keys_of(Recipe)
+    for stage, section in SECTIONS.items():
+        rows += keys_of(section, f"{stage}.")
     return rows

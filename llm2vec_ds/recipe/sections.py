@@ -143,59 +143,6 @@ class OptimizerConfig(Section):
     """After warm-up: stay, or fall linearly to zero at `max_steps`."""
 
 
-class MntpConfig(Section):
-    """Masked next token prediction (BehnamGhader et al., 2024, arXiv 2404.05961, section 2)."""
-
-    mask_token: str = "_"
-    """What replaces a masked token; must be one token of the tokenizer."""
-    mask_rate: PositiveShare = 0.2
-    """Share of a text's ordinary tokens that are predicted."""
-    masking: Literal["bert", "all"] = "bert"
-    """`bert`: of the predicted tokens 80 % become the mask token, 10 % a random one, 10 % stay.
-    `all`: every one becomes the mask token."""
-    attention_dropout: Share = 0.0
-    """Dropout on attention weights."""
-    head_chunk_tokens: Positive = 1024
-    """Masked tokens whose logits are held at once."""
-
-
-class ContrastiveConfig(Section):
-    """InfoNCE over the global batch: all ranks' queries against all ranks' documents."""
-
-    attention_dropout: Share = 0.0
-    """Dropout on attention weights."""
-    scale: Annotated[float, Field(gt=0)] = 20.0
-    """Factor on cosine similarities, the inverse of the temperature."""
-    learn_scale: bool = False
-    """Trains the scale, starting at `scale` and held at 100 at most (CLIP, arXiv 2103.00020)."""
-    symmetric: bool = False
-    """Adds the loss of each positive against all ranks' queries; the mean of both is the loss."""
-    matryoshka_dims: list[Positive] | None = None
-    """The loss is the mean of one loss for each of these vector lengths (arXiv 2205.13147)."""
-    false_negative_margin: Annotated[float, Field(ge=0)] | None = None
-    """A document whose cosine with a query exceeds the positive's by more than this is no negative for
-    it. null: only documents with the positive's very text are left out."""
-    exchange: Literal["gather", "ring"] = "gather"
-    """How ranks see each other's documents: all at once, or one rank's at a time (memory flat in the
-    number of ranks). The numbers are the same."""
-    exchange_precision: Literal["fp32", "bf16"] = "fp32"
-    """What documents are rounded to before ranks exchange them; gradients travel in fp32."""
-
-
-class SimcseConfig(ContrastiveConfig):
-    """Unsupervised SimCSE (Gao et al., 2021, arXiv 2104.08821): a text's two dropout passes agree."""
-
-    attention_dropout: Share = 0.3
-    """Dropout on attention weights: what makes the two passes differ (LLM2Vec: 0.3)."""
-
-
-class SupervisedConfig(ContrastiveConfig):
-    """Supervised contrastive learning (arXiv 2404.05961, section 4) on queries, positives and negatives."""
-
-    scale: Annotated[float, Field(gt=0)] = 50.0
-    """Factor on cosine similarities, the inverse of the temperature (LLM2Vec: 50)."""
-
-
 class CheckpointConfig(Section):
     """What is kept so that nothing is lost (docs/checkpoints.md); `resume=true` goes on from it."""
 

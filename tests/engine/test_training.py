@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llm2vec_ds.engine.run import build_stage
+from llm2vec_ds.engine.build import build_stage
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.runs import NO_DROPOUT, recipe, trained
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llm2vec_ds.data.batches import rank_slice
-from llm2vec_ds.engine.run import build_stage
+from llm2vec_ds.engine.build import build_stage
 from llm2vec_ds.objectives.contrastive.objective import PackedExamples
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.engine.test_global_batch import Case, _train_cases, outcome, recipe_of

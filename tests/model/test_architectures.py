@@ -19,7 +19,7 @@ from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, is_causal, with_causal
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
 from llm2vec_ds.objectives.mntp.head import MaskedTokenHead, MntpModel
-from llm2vec_ds.recipe.sections import ContrastiveConfig
+from llm2vec_ds.recipe.objectives import ContrastiveConfig
 from tests.support.tiny import tiny_tokenizer
 
 ATTENTION = register()

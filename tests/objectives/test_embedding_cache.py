@@ -12,7 +12,7 @@ from llm2vec_ds.data.packing import pack
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel, vectors_loss_backward
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
-from llm2vec_ds.recipe.sections import ContrastiveConfig
+from llm2vec_ds.recipe.objectives import ContrastiveConfig
 from tests.model.test_equalities import texts, trunk
 from tests.support.tiny import tiny_tokenizer
 

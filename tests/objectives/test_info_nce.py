@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
-from llm2vec_ds.recipe.sections import ContrastiveConfig
+from llm2vec_ds.recipe.objectives import ContrastiveConfig
 from tests.support.ranks import run_ranks
 
 N_QUERIES, WIDTH = 7, 6

@@ -7,7 +7,7 @@ import pytest
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.mntp.masking import NOT_PREDICTED, Masking
-from llm2vec_ds.recipe.sections import MntpConfig
+from llm2vec_ds.recipe.objectives import MntpConfig
 from tests.support.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -59,9 +59,9 @@ def test_planning_takes_no_second_beside_the_imports(monkeypatch: pytest.MonkeyP
 
 def test_largest_budget_and_batch_are_the_last_that_fit() -> None:
     plan = planner(ROOT / "recipes" / "smollm2_135m" / "simcse.yaml")
-    budget, tokens = plan.largest_token_budget(), plan.load.tokens_a_text
-    assert plan.fits(plan.recipe.deepspeed, plan._with_texts_a_pass(budget // tokens))
-    assert not plan.fits(plan.recipe.deepspeed, plan._with_texts_a_pass(budget // tokens + 1))
+    budget, tokens = plan.largest_token_budget(), plan.load.tokens_per_text
+    assert plan.fits(plan.recipe.deepspeed, plan._with_texts_per_pass(budget // tokens))
+    assert not plan.fits(plan.recipe.deepspeed, plan._with_texts_per_pass(budget // tokens + 1))
     batch = plan.largest_global_batch()
     assert batch is not None
     assert plan.fits(plan.recipe.deepspeed, plan._with_examples(batch))
@@ -121,7 +121,7 @@ def test_sent_bytes_are_those_of_the_scaling_document() -> None:
 def test_micro_batches_of_a_rank() -> None:
     recipe = load_recipe(ROOT / "recipes" / "llama2_7b_chat" / "supervised.yaml")
     load = workload(recipe, 8)
-    assert (load.texts, load.queries, load.documents, load.texts_a_pass) == (192, 64, 128, 32)
+    assert (load.texts, load.rows, load.documents, load.texts_per_pass) == (192, 64, 128, 32)
     assert (load.micro_batches, load.cached, load.forwards) == (6, True, 12)
     assert not workload(load_recipe(LLAMA), 8).cached
 

@@ -20,6 +20,7 @@ from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.objectives.mntp.head import MaskedTokenHead
 from llm2vec_ds.planner.plan import Planner
+from llm2vec_ds.recipe.objectives import MntpConfig
 from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 from llm2vec_ds.recipe.sections import MachineConfig
 from tests.support.measure import storage_bytes
@@ -58,11 +59,10 @@ def saved_bytes(recipe: Recipe, config: Any) -> int:
     """Of what autograd saves between forward and backward on the CPU, and selective activation
     checkpointing beside it (in Python), weights left out."""
     torch.manual_seed(0)
-    objective = recipe.mntp or recipe.contrastive
-    assert objective is not None
     config = with_causal(config, False)
-    config.attention_dropout = objective.attention_dropout
-    auto_class = AutoModelForCausalLM if recipe.mntp else AutoModel
+    config.attention_dropout = recipe.objective.attention_dropout
+    mntp = recipe.objective if isinstance(recipe.objective, MntpConfig) else None
+    auto_class = AutoModelForCausalLM if mntp else AutoModel
     model = auto_class.from_config(config, dtype=torch.float32, attn_implementation=register("torch"))
     fuse_layers(model.base_model)
     if recipe.adapter is not None:
@@ -88,9 +88,9 @@ def saved_bytes(recipe: Recipe, config: Any) -> int:
             input_ids=ids[None], position_ids=positions[None], attention_mask=None, use_cache=False,
             cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=TOKENS, max_length_k=TOKENS,
         ).last_hidden_state[0]  # fmt: skip
-        if recipe.mntp is not None:
-            head = MaskedTokenHead(model.get_output_embeddings(), config, recipe.mntp.head_chunk_tokens)
-            rows = torch.arange(round(recipe.mntp.mask_rate * len(ids)))
+        if mntp is not None:
+            head = MaskedTokenHead(model.get_output_embeddings(), config, mntp.head_chunk_tokens)
+            rows = torch.arange(round(mntp.mask_rate * len(ids)))
             result = head(hidden[rows], ids[rows])[0]
         else:
             result = POOLINGS[recipe.pooling](hidden, batch)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llm2vec_ds.distributed import ranks_from_environment
+from llm2vec_ds.engine.build import build_stage
 from llm2vec_ds.engine.deepspeed_engine import deepspeed_config, partition_for, start_process_group
-from llm2vec_ds.engine.run import build_stage
 from llm2vec_ds.model.loading import TrunkOptions
 from llm2vec_ds.planner.plan import Planner
 from llm2vec_ds.recipe.recipe import parse_recipe

@@ -15,7 +15,7 @@ from torch import nn
 
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.recipe.sections import ContrastiveConfig
+from llm2vec_ds.recipe.objectives import ContrastiveConfig
 
 Share = torch.Tensor
 LARGEST_SCALE = 100.0

@@ -11,7 +11,7 @@ from llm2vec_kernels.info_nce.api import info_nce
 
 from llm2vec_ds.distributed import all_gather_counts, all_reduce_sum, gather_rows, rank
 from llm2vec_ds.objectives.contrastive.ring import ring_info_nce
-from llm2vec_ds.recipe.sections import ContrastiveConfig
+from llm2vec_ds.recipe.objectives import ContrastiveConfig
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,57 @@ from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.pairs import PreparedPairs
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.distributed import all_reduce_sum, rank, world_size
-from llm2vec_ds.objectives.base import Backward, Forward, StepResult, dropout_seed, equal_count
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.objectives.base import (
+    Backward,
+    Forward,
+    Objective,
+    Parts,
+    PlannedWork,
+    StepResult,
+    dropout_seed,
+    equal_count,
+)
 from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel, vectors_loss_backward
-from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
-from llm2vec_ds.recipe.sections import ContrastiveConfig
+from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors, check_widths
+from llm2vec_ds.recipe.objectives import ContrastiveConfig
+from llm2vec_ds.recipe.recipe import Recipe
 
 ALIKE = 1e-6
 """1 − cosine of vectors that differ by rounding only."""
 
 Examples = Callable[[Sequence[int] | np.ndarray], list[list[TokenizedText]]]
 """Rows → the texts of each: query, positive, hard negatives."""
+
+
+class ContrastiveObjective(Objective):
+    """What SimCSE and the supervised stage have in common."""
+
+    def planned_work(self, recipe: Recipe) -> PlannedWork:
+        config = section_of(recipe)
+        pairs = recipe.data.pairs
+        documents = 1 + (pairs.max_negatives if pairs is not None else 0)
+        return PlannedWork(
+            texts_per_row=1 + documents,
+            documents_per_row=documents,
+            exchange=config.exchange,
+            bytes_per_number=2 if config.exchange_precision == "bf16" else 4,
+            trainable=(torch.Size([1]),) if config.learn_scale else (),
+            follows_another=True,
+        )
+
+
+def section_of(recipe: Recipe) -> ContrastiveConfig:
+    assert isinstance(recipe.objective, ContrastiveConfig)
+    return recipe.objective
+
+
+def contrastive_model(parts: Parts) -> ContrastiveModel:
+    """Raises UserError where Matryoshka lengths exceed the model's width."""
+    config = section_of(parts.recipe)
+    if mistake := check_widths(config.matryoshka_dims, parts.encoder.trunk.config.hidden_size):
+        raise UserError(mistake)
+    return ContrastiveModel(parts.encoder, config)
 
 
 class ContrastiveStage:
@@ -48,14 +89,14 @@ class ContrastiveStage:
         self.held_out_pairs = held_out_pairs
         self.loss = ContrastiveLoss(config)
         self.seed = seed
-        self.max_tokens = max_tokens_per_micro_batch
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
 
     def text(self, row: int) -> TokenizedText:
         (example,) = self.examples([row])
         return example[0]
 
     def batches(self, step: int, rows: np.ndarray) -> PackedExamples:
-        return PackedExamples(self.examples(rows), self.max_tokens)
+        return PackedExamples(self.examples(rows), self.max_tokens_per_micro_batch)
 
     def step(
         self, step: int, rows: np.ndarray, batches: PackedExamples, forward: Forward, backward: Backward
@@ -91,12 +132,17 @@ class ContrastiveStage:
             vectors_alike=n_can_differ > 0 and distance < ALIKE,
         )
 
+    def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
+        return pack(texts)
+
     @torch.no_grad()
     def held_out(self, forward: Forward) -> dict[str, float] | None:
         """Loss and accuracy of the held-out queries, all held-out documents being candidates."""
         if self.held_out_pairs is None:
             return None
-        return held_out_metrics(self.held_out_pairs, self.loss, forward, self.max_tokens, self.encoder.device)
+        return held_out_metrics(
+            self.held_out_pairs, self.loss, forward, self.max_tokens_per_micro_batch, self.encoder.device
+        )
 
 
 def distance_from_first(vectors: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.recipe.sections import MntpConfig
+from llm2vec_ds.recipe.objectives import MntpConfig
 
 NOT_PREDICTED = -100
 

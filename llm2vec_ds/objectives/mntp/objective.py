@@ -1,21 +1,36 @@
-"""The MNTP stage: masked next token prediction on packed texts."""
+"""Masked next token prediction on packed texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.batches import EpochBatches, rank_slice
 from llm2vec_ds.data.packing import pack, plan_micro_batches
+from llm2vec_ds.data.pairs import PreparedPairs
 from llm2vec_ds.data.prepare import PreparedTexts
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.distributed import all_reduce_sum, rank, world_size
-from llm2vec_ds.objectives.base import Backward, Forward, StepResult, dropout_seed, equal_count
-from llm2vec_ds.objectives.mntp.head import MntpModel
+from llm2vec_ds.model.damage import check_ids
+from llm2vec_ds.objectives.base import (
+    Backward,
+    Forward,
+    Objective,
+    Parts,
+    PlannedWork,
+    StepResult,
+    dropout_seed,
+    equal_count,
+)
+from llm2vec_ds.objectives.mntp.head import MaskedTokenHead, MntpModel
 from llm2vec_ds.objectives.mntp.masking import NOT_PREDICTED, Masking
+from llm2vec_ds.recipe.objectives import MntpConfig
+from llm2vec_ds.recipe.recipe import Recipe
 
 HELD_OUT_STEP = 2**32
 """Masking key of held-out texts: the same masks at every evaluation, and never those of a training step."""
@@ -23,6 +38,55 @@ HELD_OUT_STEP = 2**32
 
 MaskedBatches = tuple[list[PackedBatch], list[np.ndarray]]
 """Packed micro-batches with labels, and the row numbers in each."""
+
+
+class Mntp(Objective):
+    """The hidden state at i−1 predicts the masked token at i (arXiv 2404.05961, section 2)."""
+
+    section = MntpConfig
+    uses_language_head = True
+
+    def build(self, parts: Parts) -> MntpStage:
+        config, encoder, recipe = _section(parts.recipe), parts.encoder, parts.recipe
+        linear = parts.language_head
+        assert linear is not None
+        assert isinstance(parts.training, PreparedTexts)
+        assert not isinstance(parts.held_out, PreparedPairs)
+        masking = Masking.for_tokenizer(encoder.tokenizer, config)
+        check_ids(masking.largest_id, encoder.trunk)
+        if recipe.adapter is not None:
+            linear.requires_grad_(False)  # adapters alone train; an untied head would otherwise, for nothing
+        head = MaskedTokenHead(linear, encoder.trunk.config, config.head_chunk_tokens)
+        return MntpStage(
+            MntpModel(encoder, head),
+            parts.training,
+            parts.held_out,
+            masking,
+            seed=recipe.seed,
+            global_batch_size=recipe.batch.global_batch_size,
+            max_tokens_per_micro_batch=recipe.batch.max_tokens_per_micro_batch,
+        )
+
+    def planned_work(self, recipe: Recipe) -> PlannedWork:
+        return PlannedWork(head_rows_per_token=_section(recipe).mask_rate)
+
+    def planned_head(self, language_head: nn.Linear | None, config: Any, recipe: Recipe) -> nn.Module:
+        assert language_head is not None
+        return MaskedTokenHead(language_head, config, _section(recipe).head_chunk_tokens)
+
+    def planned_outcome(
+        self, hidden_TD: torch.Tensor, batch: PackedBatch, head: nn.Module | None, recipe: Recipe
+    ) -> torch.Tensor:
+        assert head is not None
+        n_masked = max(1, round(_section(recipe).mask_rate * len(hidden_TD)))
+        index_M = torch.empty(n_masked, dtype=torch.int64, device=hidden_TD.device)
+        loss_M: torch.Tensor = head(hidden_TD[index_M], index_M)[0]
+        return loss_M
+
+
+def _section(recipe: Recipe) -> MntpConfig:
+    assert isinstance(recipe.objective, MntpConfig)
+    return recipe.objective
 
 
 class MntpStage:
@@ -47,7 +111,7 @@ class MntpStage:
         self.held_out_texts = held_out_texts
         self.masking = masking
         self.seed = seed
-        self.max_tokens = max_tokens_per_micro_batch
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
 
     def text(self, row: int) -> TokenizedText:
         (text,) = self.texts[[row]]
@@ -81,6 +145,10 @@ class MntpStage:
         n_tokens = sum(batch.n_tokens for batch in packed)
         return StepResult(loss, n_tokens, {"accuracy": accuracy}, bad_rows)
 
+    def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
+        """Every token is predicted."""
+        return pack(texts, [np.asarray(text.input_ids) for text in texts])
+
     @torch.no_grad()
     def held_out(self, forward: Forward) -> dict[str, float] | None:
         if self.held_out_texts is None:
@@ -98,7 +166,7 @@ class MntpStage:
 
     def _masked_batches(self, texts: PreparedTexts, rows: np.ndarray, step: int) -> MaskedBatches:
         batches, groups = [], []
-        for group in plan_micro_batches(texts.lengths[rows], self.max_tokens):
+        for group in plan_micro_batches(texts.lengths[rows], self.max_tokens_per_micro_batch):
             own_rows = rows[group]
             masked, labels = self._mask(texts[own_rows], own_rows, step)
             batches.append(pack(masked, labels))

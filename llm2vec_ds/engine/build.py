@@ -1,0 +1,128 @@
+"""A recipe → its stage: prepared texts, a model with adapters, and the objective over both."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_all
+from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
+from llm2vec_ds.data.prepared_folder import largest_id_in
+from llm2vec_ds.data.prompts import template_for
+from llm2vec_ds.distributed import agreed, all_gather_object, rank
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.settings import EncoderSettings
+from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
+from llm2vec_ds.model.adapters import add_lora
+from llm2vec_ds.model.damage import check_ids
+from llm2vec_ds.model.loading import (
+    Partition,
+    TrunkOptions,
+    load_tokenizer,
+    load_trunk,
+    load_trunk_and_head,
+)
+from llm2vec_ds.model.recomputation import recompute_activations
+from llm2vec_ds.objectives.base import Parts, Stage
+from llm2vec_ds.objectives.registry import objective_of
+from llm2vec_ds.recipe.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+Groups = dict[str, list[Path]]
+"""Folders of prepared texts by group; without pairs one group, `texts`."""
+
+
+def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nullcontext) -> Stage:
+    """All ranks call it together.
+
+    Args:
+        partition: see `TrunkOptions`.
+
+    Raises:
+        UserError: data or model cannot be used, or do not suit the objective.
+    """
+    objective = objective_of(recipe)
+    tokenizer = tokenizer_of(recipe)
+    prepared = prepared_groups(recipe, tokenizer)
+    training, *held_out = (rows_of(recipe, groups) for groups in prepared)
+    stack = read_stack(recipe.model.path, recipe.model.quantization, recipe.adapter)
+    options = _trunk_options(recipe, device, partition)
+    trunk, language_head = agreed(lambda: _load(stack.base, options, head=objective.uses_language_head))
+    check_ids(_largest_id(prepared), trunk)
+    _make_trainable(recipe, trunk, stack)
+    encoder = _encoder(recipe, trunk, tokenizer, stack)
+    return objective.build(Parts(recipe, encoder, language_head, training, held_out[0] if held_out else None))
+
+
+def tokenizer_of(recipe: Recipe) -> Any:
+    return load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+
+
+def prepared_groups(recipe: Recipe, tokenizer: Any) -> list[Groups]:
+    """Of training and, where there are some, held-out texts. Rank 0 prepares while the others wait."""
+    folders = agreed(lambda: prepare_all(recipe, tokenizer) if rank() == 0 else [])
+    return all_gather_object(folders)[0]
+
+
+def rows_of(recipe: Recipe, groups: Groups) -> PreparedTexts | PreparedPairs:
+    """Opens what was prepared."""
+    if recipe.objective.reads_pairs:
+        return load_prepared_pairs(groups)
+    return load_prepared(*groups["texts"])
+
+
+def _load(base: str, options: TrunkOptions, *, head: bool) -> tuple[Any, nn.Linear | None]:
+    return load_trunk_and_head(base, options) if head else (load_trunk(base, options), None)
+
+
+def _largest_id(prepared: list[Groups]) -> int:
+    folders = [folder for groups in prepared for of_group in groups.values() for folder in of_group]
+    return max(map(largest_id_in, folders))
+
+
+def _trunk_options(recipe: Recipe, device: torch.device, partition: Partition) -> TrunkOptions:
+    model = recipe.model
+    return TrunkOptions(
+        causal=model.causal,
+        attention=model.attention,
+        precision=model.precision,
+        # None keeps a config without the attribute usable when no dropout is asked for.
+        attention_dropout=recipe.objective.attention_dropout or None,
+        device=device,
+        partition=partition,
+        trust_remote_code=model.trust_remote_code,
+        quantization=model.quantization,
+    )
+
+
+def _make_trainable(recipe: Recipe, trunk: Any, stack: AdapterStack) -> None:
+    if recipe.adapter is not None:
+        # Here, so that the adapters do not depend on what loading drew: under ZeRO-3 it fills memory first.
+        torch.manual_seed(recipe.seed)
+        put_stack_in(trunk, stack)
+        names = add_lora(trunk, recipe.adapter)
+        below = f" over {len(stack.earlier)} of earlier stages" if stack.earlier else ""
+        adapter = recipe.adapter
+        log.info("%s rank %s on %s linear layers%s", adapter.variant, adapter.rank, len(names), below)
+    log.info("activation checkpointing: %s", recipe.model.activation_checkpointing)
+    recompute_activations(trunk, recipe.model.activation_checkpointing)
+
+
+def _encoder(recipe: Recipe, trunk: Any, tokenizer: Any, stack: AdapterStack) -> Encoder:
+    template = template_for(recipe.data.template, tokenizer)
+    settings = EncoderSettings(
+        recipe.pooling,
+        template=template.form,
+        special_tokens=template.special_tokens,
+        pooled_tokens=recipe.pooled_tokens,
+    )
+    encoder = Encoder(trunk, tokenizer, settings)
+    if recipe.model.quantization is not None:
+        encoder.stack = stack
+    return encoder

@@ -1,0 +1,69 @@
+"""Whether a run has been done already, and where it goes on."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from llm2vec_ds.distributed import agreed, all_gather_object, rank
+from llm2vec_ds.engine.build import prepared_groups, rows_of, tokenizer_of
+from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore
+from llm2vec_ds.engine.identity import changes, identity_of, made_by
+from llm2vec_ds.engine.run_folder import another_run, changes_of_run, is_finished
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+
+def is_done(recipe: Recipe, folder: Path) -> bool:
+    """Has this very run finished? All ranks ask together.
+
+    Raises:
+        UserError: a run of something else has, and the recipe asks to go on with it.
+    """
+    if not all_gather_object(bool(recipe.resume) and is_finished(folder))[0]:
+        return False
+    data = rows_of(recipe, prepared_groups(recipe, tokenizer_of(recipe))[0])
+
+    def differences() -> list[str]:
+        return changes_of_run(folder, identity_of(recipe, data.fingerprint)) if rank() == 0 else []
+
+    changed = all_gather_object(agreed(differences))[0]
+    if changed and recipe.resume != "force":
+        raise another_run(folder, changed)
+    return not changed
+
+
+def checkpoint_to_resume(
+    recipe: Recipe, folder: Path, store: CheckpointStore, identity: dict[str, Any]
+) -> Checkpoint | None:
+    """The newest valid one, if the recipe asks to go on from it and it is of the same run.
+
+    Raises:
+        UserError: it is of another run; or there is none, and the folder holds another run or a finished one.
+    """
+    store.clear_unfinished()
+    if not recipe.resume:
+        return None
+    checkpoint = store.newest_valid()
+    if checkpoint is None:
+        if changed := changes_of_run(folder, identity):
+            raise another_run(folder, changed)
+        log.info("no checkpoint in %s yet: starting at step 1", store.folder)
+        return None
+    manifest = checkpoint.manifest
+    if changed := changes(manifest.identity, identity):
+        words = "; ".join(changed)
+        if recipe.resume != "force":
+            raise UserError(
+                f"{checkpoint.folder} is of another run ({words}): undo the change, pass resume=force to go "
+                "on nevertheless, or overwrite=true without resume to start again"
+            )
+        log.warning("resume=force: going on although %s", words)
+    now = made_by(recipe)
+    if moved := [f"{k} {manifest.made_by[k]} → {now[k]}" for k in now if manifest.made_by.get(k) != now[k]]:
+        log.warning("losses may differ in their last digits, or in dropout: %s", ", ".join(moved))
+    log.info("going on from %s", checkpoint.folder)
+    return checkpoint

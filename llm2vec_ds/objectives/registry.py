@@ -1,0 +1,28 @@
+"""Which objective trains which stage of a recipe."""
+
+from __future__ import annotations
+
+from llm2vec_ds.objectives.base import Objective
+from llm2vec_ds.objectives.contrastive.simcse import Simcse
+from llm2vec_ds.objectives.contrastive.supervised import Supervised
+from llm2vec_ds.objectives.mntp.objective import Mntp
+from llm2vec_ds.recipe.objectives import SECTIONS
+from llm2vec_ds.recipe.recipe import Recipe
+
+OBJECTIVES: dict[str, Objective] = {"mntp": Mntp(), "simcse": Simcse(), "supervised": Supervised()}
+
+
+def register(stage: str, objective: Objective) -> None:
+    """Makes `stage: NAME` of a recipe train by `objective`, whose section then stands under that name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if stage in SECTIONS:
+        raise ValueError(f"stage {stage!r} has an objective already: choose another name")
+    SECTIONS[stage] = objective.section
+    OBJECTIVES[stage] = objective
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    return OBJECTIVES[recipe.stage]

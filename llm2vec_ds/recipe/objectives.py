@@ -1,0 +1,86 @@
+"""The section of each objective, and which `stage` reads which."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from llm2vec_ds.recipe.sections import BatchConfig, DataConfig, Positive, PositiveShare, Section, Share
+
+
+class ObjectiveConfig(Section):
+    """What every objective has."""
+
+    reads_pairs: ClassVar[bool] = False
+    """Its rows are examples of `data.pairs`; else texts."""
+
+    attention_dropout: Share = 0.0
+    """Dropout on attention weights."""
+
+    def mistake_with(self, batch: BatchConfig, data: DataConfig) -> str | None:
+        """What in these sections makes the objective useless; None: nothing."""
+        return None
+
+
+class MntpConfig(ObjectiveConfig):
+    """Masked next token prediction (BehnamGhader et al., 2024, arXiv 2404.05961, section 2)."""
+
+    mask_token: str = "_"
+    """What replaces a masked token; must be one token of the tokenizer."""
+    mask_rate: PositiveShare = 0.2
+    """Share of a text's ordinary tokens that are predicted."""
+    masking: Literal["bert", "all"] = "bert"
+    """`bert`: of the predicted tokens 80 % become the mask token, 10 % a random one, 10 % stay.
+    `all`: every one becomes the mask token."""
+    head_chunk_tokens: Positive = 1024
+    """Masked tokens whose logits are held at once."""
+
+
+class ContrastiveConfig(ObjectiveConfig):
+    """InfoNCE over the global batch: all ranks' queries against all ranks' documents."""
+
+    scale: Annotated[float, Field(gt=0)] = 20.0
+    """Factor on cosine similarities, the inverse of the temperature."""
+    learn_scale: bool = False
+    """Trains the scale, starting at `scale` and held at 100 at most (CLIP, arXiv 2103.00020)."""
+    symmetric: bool = False
+    """Adds the loss of each positive against all ranks' queries; the mean of both is the loss."""
+    matryoshka_dims: list[Positive] | None = None
+    """The loss is the mean of one loss for each of these vector lengths (arXiv 2205.13147)."""
+    false_negative_margin: Annotated[float, Field(ge=0)] | None = None
+    """A document whose cosine with a query exceeds the positive's by more than this is no negative for
+    it. null: only documents with the positive's very text are left out."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How ranks see each other's documents: all at once, or one rank's at a time (memory flat in the
+    number of ranks). The numbers are the same."""
+    exchange_precision: Literal["fp32", "bf16"] = "fp32"
+    """What documents are rounded to before ranks exchange them; gradients travel in fp32."""
+
+    def mistake_with(self, batch: BatchConfig, data: DataConfig) -> str | None:
+        if batch.global_batch_size > 1 or (data.pairs is not None and data.pairs.max_negatives > 0):
+            return None
+        return "batch.global_batch_size=1 leaves the loss without negatives, so that it is always 0: raise it"
+
+
+class SimcseConfig(ContrastiveConfig):
+    """Unsupervised SimCSE (Gao et al., 2021, arXiv 2104.08821): a text's two dropout passes agree."""
+
+    attention_dropout: Share = 0.3
+    """Dropout on attention weights: what makes the two passes differ (LLM2Vec: 0.3)."""
+
+
+class SupervisedConfig(ContrastiveConfig):
+    """Supervised contrastive learning (arXiv 2404.05961, section 4) on queries, positives and negatives."""
+
+    reads_pairs: ClassVar[bool] = True
+    scale: Annotated[float, Field(gt=0)] = 50.0
+    """Factor on cosine similarities, the inverse of the temperature (LLM2Vec: 50)."""
+
+
+SECTIONS: dict[str, type[ObjectiveConfig]] = {
+    "mntp": MntpConfig,
+    "simcse": SimcseConfig,
+    "supervised": SupervisedConfig,
+}
+"""By stage; `objectives.registry.register` adds to it."""
