@@ -53,8 +53,11 @@ def contenders(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str,
 
     device = "cpu" if options.cpu else "cuda"
     encoder = Encoder.from_pretrained(str(folder), device=device)
-    for tokens in options.batch_tokens:
-        yield f"ours, batch_tokens {tokens}", lambda texts, n=tokens: encoder.encode(texts, batch_tokens=n)
+    for tokens in options.max_tokens_per_micro_batch:
+        yield (
+            f"ours, max_tokens_per_micro_batch {tokens}",
+            lambda texts, n=tokens: encoder.encode(texts, max_tokens_per_micro_batch=n),
+        )
     dtype = torch.float32 if options.cpu else torch.bfloat16
     trunk = modules.Transformer(str(folder), model_kwargs={"dtype": dtype, "attn_implementation": "sdpa"})
     trunk.max_seq_length = encoder.settings.max_tokens

@@ -40,7 +40,7 @@ ZERO2 = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 CHECKPOINTING = {"none": "none", "default": None, "full": "full"}
 """`default`: the recipe says nothing."""
 ENGINES = {"no_json": False, "zero2": True}
-PASSES, TEXTS_A_PASS = 5, 3
+PASSES, TEXTS_PER_PASS = 5, 3
 Cases = dict[str, dict[str, Any]]
 
 
@@ -56,7 +56,7 @@ class Bench:
         self.model = write_model(folder / "model", config, dtype)
         draw = random.Random(0)
         self.text = text_of(options.tokens, options.vocab, draw)
-        self.short = [text_of(options.tokens // TEXTS_A_PASS, options.vocab, draw) for _ in range(15)]
+        self.short = [text_of(options.tokens // TEXTS_PER_PASS, options.vocab, draw) for _ in range(15)]
         (folder / "text.txt").write_text(self.text + "\n")
         self.examples = [self.short[i::PASSES] for i in range(PASSES)]
         names = ("query", "positive", "negative")
@@ -95,7 +95,7 @@ class Bench:
         }
 
     def cached_plain(self) -> dict[str, Any]:
-        run = plain.contrastive_run(self.model, self.examples, self.device, texts_a_pass=TEXTS_A_PASS)
+        run = plain.contrastive_run(self.model, self.examples, self.device, texts_per_pass=TEXTS_PER_PASS)
         return run.measured(self.meter())
 
     def model_alone(self) -> Cases:
@@ -117,7 +117,7 @@ class Bench:
         from llm2vec_ds import Encoder
 
         encoder = Encoder.from_pretrained(str(self.model), device=self.device)
-        texts = self.short[:TEXTS_A_PASS]
+        texts = self.short[:TEXTS_PER_PASS]
         theirs = plain.encoder_of(self.model, self.device)
         return {
             "ours": self.meter().measure(lambda: encoder.encode(texts)),

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 LIMIT_MIB = 1024
-LINES_A_WRITE = 20_000
+LINES_PER_WRITE = 20_000
 
 
 def make_text(path: Path, megabytes: int, seed: int) -> int:
@@ -39,11 +39,11 @@ def make_text(path: Path, megabytes: int, seed: int) -> int:
     n_lines = 0
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < megabytes * 10**6:
-            lengths = random.integers(5, 81, LINES_A_WRITE)
+            lengths = random.integers(5, 81, LINES_PER_WRITE)
             picks = random.zipf(1.1, lengths.sum()) % len(vocabulary)
             for words in np.split(vocabulary[picks], np.cumsum(lengths)[:-1]):
                 file.write(" ".join(words) + "\n")
-            n_lines += LINES_A_WRITE
+            n_lines += LINES_PER_WRITE
     return n_lines
 
 

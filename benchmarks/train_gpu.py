@@ -127,7 +127,7 @@ def cached(bench: Bench) -> Iterator[Case]:
     texts = bench.texts([21] * 15)
     recipe = bench.recipe("supervised", bench.write_triplets(texts), 5, 64, data={"max_tokens": 64})
     yield "default", lambda: bench.ours(recipe)
-    yield "plain", lambda: bench.plain(by_threes(texts), texts_a_pass=3)
+    yield "plain", lambda: bench.plain(by_threes(texts), texts_per_pass=3)
 
 
 def supervised(bench: Bench) -> Iterator[Case]:

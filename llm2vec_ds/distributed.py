@@ -119,7 +119,7 @@ def contact(doing: str) -> Iterator[None]:
         what = f"rank {rank()} has lost another rank" if _GONE.search(said) else "a collective has failed"
         raise UserError(
             f"{doing}: {what} ({said}). The first error line above, or in the other ranks' logs, is the "
-            "cause: mend it and run again with resume=true"
+            "cause: fix it and run again with resume=true"
         ) from None
 
 

@@ -37,19 +37,19 @@ OPTIONAL = {
 class Finding:
     """One line of the report.
 
-    `mend` says how to get what is missing, and is empty where nothing is; `blocks` where no run is possible
+    `fix` says how to get what is missing, and is empty where nothing is; `blocks` where no run is possible
     without it, `optional` where every run is.
     """
 
     name: str
     value: str
-    mend: str = ""
+    fix: str = ""
     blocks: bool = False
     optional: bool = False
 
     @property
     def mark(self) -> str:
-        if not self.mend:
+        if not self.fix:
             return "✓"
         return "✗" if self.blocks else "·" if self.optional else "!"
 
@@ -63,8 +63,8 @@ def examine() -> Iterator[Finding]:
         yield from _devices()
     yield _tool("g++", "a compiler builds DeepSpeed's CPU optimizer (offload): apt-get install g++")
     yield _tool("ninja", "pip install ninja, and put the environment's bin folder on PATH")
-    for package, mend in OPTIONAL.items():
-        yield _package(package, mend, optional=True)
+    for package, fix in OPTIONAL.items():
+        yield _package(package, fix, optional=True)
     yield _cache()
     yield _launch()
 
@@ -94,19 +94,19 @@ def training_check() -> Finding:
 
 
 def _failed(cause: str) -> Finding:
-    mend = "mend that, then see a run of your own: llm2vec-ds train recipes/smoke_mntp.yaml"
-    return Finding("training check", f"failed: {cause}", mend, blocks=True)
+    fix = "fix that, then see a run of your own: llm2vec-ds train recipes/smoke_mntp.yaml"
+    return Finding("training check", f"failed: {cause}", fix, blocks=True)
 
 
 def _python() -> Finding:
     old = sys.version_info < (3, 11)
-    mend = "Python 3.11 or later is needed" if old else ""
-    return Finding("Python", f"{platform.python_version()}, {platform.machine()}", mend, blocks=old)
+    fix = "Python 3.11 or later is needed" if old else ""
+    return Finding("Python", f"{platform.python_version()}, {platform.machine()}", fix, blocks=old)
 
 
-def _package(name: str, mend: str, *, blocks: bool = False, optional: bool = False) -> Finding:
+def _package(name: str, fix: str, *, blocks: bool = False, optional: bool = False) -> Finding:
     if importlib.util.find_spec(name) is None:
-        return Finding(name, "not installed", mend, blocks, optional)
+        return Finding(name, "not installed", fix, blocks, optional)
     try:
         return Finding(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
@@ -131,17 +131,17 @@ def _devices() -> Iterator[Finding]:
         size = f"{card.total_memory / GIB:.0f} GiB, compute capability {card.major}.{card.minor}"
         yield Finding(f"GPU {index}", f"{card.name}, {size}, CUDA {torch.version.cuda}")
     if not torch.cuda.is_available():
-        mend = "a driver, and torch's CUDA build: https://pytorch.org" if shutil.which("nvidia-smi") else ""
-        yield Finding("GPU", "none that torch can use", mend)
+        fix = "a driver, and torch's CUDA build: https://pytorch.org" if shutil.which("nvidia-smi") else ""
+        yield Finding("GPU", "none that torch can use", fix)
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend = choose_attention_backend("auto", AttentionNeeds(device))
     yield Finding("a run uses", f"{precision}, attention by {backend.name} ({backend.reason})")
 
 
-def _tool(name: str, mend: str) -> Finding:
+def _tool(name: str, fix: str) -> Finding:
     where = shutil.which(name)
-    return Finding(name, where or "not found", "" if where else mend)
+    return Finding(name, where or "not found", "" if where else fix)
 
 
 def _cache() -> Finding:
@@ -152,8 +152,8 @@ def _cache() -> Finding:
         return Finding(
             "cache", f"{root} cannot be written", "set LLM2VEC_DS_CACHE to a folder of yours", blocks=True
         )
-    mend = "set LLM2VEC_DS_CACHE to a larger disk" if free_gib < LEAST_FREE_GIB else ""
-    return Finding("cache", f"{root}, {free_gib:.0f} GiB free", mend)
+    fix = "set LLM2VEC_DS_CACHE to a larger disk" if free_gib < LEAST_FREE_GIB else ""
+    return Finding("cache", f"{root}, {free_gib:.0f} GiB free", fix)
 
 
 def _launch() -> Finding:

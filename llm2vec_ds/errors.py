@@ -13,7 +13,7 @@ NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line with the cause and the mend, no traceback."""
+    """A mistake that the user can fix: one line with the cause and the fix, no traceback."""
 
 
 class Stopped(Exception):
@@ -24,10 +24,10 @@ class Stopped(Exception):
 
 @contextmanager
 def writing(what: object) -> Iterator[None]:
-    """Around the writing of a file or folder: what the system refuses is the user's to mend.
+    """Around the writing of a file or folder: what the system refuses is the user's to fix.
 
     Raises:
-        UserError: in place of an OSError; names `what`, the cause and the mend.
+        UserError: in place of an OSError; names `what`, the cause and the fix.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def is_first_rank() -> bool:
 
 
 def reason(error: OSError) -> str:
-    """Cause and mend of a refusal, in a few words."""
+    """Cause and fix of a refusal, in a few words."""
     cause = error.strerror or " ".join(str(error).split())
     # Without a number: a library that found fewer bytes written than it asked for.
     if error.errno is None or error.errno in NO_SPACE:

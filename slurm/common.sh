@@ -3,7 +3,7 @@
 
 say() { echo "$me: $*"; }
 
-fail() { # one line with cause and mend, then the end of the script
+fail() { # one line with cause and fix, then the end of the script
   echo "$me: error: $*" >&2
   exit "${exit_code:-1}"
 }

@@ -42,7 +42,7 @@ main() {
   say "shard $index of $n of $input on $SLURM_JOB_NODELIST, attempt ${SLURM_RESTART_COUNT:-0}"
   on_first_node "$python" -m llm2vec_ds encode --model "$model" --input "$input" --output "$output" \
     --shard "$index/$n" "$@" || code=$?
-  [ "$code" = 0 ] || exit_code=$code fail "shard $index of $n failed (code $code), see above: mend it and submit the same array again"
+  [ "$code" = 0 ] || exit_code=$code fail "shard $index of $n failed (code $code), see above: fix it and submit the same array again"
   say "shard $index of $n is in $output"
 }
 

@@ -45,7 +45,7 @@ submit() { # NAME SBATCH-OPTION … SCRIPT ARGUMENT …: after the job `before`,
   local name=$1
   shift
   before=$(sbatch --parsable --job-name="llm2vec-$name" --kill-on-invalid-dep=yes \
-    ${before:+--dependency="afterok:$before"} "$@") || fail "$name was not accepted, see above: mend it and run this again"
+    ${before:+--dependency="afterok:$before"} "$@") || fail "$name was not accepted, see above: fix it and run this again"
   before=${before%%;*} # a cluster's name may follow
   say "$name: job $before"
 }

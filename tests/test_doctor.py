@@ -64,7 +64,7 @@ def test_a_cache_that_cannot_be_written_blocks(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("LLM2VEC_DS_CACHE", str(tmp_path / "a" / "b"))
     found = next(finding for finding in doctor.examine() if finding.name == "cache")
     assert found.mark == "✗"
-    assert (found.value, found.mend) == (
+    assert (found.value, found.fix) == (
         f"{tmp_path / 'a' / 'b'} cannot be written",
         "set LLM2VEC_DS_CACHE to a folder of yours",
     )
@@ -90,7 +90,7 @@ def test_a_failing_step_names_its_cause(monkeypatch: pytest.MonkeyPatch) -> None
     found = doctor.training_check()
     assert found.blocks
     assert re.fullmatch(r"failed: .*texts.txt: no text in it \(1 blank\)", found.value)
-    assert found.mend
+    assert found.fix
 
 
 def test_a_step_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def contrastive_run(
     examples: Sequence[Sequence[str]],
     device: torch.device,
     *,
-    texts_a_pass: int | None = None,
+    texts_per_pass: int | None = None,
     scale: float = 50.0,
     attention_dropout: float = 0.0,
 ) -> PlainRun:
@@ -127,7 +127,7 @@ def contrastive_run(
 
     Args:
         examples: query, positive and negatives of each.
-        texts_a_pass: embeddings are cached (GradCache): a pass without a graph for so many texts at a time,
+        texts_per_pass: embeddings are cached (GradCache): a pass without a graph for so many texts at a time,
             the loss, and a second pass with the same dropout. None: one pass for all.
     """
     from transformers import AutoModel, AutoTokenizer
@@ -139,7 +139,7 @@ def contrastive_run(
     )
     texts = [text for column in zip(*examples, strict=True) for text in column]
     ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(texts)["input_ids"]
-    size = texts_a_pass or len(ids)
+    size = texts_per_pass or len(ids)
     batches = [pad(ids[i : i + size]) for i in range(0, len(ids), size)]
 
     def backward() -> torch.Tensor:

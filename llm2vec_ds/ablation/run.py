@@ -5,7 +5,6 @@ Each training run is the ordinary command; each finished part is kept, so that a
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import shutil
@@ -22,13 +21,13 @@ from llm2vec_ds.demo.model import demo_model_dir
 from llm2vec_ds.demo.text import training_text
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.evaluate.identity import key_of, weights_key
+from llm2vec_ds.evaluate.identity import result_key, weights_key
 from llm2vec_ds.evaluate.word_level import ProbeOptions
 from llm2vec_ds.evaluate.word_task import WordTask, run_word_task
 from llm2vec_ds.process.child_command import run_command
+from llm2vec_ds.storage.durable import replace_json, replace_text
 from llm2vec_ds.storage.output_folder import check_no_foreign, check_reads_no_output
 from llm2vec_ds.storage.reading import checked_json
-from llm2vec_ds.storage.work_folder import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class Ablation:
         """Trains and measures what is missing; returns what results.json holds.
 
         Raises:
-            UserError: anything that the user can mend.
+            UserError: anything that the user can fix.
         """
         self._check()
         texts = self._texts()
@@ -105,7 +104,7 @@ class Ablation:
         folder = self._run_folder(run, seed)
         recipe = self._stage_recipe(run, stage, self.folder(before, seed), seed, texts)
         file, text = folder.with_name(f"{run}.yaml"), yaml.safe_dump(recipe, sort_keys=False)
-        key = key_of(text, weights_key(recipe["model"]["path"]))
+        key = result_key(text, weights_key(recipe["model"]["path"]))
         done = folder.with_name(f"{run}.done")
         if done.exists() and done.read_text(errors="replace") == key:
             log.info("%s, seed %s: trained before", run, seed)
@@ -147,7 +146,7 @@ class Ablation:
         model = self.folder(variant, seed)
         file = self.output / "scores" / f"{variant}.seed-{seed}.json"
         evaluate = self.recipe.evaluate
-        key = key_of(weights_key(model), model, variant, evaluate.model_dump())
+        key = result_key(weights_key(model), model, variant, evaluate.model_dump())
         stored = _stored(file)
         if stored is not None and stored.key == key:
             log.info("%s, seed %s: measured before", variant, seed)
@@ -156,7 +155,7 @@ class Ablation:
         scores = {**self._sentence_scores(encoder, model), **self._word_scores(encoder, model, variant, seed)}
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(file, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
+            replace_json(file, {"key": key, "scores": scores})
         log.info("%s, seed %s: %s", variant, seed, ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
         return scores
 
@@ -200,7 +199,7 @@ class Ablation:
             "hardware": hardware(),
         }
         with writing(f"--output {self.output}"):
-            replace_text(self.output / "results.json", json.dumps(summary, indent=1) + "\n")
+            replace_json(self.output / "results.json", summary)
             replace_text(self.output / "table.md", table(results) + "\n")
         return summary
 

@@ -28,8 +28,8 @@ def doctor(
     blocked = False
     findings = examine()
     for finding in itertools.chain(findings, (run() for run in [training_check] if check and not blocked)):
-        mend = f"  → {finding.mend}" if finding.mend else ""
-        print(f"{finding.mark} {finding.name:15} {finding.value}{mend}", flush=True)
+        fix = f"  → {finding.fix}" if finding.fix else ""
+        print(f"{finding.mark} {finding.name:15} {finding.value}{fix}", flush=True)
         blocked |= finding.blocks
     if blocked:
         raise UserError("no run is possible here yet: see the lines marked ✗")

@@ -8,8 +8,6 @@ it is used again its content is compared with its fingerprint: a damaged folder 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -24,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llm2vec_ds.data.prepared_folder import (
+    FORMAT_VERSION,
     MANIFEST,
     NEGATIVE,
     QUERY,
@@ -48,14 +47,17 @@ from llm2vec_ds.data.prompts import (
 from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
 from llm2vec_ds.errors import UserError, reason
 from llm2vec_ds.recipe.sections import DataConfig
+from llm2vec_ds.storage.durable import put_folder, replace_json
+from llm2vec_ds.storage.fingerprint import key_of
+from llm2vec_ds.storage.lock import held
 from llm2vec_ds.storage.reading import read_json
 
 log = logging.getLogger(__name__)
 
-TEXTS_A_BLOCK = 500
-CHARACTERS_A_BLOCK = 2**20
-TEXTS_A_PART = 200_000
-CHARACTERS_A_PART = 2**26
+TEXTS_PER_BLOCK = 500
+CHARACTERS_PER_BLOCK = 2**20
+TEXTS_PER_PART = 200_000
+CHARACTERS_PER_PART = 2**26
 
 Item = tuple[str, ...]
 """A text, or the texts of one example: query, positive, negatives."""
@@ -112,8 +114,6 @@ def prepare(
     Raises:
         UserError: the source cannot be read, or holds no text.
     """
-    from filelock import FileLock
-
     check_tokenizer(tokenizer)
     source = find_source(path)
     template = template_for(data.template, tokenizer)
@@ -124,7 +124,7 @@ def prepare(
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{folder.name}.lock"):
+        with held(root / f".{folder.name}.lock", f"prepared texts in {root}", wait=True):
             if folder.is_dir() and (damage := damage_of(folder)):
                 log.warning("prepared texts in %s are damaged (%s): preparing them again", folder, damage)
                 shutil.rmtree(folder)
@@ -259,7 +259,7 @@ class _Preparation:
         n_read = n_characters = 0
         schema = pa.schema([pa.field(column, kind) for column, kind in _columns().items()])
         with pa.OSFile(str(self.unfinished / name), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            while n_read < TEXTS_A_PART and n_characters < CHARACTERS_A_PART:
+            while n_read < TEXTS_PER_PART and n_characters < CHARACTERS_PER_PART:
                 block = _block(texts)
                 if not block:
                     break
@@ -274,10 +274,8 @@ class _Preparation:
         return n_read
 
     def _write_note(self, progress: _Progress) -> None:
-        """How far the finished parts go; replaced in one move."""
-        new = self.note.with_suffix(".new")
-        new.write_text(json.dumps(asdict(progress)))
-        new.rename(self.note)
+        """How far the finished parts go."""
+        replace_json(self.note, asdict(progress), None)
 
     def _finish(self, progress: _Progress) -> None:
         counts = progress.counts
@@ -294,9 +292,9 @@ class _Preparation:
             parts=progress.parts,
             counts=counts,
         )
-        (self.unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+        replace_json(self.unfinished / MANIFEST, asdict(manifest))
         self.note.unlink(missing_ok=True)
-        self.unfinished.rename(self.folder)
+        put_folder(self.unfinished, self.folder)
         log.info(
             "prepared %s: %s rows, %s tokens; %s",
             self.source,
@@ -338,7 +336,7 @@ def _block(items: Iterator[Item]) -> list[Item]:
     for item in items:
         block.append(item)
         n_characters += _n_characters(item)
-        if len(block) == TEXTS_A_BLOCK or n_characters >= CHARACTERS_A_BLOCK:
+        if len(block) == TEXTS_PER_BLOCK or n_characters >= CHARACTERS_PER_BLOCK:
             break
     return block
 
@@ -368,4 +366,4 @@ def _key(
     chat = getattr(tokenizer, "chat_template", None) if data.template == CHAT else None
     backend = tokenizer.backend_tokenizer.to_str()
     parts = [source.identity(), settings, end_with_eos, astuple(instructions), chat, backend]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    return key_of(*parts, version=FORMAT_VERSION)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.storage.fingerprint import files_sha256
 from llm2vec_ds.storage.reading import read_json
 
 MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+"""Of the folder, and of how texts become tokens."""
 
 QUERY, POSITIVE, NEGATIVE = 0, 1, 2
 """Role of a row. A query begins an example, and every text that is no part of pairs is one."""
@@ -58,12 +60,9 @@ def damage_of(folder: Path) -> str | None:
 
 
 def fingerprint(folder: Path, parts: list[str]) -> str:
-    digest = hashlib.sha256()
     # From two seconds on a bar is shown: a large folder takes a while.
-    for name in tqdm(parts, desc="check prepared texts", unit="part", disable=None, delay=2):
-        with (folder / name).open("rb") as part:
-            digest.update(hashlib.file_digest(part, "sha256").digest())
-    return digest.hexdigest()
+    named = tqdm(parts, desc="check prepared texts", unit="part", disable=None, delay=2)
+    return files_sha256(folder / name for name in named)
 
 
 def batches(folder: Path, parts: list[str]) -> Iterator[Any]:

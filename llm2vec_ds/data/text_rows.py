@@ -43,13 +43,13 @@ def count_rows(source: Source, column: str, key: str = "--text-column") -> int:
 
 def _rows(source: Source, column: str, key: str) -> Iterator[str | None]:
     counts: Counter[str] = Counter()
-    n_told = 0
+    n_yielded = 0
 
     def unreadable() -> Iterator[None]:
-        nonlocal n_told
+        nonlocal n_yielded
         n_found = sum(counts[reason] for reason in UNREADABLE)
-        yield from [None] * (n_found - n_told)
-        n_told = n_found
+        yield from [None] * (n_found - n_yielded)
+        n_yielded = n_found
 
     for text in stream_texts(source, column, counts, whole=False, key=key):
         yield from unreadable()

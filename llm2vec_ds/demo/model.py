@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from llm2vec_ds.data.prepare import cache_root
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.storage.fingerprint import file_sha256
 from llm2vec_ds.storage.output_folder import replaced_folder
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,7 @@ def _fetch_gguf(scratch: Path) -> Path:
 
 
 def _check(file: Path, expected: str) -> None:
-    with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    found = file_sha256(file)
     if found != expected:
         raise UserError(
             f"{file.name} has SHA-256 {found}, expected {expected}: not the pinned file, not used"

@@ -28,6 +28,7 @@ from llm2vec_ds.model.loading import load_tokenizer
 from llm2vec_ds.model.quantization import check_bitsandbytes
 from llm2vec_ds.process.child_command import run_command
 from llm2vec_ds.report.stages_plot import plot_stages
+from llm2vec_ds.storage.durable import replace_json
 from llm2vec_ds.storage.output_folder import (
     check_no_foreign,
     check_reads_no_output,
@@ -132,7 +133,7 @@ def run_demo(
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")},
     }
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    replace_json(output / "metrics.json", metrics)
     log.info(
         "encoder: %s, figures: %s, picture: %s",
         *(output / n for n in ("encoder", "metrics.json", "stages.png")),
@@ -194,15 +195,15 @@ def _write_recipes(
             **budget.simcse,
         },
     }
-    tokens_a_text = {
+    tokens_per_text = {
         "mntp": _mean_tokens(tokenizer, material.paragraphs, 128),
         "simcse": 2 * _mean_tokens(tokenizer, material.sentences, 128),
     }
     tokens = {"mntp": budget.mntp_tokens, "simcse": budget.simcse_tokens}
     paths = {}
     for stage, plan in plans.items():
-        tokens_a_step = tokens_a_text[stage] * plan["batch"]["global_batch_size"]
-        steps = max(1, round(tokens[stage] / tokens_a_step))
+        tokens_per_step = tokens_per_text[stage] * plan["batch"]["global_batch_size"]
+        steps = max(1, round(tokens[stage] / tokens_per_step))
         recipe = {"stage": stage, "output_dir": str(output / stage), "max_steps": steps, **plan}
         paths[stage] = output / f"{stage}.yaml"
         paths[stage].write_text(yaml.safe_dump(recipe, sort_keys=False))

@@ -12,7 +12,7 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.retrieval import RetrievalSet
 
 HELD_OUT_EVERY = 4
-PASSAGES_A_TOPIC = 6
+PASSAGES_PER_TOPIC = 6
 PASSAGE_WORDS = 70
 SENTENCE_CHARACTERS = (25, 90)
 
@@ -57,7 +57,7 @@ def held_out_retrieval() -> RetrievalSet:
     for heading, body in _topics(held_out=True):
         words = " ".join(_paragraphs(body)).split()
         pieces = [words[i : i + PASSAGE_WORDS] for i in range(0, len(words), PASSAGE_WORDS)][
-            :PASSAGES_A_TOPIC
+            :PASSAGES_PER_TOPIC
         ]
         if not pieces:
             continue

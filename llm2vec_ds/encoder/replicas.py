@@ -13,8 +13,8 @@ from torch import nn
 
 from llm2vec_ds.distributed import ranks_from_environment
 
-TEXTS_A_BLOCK = 4096
-CHARACTERS_A_BLOCK = 2**24
+TEXTS_PER_BLOCK = 4096
+CHARACTERS_PER_BLOCK = 2**24
 
 Device = torch.device | str
 T = TypeVar("T")
@@ -23,13 +23,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def text_blocks(texts: Iterable[T]) -> Iterator[list[T]]:
-    """`texts` in order, at most TEXTS_A_BLOCK at once and no more after CHARACTERS_A_BLOCK characters."""
+    """`texts` in order, at most TEXTS_PER_BLOCK at once and no more after CHARACTERS_PER_BLOCK characters."""
     block: list[T] = []
     n_characters = 0
     for text in texts:
         block.append(text)
         n_characters += len(text) if isinstance(text, str) else 0
-        if len(block) == TEXTS_A_BLOCK or n_characters >= CHARACTERS_A_BLOCK:
+        if len(block) == TEXTS_PER_BLOCK or n_characters >= CHARACTERS_PER_BLOCK:
             yield block
             block, n_characters = [], 0
     if block:

@@ -9,7 +9,6 @@ newest is derived from what is valid; no file points to it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -21,7 +20,8 @@ from typing import Any
 
 from llm2vec_ds.distributed import all_gather_object, barrier, rank
 from llm2vec_ds.errors import UserError, reason, writing
-from llm2vec_ds.storage.durable import remove_folder, rename, sync_folder, write_file
+from llm2vec_ds.storage.durable import put_folder, remove_folder, write_file
+from llm2vec_ds.storage.fingerprint import file_sha256, json_sha256
 from llm2vec_ds.storage.reading import parse_json
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8})")
-_HASH_CHUNK_BYTES = 2**22
 
 Hashes = dict[str, tuple[int, str]]
 """File name → size in bytes, SHA-256."""
@@ -55,21 +54,17 @@ class Manifest:
 
     def dump(self) -> bytes:
         values = {"format_version": FORMAT_VERSION, **asdict(self)}
-        return json.dumps({**values, "sha256": _hash_of(values)}, indent=1).encode()
+        return json.dumps({**values, "sha256": json_sha256(values)}, indent=1).encode()
 
     @classmethod
     def parse(cls, content: bytes) -> Manifest:
         """Raises ValueError for anything but what `dump` wrote."""
         values = parse_json(content)
-        if not isinstance(values, dict) or values.pop("sha256", None) != _hash_of(values):
+        if not isinstance(values, dict) or values.pop("sha256", None) != json_sha256(values):
             raise ValueError("its hash does not fit its content")
         if (version := values.pop("format_version")) != FORMAT_VERSION:
             raise ValueError(f"format {version}, this version reads {FORMAT_VERSION}")
         return cls(**values)
-
-
-def _hash_of(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -112,10 +107,9 @@ class CheckpointStore:
 
         def finish() -> Hashes:
             write_file(unfinished / MANIFEST, whole.dump())
-            sync_folder(unfinished)
-            if folder.exists():  # an invalid one, or that of a run that was started again
-                remove_folder(folder)
-            rename(unfinished, folder)
+            put_folder(unfinished, folder)
+            if unfinished.exists():  # an invalid one, or that of a run that was started again
+                shutil.rmtree(unfinished)
             return {}
 
         self._together(finish, unfinished, manifest.step, only_rank_0=True)
@@ -207,7 +201,7 @@ class CheckpointStore:
                 raise ValueError(f"checkpoint {folder}: {name} is missing")
             if (found := path.stat().st_size) != n_bytes:
                 raise ValueError(f"checkpoint {folder}: {name} has {found} bytes instead of {n_bytes}")
-            if _file_sha256(path) != sha256:
+            if file_sha256(path) != sha256:
                 raise ValueError(f"checkpoint {folder}: {name} is not what was written (SHA-256 differs)")
         self._known_valid.add(folder)
         return Checkpoint(folder, manifest)
@@ -269,11 +263,3 @@ def _manifest(folder: Path) -> Manifest:
         raise ValueError(f"checkpoint {folder}: {MANIFEST} is missing") from None
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise ValueError(f"checkpoint {folder}: {MANIFEST} cannot be read ({error})") from None
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

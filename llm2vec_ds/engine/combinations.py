@@ -15,7 +15,7 @@ def check_combination(recipe: Recipe, config: Mapping[str, Any], *, on_cuda: boo
     """Refuses what does not work together, by name and before anything is loaded.
 
     Raises:
-        UserError: names both sides and the mend.
+        UserError: names both sides and the fix.
     """
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if recipe.adapter is not None and recipe.adapter.variant == "pissa" and stage == 3:

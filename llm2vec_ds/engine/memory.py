@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from llm2vec_ds.planner.plan import GIB, Memory, Planner
 from llm2vec_ds.process.full_memory import GPU, full_memory
 from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.recipe.sections import MachineConfig
+from llm2vec_ds.storage.durable import replace_json
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ def explains_full_memory(train: Callable[..., Path]) -> Callable[..., Path]:
             if full_memory(error) is None:
                 raise
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            said = explain_full_memory(recipe, device, _planner(recipe, device), error)
-        raise UserError(said)
+            message = explain_full_memory(recipe, device, _planner(recipe, device), error)
+        raise UserError(message)
 
     return explained
 
@@ -76,32 +76,32 @@ def explain_full_memory(
 ) -> str:
     """One line: what was planned, what is held, what to lower."""
     which = full_memory(error)
-    said = [f"{which} is full"]
+    parts_of_message = [f"{which} is full"]
     if which == GPU and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         held = torch.cuda.memory_allocated(device)
-        said.append(f"{held / GIB:.1f} of {total / GIB:.1f} GiB held by tensors")
+        parts_of_message.append(f"{held / GIB:.1f} of {total / GIB:.1f} GiB held by tensors")
     if planner is not None:
         parts = planner.memory(recipe.deepspeed)
         names = ("weights", "adapters", "optimizer", "activations", "temporaries", "embedding_bank")
         shown = ", ".join(f"{name} {getattr(parts, name) / GIB:.1f}" for name in names)
-        said.append(f"planned {parts.peak / GIB:.1f} GiB ({shown})")
-    return f"{'; '.join(said)}. {_mends(recipe, planner)} ({' '.join(str(error).split())[:80]})"
+        parts_of_message.append(f"planned {parts.peak / GIB:.1f} GiB ({shown})")
+    return f"{'; '.join(parts_of_message)}. {_fixes(recipe, planner)} ({' '.join(str(error).split())[:80]})"
 
 
-def _mends(recipe: Recipe, planner: Planner | None) -> str:
+def _fixes(recipe: Recipe, planner: Planner | None) -> str:
     budget, least = recipe.batch.max_tokens_per_micro_batch, recipe.data.max_tokens
     fitting = planner.largest_token_budget() if planner is not None else 0
     lower = max(least, min(fitting or budget // 2, budget // 2))
-    mends = []
+    fixes = []
     if lower < budget:
-        mends.append(f"batch.max_tokens_per_micro_batch={lower} (now {budget})")
+        fixes.append(f"batch.max_tokens_per_micro_batch={lower} (now {budget})")
     if recipe.model.activation_checkpointing != "full":
-        mends.append("model.activation_checkpointing=full")
+        fixes.append("model.activation_checkpointing=full")
     if recipe.model.quantization is None and recipe.adapter is not None:
-        mends.append("model.quantization=nf4")
-    mends.append("a JSON of ds_configs/ that splits or offloads more (llm2vec-ds plan tells which)")
-    return f"Try {', or '.join(mends)}"
+        fixes.append("model.quantization=nf4")
+    fixes.append("a JSON of ds_configs/ that splits or offloads more (llm2vec-ds plan tells which)")
+    return f"Try {', or '.join(fixes)}"
 
 
 def fit_token_budget(recipe: Recipe, stage: Stage, engine: Engine) -> None:
@@ -152,7 +152,7 @@ def _fits(stage: Stage, recipe: Recipe) -> bool:
 
 
 def _planner(recipe: Recipe, device: torch.device) -> Planner | None:
-    """A plan for this very machine; None, and said so, for a model that cannot be built without memory."""
+    """A plan for this very machine; None, and message so, for a model that cannot be built without memory."""
     if device.type == "cuda":
         memory, gpus, nodes = torch.cuda.get_device_properties(device).total_memory, world_size(), 1
     else:
@@ -177,4 +177,4 @@ def _report(planned: Memory, device: torch.device, folder: Path) -> None:
         "n_ranks": world_size(),
     }
     with writing(folder / "memory.json"):
-        (folder / "memory.json").write_text(json.dumps(values, indent=1) + "\n")
+        replace_json(folder / "memory.json", values)

@@ -57,11 +57,13 @@ class ProgressCheck:
         if self._n_still == self._many_still:
             self._stands_still(f"step {step}: for {self._n_still} step(s) the gradient has been exactly zero")
 
-    def _stands_still(self, said: str) -> None:
+    def _stands_still(self, observation: str) -> None:
         if not self._has_moved:
-            raise UserError(f"{said}, so nothing is learned: check whether all texts of the data are equal")
+            raise UserError(
+                f"{observation}, so nothing is learned: check whether all texts of the data are equal"
+            )
         if rank() == 0:
-            log.warning("%s: check the loss, whether nothing is left to learn or all is lost", said)
+            log.warning("%s: check the loss, whether nothing is left to learn or all is lost", observation)
 
     def last_word(self) -> None:
         """At the end of the run: warns where the loss is more than twice that of the beginning."""

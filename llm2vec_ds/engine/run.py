@@ -52,7 +52,7 @@ def train(recipe: Recipe, evaluation: Evaluation | None = None, *, more_follow: 
         more_follow: other runs come after this one. A request to stop in its last step stops before them.
 
     Raises:
-        UserError: anything the user can mend, before training where it can be known then.
+        UserError: anything the user can fix, before training where it can be known then.
         Stopped: a signal or the file STOP asked for it; everything is saved.
     """
     ranks = ranks_from_environment()

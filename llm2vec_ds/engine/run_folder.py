@@ -10,8 +10,6 @@ lock            who works here now (storage/lock.py)
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,7 +23,8 @@ from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.process.preemption import STOP_FILE
 from llm2vec_ds.recipe.files import dump_recipe, load_recipe
 from llm2vec_ds.recipe.recipe import Recipe
-from llm2vec_ds.storage.durable import replace_file, sync_folder
+from llm2vec_ds.storage.durable import replace_json, sync_folder
+from llm2vec_ds.storage.fingerprint import json_sha256
 from llm2vec_ds.storage.output_folder import check_replaceable, resolved
 from llm2vec_ds.storage.reading import parse_json, read_json
 
@@ -118,7 +117,7 @@ def begin(recipe: Recipe, folder: Path, identity: Mapping[str, Any], *, fresh: b
             for path in _left_by_a_run(folder):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         described = Described(FORMAT_VERSION, __version__, Identity(**identity))
-        replace_file(folder / RUN, f"{json.dumps(asdict(described), indent=1)}\n".encode())
+        replace_json(folder / RUN, asdict(described))
         dump_recipe(recipe, folder / RECIPE)
 
 
@@ -136,9 +135,10 @@ def mark_finished(folder: Path, max_steps: int, identity: Mapping[str, Any]) -> 
     Raises:
         UserError: it cannot be written.
     """
-    values = {"max_steps": max_steps, "identity_sha256": _hash_of(identity)}
     with writing(folder / FINISHED):
-        replace_file(folder / FINISHED, f"{json.dumps(values)}\n".encode())
+        replace_json(
+            folder / FINISHED, {"max_steps": max_steps, "identity_sha256": json_sha256(identity)}, None
+        )
 
 
 def is_finished(folder: Path) -> bool:
@@ -152,7 +152,9 @@ def is_finished(folder: Path) -> bool:
     if isinstance(mark, int):  # of version 0.1, which wrote the number of steps
         return not (folder / RUN).exists()
     stored = identity_in(folder)
-    return isinstance(mark, dict) and stored is not None and mark.get("identity_sha256") == _hash_of(stored)
+    return (
+        isinstance(mark, dict) and stored is not None and mark.get("identity_sha256") == json_sha256(stored)
+    )
 
 
 def identity_in(folder: Path) -> dict[str, Any] | None:
@@ -200,7 +202,3 @@ def check_is_of_finished_run(model: Path) -> None:
         raise UserError(
             f"{model} is not of the run in {run}, which has not finished: go on with that run by resume=true"
         )
-
-
-def _hash_of(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from llm2vec_ds import __version__
 from llm2vec_ds.model.fingerprint import model_fingerprint
+from llm2vec_ds.storage.fingerprint import key_of
 
-KEY_CHARACTERS = 16
+FORMAT_VERSION = 2
+"""Of kept scores and word vectors."""
 
 
 def weights_key(model: str) -> str:
@@ -18,18 +18,9 @@ def weights_key(model: str) -> str:
     return str(model_fingerprint(model)) if Path(model).is_dir() else model
 
 
-def key_of(*parts: Any) -> str:
-    """Changes with this package's version and any of the parts, which JSON must be able to hold."""
-    return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()[:KEY_CHARACTERS]
-
-
-def file_key(*files: Path) -> str:
-    """Changes with the files' contents."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:KEY_CHARACTERS]
+def result_key(*parts: Any) -> str:
+    """Changes with any of the parts, and with this package's version, which scores are of too."""
+    return key_of(__version__, *parts, version=FORMAT_VERSION)
 
 
 def model_name(model: str) -> str:

@@ -5,7 +5,6 @@ mteb is imported with this module: commands import it when they run.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.evaluate.identity import key_of, model_name, weights_key
+from llm2vec_ds.evaluate.identity import model_name, result_key, weights_key
 from llm2vec_ds.evaluate.shards import RankEncoder
+from llm2vec_ds.storage.durable import replace_json, replace_text
 from llm2vec_ds.storage.reading import parse_yaml
-from llm2vec_ds.storage.work_folder import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ def model_meta(model: str, encoder: RankEncoder, instructions: Mapping[str, str]
     return ModelMeta.create_empty(
         {
             "name": model_name(model),
-            "revision": key_of(*parts),
+            "revision": result_key(*parts),
             "embed_dim": encoder.encoder.dimensions,
             "max_tokens": settings.max_tokens,
             "similarity_fn_name": ScoringFunction.COSINE,
@@ -212,5 +211,5 @@ def table(result: Mapping[str, Any]) -> str:
 def write_summary(result: Mapping[str, Any], output: Path) -> None:
     """`scores.json` and `scores.md` beside mteb's own results."""
     with writing(f"--output {output}"):
-        replace_text(output / "scores.json", json.dumps(result, indent=1) + "\n")
+        replace_json(output / "scores.json", result)
         replace_text(output / "scores.md", table(result) + "\n")

@@ -20,8 +20,8 @@ from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.evaluate.identity import file_key
 from llm2vec_ds.evaluate.sts import load_graded_pairs
+from llm2vec_ds.storage.fingerprint import files_sha256
 from llm2vec_ds.storage.reading import parse_json
 
 SUBSETS = {
@@ -78,8 +78,8 @@ def _known(get: Any, option: str, name: str) -> Any:
     try:
         return get(name)
     except KeyError as error:
-        said = " ".join(str(error.args[0]).removeprefix("KeyError: ").split())
-        raise UserError(f"{option} {said[:200]}") from None
+        message = " ".join(str(error.args[0]).removeprefix("KeyError: ").split())
+        raise UserError(f"{option} {message[:200]}") from None
 
 
 def _task(name: str) -> Any:
@@ -115,7 +115,7 @@ def _metadata(path: Path, task_type: str, main_score: str, files: Sequence[Path]
     return TaskMetadata(
         name=f"{task_type}-{path.stem}",
         description=f"{task_type} on local data.",
-        dataset={"path": str(path), "revision": file_key(*files)},
+        dataset={"path": str(path), "revision": files_sha256(files)},
         type=task_type,
         eval_splits=[split],
         eval_langs=["eng-Latn"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ import numpy as np
 from llm2vec_ds.data.tagged import HUB, TaggedSentence, load_tagged
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.evaluate.identity import file_key, key_of, weights_key
+from llm2vec_ds.evaluate.identity import result_key, weights_key
 from llm2vec_ds.evaluate.word_features import SHIFTS, WordFeatures, word_features
 from llm2vec_ds.evaluate.word_level import ProbeOptions, probe
-from llm2vec_ds.storage.work_folder import replace_text
+from llm2vec_ds.storage.durable import replace_json
+from llm2vec_ds.storage.fingerprint import file_sha256
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def run_word_task(
     probes: Sequence[ProbeOptions],
     cache: Path | None,
     *,
-    batch_tokens: int = 4096,
+    max_tokens_per_micro_batch: int = 4096,
 ) -> dict[str, Any]:
     """Scores by shift, the mean over seeds and each seed's.
 
@@ -66,7 +66,7 @@ def run_word_task(
         word_features(
             encoder,
             task.sentences(source),
-            batch_tokens=batch_tokens,
+            max_tokens_per_micro_batch=max_tokens_per_micro_batch,
             cache=cache and cache / _key(encoder, model, task, source),
             progress=True,
         )
@@ -94,10 +94,10 @@ def _over_seeds(
 
 def _key(encoder: Encoder, model: str, task: WordTask, source: str) -> str:
     trunk, settings = encoder.trunk, encoder.settings
-    data = source if source.startswith(HUB) else file_key(Path(source))
+    data = source if source.startswith(HUB) else file_sha256(Path(source))
     causal = bool(getattr(trunk.config, "is_causal", True))
     weights = weights_key(model)
-    return key_of(weights, causal, str(trunk.dtype), vars(settings), data, task.max_sentences)
+    return result_key(weights, causal, str(trunk.dtype), vars(settings), data, task.max_sentences)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -114,4 +114,4 @@ def write_scores(result: Mapping[str, Any], output: Path) -> None:
     """`scores.json` in `output`."""
     with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
-        replace_text(output / "scores.json", json.dumps(result, indent=1) + "\n")
+        replace_json(output / "scores.json", result)

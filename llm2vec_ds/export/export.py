@@ -74,12 +74,12 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     as_modules = plan(encoder) if options.format == "sentence-transformers" else None
     found = origin(source)
     licence_name = licence(found.base, options.licence)
-    told = limits(encoder, as_modules)
+    notes = limits(encoder, as_modules)
     expected = _expected(encoder)
     with writing(what), replaced_folder(output, what, [source, folder]) as unfinished:
         dtype = _stored_dtype(folder) if options.dtype == "auto" else DTYPES[options.dtype]
         _write(unfinished, encoder, as_modules, dtype)
-        write_card(unfinished, encoder, found, licence_name, told, options.format)
+        write_card(unfinished, encoder, found, licence_name, notes, options.format)
         copied = copy_licence_files(found.base, unfinished)
         _verify(unfinished, encoder, expected, as_modules, LOWEST_COSINE[dtype])
     log.info("%s: %s, %s", output, options.format, str(dtype).removeprefix("torch."))
@@ -87,9 +87,9 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
         log.warning("licence: none found for %s: look it up and give it with --licence", found.base_name)
     else:
         log.info("licence: %s (%s)", licence_name, ", ".join(copied) or f"that of {found.base_name}")
-    for limit in told:
+    for limit in notes:
         log.warning("limit: %s", limit)
-    return told
+    return notes
 
 
 def find_encoder(source: Path) -> Path:
@@ -110,35 +110,37 @@ def limits(encoder: Encoder, as_modules: Plan | None) -> list[str]:
     settings, config = encoder.settings, encoder.trunk.config
     if as_modules is None:
         return ["Pooling is not part of a transformers folder: its readers pool by themselves."]
-    told = []
+    notes = []
     if as_modules.silent_ids:
-        told.append(
+        notes.append(
             "vLLM and text-embeddings-inference pool the tokenizer's special tokens too, which this encoder "
             "leaves out: their vectors differ (not so for an encoder trained with pooled_tokens=all)."
         )
-        told.append("sentence-transformers must not flatten its input (FlashAttention with unpadded inputs).")
+        notes.append(
+            "sentence-transformers must not flatten its input (FlashAttention with unpadded inputs)."
+        )
     if not as_modules.include_prompt:
-        told.append(
+        notes.append(
             "vLLM and text-embeddings-inference pool the instruction too, which this encoder leaves out: "
             "their vectors of texts with an instruction differ."
         )
         if as_modules.silent_ids:
-            told.append(
+            notes.append(
                 "sentence-transformers gives vectors with a prompt another length, of the same direction: "
                 "compare by cosine."
             )
     if as_modules.default_prompt:
         head = as_modules.prompts[as_modules.default_prompt]
-        told.append(
+        notes.append(
             f"vLLM puts nothing before a text by itself, text-embeddings-inference only with "
             f"--default-prompt-name {as_modules.default_prompt}: this encoder wants {head!r} there."
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type == "llama" and rope != "default":
-        told.append(f"text-embeddings-inference does not know RoPE of the type {rope} for Llama.")
+        notes.append(f"text-embeddings-inference does not know RoPE of the type {rope} for Llama.")
     if settings.pooling == "weighted_mean":
-        told.append("vLLM and text-embeddings-inference have no weighted mean.")
-    return told
+        notes.append("vLLM and text-embeddings-inference have no weighted mean.")
+    return notes
 
 
 def push_folder(folder: Path, repository: str) -> str:

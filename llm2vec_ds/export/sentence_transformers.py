@@ -85,21 +85,21 @@ def _head(template: Template, instruction: str | None) -> str:
 
 
 def _check(encoder: Encoder, template: Template, before: list[int], after: list[int]) -> None:
-    settings, mend = encoder.settings, "use --format transformers"
+    settings, fix = encoder.settings, "use --format transformers"
     if template.form.partition("{text}")[2]:
-        raise UserError(f"sentence-transformers cannot put {settings.template!r} around a text: {mend}")
+        raise UserError(f"sentence-transformers cannot put {settings.template!r} around a text: {fix}")
     if not settings.special_tokens and (before or after):
-        raise UserError(f"sentence-transformers cannot leave out the tokenizer's special tokens: {mend}")
+        raise UserError(f"sentence-transformers cannot leave out the tokenizer's special tokens: {fix}")
     if settings.text_span != "offsets":
-        raise UserError(f"sentence-transformers has no text span of the kind {settings.text_span!r}: {mend}")
+        raise UserError(f"sentence-transformers has no text span of the kind {settings.text_span!r}: {fix}")
     excludes = settings.pooled_tokens == "text" and bool(before or after or settings.prompts)
     if settings.pooling == "weighted_mean" and excludes:
         raise UserError(
             "sentence-transformers weights tokens by their place in the whole input, weighted_mean by that "
-            f"in the text: {mend}, or train with pooled_tokens=all"
+            f"in the text: {fix}, or train with pooled_tokens=all"
         )
     if settings.pooling == "last" and after and settings.pooled_tokens == "text":
-        raise UserError(f"pooling `last` under a tokenizer that adds tokens at the end: {mend}")
+        raise UserError(f"pooling `last` under a tokenizer that adds tokens at the end: {fix}")
 
 
 def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -16,9 +16,10 @@ import numpy as np
 
 from llm2vec_ds.data.prompts import Prompt
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.storage.durable import move_file
 
-TEXTS_A_BLOCK = 1000
-CHARACTERS_A_BLOCK = 2**22
+TEXTS_PER_BLOCK = 1000
+CHARACTERS_PER_BLOCK = 2**22
 INDEX_FILE = "index.npz"
 
 
@@ -93,7 +94,7 @@ def write_corpus(
         pairs=np.stack([query_of_row, document_of_row[n_corpus:]], axis=1),
         n_candidates=n_candidates,
     )
-    new.rename(folder / INDEX_FILE)
+    move_file(new, folder / INDEX_FILE)
 
 
 def load_corpus(folder: Path) -> Corpus:
@@ -157,7 +158,7 @@ class _Writer:
         self.hashes.append(Prompt(None, text).hash())
         self._block.append(text)
         self._n_characters += len(text)
-        if len(self._block) == TEXTS_A_BLOCK or self._n_characters >= CHARACTERS_A_BLOCK:
+        if len(self._block) == TEXTS_PER_BLOCK or self._n_characters >= CHARACTERS_PER_BLOCK:
             self._flush()
 
     def _flush(self) -> None:

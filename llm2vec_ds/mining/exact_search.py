@@ -29,20 +29,20 @@ class Limits:
 
 
 def best_rows(
-    queries_BD: torch.Tensor, documents_ND: np.ndarray, k: int, limits: Limits, *, rows_a_tile: int
+    queries_BD: torch.Tensor, documents_ND: np.ndarray, k: int, limits: Limits, *, rows_per_tile: int
 ) -> np.ndarray:
     """Each query's candidates of the highest scores (inner products, fp32), best first, `[B, K]` int64.
 
     −1 stands where there are fewer than `k`. Scores equal but for rounding come in any order.
 
     Args:
-        documents_ND: fp32, memory-mapped or not; one tile of `rows_a_tile` at a time is on the device.
+        documents_ND: fp32, memory-mapped or not; one tile of `rows_per_tile` at a time is on the device.
     """
     device = queries_BD.device
     best_BK = torch.full((len(queries_BD), k), -torch.inf, device=device)
     rows_BK = torch.full((len(queries_BD), k), -1, device=device)
-    for start in range(0, len(documents_ND), rows_a_tile):
-        tile_TD = torch.from_numpy(np.array(documents_ND[start : start + rows_a_tile])).to(device)
+    for start in range(0, len(documents_ND), rows_per_tile):
+        tile_TD = torch.from_numpy(np.array(documents_ND[start : start + rows_per_tile])).to(device)
         scores_BT = product(queries_BD, tile_TD)
         _exclude(scores_BT, start, limits)
         score, row = scores_BT.topk(min(k, len(tile_TD)))

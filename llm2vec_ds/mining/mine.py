@@ -31,15 +31,16 @@ from llm2vec_ds.mining.exact_search import Limits, best_rows
 from llm2vec_ds.mining.options import MiningOptions
 from llm2vec_ds.process.full_memory import enough_memory
 from llm2vec_ds.recipe.sections import PairsConfig
+from llm2vec_ds.storage.durable import move_file, replace_text, write_at
 from llm2vec_ds.storage.output_folder import check_reads_no_output
 from llm2vec_ds.storage.reading import read_json
-from llm2vec_ds.storage.work_folder import replace_text, work_folder, write_at
+from llm2vec_ds.storage.work_folder import work_folder
 
 log = logging.getLogger(__name__)
 
-TEXTS_A_BLOCK = 1024
-PAIRS_A_BLOCK = 2048
-DOCUMENTS_A_TILE = 16384
+TEXTS_PER_BLOCK = 1024
+PAIRS_PER_BLOCK = 2048
+DOCUMENTS_PER_TILE = 16384
 
 
 def mine(options: MiningOptions, output: Path, *, overwrite: bool = False) -> Counter[str]:
@@ -66,11 +67,11 @@ def mine(options: MiningOptions, output: Path, *, overwrite: bool = False) -> Co
         [output], [file for source in sources for file in source.files], f"--output {output}"
     )
     folder = output.with_name(f".{output.name}.mining")
-    key = options.key(sources, TEXTS_A_BLOCK, PAIRS_A_BLOCK, DOCUMENTS_A_TILE)
+    key = options.key(sources, TEXTS_PER_BLOCK, PAIRS_PER_BLOCK, DOCUMENTS_PER_TILE)
     with writing(f"--output {output}"), work_folder(folder, key):
         mining = _Mining(options, sources, folder)
         mining.run()
-        mining.found.rename(output)
+        move_file(mining.found, output)
         shutil.rmtree(folder)
     counts = mining.counts()
     log.info("%s: %s", output, ", ".join(f"{n} {name}" for name, n in counts.items() if n))
@@ -133,7 +134,7 @@ class _Mining:
 
     def _read_sources(self) -> None:
         # The model first: a wrong one shows before the long reading.
-        bytes_a_text = 4 * self.encoder.trunk.config.hidden_size
+        bytes_per_text = 4 * self.encoder.trunk.config.hidden_size
         options, counts = self.options, Counter[str]()
         columns = PairsConfig(
             query_column=options.query_column, positive_column=options.positive_column, max_negatives=0
@@ -149,7 +150,7 @@ class _Mining:
         n_queries, n_documents = len(corpus.queries), len(corpus.documents)
         sizes = {"pairs": len(corpus.pairs), "queries": n_queries, "candidates": corpus.n_candidates}
         self.progress.counts = sizes | counts
-        gib = bytes_a_text * (n_queries + n_documents) / 2**30
+        gib = bytes_per_text * (n_queries + n_documents) / 2**30
         log.info("%s: vectors will take %.1f GiB", self.folder, gib)
         self._write_note()
 
@@ -161,7 +162,7 @@ class _Mining:
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         self._mapped(path, len(texts))  # else blocks of an earlier run would be taken for good
         with tqdm(total=len(texts), initial=n_done, desc=f"encode {kind}", unit="text", disable=None) as bar:
-            for block in _blocks(n_done, len(texts), TEXTS_A_BLOCK):
+            for block in _blocks(n_done, len(texts), TEXTS_PER_BLOCK):
                 vectors = self._vectors(texts[block], instruction)
                 n_after = len(texts) - block[0]
                 # Written, not assigned through the map: there a full disk would be a bus error.
@@ -182,8 +183,10 @@ class _Mining:
 
     def _vectors(self, texts: list[str], instruction: str | None) -> np.ndarray:
         budget = self.options.max_tokens_per_micro_batch
-        with enough_memory(f"lower --micro-batch-tokens (now {budget})"):
-            return self.encoder.encode(texts, instruction=instruction, normalize=True, batch_tokens=budget)
+        with enough_memory(f"lower --max-tokens-per-micro-batch (now {budget})"):
+            return self.encoder.encode(
+                texts, instruction=instruction, normalize=True, max_tokens_per_micro_batch=budget
+            )
 
     def _search(self, corpus: Corpus, queries: np.ndarray, documents: np.ndarray) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -191,7 +194,7 @@ class _Mining:
         n_done, n_pairs = self.progress.n_searched, len(corpus.pairs)
         self.found.touch()
         with tqdm(total=n_pairs, initial=n_done, desc="search", unit="pair", disable=None) as bar:
-            for block in _blocks(n_done, n_pairs, PAIRS_A_BLOCK):
+            for block in _blocks(n_done, n_pairs, PAIRS_PER_BLOCK):
                 query, positive = corpus.pairs[block].T
                 query_BD = torch.from_numpy(queries[query]).to(device)
                 positive_BD = torch.from_numpy(documents[positive]).to(device)
@@ -201,7 +204,7 @@ class _Mining:
                 )
                 candidates_ND = documents[: corpus.n_candidates]
                 ranked = best_rows(
-                    query_BD, candidates_ND, self.options.last_rank, limits, rows_a_tile=DOCUMENTS_A_TILE
+                    query_BD, candidates_ND, self.options.last_rank, limits, rows_per_tile=DOCUMENTS_PER_TILE
                 )
                 self._write_found(corpus, block, ranked)
                 bar.update(len(block))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from llm2vec_ds import __version__
 from llm2vec_ds.data.sources import Source
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.storage.fingerprint import files_in, key_of
 
 SAMPLINGS = ("top", "random")
+FORMAT_VERSION = 2
+"""Of unfinished work."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,8 @@ class MiningOptions:
 
     def key(self, sources: list[Source], *more: object) -> str:
         """Changes with all that the output depends on; of a model's files with their sizes and times."""
-        model = Path(self.model)
-        files = sorted(model.iterdir()) if model.is_dir() else []
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        values = asdict(self)
+        del values["max_tokens_per_micro_batch"]  # shapes nothing but speed and memory
         identities = [source.identity() for source in sources]
-        parts = [__version__, asdict(self), identities, stats, torch.cuda.is_available(), *more]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        files, on_cuda = files_in(Path(self.model)), torch.cuda.is_available()
+        return key_of(values, identities, files, on_cuda, *more, version=FORMAT_VERSION)

@@ -62,9 +62,9 @@ def read_stack(path: str, quantization: str | None, trained: AdapterConfig | Non
     index = Path(path) / FOLDER / INDEX
     if quantization is None or not index.is_file():
         return AdapterStack(path, trained=trained)
-    said = read_json(index, _Index, "take the encoder folder from its run again")
-    earlier = [(item.settings, index.parent / item.file) for item in said.adapters]
-    return AdapterStack(said.base, tuple(earlier), trained)
+    stored = read_json(index, _Index, "take the encoder folder from its run again")
+    earlier = [(item.settings, index.parent / item.file) for item in stored.adapters]
+    return AdapterStack(stored.base, tuple(earlier), trained)
 
 
 def put_stack_in(trunk: nn.Module, stack: AdapterStack) -> None:

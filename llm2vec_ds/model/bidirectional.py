@@ -37,10 +37,10 @@ def is_causal(config: Any) -> bool | None:
     """
     if _narrows_its_window(config):
         return not getattr(config, OWN_FLAG)
-    said: bool | None = getattr(config, "is_causal", None)
-    if said not in (None, True, False):
-        raise UserError(f"config.json says is_causal={said!r}: write true or false")
-    return said
+    value: bool | None = getattr(config, "is_causal", None)
+    if value not in (None, True, False):
+        raise UserError(f"config.json says is_causal={value!r}: write true or false")
+    return value
 
 
 def _narrows_its_window(config: Any) -> bool:

@@ -20,12 +20,12 @@ class CpuLinear(nn.Linear):
     """A linear layer, forward and backward, by `product`; over one with an adapter `lora_linear` runs."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self._is_anothers(input):
+        if self._is_left_to_torch(input):
             return super().forward(input)
         out: torch.Tensor = _Linear.apply(input.reshape(-1, self.in_features), self.weight, self.bias)
         return out.view(*input.shape[:-1], self.out_features)
 
-    def _is_anothers(self, input: torch.Tensor) -> bool:
+    def _is_left_to_torch(self, input: torch.Tensor) -> bool:
         """Mixed dtypes, tracing and compiling, autocast, and weights that ZeRO-3 has partitioned."""
         return (
             self.weight.dtype != input.dtype

@@ -174,12 +174,12 @@ def upstream_settings(folder: Path) -> dict[str, Any]:
     file = folder / UPSTREAM_SETTINGS
     if not file.is_file():
         return {}
-    said = read_json(file, UpstreamSettings, "take the adapter from its source again")
-    if said.pooling_mode not in UPSTREAM_POOLINGS:
-        raise UserError(f"{file}: pooling_mode {said.pooling_mode!r} is unknown here")
+    stored = read_json(file, UpstreamSettings, "take the adapter from its source again")
+    if stored.pooling_mode not in UPSTREAM_POOLINGS:
+        raise UserError(f"{file}: pooling_mode {stored.pooling_mode!r} is unknown here")
     return {
-        "pooling": UPSTREAM_POOLINGS[said.pooling_mode],
-        "max_tokens": said.max_length,
-        "max_text_tokens": said.doc_max_length,
-        "pooled_tokens": "text" if said.skip_instruction else "all",
+        "pooling": UPSTREAM_POOLINGS[stored.pooling_mode],
+        "max_tokens": stored.max_length,
+        "max_text_tokens": stored.doc_max_length,
+        "pooled_tokens": "text" if stored.skip_instruction else "all",
     }

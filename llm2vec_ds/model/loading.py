@@ -229,7 +229,7 @@ def loading(path: str) -> Iterator[None]:
 
 
 def _cause(path: str, error: BaseException) -> str:
-    """Cause and mend, from the whole chain of errors: transformers' own often hides what the hub said."""
+    """Cause and fix, from the whole chain of errors: transformers' own often hides what the hub said."""
     from huggingface_hub import errors as hub
     from huggingface_hub import is_offline_mode
 
@@ -237,7 +237,7 @@ def _cause(path: str, error: BaseException) -> str:
     while (link := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(link)
 
-    def said(*kinds: type[BaseException]) -> bool:
+    def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)
 
     if "trust_remote_code" in str(error):
@@ -250,17 +250,17 @@ def _cause(path: str, error: BaseException) -> str:
             "its weights are a pickle that is damaged or holds more than tensors, and nothing in it was run: "
             "use a copy of the model with weights in safetensors"
         )
-    if said(hub.GatedRepoError):
+    if caused_by(hub.GatedRepoError):
         page = f"https://huggingface.co/{path}"
         return f"it is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN"
-    if said(hub.HFValidationError):
+    if caused_by(hub.HFValidationError):
         return "there is no such folder, and a hub id has the form owner/name"
-    if said(hub.RepositoryNotFoundError):
+    if caused_by(hub.RepositoryNotFoundError):
         return "there is no such folder, and no such model on the hub (a private one needs `hf auth login`)"
-    if said(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError):
+    if caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError):
         offline = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
         return f"there is no such folder, and {offline}: give a folder, or connect to the network"
     words = " ".join(str(error).split())[:240]
-    if said(OSError, ValueError, RuntimeError, ImportError):
+    if caused_by(OSError, ValueError, RuntimeError, ImportError):
         return words
     return f"{words or 'no reason given'} ({type(error).__name__}): check its config.json and tokenizer files"

@@ -43,10 +43,10 @@ def as_json(planner: Planner, fit: Fit | None = None) -> dict[str, Any]:
         "quantization": recipe.model.quantization,
         "deepspeed": recipe.deepspeed,
         "step": {
-            "texts_a_rank": load.texts,
-            "tokens_a_text": load.tokens_per_text,
+            "texts_per_rank": load.texts,
+            "tokens_per_text": load.tokens_per_text,
             "micro_batches": load.micro_batches,
-            "tokens_a_micro_batch": load.texts_per_pass * load.tokens_per_text,
+            "tokens_per_micro_batch": load.texts_per_pass * load.tokens_per_text,
         },
         "memory_bytes": asdict(memory),
         "limit_bytes": planner.limit(),
@@ -57,7 +57,7 @@ def as_json(planner: Planner, fit: Fit | None = None) -> dict[str, Any]:
         "largest_token_budget": planner.largest_token_budget(),
         "largest_global_batch": largest_batch,
         "largest_in_batch_negatives": _negatives(planner, largest_batch),
-        "sent_bytes_a_step": planner.sent_bytes(recipe.deepspeed),
+        "sent_bytes_per_step": planner.sent_bytes(recipe.deepspeed),
         "step_ms": None
         if time is None
         else {"compute": time.compute_ms, "communication": time.communication_ms, "total": time.total_ms},
@@ -76,7 +76,7 @@ def _negatives(planner: Planner, global_batch: int | None) -> int | None:
 def assumptions(planner: Planner, fit: Fit | None = None) -> list[str]:
     """What the figures rest on."""
     device, machine = planner.device.type, planner.machine
-    said = [
+    lines = [
         f"every text has data.max_tokens = {planner.load.tokens_per_text} tokens",
         f"{RESERVED[device] / GIB:.2f} GiB and {FRAGMENTATION:.0%} of the tensors are not ours",
         "attention is a fused kernel, which holds no score matrix"
@@ -84,14 +84,14 @@ def assumptions(planner: Planner, fit: Fit | None = None) -> list[str]:
         else "attention is torch's; its dropout holds the weights of every pair",
     ]
     if fit is not None:
-        said.append(_fitted_to(fit))
+        lines.append(_fitted_to(fit))
     elif device == "cuda":
-        said.append(
+        lines.append(
             f"{UTILISATION:.0%} of {machine.tflops:g} TFLOP/s; reading NF4 and the optimizer take no time"
         )
     if device == "cuda":
-        said.append(f"{planner.bandwidth_gbps():g} Gb/s from each GPU, no overlap with compute")
-    return said
+        lines.append(f"{planner.bandwidth_gbps():g} Gb/s from each GPU, no overlap with compute")
+    return lines
 
 
 def _fitted_to(fit: Fit) -> str:
@@ -118,7 +118,8 @@ def as_table(plan: dict[str, Any]) -> str:
         f"{plan['stage']} on {place}: {plan['parameters'] / 1e6:,.1f} M parameters, "
         f"{plan['trainable_parameters'] / 1e6:,.1f} M of them train; {held}; "
         f"{plan['deepspeed'] or 'no DeepSpeed JSON'}",
-        f"a rank's step: {step['micro_batches']} micro-batch(es) of {step['tokens_a_micro_batch']:,} tokens",
+        f"a rank's step: {step['micro_batches']} micro-batch(es) of "
+        f"{step['tokens_per_micro_batch']:,} tokens",
         "",
     ]
     lines += [f"{name:15} {memory[name] / GIB:9.3f} GiB  {text}" for name, text in MEANINGS.items()]
@@ -147,15 +148,15 @@ def as_table(plan: dict[str, Any]) -> str:
 def _advice(plan: dict[str, Any]) -> str:
     if not plan["some_choice_fits"]:
         budget = plan["largest_token_budget"]
-        mend = (
+        fix = (
             f"batch.max_tokens_per_micro_batch={budget}" if budget else "model.quantization=nf4, or more GPUs"
         )
-        return f"nothing here fits: try {mend}, model.activation_checkpointing=full"
-    said = f"use deepspeed={plan['use'] or 'null'}; with {plan['deepspeed'] or 'no JSON'} at most "
-    said += f"batch.max_tokens_per_micro_batch={plan['largest_token_budget']}"
+        return f"nothing here fits: try {fix}, model.activation_checkpointing=full"
+    advice = f"use deepspeed={plan['use'] or 'null'}; with {plan['deepspeed'] or 'no JSON'} at most "
+    advice += f"batch.max_tokens_per_micro_batch={plan['largest_token_budget']}"
     if plan["largest_global_batch"] is not None:
-        said += (
+        advice += (
             f", batch.global_batch_size={plan['largest_global_batch']} "
             f"({plan['largest_in_batch_negatives']:,} negatives for a query)"
         )
-    return said
+    return advice

@@ -29,7 +29,7 @@ class StopRequest:
     def __init__(self, folder: Path) -> None:
         self._stop_file = folder / STOP_FILE
         self.cause = ""
-        self._told_at: float | None = None
+        self._announced_at: float | None = None
 
     def seen(self, *, look_for_file: bool) -> bool:
         """True from the first signal on, or while the run's folder holds a file STOP."""
@@ -72,10 +72,10 @@ class StopRequest:
         if number not in OF_A_TERMINAL:
             return
         now = time.monotonic()
-        if self._told_at is None:
-            self._told_at = now
+        if self._announced_at is None:
+            self._announced_at = now
             self._say("stopping after this step; press Ctrl-C again to end at once without saving")
-        elif number == signal.SIGINT and now - self._told_at > HANDED_ON_S:
+        elif number == signal.SIGINT and now - self._announced_at > HANDED_ON_S:
             self._say("ended at once, the last checkpoint is kept: run the same command with resume=true")
             os._exit(128 + number)
 

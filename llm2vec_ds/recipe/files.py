@@ -36,6 +36,8 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Re
 
     A stage's keys lie over those beside `stages`. Each writes to a folder of its name in `output_dir`, and
     starts from the `encoder/` of the one before unless it says `model.path`. `stage=NAME` picks one.
+    `output_dir=` also moves a `model.path` that names an earlier stage's folder. `model.path=` is for the
+    first stage that runs, `data.pairs…=` for those that read pairs.
 
     Raises:
         UserError: as `load_recipe`.
@@ -48,32 +50,46 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Re
     stages = values.pop("stages")
     if not isinstance(stages, dict) or not stages or set(stages) - set(SECTIONS):
         raise UserError(f"recipe {path}: `stages` must have keys out of {', '.join(SECTIONS)}")
-    chosen = [o.partition("=")[2] for o in given if o.startswith("stage=")]
+    chosen = next((o.partition("=")[2] for o in reversed(given) if o.startswith("stage=")), None)
+    if chosen is not None and chosen not in stages:
+        raise UserError(f"recipe {path} has no stage {chosen!r}: it has {', '.join(stages)}")
+    first = chosen or next(iter(stages))
     recipes: list[Recipe] = []
     for name, own in stages.items():
-        merged = _stage_values(values, name, own or {}, [recipe.stage for recipe in recipes], given)
+        applied = [o for o in given if _is_for(o, name, is_first=name == first, stages=list(stages))]
+        merged = _stage_values(values, name, own or {}, [recipe.stage for recipe in recipes], applied)
         recipes.append(parse_recipe(merged, source=f"{path}, stage {name}"))
-    if chosen and chosen[-1] not in stages:
-        raise UserError(f"recipe {path} has no stage {chosen[-1]!r}: it has {', '.join(stages)}")
-    return [recipe for recipe in recipes if not chosen or recipe.stage == chosen[-1]]
+    return [recipe for recipe in recipes if chosen is None or recipe.stage == chosen]
+
+
+def _is_for(override: str, stage: str, *, is_first: bool, stages: list[str]) -> bool:
+    """Is an override of a file's `stages` meant for this one?"""
+    key = override.partition("=")[0]
+    if key == "model.path":
+        return is_first
+    if key == "data.pairs" or key.startswith("data.pairs."):
+        readers = [name for name in stages if SECTIONS[name].reads_pairs]
+        return stage in readers or not readers  # where none reads them, the recipe says so
+    section = key.partition(".")[0]
+    return key != "stage" and (section not in SECTIONS or section == stage)
 
 
 def _stage_values(
     common: dict[str, Any], name: str, own: dict[str, Any], before: list[str], overrides: list[str]
 ) -> dict[str, Any]:
     values = _laid_over(common, {"stage": name})
-    other_sections = tuple(f"{stage}." for stage in SECTIONS if stage != name)
-    applied = [o for o in overrides if not o.startswith(("stage=", *other_sections))]
-    if before:  # the first stage's model, unless a stage names its own
-        applied = [override for override in applied if not override.startswith("model.path=")]
-    for override in [o for o in applied if o.startswith("output_dir=")]:
+    written_root = values.get("output_dir")
+    for override in [o for o in overrides if o.startswith("output_dir=")]:
         apply_override(values, override)
     root = values.get("output_dir")
     values = _laid_over(values, {"output_dir": f"{root}/{name}"} if root else {})
     if before:
         values = _laid_over(values, {"model": {"path": f"{root}/{before[-1]}/encoder"}})
     values = _laid_over(values, own)
-    for override in [o for o in applied if not o.startswith("output_dir=")]:
+    moved = {f"{written_root}/{stage}/encoder": f"{root}/{stage}/encoder" for stage in before}
+    if isinstance(model := values.get("model"), dict):
+        model["path"] = moved.get(model.get("path"), model.get("path"))
+    for override in [o for o in overrides if not o.startswith("output_dir=")]:
         apply_override(values, override)
     return values
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +12,12 @@ import numpy as np
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import writing
-from llm2vec_ds.evaluate.identity import key_of, weights_key
+from llm2vec_ds.evaluate.identity import result_key, weights_key
 from llm2vec_ds.report.data import ReportData, read_folders
 from llm2vec_ds.report.example_sentences import SENTENCES, TOPIC_OF, Examples, examples_of
 from llm2vec_ds.report.figures import Figure, figures_of
+from llm2vec_ds.storage.durable import replace_json, replace_text
 from llm2vec_ds.storage.reading import checked_json
-from llm2vec_ds.storage.work_folder import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +72,13 @@ def _examples(data: ReportData, cache: Path) -> dict[str, Examples]:
     kept = _kept(cache)
     found = {}
     for name, (path, causal) in data.encoders.items():
-        key = key_of(path, weights_key(path), causal, SENTENCES)
+        key = result_key(path, weights_key(path), causal, SENTENCES)
         if key not in kept:
             log.info("%s: example sentences", name)
             made = examples_of(Encoder.from_pretrained(path, causal=causal))
             kept[key] = (made.places.tolist(), made.cosines.tolist())
         found[name] = Examples(*map(np.asarray, kept[key]))
-    replace_text(cache, json.dumps(kept) + "\n")
+    replace_json(cache, kept, None)
     return found
 
 

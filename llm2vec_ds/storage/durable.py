@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 RENAME_EXCHANGE, AT_FDCWD = 2, -100
 """Of Linux (renameat2(2))."""
@@ -47,12 +49,16 @@ def sync_tree(folder: Path) -> None:
             path = Path(parent) / name
             if path.is_symlink():
                 continue
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_file(path)
         sync_folder(Path(parent))
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def exchange(new: Path, old: Path) -> None:
@@ -93,6 +99,39 @@ def replace_file(path: Path, content: bytes) -> None:
     new = path.with_name(f".{path.name}.new")
     write_file(new, content)
     rename(new, path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """The same of text."""
+    replace_file(path, text.encode())
+
+
+def replace_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """The same of a value that JSON can hold."""
+    replace_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def move_file(new: Path, place: Path) -> None:
+    """A finished file takes its place, whole, durable when this returns."""
+    _sync_file(new)
+    rename(new, place)
+
+
+def put_folder(unfinished: Path, place: Path) -> None:
+    """A finished folder takes its place in one move, durable when this returns; a folder that was there has
+    the unfinished one's name afterwards."""
+    sync_tree(unfinished)
+    (exchange if place.exists() else rename)(unfinished, place)
+
+
+def write_at(path: Path, content: bytes, offset: int, whence: int = os.SEEK_SET) -> int:
+    """Puts `content` at its place in a file, safe on the disk when this returns; returns where it ends."""
+    with path.open("r+b") as file:
+        file.seek(offset, whence)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
 
 
 def remove_folder(folder: Path) -> None:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 NAMELESS_WAIT_S = 1.0
 """A process writes its name into the file that it has just made long before this."""
+WAIT_S = 0.2
+"""Between two looks at a lock that another process holds."""
 BEGINNING = '{"host": "'
 SQUEUE_WAIT_S = 30
 WORKING = {
@@ -79,19 +81,49 @@ class Holder:
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
 
+class Busy(UserError):
+    """Another process works there.
+
+    Attributes:
+        is_alive: it is known to run.
+    """
+
+    def __init__(self, message: str, *, is_alive: bool) -> None:
+        super().__init__(message)
+        self.is_alive = is_alive
+
+
 @contextmanager
-def held(file: Path, what: object) -> Iterator[None]:
+def held(file: Path, what: object, *, wait: bool = False) -> Iterator[None]:
     """Holds the lock `file` over `what`; its folder must be there.
 
+    Args:
+        wait: for a process that holds it and is known to run.
+
     Raises:
-        UserError: another process holds it, or may do so on another host; names it. Or it cannot be made.
+        Busy: another process holds it, or may do so on another host; names it.
+        UserError: the file cannot be made.
     """
     with writing(what):
-        descriptor = _acquire(file, what)
+        descriptor = _acquire_patiently(file, what) if wait else _acquire(file, what)
     try:
         yield
     finally:
         _release(file, descriptor)
+
+
+def _acquire_patiently(file: Path, what: object) -> int:
+    waiting = False
+    while True:
+        try:
+            return _acquire(file, what)
+        except Busy as busy:
+            if not busy.is_alive:
+                raise
+            if not waiting:
+                log.info("%s: waiting for another process that works there", what)
+        waiting = True
+        time.sleep(WAIT_S)
 
 
 def _acquire(file: Path, what: object) -> int:
@@ -159,23 +191,24 @@ def _take_over(file: Path, descriptor: int, what: object, *, has_flock: bool) ->
     else:
         ended = _slurm_has_ended(holder, own)
     if not ended:
-        raise _busy(file, what, text, is_alive=False)
+        is_alive = holder is not None and holder.host != own.host and ended is False  # so says SLURM
+        raise _busy(file, what, text, is_alive=is_alive)
     log.info("%s: taking over from %s, which has ended", what, holder or "a process")
 
 
-def _slurm_has_ended(holder: Holder, own: Holder) -> bool:
-    """Whether SLURM knows that the holder's job, of this cluster, has ended; False where nobody can tell."""
+def _slurm_has_ended(holder: Holder, own: Holder) -> bool | None:
+    """Whether the holder's job, of this cluster, has ended; None where SLURM cannot say."""
     if holder.job is None or own.job is None or holder.cluster != own.cluster:
-        return False
+        return None
     if holder.job == own.job:
         return own.restarts > holder.restarts
     line = ["squeue", "--noheader", "--format=%T", f"--jobs={holder.job}"]
     try:
         asked = subprocess.run(line, capture_output=True, text=True, timeout=SQUEUE_WAIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    if asked.returncode:
-        return "Invalid job id" in asked.stderr  # forgotten, some minutes after its end
+        return None
+    if asked.returncode:  # a job is forgotten some minutes after its end
+        return True if "Invalid job id" in asked.stderr else None
     return not set(asked.stdout.split()) & WORKING
 
 
@@ -190,11 +223,12 @@ def _is_running(pid: int) -> bool:
     return psutil.pid_exists(pid)
 
 
-def _busy(file: Path, what: object, text: str, *, is_alive: bool) -> UserError:
+def _busy(file: Path, what: object, text: str, *, is_alive: bool) -> Busy:
     holder = Holder.parse(text) or "a process that has not said its name"
     doubt = "" if is_alive else f". If that process has ended, remove {file} and run this again"
-    return UserError(
-        f"{what}: another process works there ({holder}): wait for it, or choose another place{doubt}"
+    return Busy(
+        f"{what}: another process works there ({holder}): wait for it, or choose another place{doubt}",
+        is_alive=is_alive,
     )
 
 

@@ -9,7 +9,6 @@ others have put beside them is taken along. A folder without a manifest is not t
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from llm2vec_ds import __version__
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.storage.durable import aside_of, exchange, rename, sync_tree, write_file
+from llm2vec_ds.storage.durable import aside_of, put_folder, rename, replace_json
 from llm2vec_ds.storage.lock import held
 from llm2vec_ds.storage.reading import checked_json, parse_json
 
@@ -87,8 +86,7 @@ def replaced_folder(folder: Path, what: str, sources: Iterable[Path] = ()) -> It
             _write_manifest(unfinished)
             if place.exists():
                 _take_along(place, unfinished, what)
-            sync_tree(unfinished)
-            (exchange if place.exists() else rename)(unfinished, place)
+            put_folder(unfinished, place)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # after the exchange: the old folder
 
@@ -193,7 +191,7 @@ def _holds(folder: Path, path: Path) -> bool:
 def _write_manifest(folder: Path) -> None:
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     manifest = Manifest(FORMAT_VERSION, __version__, files)
-    write_file(folder / MANIFEST, f"{json.dumps(asdict(manifest), indent=1)}\n".encode())
+    replace_json(folder / MANIFEST, asdict(manifest))
 
 
 def _take_along(old: Path, new: Path, what: str) -> None:

@@ -27,9 +27,11 @@ from llm2vec_ds.data.text_rows import TextRows, count_rows
 from llm2vec_ds.encoder.encoder import BadTexts, Encoder
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.process.full_memory import enough_memory
+from llm2vec_ds.storage.durable import move_file, replace_json, write_at
+from llm2vec_ds.storage.fingerprint import files_in, key_of
 from llm2vec_ds.storage.output_folder import check_reads_no_output
 from llm2vec_ds.storage.reading import read_json
-from llm2vec_ds.storage.work_folder import replace_text, work_folder, write_at
+from llm2vec_ds.storage.work_folder import work_folder
 from llm2vec_ds.vectors.files import (
     VECTOR_FORMATS,
     Shard,
@@ -43,11 +45,13 @@ from llm2vec_ds.vectors.files import (
 log = logging.getLogger(__name__)
 
 STDIN = "-"
+FORMAT_VERSION = 2
+"""Of files of vectors, and of how texts become vectors."""
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What is encoded, and how; all of it shapes the vectors but `batch_tokens`."""
+    """What is encoded, and how; all of it shapes the vectors but `max_tokens_per_micro_batch`."""
 
     model: str
     input: str
@@ -59,14 +63,20 @@ class EncodeOptions:
     attention: str = "auto"
     precision: str = "auto"
     bad_texts: BadTexts = "raise"
-    batch_tokens: int = 4096
+    max_tokens_per_micro_batch: int = 4096
 
     def key(self, source: Source) -> str:
         """Changes with all that the vectors depend on; of a model's files with their sizes and times."""
-        model = Path(self.model)
-        files = sorted(model.iterdir()) if model.is_dir() else []
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        parts = [__version__, asdict(self), source.identity(), stats, torch.cuda.is_available()]
+        values = asdict(self)
+        del values["max_tokens_per_micro_batch"]
+        files, on_cuda = files_in(Path(self.model)), torch.cuda.is_available()
+        return key_of(values, source.identity(), files, on_cuda, version=FORMAT_VERSION)
+
+    def key_of_version_1(self, source: Source, toolkit: str) -> str:
+        """That of a version `toolkit` whose keys had no version."""
+        values = asdict(self)
+        values["batch_tokens"] = values.pop("max_tokens_per_micro_batch")  # its name then
+        parts = [toolkit, values, source.identity(), files_in(Path(self.model)), torch.cuda.is_available()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
@@ -112,7 +122,7 @@ def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = Fal
             return _encode_stdin(options, target, folder, overwrite)
         source = find_source(options.input, "--input")
         check_reads_no_output([file, note_of(file)], source.files, f"--output {file}")
-        key = options.key(source)
+        key = _key(options, source, target)
         if file.exists() and not overwrite:
             note = VectorNote.read(file)
             if note is not None and note.key == key:
@@ -123,6 +133,17 @@ def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = Fal
         with work_folder(folder, f"{key} {target.shard}"):
             _run(_Encoding(options, source, target, folder, key))
     return file
+
+
+def _key(options: EncodeOptions, source: Source, target: Target) -> str:
+    """Today's, or that of version 1 where these very shards were begun with it: all shards have one key."""
+    shard, folder = target.shard, target.path.parent
+    parts = [Shard(index, shard.count).file(folder, target.suffix) for index in range(shard.count)]
+    files = parts if target.path in parts else [target.path]
+    note = next((note for note in map(VectorNote.read, files) if note is not None), None)
+    if note is not None and note.key == options.key_of_version_1(source, note.llm2vec_ds_version):
+        return note.key
+    return options.key(source)
 
 
 def _encode_stdin(options: EncodeOptions, target: Target, folder: Path, overwrite: bool) -> Path:
@@ -186,7 +207,7 @@ class _Encoding:
             options.model, attention=options.attention, precision=options.precision
         )
         dimensions = options.truncate_dim or encoder.dimensions
-        with enough_memory(f"lower --micro-batch-tokens (now {options.batch_tokens})"):
+        with enough_memory(f"lower --max-tokens-per-micro-batch (now {options.max_tokens_per_micro_batch})"):
             self._encode(encoder, start, stop, dimensions)
         if self.target.suffix != ".npy":
             write_rows(self.rows, self._blocks(start, stop), dimensions)
@@ -206,7 +227,7 @@ class _Encoding:
             prompt_name=self.options.prompt_name,
             normalize=self.options.normalize,
             truncate_dim=self.options.truncate_dim,
-            batch_tokens=self.options.batch_tokens,
+            max_tokens_per_micro_batch=self.options.max_tokens_per_micro_batch,
             bad_texts=self.options.bad_texts,
             first_row=start + n_done,
             show_progress=True,
@@ -215,7 +236,7 @@ class _Encoding:
             # Written, not assigned through the map: there a full disk would be a bus error.
             write_at(self.vectors, block.tobytes(), -n_after * dimensions * block.itemsize, os.SEEK_END)
             n_done += len(block)
-            replace_text(self.progress, json.dumps(n_done))
+            replace_json(self.progress, n_done)
         if n_done != stop - start:
             raise UserError(f"--input {self.options.input} became shorter while it was read: start again")
 
@@ -249,6 +270,6 @@ class _Encoding:
         )
         # An old note first: it must not speak for the new file.
         note_of(file).unlink(missing_ok=True)
-        (self.vectors if self.target.suffix == ".npy" else self.rows).rename(file)
+        move_file(self.vectors if self.target.suffix == ".npy" else self.rows, file)
         note.write(file)
         log.info("%s: %s vectors of %s dimensions", file, stop - start, dimensions)

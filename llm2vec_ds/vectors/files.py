@@ -20,10 +20,11 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.storage.durable import replace_json
 from llm2vec_ds.storage.reading import checked_json, explain, read_json
 
 VECTOR_FORMATS = (".npy", ".jsonl", ".parquet")
-ROWS_A_BLOCK = 4096
+ROWS_PER_BLOCK = 4096
 ENCODE_AGAIN = "encode the texts again, with --overwrite"
 Count = Annotated[int, Field(ge=0)]
 _SHARD_NAME = re.compile(r"shard-(\d+)-of-(\d+)(\.[a-z]+)")
@@ -73,7 +74,7 @@ class VectorNote:
     llm2vec_ds_version: str
 
     def write(self, file: Path) -> None:
-        note_of(file).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        replace_json(note_of(file), asdict(self))
 
     @classmethod
     def read(cls, file: Path) -> VectorNote | None:
@@ -160,7 +161,7 @@ def _kind(file: Path) -> tuple[Any, ...]:
 def _read_blocks(file: Path) -> Iterator[np.ndarray]:
     if file.suffix == ".npy":
         mapped = _mapped(file)
-        yield from (mapped[i : i + ROWS_A_BLOCK] for i in range(0, max(1, len(mapped)), ROWS_A_BLOCK))
+        yield from (mapped[i : i + ROWS_PER_BLOCK] for i in range(0, max(1, len(mapped)), ROWS_PER_BLOCK))
         return
     note = VectorNote.read(file)
     width = note.dimensions if note else None
@@ -228,7 +229,7 @@ def _parquet_rows(file: Path) -> Iterator[list[_Row]]:
     rows_of = TypeAdapter(list[_Row])
     try:
         with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(ROWS_A_BLOCK):
+            for batch in table.iter_batches(ROWS_PER_BLOCK):
                 yield rows_of.validate_python(batch.to_pylist())
     except ValidationError as error:
         raise _damaged(file, explain(error.errors()[0])) from None
@@ -244,7 +245,7 @@ def _json_rows(file: Path) -> Iterator[list[_Row]]:
                 block.append(checked_json(line, _Row))
             except ValueError as error:
                 raise _damaged(file, f"line {number}: {error}") from None
-            if len(block) == ROWS_A_BLOCK:
+            if len(block) == ROWS_PER_BLOCK:
                 yield block
                 block = []
         if block:

@@ -129,7 +129,7 @@ def test_mining_does_not_go_on_from_damage(
 
 def test_texts_to_mine_that_end_between_two_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An Arrow stream that is cut there reads like a shorter one."""
-    monkeypatch.setattr("llm2vec_ds.mining.corpus.TEXTS_A_BLOCK", 5)
+    monkeypatch.setattr("llm2vec_ds.mining.corpus.TEXTS_PER_BLOCK", 5)
     texts = sentences(20)
     write_corpus(tmp_path, zip(texts[:10], texts[10:], strict=True), None, Counter())
     assert len(load_corpus(tmp_path).documents) == 10

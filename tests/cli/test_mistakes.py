@@ -688,12 +688,12 @@ def test_a_full_disk_for_vectors(
 
 
 @pytest.mark.parametrize(
-    ("bytes_a_file", "max_steps", "what"),
+    ("bytes_per_file", "max_steps", "what"),
     [(1600, 10, "metrics.jsonl"), (30_000, 2, "encoder")],
     ids=["metrics", "encoder"],
 )
 def test_a_full_disk_in_an_otherwise_fine_run(
-    bytes_a_file: int,
+    bytes_per_file: int,
     max_steps: int,
     what: str,
     tmp_path: Path,
@@ -713,7 +713,7 @@ def test_a_full_disk_in_an_otherwise_fine_run(
     for name in ("recipe.yaml", "metrics.jsonl"):  # a run's folder
         (tmp_path / "run" / name).touch()
     capsys.readouterr()
-    with full_disk(bytes_a_file):
+    with full_disk(bytes_per_file):
         assert run(monkeypatch, "train", path) == 2
     name = f"encoder {tmp_path / 'run' / what}" if what == "encoder" else str(tmp_path / "run" / what)
     assert_reads(error_line(capsys), f"{name} {FREE_SOME}")

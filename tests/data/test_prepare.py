@@ -75,8 +75,8 @@ def test_a_killed_preparation_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="llm2vec_ds")
-    monkeypatch.setattr(prepare_module, "TEXTS_A_PART", 10)
-    monkeypatch.setattr(prepare_module, "TEXTS_A_BLOCK", 5)
+    monkeypatch.setattr(prepare_module, "TEXTS_PER_PART", 10)
+    monkeypatch.setattr(prepare_module, "TEXTS_PER_BLOCK", 5)
     lines = sentences(50)
     lines[7:7] = ["", lines[0]]
     path = write(tmp_path / "a.txt", lines)

@@ -63,7 +63,7 @@ def test_bad_texts_are_named_and_passed_over_if_asked(
 def test_any_iterable_is_read_no_further_than_needed(
     encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2vec_ds.encoder.replicas.TEXTS_A_BLOCK", 4)
+    monkeypatch.setattr("llm2vec_ds.encoder.replicas.TEXTS_PER_BLOCK", 4)
     texts, n_read = sentences(10), 0
 
     def stream() -> Iterator[str]:
@@ -79,14 +79,16 @@ def test_any_iterable_is_read_no_further_than_needed(
 
 
 def test_few_long_texts_make_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2vec_ds.encoder.replicas.CHARACTERS_A_BLOCK", 10)
+    monkeypatch.setattr("llm2vec_ds.encoder.replicas.CHARACTERS_PER_BLOCK", 10)
     assert list(text_blocks(["a" * 6, "b" * 6, "c"])) == [["a" * 6, "b" * 6], ["c"]]
 
 
 def test_several_devices_share_the_work_and_keep_the_order(encoder: Encoder, tiny_model_dir: Path) -> None:
     several = Encoder.from_pretrained(tiny_model_dir, device=["cpu", "cpu"])
     texts = sentences(40)
-    np.testing.assert_allclose(several.encode(texts, batch_tokens=1), encoder.encode(texts), atol=1e-5)
+    np.testing.assert_allclose(
+        several.encode(texts, max_tokens_per_micro_batch=1), encoder.encode(texts), atol=1e-5
+    )
     assert several._replicas is not None
     several.train()
     assert several._replicas is None  # copies would not follow the training

@@ -67,9 +67,9 @@ def counted(
 
 def exchange_bytes(exchange: str) -> dict[str, int]:
     """What the loss sends: documents with their ids, and their gradients."""
-    documents_a_rank = EXAMPLES * (TEXTS_AN_EXAMPLE - 1) // WORLD
-    vectors = documents_a_rank * WIDTH * FP32_BYTES
-    ids = documents_a_rank * ID_BYTES
+    documents_per_rank = EXAMPLES * (TEXTS_AN_EXAMPLE - 1) // WORLD
+    vectors = documents_per_rank * WIDTH * FP32_BYTES
+    ids = documents_per_rank * ID_BYTES
     if exchange == "ring":
         return {"send": 2 * (WORLD - 1) * (vectors + ids) + WORLD * vectors}
     return {"all_gather": (WORLD - 1) * (vectors + ids), "reduce_scatter": (WORLD - 1) * vectors}

@@ -22,7 +22,7 @@ from tests.engine.test_global_batch import Case, _train_cases, outcome, recipe_o
 from tests.support.ranks import run_ranks
 from tests.support.tiny import sentences
 
-EXAMPLES, STEPS, TOKENS_A_MICRO_BATCH = 21, 3, 260
+EXAMPLES, STEPS, TOKENS_PER_MICRO_BATCH = 21, 3, 260
 CASES: list[Case] = [
     (2, 0, 0, "gather", "lora"),
     (2, 3, 0, "ring", "full"),
@@ -53,7 +53,7 @@ def uneven_recipe(case: Case, model: Path, pairs: Path, output: Path) -> dict[st
     recipe["max_steps"] = STEPS
     recipe["batch"] = {
         "global_batch_size": EXAMPLES,
-        "max_tokens_per_micro_batch": TOKENS_A_MICRO_BATCH,
+        "max_tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH,
     }
     return recipe
 
@@ -64,7 +64,7 @@ def shares(recipe: dict[str, Any], world: int) -> list[list[tuple[int, int]]]:
     found = []
     for step in range(STEPS):
         parts = [rank_slice(stage.global_batch(step), rank, world) for rank in range(world)]
-        packed = [PackedExamples(stage.examples(rows), TOKENS_A_MICRO_BATCH) for rows in parts]
+        packed = [PackedExamples(stage.examples(rows), TOKENS_PER_MICRO_BATCH) for rows in parts]
         found.append([(len(own.ids), len(own.groups)) for own in packed])
     return found
 

@@ -1,4 +1,4 @@
-"""What goes wrong in a run ends in one line with cause and mend, and costs no checkpoint."""
+"""What goes wrong in a run ends in one line with cause and fix, and costs no checkpoint."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def outcome(function: Function, inputs: list[torch.Tensor], n_differentiable: in
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_ops, "ELEMENTS_A_THREAD", 16)
+    monkeypatch.setattr(row_ops, "ELEMENTS_PER_THREAD", 16)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -46,9 +46,9 @@ def make(tmp_path: Path, tiny_model_dir: Path) -> Make:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mine_module, "TEXTS_A_BLOCK", 8)
-    monkeypatch.setattr(mine_module, "PAIRS_A_BLOCK", 4)
-    monkeypatch.setattr(mine_module, "DOCUMENTS_A_TILE", 7)
+    monkeypatch.setattr(mine_module, "TEXTS_PER_BLOCK", 8)
+    monkeypatch.setattr(mine_module, "PAIRS_PER_BLOCK", 4)
+    monkeypatch.setattr(mine_module, "DOCUMENTS_PER_TILE", 7)
 
 
 def mined(options: MiningOptions, output: Path) -> list[dict[str, Any]]:
@@ -140,8 +140,8 @@ def test_sizes_of_blocks_and_tiles_change_nothing(
     pairs: int, tile: int, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine(make(), tmp_path / "whole.jsonl")
-    monkeypatch.setattr(mine_module, "PAIRS_A_BLOCK", pairs)
-    monkeypatch.setattr(mine_module, "DOCUMENTS_A_TILE", tile)
+    monkeypatch.setattr(mine_module, "PAIRS_PER_BLOCK", pairs)
+    monkeypatch.setattr(mine_module, "DOCUMENTS_PER_TILE", tile)
     mine(make(), tmp_path / "tiled.jsonl")
     assert (tmp_path / "tiled.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -230,10 +230,15 @@ def test_other_options_start_anew(
     with monkeypatch.context() as patch:
         work = Work(patch)
         mine(make(margin=0.1), tmp_path / "out.jsonl")
-    assert "left by a run of other options, texts or model: starting anew" in caplog.text
+    assert "left by a run of other options, texts or model: starting again" in caplog.text
     assert work.counts["encode"] == 8
     mine(make(margin=0.1), tmp_path / "fresh.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "fresh.jsonl").read_bytes()
+
+
+def test_the_key_does_not_know_the_micro_batch(make: Make) -> None:
+    """It shapes speed and memory alone: the advice of a full memory keeps what is encoded."""
+    assert make().key([]) == make(max_tokens_per_micro_batch=64).key([]) != make(margin=0.1).key([])
 
 
 def test_the_key_knows_sources_and_model(make: Make, tmp_path: Path) -> None:

@@ -75,10 +75,10 @@ def test_in_training(
 
 
 COMMANDS = {
-    "encode": "encode --model MODEL --input TMP/texts.txt --output TMP/v.npy --micro-batch-tokens 99",
-    "mine": "mine --model MODEL --pairs TMP/p.jsonl --output TMP/m.jsonl --micro-batch-tokens 99",
+    "encode": "encode --model MODEL --input TMP/texts.txt --output TMP/v.npy --max-tokens-per-micro-batch 99",
+    "mine": "mine --model MODEL --pairs TMP/p.jsonl --output TMP/m.jsonl --max-tokens-per-micro-batch 99",
     "words": "evaluate words --model MODEL --train TMP/w.txt --test TMP/w.txt --column 1 --output TMP/words "
-    "--micro-batch-tokens 99",
+    "--max-tokens-per-micro-batch 99",
     "export": "export MODEL --output TMP/out",
 }
 
@@ -98,10 +98,10 @@ def test_in_other_commands(
     monkeypatch.setattr("llm2vec_ds.encoder.encoder.trunk_hidden_states", fills)
     words = COMMANDS[name].replace("MODEL", str(tiny_model_dir)).replace("TMP", str(tmp_path))
     assert run(monkeypatch, *words.split()) == 2
-    mend = "end other programs, or take a machine with more memory"
-    if "--micro-batch-tokens" in words:
-        mend = "lower --micro-batch-tokens (now 99)"
-    assert error_line(capsys) == f"{WHICH[fills]} is full: {mend}"
+    fix = "end other programs, or take a machine with more memory"
+    if "--max-tokens-per-micro-batch" in words:
+        fix = "lower --max-tokens-per-micro-batch (now 99)"
+    assert error_line(capsys) == f"{WHICH[fills]} is full: {fix}"
 
 
 def test_train_takes_its_evaluation_by_name(tmp_path: Path, tiny_model_dir: Path, texts_file: Path) -> None:

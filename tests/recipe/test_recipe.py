@@ -1,8 +1,9 @@
-"""Recipes: precedence, and mistakes that name their mend."""
+"""Recipes: precedence, and mistakes that name their fix."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -32,7 +33,7 @@ def test_override_reaches_into_a_section_that_the_recipe_leaves_out(tmp_path: Pa
     assert load_recipe(write(tmp_path, MINIMAL), ["mntp.mask_rate=0.3"]).mntp.mask_rate == 0.3  # type: ignore[union-attr]
 
 
-STAGED = {
+STAGED: dict[str, Any] = {
     "model": {"path": "m"},
     "output_dir": "runs/x",
     "batch": {"global_batch_size": 8},
@@ -41,6 +42,33 @@ STAGED = {
         "simcse": {"data": {"path": "s.txt"}, "batch": {"max_tokens_per_micro_batch": 512}},
     },
 }
+
+
+SUPERVISED = {"data": {"path": "p.jsonl"}, "model": {"path": "runs/x/mntp/encoder"}}
+"""As the paper: beside SimCSE, not after it."""
+
+
+def test_a_chosen_stage_starts_from_the_model_that_is_given(tmp_path: Path) -> None:
+    path = write(tmp_path, STAGED)
+    (simcse,) = load_stages(path, ["stage=simcse", "model.path=mine"])
+    assert simcse.model.path == "mine"
+
+
+def test_a_new_output_dir_moves_the_stages_that_a_file_names(tmp_path: Path) -> None:
+    path = write(tmp_path, {**STAGED, "stages": {**STAGED["stages"], "supervised": SUPERVISED}})
+    for recipe in load_stages(path, ["output_dir=runs/y"])[1:]:
+        assert recipe.model.path == "runs/y/mntp/encoder"
+    elsewhere = {**SUPERVISED, "model": {"path": "runs/z/mntp/encoder"}}
+    path = write(tmp_path, {**STAGED, "stages": {**STAGED["stages"], "supervised": elsewhere}})
+    assert load_stages(path, ["output_dir=runs/y"])[2].model.path == "runs/z/mntp/encoder"
+
+
+def test_pairs_are_for_the_stages_that_read_them(tmp_path: Path) -> None:
+    path = write(tmp_path, {**STAGED, "stages": {**STAGED["stages"], "supervised": SUPERVISED}})
+    mntp, _, supervised = load_stages(path, ["data.pairs.max_negatives=3"])
+    assert (mntp.data.pairs, supervised.data.pairs.max_negatives) == (None, 3)  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="`data.pairs` has no effect in stage `mntp`"):
+        load_stages(write(tmp_path, STAGED), ["data.pairs.max_negatives=3"])
 
 
 def test_a_file_of_several_stages(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.storage import lock
-from llm2vec_ds.storage.lock import Holder, held
+from llm2vec_ds.storage.lock import Busy, Holder, held
 
 FORK = multiprocessing.get_context("fork")
 OTHER_HOST = Holder("node-of-others", 4711, "2026-11-27T12:00:00+00:00", job="17", restarts=0)
@@ -51,6 +51,30 @@ def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path: Path) -> No
     assert not (tmp_path / "lock").exists()
     with held(tmp_path / "lock", "run"):
         pass
+
+
+def test_a_patient_process_waits_for_one_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    process, may_end = _holding_process(tmp_path / "lock")
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            may_end.set()
+            process.join()
+
+    monkeypatch.setattr("llm2vec_ds.storage.lock.time.sleep", sleep)
+    with caplog.at_level("INFO"), held(tmp_path / "lock", "run", wait=True):
+        assert len(looks) == 3
+    assert caplog.text.count("run: waiting for another process that works there") == 1
+
+
+def test_a_patient_process_does_not_wait_for_one_that_may_be_gone(tmp_path: Path) -> None:
+    _write(tmp_path / "lock", OTHER_HOST)
+    with pytest.raises(UserError, match="If that process has ended, remove"):
+        held(tmp_path / "lock", "run", wait=True).__enter__()
 
 
 def test_the_same_process_is_refused_too(tmp_path: Path) -> None:
@@ -143,8 +167,9 @@ def test_slurm_is_asked_whether_another_job_has_ended(
         with held(tmp_path / "lock", "run"):
             pass
     else:
-        with pytest.raises(UserError, match="another process works there"):
+        with pytest.raises(Busy, match="another process works there") as refused:
             held(tmp_path / "lock", "run").__enter__()
+        assert refused.value.is_alive == (says in ("echo RUNNING", "echo COMPLETING"))
 
 
 def test_where_the_file_system_has_no_flock_the_process_decides(

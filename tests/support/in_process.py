@@ -37,10 +37,10 @@ def assert_reads(line: str, expected: str) -> None:
 
 
 @contextmanager
-def full_disk(bytes_a_file: int) -> Iterator[None]:
+def full_disk(bytes_per_file: int) -> Iterator[None]:
     """No file grows beyond this, so a write fails as on a full disk (EFBIG for ENOSPC)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, hard))
     try:
         yield
     finally:

@@ -30,8 +30,8 @@ def expected(tiny_model_dir: Path) -> np.ndarray:
 
 @pytest.fixture
 def options(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> EncodeOptions:
-    monkeypatch.setattr("llm2vec_ds.encoder.replicas.TEXTS_A_BLOCK", 2)
-    monkeypatch.setattr("llm2vec_ds.vectors.files.ROWS_A_BLOCK", 3)
+    monkeypatch.setattr("llm2vec_ds.encoder.replicas.TEXTS_PER_BLOCK", 2)
+    monkeypatch.setattr("llm2vec_ds.vectors.files.ROWS_PER_BLOCK", 3)
     (tmp_path / "in.txt").write_text("\n".join(TEXTS) + "\n")
     return EncodeOptions(str(tiny_model_dir), str(tmp_path / "in.txt"))
 
@@ -53,6 +53,24 @@ def test_each_format_holds_the_vectors_in_order(
         rows = [row for block in read_rows(file) for row in block]
         assert [(row["row"], row["text"]) for row in rows] == list(enumerate(TEXTS))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.txt", file.name, f"{file.name}.json"]
+
+
+def test_the_micro_batch_size_is_no_part_of_what_vectors_are(
+    options: EncodeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Following the advice of a full memory keeps finished blocks, finished shards and the index."""
+    caplog.set_level("INFO")
+    smaller = replace(options, max_tokens_per_micro_batch=64)
+    with monkeypatch.context() as patch:
+        patch.setattr("llm2vec_ds.vectors.encode._Encoding._finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            encode(options, tmp_path / "v", "0/2")
+    encode(smaller, tmp_path / "v", "0/2")
+    assert "going on with what an earlier run left" in caplog.text
+    encode(options, tmp_path / "v", "0/2")
+    assert "done already, left alone" in caplog.text
+    encode(smaller, tmp_path / "v", "1/2")
+    assert len(load_vectors(tmp_path / "v")) == len(TEXTS)
 
 
 @pytest.mark.parametrize("output", ["in.jsonl", "link.jsonl", "shards"])

@@ -19,7 +19,7 @@ import torch
 
 from llm2vec_kernels.devices import runs_triton
 
-ELEMENTS_A_THREAD = 2**17
+ELEMENTS_PER_THREAD = 2**17
 """Of a chunk: half a MiB in fp32. Smaller ones fit a nearer cache, but then each operation's start counts."""
 
 
@@ -35,7 +35,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """The same few rows of all tensors at a time."""
     width = max(tensor[0].numel() for tensor in tensors) if len(tensors[0]) else 1
-    n_rows = max(1, ELEMENTS_A_THREAD * torch.get_num_threads() // width)
+    n_rows = max(1, ELEMENTS_PER_THREAD * torch.get_num_threads() // width)
     return zip(*(tensor.split(n_rows) for tensor in tensors), strict=True)
 
 

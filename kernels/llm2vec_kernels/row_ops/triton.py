@@ -22,7 +22,7 @@ from llm2vec_kernels.row_ops.kernels import (
 
 TILE_ELEMENTS = 4096
 """Of a program, unless a single row has more."""
-ELEMENTS_A_WARP = 1024
+ELEMENTS_PER_WARP = 1024
 WEIGHT_GRADIENT_PROGRAMS = 512
 """Each adds up the rows that it takes; the sums of all are added up afterwards, always in one order."""
 
@@ -143,7 +143,7 @@ def _wide(dtype: torch.dtype) -> tl.dtype:
 
 
 def _warps(n_elements: int) -> int:
-    return min(16, max(1, n_elements // ELEMENTS_A_WARP))
+    return min(16, max(1, n_elements // ELEMENTS_PER_WARP))
 
 
 def _launch_elementwise(kernel: triton.JITFunction, activation: str, *tensors: torch.Tensor) -> None:
