@@ -53,10 +53,10 @@ def contenders(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str,
 
     device = "cpu" if options.cpu else "cuda"
     encoder = Encoder.from_pretrained(str(folder), device=device)
-    for tokens in options.max_tokens_per_micro_batch:
+    for tokens in options.micro_batch_tokens:
         yield (
-            f"ours, max_tokens_per_micro_batch {tokens}",
-            lambda texts, n=tokens: encoder.encode(texts, max_tokens_per_micro_batch=n),
+            f"ours, micro_batch_tokens {tokens}",
+            lambda texts, n=tokens: encoder.encode(texts, micro_batch_tokens=n),
         )
     dtype = torch.float32 if options.cpu else torch.bfloat16
     trunk = modules.Transformer(str(folder), model_kwargs={"dtype": dtype, "attn_implementation": "sdpa"})

@@ -39,7 +39,7 @@ def measure(model: str, folder: Path, n_texts: int, max_tokens: int) -> dict[str
         "data": {"path": str(folder / "texts.txt"), "max_tokens": 64},
         "output_dir": str(folder / f"run-{n_texts}"),
         "max_steps": 1,
-        "batch": {"global_batch_size": n_texts, "max_tokens_per_micro_batch": max_tokens},
+        "batch": {"global_batch_size": n_texts, "micro_batch_tokens": max_tokens},
         "simcse": {"attention_dropout": 0.1},
     }
     path = folder / f"{n_texts}.yaml"

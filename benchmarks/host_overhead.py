@@ -72,7 +72,7 @@ class Bench:
         values: dict[str, Any] = {
             "deepspeed": str(ZERO2) if zero2 else None,
             "data": {"max_tokens": self.options.tokens},
-            "batch": {"global_batch_size": size, "max_tokens_per_micro_batch": self.options.tokens},
+            "batch": {"global_batch_size": size, "micro_batch_tokens": self.options.tokens},
         }
         if checkpointing is not None:
             values["model"] = {"activation_checkpointing": checkpointing}

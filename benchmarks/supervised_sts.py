@@ -47,7 +47,7 @@ def recipe(arguments: argparse.Namespace, pairs: Path, output: Path) -> dict[str
         "output_dir": str(output),
         "overwrite": True,
         "max_steps": arguments.steps,
-        "batch": {"global_batch_size": arguments.batch, "max_tokens_per_micro_batch": 8192},
+        "batch": {"global_batch_size": arguments.batch, "micro_batch_tokens": 8192},
         "optimizer": {"lr": arguments.lr, "warmup_steps": 10, "schedule": "linear"},
         "supervised": {"scale": arguments.scale},
     }

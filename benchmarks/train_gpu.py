@@ -76,7 +76,7 @@ class Bench:
     def recipe(self, stage: str, texts: Path, size: int, micro_batch: int, **sections: Any) -> Any:
         values = {
             "deepspeed": str(ROOT / "ds_configs" / "zero2.json"),
-            "batch": {"global_batch_size": size, "max_tokens_per_micro_batch": micro_batch},
+            "batch": {"global_batch_size": size, "micro_batch_tokens": micro_batch},
             **sections,
         }
         return ours.recipe_of(stage, self.model, texts, self.folder, values)

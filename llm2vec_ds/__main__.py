@@ -17,9 +17,7 @@ def main() -> None:
 def _exit_code() -> int:
     try:
         from llm2vec_ds.cli.app import app
-        from llm2vec_ds.cli.renamed import check_names
 
-        check_names(sys.argv[1:])
         app(prog_name="llm2vec-ds")  # also as `python -m llm2vec_ds`; leaves by SystemExit
     except UserError as error:
         say(f"llm2vec-ds: error: {error}")

@@ -189,7 +189,7 @@ def _tiny_run(folder: Path) -> Path:
         "data": {"path": str(folder / "texts.txt"), "max_tokens": 16},
         "output_dir": str(folder / "run"),
         "max_steps": 1,
-        "batch": {"global_batch_size": 4, "max_tokens_per_micro_batch": 64},
+        "batch": {"global_batch_size": 4, "micro_batch_tokens": 64},
         "mntp": {"mask_rate": 0.5},
     }
     path = folder / "recipe.yaml"

@@ -52,7 +52,7 @@ def test_vectors_are_read_and_left_alone(
 ) -> None:
     before = load_vectors("vectors").copy()
     np.testing.assert_allclose(before, np.load("expected_vectors.npy"), atol=1e-6)
-    options = ["--normalize", "--max-tokens-per-micro-batch", 512, "--shard", "0/2"]
+    options = ["--normalize", "--micro-batch-tokens", 512, "--shard", "0/2"]
     output = ["--input", "texts.txt", "--output", "vectors", *options]
     with caplog.at_level("INFO"):
         assert run(monkeypatch, "encode", "--model", "finished/encoder", *output) == 0

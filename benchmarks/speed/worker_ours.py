@@ -36,19 +36,19 @@ def recipe_of(spec: dict[str, Any], folder: Path) -> Recipe:
     if work == "mntp":
         values["mntp"] = {"mask_rate": spec["mask_rate"]}
         values["data"]["long_texts"] = "split"
-        values["batch"] = {"global_batch_size": 4, "max_tokens_per_micro_batch": 4 * spec["max_tokens"]}
+        values["batch"] = {"global_batch_size": 4, "micro_batch_tokens": 4 * spec["max_tokens"]}
         rows = [{"text": " ".join(spec["texts"])}]
     elif work == "simcse":
         values["simcse"] = {"attention_dropout": 0.0, "scale": spec["scale"]}
-        values["batch"] = {"global_batch_size": len(spec["texts"]), "max_tokens_per_micro_batch": 2**20}
+        values["batch"] = {"global_batch_size": len(spec["texts"]), "micro_batch_tokens": 2**20}
         rows = [{"text": text} for text in spec["texts"]]
     else:
         values["supervised"] = {"scale": spec["scale"]}
-        values["batch"] = {"global_batch_size": len(spec["examples"]), "max_tokens_per_micro_batch": 2**20}
+        values["batch"] = {"global_batch_size": len(spec["examples"]), "micro_batch_tokens": 2**20}
         names = ("query", "positive", "negative")
         rows = [dict(zip(names, example, strict=True)) for example in spec["examples"]]
-    if tokens := spec.get("max_tokens_per_micro_batch"):
-        values["batch"]["max_tokens_per_micro_batch"] = tokens
+    if tokens := spec.get("micro_batch_tokens"):
+        values["batch"]["micro_batch_tokens"] = tokens
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return parse_recipe(values)
 

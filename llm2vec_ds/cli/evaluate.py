@@ -36,7 +36,7 @@ Model = Annotated[
 Causal = Annotated[bool, typer.Option("--causal", help="Causal attention; without it what the folder says.")]
 Attention = Annotated[str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")]
 Precision = Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")]
-MaxTokensPerMicroBatch = Annotated[int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)]
+MicroBatchTokens = Annotated[int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
 
 
@@ -52,8 +52,8 @@ def _needs_mteb() -> None:
         importlib.import_module("mteb")
 
 
-def _lower(max_tokens_per_micro_batch: int) -> str:
-    return f"lower --max-tokens-per-micro-batch (now {max_tokens_per_micro_batch})"
+def _lower(micro_batch_tokens: int) -> str:
+    return f"lower --micro-batch-tokens (now {micro_batch_tokens})"
 
 
 def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, float]] | None:
@@ -102,7 +102,7 @@ def mteb(
     as_json: AsJson = False,
     attention: Attention = "auto",
     precision: Precision = "auto",
-    max_tokens_per_micro_batch: MaxTokensPerMicroBatch = 4096,
+    micro_batch_tokens: MicroBatchTokens = 4096,
 ) -> None:
     """Run MTEB tasks, or local data as MTEB tasks. Queries get the task's instruction, documents stay bare.
 
@@ -131,13 +131,13 @@ def mteb(
         loaded = Encoder.from_pretrained(
             model, causal=True if causal else None, attention=attention, precision=precision, device=device
         )
-        encoder = ShardedEncoder(loaded, max_tokens_per_micro_batch)
+        encoder = ShardedEncoder(loaded, micro_batch_tokens)
         if rank() != 0:
             encoder.serve()
             return
         try:
             meta = model_meta(model, encoder, given)
-            with enough_memory(_lower(max_tokens_per_micro_batch)):
+            with enough_memory(_lower(micro_batch_tokens)):
                 scores = evaluate_mteb(MtebEncoder(encoder, meta, given), tasks, output)
         finally:
             encoder.done()
@@ -185,7 +185,7 @@ def words(
     as_json: AsJson = False,
     attention: Attention = "auto",
     precision: Precision = "auto",
-    max_tokens_per_micro_batch: MaxTokensPerMicroBatch = 4096,
+    micro_batch_tokens: MicroBatchTokens = 4096,
 ) -> None:
     """Train a linear layer on the frozen encoder's word vectors, as the paper does for POS, chunks and NER.
 
@@ -206,9 +206,7 @@ def words(
     )
     probes = [ProbeOptions(max_steps=max_steps, seed=s) for s in seed or [42]]
     features = output / "features"
-    with enough_memory(_lower(max_tokens_per_micro_batch)):
-        result = run_word_task(
-            encoder, model, task, probes, features, max_tokens_per_micro_batch=max_tokens_per_micro_batch
-        )
+    with enough_memory(_lower(micro_batch_tokens)):
+        result = run_word_task(encoder, model, task, probes, features, micro_batch_tokens=micro_batch_tokens)
     write_scores(result, output)
     print(json.dumps(result, indent=1) if as_json else table(result))

@@ -68,7 +68,7 @@ def mine(
     document_instruction: Annotated[
         str | None, typer.Option(help="Put before each text of the corpus and each positive.")
     ] = None,
-    max_tokens_per_micro_batch: Annotated[
+    micro_batch_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)
     ] = 4096,
     seed: Annotated[int, typer.Option(help="Fixes random sampling.", min=0)] = 42,
@@ -99,7 +99,7 @@ def mine(
         sampling=sampling,
         query_instruction=query_instruction,
         document_instruction=document_instruction,
-        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        micro_batch_tokens=micro_batch_tokens,
         seed=seed,
     )
     run(options, output, overwrite=overwrite)

@@ -75,7 +75,7 @@ def encode(
         str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")
     ] = "auto",
     precision: Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")] = "auto",
-    max_tokens_per_micro_batch: Annotated[
+    micro_batch_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)
     ] = 4096,
     overwrite: Annotated[
@@ -104,7 +104,7 @@ def encode(
         attention=attention,
         precision=precision,
         bad_texts="nan" if bad_texts == "nan" else "raise",
-        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        micro_batch_tokens=micro_batch_tokens,
     )
     from_stdin = "nothing is kept of standard input, give it again"
     with kept(from_stdin if input == "-" else "finished blocks are kept, run the same command to go on"):

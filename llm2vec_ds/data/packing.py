@@ -23,9 +23,7 @@ def plan_micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> 
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.max() > max_tokens:
-        raise UserError(
-            f"a text of {lengths.max()} tokens is over max_tokens_per_micro_batch={max_tokens}: raise it"
-        )
+        raise UserError(f"a text of {lengths.max()} tokens is over micro_batch_tokens={max_tokens}: raise it")
     groups: list[list[int]] = []
     filled = max_tokens
     for index in np.argsort(-lengths, kind="stable"):

@@ -51,15 +51,15 @@ class Budget:
 
 SMALL_MNTP = {
     "optimizer": {"lr": 5e-4, "warmup_steps": 2, "schedule": "linear"},
-    "batch": {"global_batch_size": 8, "max_tokens_per_micro_batch": 1024},
+    "batch": {"global_batch_size": 8, "micro_batch_tokens": 1024},
 }
 SMALL_SIMCSE = {
     "simcse": {"attention_dropout": 0.1},
     "optimizer": {"lr": 1e-3, "warmup_steps": 5, "schedule": "constant"},
-    "batch": {"global_batch_size": 48, "max_tokens_per_micro_batch": 2048},
+    "batch": {"global_batch_size": 48, "micro_batch_tokens": 2048},
 }
 # So few tokens are better spent on three times as many steps of a third of the sentences.
-QUICK_SIMCSE = SMALL_SIMCSE | {"batch": {"global_batch_size": 16, "max_tokens_per_micro_batch": 2048}}
+QUICK_SIMCSE = SMALL_SIMCSE | {"batch": {"global_batch_size": 16, "micro_batch_tokens": 2048}}
 BUDGETS = {
     "quick": Budget(6_000, 14_000, SMALL_MNTP, QUICK_SIMCSE),
     "default": Budget(24_000, 76_000, SMALL_MNTP, SMALL_SIMCSE),
@@ -67,8 +67,8 @@ BUDGETS = {
     "full": Budget(
         1000 * 32 * 128,
         1000 * 128 * 2 * 18,
-        {"optimizer": {"lr": 5e-5}, "batch": {"global_batch_size": 32, "max_tokens_per_micro_batch": 16384}},
-        {"optimizer": {"lr": 3e-5}, "batch": {"global_batch_size": 128, "max_tokens_per_micro_batch": 16384}},
+        {"optimizer": {"lr": 5e-5}, "batch": {"global_batch_size": 32, "micro_batch_tokens": 16384}},
+        {"optimizer": {"lr": 3e-5}, "batch": {"global_batch_size": 128, "micro_batch_tokens": 16384}},
     ),
 }
 

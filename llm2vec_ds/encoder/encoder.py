@@ -153,7 +153,7 @@ class Encoder(nn.Module):
         prompt_name: str | None = ...,
         normalize: bool = ...,
         truncate_dim: int | None = ...,
-        max_tokens_per_micro_batch: int = ...,
+        micro_batch_tokens: int = ...,
         bad_texts: BadTexts = ...,
         show_progress: bool = ...,
         convert_to_tensor: Literal[False] = ...,
@@ -190,7 +190,7 @@ class Encoder(nn.Module):
         prompt_name: str | None = None,
         normalize: bool = False,
         truncate_dim: int | None = None,
-        max_tokens_per_micro_batch: int = 4096,
+        micro_batch_tokens: int = 4096,
         bad_texts: BadTexts = "raise",
         first_row: int = 0,
         show_progress: bool = False,
@@ -206,7 +206,7 @@ class Encoder(nn.Module):
             prompt_name: instead of it, the instruction of that name in `settings.prompts`.
             normalize: scale every vector to length 1.
             truncate_dim: keep the first dimensions only (of an encoder trained with Matryoshka lengths).
-            max_tokens_per_micro_batch: tokens of one forward pass; at least one text goes through.
+            micro_batch_tokens: tokens of one forward pass; at least one text goes through.
             bad_texts: `raise`, or `nan`: name it in the log and go on, its row is NaN.
             first_row: number of the first text, for messages.
 
@@ -225,7 +225,7 @@ class Encoder(nn.Module):
             for block in text_blocks(texts):
                 vectors = np.full((len(block), self.dimensions), np.nan, dtype=np.float32)
                 tokenized = self._tokenized(block, instruction, first_row, bad_texts)
-                for rows, found in self._encode_tokenized(tokenized, max_tokens_per_micro_batch):
+                for rows, found in self._encode_tokenized(tokenized, micro_batch_tokens):
                     self._check_finite(found, first_row + rows)
                     vectors[rows] = found
                     bar.update(len(rows))
@@ -292,13 +292,13 @@ class Encoder(nn.Module):
             )
 
     def _encode_tokenized(
-        self, tokenized: dict[int, TokenizedText], max_tokens_per_micro_batch: int
+        self, tokenized: dict[int, TokenizedText], micro_batch_tokens: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows and their vectors, a micro-batch at a time."""
         texts, rows = list(tokenized.values()), np.fromiter(tokenized, dtype=np.int64)
         check_ids(max((max(text.input_ids) for text in texts), default=0), self.trunk)
         lengths = [len(text) for text in texts]
-        groups = plan_micro_batches(lengths, max(max_tokens_per_micro_batch, *lengths, 0))
+        groups = plan_micro_batches(lengths, max(micro_batch_tokens, *lengths, 0))
         was_training = self.training
         self.eval()
         if len(self.devices) > 1 and len(groups) > 1 and self._replicas is None:

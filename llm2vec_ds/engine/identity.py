@@ -35,7 +35,7 @@ FREE_KEYS = (
     "deepspeed",
     "evaluation",
     "machine",
-    "batch.max_tokens_per_micro_batch",
+    "batch.micro_batch_tokens",
     "batch.halve_if_out_of_memory",
 )
 """Recipe keys that may differ on resume: where things lie and how ranks share the work. Data and model are
@@ -86,7 +86,7 @@ def _shown(value: Any) -> Any:
 def made_by(recipe: Recipe) -> dict[str, Any]:
     """Versions, commit, ranks, threads and token budget: what bit-equal losses need to be the same."""
     return {
-        "max_tokens_per_micro_batch": recipe.batch.max_tokens_per_micro_batch,
+        "micro_batch_tokens": recipe.batch.micro_batch_tokens,
         "deepspeed": recipe.deepspeed,
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "python": platform.python_version(),

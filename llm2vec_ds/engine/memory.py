@@ -90,12 +90,12 @@ def explain_full_memory(
 
 
 def _fixes(recipe: Recipe, planner: Planner | None) -> str:
-    budget, least = recipe.batch.max_tokens_per_micro_batch, recipe.data.max_tokens
+    budget, least = recipe.batch.micro_batch_tokens, recipe.data.max_tokens
     fitting = planner.largest_token_budget() if planner is not None else 0
     lower = max(least, min(fitting or budget // 2, budget // 2))
     fixes = []
     if lower < budget:
-        fixes.append(f"batch.max_tokens_per_micro_batch={lower} (now {budget})")
+        fixes.append(f"batch.micro_batch_tokens={lower} (now {budget})")
     if recipe.model.activation_checkpointing != "full":
         fixes.append("model.activation_checkpointing=full")
     if recipe.model.quantization is None and recipe.adapter is not None:
@@ -120,20 +120,18 @@ def fit_token_budget(recipe: Recipe, stage: Stage, engine: Engine) -> None:
         )
     least = recipe.data.max_tokens
     while all_reduce_max_int(int(not _fits(stage, recipe)), stage.encoder.device):
-        if stage.max_tokens_per_micro_batch <= least:
+        if stage.micro_batch_tokens <= least:
             raise UserError(
                 f"not even {least} tokens (data.max_tokens) fit into memory: lower "
                 "data.max_tokens, or see llm2vec-ds plan"
             )
-        stage.max_tokens_per_micro_batch = max(least, stage.max_tokens_per_micro_batch // 2)
-        log.warning(
-            "memory is full: all ranks go on with %s tokens a micro-batch", stage.max_tokens_per_micro_batch
-        )
+        stage.micro_batch_tokens = max(least, stage.micro_batch_tokens // 2)
+        log.warning("memory is full: all ranks go on with %s tokens a micro-batch", stage.micro_batch_tokens)
 
 
 def _fits(stage: Stage, recipe: Recipe) -> bool:
     """Does a full micro-batch pass here? Gradients are computed and dropped: no hook of DeepSpeed's runs."""
-    n_texts = max(1, stage.max_tokens_per_micro_batch // recipe.data.max_tokens)
+    n_texts = max(1, stage.micro_batch_tokens // recipe.data.max_tokens)
     ids = [3] * recipe.data.max_tokens
     batch = stage.sample_batch([TokenizedText(ids, 0, len(ids), 0)] * n_texts)
     parameters = [p for p in stage.model.parameters() if p.requires_grad]

@@ -63,7 +63,8 @@ def checkpoint_to_resume(
             )
         log.warning("resume=force: going on although %s", words)
     now = made_by(recipe)
-    if moved := [f"{k} {manifest.made_by[k]} → {now[k]}" for k in now if manifest.made_by.get(k) != now[k]]:
+    before = {key: value for key, value in manifest.made_by.items() if key in now}
+    if moved := [f"{key} {value} → {now[key]}" for key, value in before.items() if value != now[key]]:
         log.warning("losses may differ in their last digits, or in dropout: %s", ", ".join(moved))
     log.info("going on from %s", checkpoint.folder)
     return checkpoint

@@ -147,8 +147,8 @@ def check_batch(recipe: Recipe, ranks: Ranks) -> None:
             f"{ranks.world_size} ranks: raise it"
         )
     needed = recipe.data.max_tokens
-    if recipe.batch.max_tokens_per_micro_batch < needed:
+    if recipe.batch.micro_batch_tokens < needed:
         raise UserError(
-            f"batch.max_tokens_per_micro_batch={recipe.batch.max_tokens_per_micro_batch} cannot hold "
+            f"batch.micro_batch_tokens={recipe.batch.micro_batch_tokens} cannot hold "
             f"a text of data.max_tokens={recipe.data.max_tokens}: raise it to at least {needed}"
         )

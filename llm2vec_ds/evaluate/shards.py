@@ -50,7 +50,7 @@ class RankEncoder:
     """An encoder as evaluation calls it; this rank encodes everything."""
 
     encoder: Encoder
-    max_tokens_per_micro_batch: int = 4096
+    micro_batch_tokens: int = 4096
 
     def encode(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
         """Vectors of `texts` in their order, `[N, D]` fp32, not normalised.
@@ -74,7 +74,7 @@ class RankEncoder:
         vectors: np.ndarray = self.encoder.encode(
             texts,
             instruction=instruction,
-            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
+            micro_batch_tokens=self.micro_batch_tokens,
             show_progress=rank() == 0,
         )
         return vectors

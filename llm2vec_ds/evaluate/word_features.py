@@ -52,7 +52,7 @@ def word_features(
     encoder: Encoder,
     sentences: Sequence[TaggedSentence],
     *,
-    max_tokens_per_micro_batch: int = 4096,
+    micro_batch_tokens: int = 4096,
     cache: Path | None = None,
     progress: bool = False,
 ) -> WordFeatures:
@@ -69,7 +69,7 @@ def word_features(
     kept_places = [[tokens for tokens in words if tokens] for words in places]
     vectors = _cached(cache)
     if vectors is None:
-        vectors = _vectors(encoder, texts, kept_places, max_tokens_per_micro_batch, progress)
+        vectors = _vectors(encoder, texts, kept_places, micro_batch_tokens, progress)
         if cache is not None:
             vectors = _store(cache, vectors)
     return WordFeatures(vectors, labels, sentence, n_unscored)

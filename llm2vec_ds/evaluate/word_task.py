@@ -51,7 +51,7 @@ def run_word_task(
     probes: Sequence[ProbeOptions],
     cache: Path | None,
     *,
-    max_tokens_per_micro_batch: int = 4096,
+    micro_batch_tokens: int = 4096,
 ) -> dict[str, Any]:
     """Scores by shift, the mean over seeds and each seed's.
 
@@ -66,7 +66,7 @@ def run_word_task(
         word_features(
             encoder,
             task.sentences(source),
-            max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+            micro_batch_tokens=micro_batch_tokens,
             cache=cache and cache / _key(encoder, model, task, source),
             progress=True,
         )

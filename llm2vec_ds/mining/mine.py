@@ -182,10 +182,10 @@ class _Mining:
         return mapped
 
     def _vectors(self, texts: list[str], instruction: str | None) -> np.ndarray:
-        budget = self.options.max_tokens_per_micro_batch
-        with enough_memory(f"lower --max-tokens-per-micro-batch (now {budget})"):
+        budget = self.options.micro_batch_tokens
+        with enough_memory(f"lower --micro-batch-tokens (now {budget})"):
             return self.encoder.encode(
-                texts, instruction=instruction, normalize=True, max_tokens_per_micro_batch=budget
+                texts, instruction=instruction, normalize=True, micro_batch_tokens=budget
             )
 
     def _search(self, corpus: Corpus, queries: np.ndarray, documents: np.ndarray) -> None:

@@ -34,7 +34,7 @@ class MiningOptions:
     sampling: str = "top"
     query_instruction: str | None = None
     document_instruction: str | None = None
-    max_tokens_per_micro_batch: int = 4096
+    micro_batch_tokens: int = 4096
     seed: int = 42
 
     def check(self) -> None:
@@ -59,7 +59,7 @@ class MiningOptions:
     def key(self, sources: list[Source], *more: object) -> str:
         """Changes with all that the output depends on; of a model's files with their sizes and times."""
         values = asdict(self)
-        del values["max_tokens_per_micro_batch"]  # shapes nothing but speed and memory
+        del values["micro_batch_tokens"]  # shapes nothing but speed and memory
         identities = [source.identity() for source in sources]
         files, on_cuda = files_in(Path(self.model)), torch.cuda.is_available()
         return key_of(values, identities, files, on_cuda, *more, version=FORMAT_VERSION)

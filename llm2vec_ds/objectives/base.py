@@ -47,7 +47,7 @@ class StepResult:
 class Stage(Protocol):
     """An objective with its model and data. Knows nothing of DeepSpeed, optimizers or schedules."""
 
-    max_tokens_per_micro_batch: int
+    micro_batch_tokens: int
 
     @property
     def model(self) -> nn.Module:

@@ -200,7 +200,7 @@ class Planner:
         return StepTime(speed.seconds(self.work()) * 1e3, sent * 1e3)
 
     def largest_token_budget(self) -> int:
-        """The largest `batch.max_tokens_per_micro_batch` that fits, in whole texts; 0 if none does."""
+        """The largest `batch.micro_batch_tokens` that fits, in whole texts; 0 if none does."""
         n_texts = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_texts_per_pass(n)))
         return n_texts * self.load.tokens_per_text
 
@@ -218,7 +218,7 @@ class Planner:
     def _with_examples(self, n: int) -> Workload:
         """At this recipe's token budget, so that the cache runs where the batch grows."""
         factor = n / self.load.rows
-        budget = max(1, self.recipe.batch.max_tokens_per_micro_batch // self.load.tokens_per_text)
+        budget = max(1, self.recipe.batch.micro_batch_tokens // self.load.tokens_per_text)
         texts = round(self.load.texts * factor)
         return dataclasses.replace(
             self.load,

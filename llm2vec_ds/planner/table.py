@@ -148,12 +148,10 @@ def as_table(plan: dict[str, Any]) -> str:
 def _advice(plan: dict[str, Any]) -> str:
     if not plan["some_choice_fits"]:
         budget = plan["largest_token_budget"]
-        fix = (
-            f"batch.max_tokens_per_micro_batch={budget}" if budget else "model.quantization=nf4, or more GPUs"
-        )
+        fix = f"batch.micro_batch_tokens={budget}" if budget else "model.quantization=nf4, or more GPUs"
         return f"nothing here fits: try {fix}, model.activation_checkpointing=full"
     advice = f"use deepspeed={plan['use'] or 'null'}; with {plan['deepspeed'] or 'no JSON'} at most "
-    advice += f"batch.max_tokens_per_micro_batch={plan['largest_token_budget']}"
+    advice += f"batch.micro_batch_tokens={plan['largest_token_budget']}"
     if plan["largest_global_batch"] is not None:
         advice += (
             f", batch.global_batch_size={plan['largest_global_batch']} "

@@ -60,7 +60,7 @@ def workload(recipe: Recipe, world_size: int) -> Workload:
     examples = -(-batch.global_batch_size // world_size)
     work = objective_of(recipe).planned_work(recipe)
     texts = examples * work.texts_per_row
-    a_pass = min(texts, max(1, batch.max_tokens_per_micro_batch // recipe.data.max_tokens))
+    a_pass = min(texts, max(1, batch.micro_batch_tokens // recipe.data.max_tokens))
     return Workload(
         tokens_per_text=recipe.data.max_tokens,
         texts=texts,

@@ -88,7 +88,7 @@ def _stage_values(
     values = _laid_over(values, own)
     moved = {f"{written_root}/{stage}/encoder": f"{root}/{stage}/encoder" for stage in before}
     if isinstance(model := values.get("model"), dict):
-        model["path"] = moved.get(model.get("path"), model.get("path"))
+        model["path"] = moved.get(str(model.get("path")), model.get("path"))
     for override in [o for o in overrides if not o.startswith("output_dir=")]:
         apply_override(values, override)
     return values

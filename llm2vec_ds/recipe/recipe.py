@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, create_model, model_validator
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.keys import keys_of, unknown_key
 from llm2vec_ds.recipe.objectives import SECTIONS, ObjectiveConfig
+from llm2vec_ds.recipe.renamed import with_names_of_today
 from llm2vec_ds.recipe.sections import (
     AdapterConfig,
     BatchConfig,
@@ -160,6 +161,7 @@ def _with_section(stage: str, section: type[ObjectiveConfig]) -> type[Recipe]:
 
 def parse_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
     """Validates; all mistakes in one UserError line."""
+    values = with_names_of_today(values, source)
     stage = values.get("stage")
     if "stage" in values and not (isinstance(stage, str) and stage in SECTIONS):
         known = ", ".join(SECTIONS)

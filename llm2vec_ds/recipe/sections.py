@@ -114,11 +114,11 @@ class BatchConfig(Section):
 
     global_batch_size: Positive = 32
     """Texts a step, over all ranks. The result does not depend on how ranks share them."""
-    max_tokens_per_micro_batch: Positive = 4096
+    micro_batch_tokens: Positive = 4096
     """Tokens of one forward pass on one rank; texts are packed into it without padding."""
     halve_if_out_of_memory: bool = False
     """Where the first step does not fit into memory, all ranks start again with half of
-    `max_tokens_per_micro_batch`, and so on down to `data.max_tokens`."""
+    `micro_batch_tokens`, and so on down to `data.max_tokens`."""
 
 
 class OptimizerConfig(Section):

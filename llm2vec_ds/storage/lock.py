@@ -185,7 +185,7 @@ def _take_over(file: Path, descriptor: int, what: object, *, has_flock: bool) ->
         text = _read(descriptor)
     holder, own = Holder.parse(text), Holder.this_process()
     if holder is None:
-        ended = has_flock and _is_begun(text)  # killed before it could write its name
+        ended: bool | None = has_flock and _is_begun(text)  # killed before it could write its name
     elif holder.host == own.host:
         ended = has_flock or not _is_running(holder.pid)
     else:

@@ -51,7 +51,7 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What is encoded, and how; all of it shapes the vectors but `max_tokens_per_micro_batch`."""
+    """What is encoded, and how; all of it shapes the vectors but `micro_batch_tokens`."""
 
     model: str
     input: str
@@ -63,19 +63,19 @@ class EncodeOptions:
     attention: str = "auto"
     precision: str = "auto"
     bad_texts: BadTexts = "raise"
-    max_tokens_per_micro_batch: int = 4096
+    micro_batch_tokens: int = 4096
 
     def key(self, source: Source) -> str:
         """Changes with all that the vectors depend on; of a model's files with their sizes and times."""
         values = asdict(self)
-        del values["max_tokens_per_micro_batch"]
+        del values["micro_batch_tokens"]
         files, on_cuda = files_in(Path(self.model)), torch.cuda.is_available()
         return key_of(values, source.identity(), files, on_cuda, version=FORMAT_VERSION)
 
     def key_of_version_1(self, source: Source, toolkit: str) -> str:
         """That of a version `toolkit` whose keys had no version."""
         values = asdict(self)
-        values["batch_tokens"] = values.pop("max_tokens_per_micro_batch")  # its name then
+        values["batch_tokens"] = values.pop("micro_batch_tokens")  # its name then
         parts = [toolkit, values, source.identity(), files_in(Path(self.model)), torch.cuda.is_available()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
@@ -122,6 +122,7 @@ def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = Fal
             return _encode_stdin(options, target, folder, overwrite)
         source = find_source(options.input, "--input")
         check_reads_no_output([file, note_of(file)], source.files, f"--output {file}")
+        _check_note(file)
         key = _key(options, source, target)
         if file.exists() and not overwrite:
             note = VectorNote.read(file)
@@ -129,7 +130,6 @@ def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = Fal
                 log.info("%s: done already, left alone", file)
                 return file
             raise UserError(f"--output {file} exists: choose another, or give --overwrite")
-        _check_note(file)
         with work_folder(folder, f"{key} {target.shard}"):
             _run(_Encoding(options, source, target, folder, key))
     return file
@@ -139,7 +139,7 @@ def _key(options: EncodeOptions, source: Source, target: Target) -> str:
     """Today's, or that of version 1 where these very shards were begun with it: all shards have one key."""
     shard, folder = target.shard, target.path.parent
     parts = [Shard(index, shard.count).file(folder, target.suffix) for index in range(shard.count)]
-    files = parts if target.path in parts else [target.path]
+    files = [file for file in (parts if target.path in parts else [target.path]) if file.exists()]
     note = next((note for note in map(VectorNote.read, files) if note is not None), None)
     if note is not None and note.key == options.key_of_version_1(source, note.llm2vec_ds_version):
         return note.key
@@ -207,7 +207,7 @@ class _Encoding:
             options.model, attention=options.attention, precision=options.precision
         )
         dimensions = options.truncate_dim or encoder.dimensions
-        with enough_memory(f"lower --max-tokens-per-micro-batch (now {options.max_tokens_per_micro_batch})"):
+        with enough_memory(f"lower --micro-batch-tokens (now {options.micro_batch_tokens})"):
             self._encode(encoder, start, stop, dimensions)
         if self.target.suffix != ".npy":
             write_rows(self.rows, self._blocks(start, stop), dimensions)
@@ -227,7 +227,7 @@ class _Encoding:
             prompt_name=self.options.prompt_name,
             normalize=self.options.normalize,
             truncate_dim=self.options.truncate_dim,
-            max_tokens_per_micro_batch=self.options.max_tokens_per_micro_batch,
+            micro_batch_tokens=self.options.micro_batch_tokens,
             bad_texts=self.options.bad_texts,
             first_row=start + n_done,
             show_progress=True,

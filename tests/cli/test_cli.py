@@ -15,7 +15,7 @@ import typer
 
 from llm2vec_ds.cli.app import app
 from llm2vec_ds.encoder.encoder import Encoder
-from tests.support.in_process import error_line, run
+from tests.support.in_process import run
 from tests.support.runs import ROOT, command, recipe, write_recipe
 from tests.support.tiny import sentences
 
@@ -178,12 +178,3 @@ def test_launchers_put_local_rank_first(
 ) -> None:
     assert run(monkeypatch, "--local_rank=0", "train", "none.yaml") == 2
     assert "none.yaml not found" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("given", [["--micro-batch-tokens", "64"], ["--micro-batch-tokens=64"]])
-def test_an_option_of_an_earlier_version_is_answered_with_its_name_of_today(
-    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "mine", "--model", "m", *given) == 2
-    line = error_line(capsys)
-    assert line == "--micro-batch-tokens is called --max-tokens-per-micro-batch now: give it that name"

@@ -295,9 +295,8 @@ MISTAKES = {
         changes={"batch": {"global_batch_size": 1000}},
     ),
     "token budget": Mistake(
-        "batch.max_tokens_per_micro_batch=60 cannot hold a text of data.max_tokens=64: raise it to at "
-        "least 64",
-        changes={"batch": {"global_batch_size": 8, "max_tokens_per_micro_batch": 60}},
+        "batch.micro_batch_tokens=60 cannot hold a text of data.max_tokens=64: raise it to at least 64",
+        changes={"batch": {"global_batch_size": 8, "micro_batch_tokens": 60}},
     ),
     "no DeepSpeed JSON": Mistake(
         "DeepSpeed config TMP/ds.json not found: see ds_configs/ for ready ones", changes=DEEPSPEED
@@ -737,7 +736,7 @@ def test_a_full_gpu(
     assert run(monkeypatch, "train", write_recipe(values, tmp_path / "r.yaml")) == 2
     assert_reads(
         error_line(capsys),
-        "the GPU's memory is full; planned … GiB (weights …). Try batch.max_tokens_per_micro_batch=80 "
+        "the GPU's memory is full; planned … GiB (weights …). Try batch.micro_batch_tokens=80 "
         "(now 160), or model.activation_checkpointing=full, or model.quantization=nf4, or … (CUDA out of "
         "memory. Tried …)",
     )

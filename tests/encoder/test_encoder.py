@@ -86,9 +86,7 @@ def test_few_long_texts_make_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_devices_share_the_work_and_keep_the_order(encoder: Encoder, tiny_model_dir: Path) -> None:
     several = Encoder.from_pretrained(tiny_model_dir, device=["cpu", "cpu"])
     texts = sentences(40)
-    np.testing.assert_allclose(
-        several.encode(texts, max_tokens_per_micro_batch=1), encoder.encode(texts), atol=1e-5
-    )
+    np.testing.assert_allclose(several.encode(texts, micro_batch_tokens=1), encoder.encode(texts), atol=1e-5)
     assert several._replicas is not None
     several.train()
     assert several._replicas is None  # copies would not follow the training

@@ -76,7 +76,7 @@ def recipe_of(case: Case, model: Path, pairs: Path, output: Path) -> dict[str, A
         "deepspeed": str(ROOT / "ds_configs" / f"zero{zero_stage}.json") if zero_stage else None,
         "batch": {
             "global_batch_size": EXAMPLES,
-            "max_tokens_per_micro_batch": 9 * -(-texts // micro_batches),
+            "micro_batch_tokens": 9 * -(-texts // micro_batches),
         },
         "optimizer": {"lr": 1e-3, "schedule": "constant"},
         "adapter": lora if adapter == "lora" else None,

@@ -62,7 +62,7 @@ def test_a_full_memory_is_explained(
     for part in (
         "memory is full; planned",
         "weights 0.0",
-        "batch.max_tokens_per_micro_batch=80 (now 160)",
+        "batch.micro_batch_tokens=80 (now 160)",
         "model.activation_checkpointing=full",
         "model.quantization=nf4",
         "no memory for 1",
@@ -85,7 +85,7 @@ def test_all_ranks_start_smaller_when_one_is_full(
     recipes = []
     for name in ("fits", "full"):
         values = recipe("simcse", tiny_model_dir, texts_file, tmp_path / name, max_steps=2, **NO_DROPOUT)
-        values["batch"] |= {"max_tokens_per_micro_batch": 640, "halve_if_out_of_memory": True}
+        values["batch"] |= {"micro_batch_tokens": 640, "halve_if_out_of_memory": True}
         values["deepspeed"] = str(ROOT / "ds_configs" / "zero2.json")
         recipes.append(values)
     run_ranks(partial(_the_second_does_not_fit_on_one_rank, recipes=recipes), 2)

@@ -57,7 +57,7 @@ def test_micro_batch_size_changes_nothing(
     one_process: Any, tmp_path: Path, tiny_model_dir: Path, texts_file: Path
 ) -> None:
     values = recipe("simcse", tiny_model_dir, texts_file, tmp_path / "run", **NO_DROPOUT)
-    values["batch"]["max_tokens_per_micro_batch"] = 10_000
+    values["batch"]["micro_batch_tokens"] = 10_000
     losses = [row["loss"] for row in trained(values)]
     assert losses == pytest.approx([row["loss"] for row in one_process["simcse"][0]], rel=1e-5)
 

@@ -53,7 +53,7 @@ def uneven_recipe(case: Case, model: Path, pairs: Path, output: Path) -> dict[st
     recipe["max_steps"] = STEPS
     recipe["batch"] = {
         "global_batch_size": EXAMPLES,
-        "max_tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH,
+        "micro_batch_tokens": TOKENS_PER_MICRO_BATCH,
     }
     return recipe
 

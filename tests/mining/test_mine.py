@@ -83,7 +83,7 @@ def ranked(options: MiningOptions, candidates: list[str]) -> list[list[str]]:
         {},
         {"first_rank": 4, "last_rank": 9, "negatives": 6},
         {"margin": 0.08, "first_rank": 2},
-        {"query_instruction": "find bread", "document_instruction": "fish", "max_tokens_per_micro_batch": 64},
+        {"query_instruction": "find bread", "document_instruction": "fish", "micro_batch_tokens": 64},
     ],
     ids=["top", "ranks", "margin", "instructions"],
 )
@@ -238,7 +238,7 @@ def test_other_options_start_anew(
 
 def test_the_key_does_not_know_the_micro_batch(make: Make) -> None:
     """It shapes speed and memory alone: the advice of a full memory keeps what is encoded."""
-    assert make().key([]) == make(max_tokens_per_micro_batch=64).key([]) != make(margin=0.1).key([])
+    assert make().key([]) == make(micro_batch_tokens=64).key([]) != make(margin=0.1).key([])
 
 
 def test_the_key_knows_sources_and_model(make: Make, tmp_path: Path) -> None:

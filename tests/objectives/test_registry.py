@@ -52,15 +52,14 @@ class LengthStage:
         self.data_fingerprint, batch = self.texts.fingerprint, parts.recipe.batch
         self.global_batch_size, self.seed = batch.global_batch_size, parts.recipe.seed
         self.global_batch = EpochBatches(len(self.texts), batch.global_batch_size, self.seed)
-        self.max_tokens_per_micro_batch = batch.max_tokens_per_micro_batch
+        self.micro_batch_tokens = batch.micro_batch_tokens
 
     def text(self, row: int) -> TokenizedText:
         return self.texts[[row]][0]
 
     def batches(self, step: int, rows: np.ndarray) -> list[np.ndarray]:
         return [
-            rows[group]
-            for group in plan_micro_batches(self.texts.lengths[rows], self.max_tokens_per_micro_batch)
+            rows[group] for group in plan_micro_batches(self.texts.lengths[rows], self.micro_batch_tokens)
         ]
 
     def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
@@ -96,7 +95,7 @@ def recipe_file(tiny_model_dir: Path, texts_file: Path, tmp_path: Path) -> Any:
         "data": {"path": str(texts_file), "max_tokens": 64},
         "output_dir": str(tmp_path / "run"),
         "max_steps": 6,
-        "batch": {"global_batch_size": 16, "max_tokens_per_micro_batch": 160, "halve_if_out_of_memory": True},
+        "batch": {"global_batch_size": 16, "micro_batch_tokens": 160, "halve_if_out_of_memory": True},
         "optimizer": {"lr": 1e-2},
         "length": {"largest_length": 64},
     }

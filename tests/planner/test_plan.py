@@ -103,7 +103,7 @@ def test_more_nodes_send_more_and_a_slower_link_takes_longer() -> None:
 def test_sent_bytes_are_those_of_the_scaling_document() -> None:
     """A row of its table: 8 GPUs, ZeRO-2, four micro-batches, 64 queries with a hard negative a GPU."""
     path = ROOT / "recipes" / "llama2_7b_chat" / "supervised.yaml"
-    budget, kept = "batch.max_tokens_per_micro_batch=24576", "model.activation_checkpointing=none"
+    budget, kept = "batch.micro_batch_tokens=24576", "model.activation_checkpointing=none"
     plan = planner(path, budget, kept, nodes=1, gpus_per_node=8)
     again = planner(path, budget, nodes=1, gpus_per_node=8)  # layers run again in backward
     assert plan.load.micro_batches == 4

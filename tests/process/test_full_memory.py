@@ -70,15 +70,15 @@ def test_in_training(
     assert run(monkeypatch, "train", write_recipe(values, tmp_path / "r.yaml")) == 2
     assert_reads(
         error_line(capsys),
-        f"{WHICH[fills]} is full; planned … GiB (…). Try batch.max_tokens_per_micro_batch=80 (now 160), …",
+        f"{WHICH[fills]} is full; planned … GiB (…). Try batch.micro_batch_tokens=80 (now 160), …",
     )
 
 
 COMMANDS = {
-    "encode": "encode --model MODEL --input TMP/texts.txt --output TMP/v.npy --max-tokens-per-micro-batch 99",
-    "mine": "mine --model MODEL --pairs TMP/p.jsonl --output TMP/m.jsonl --max-tokens-per-micro-batch 99",
+    "encode": "encode --model MODEL --input TMP/texts.txt --output TMP/v.npy --micro-batch-tokens 99",
+    "mine": "mine --model MODEL --pairs TMP/p.jsonl --output TMP/m.jsonl --micro-batch-tokens 99",
     "words": "evaluate words --model MODEL --train TMP/w.txt --test TMP/w.txt --column 1 --output TMP/words "
-    "--max-tokens-per-micro-batch 99",
+    "--micro-batch-tokens 99",
     "export": "export MODEL --output TMP/out",
 }
 
@@ -99,8 +99,8 @@ def test_in_other_commands(
     words = COMMANDS[name].replace("MODEL", str(tiny_model_dir)).replace("TMP", str(tmp_path))
     assert run(monkeypatch, *words.split()) == 2
     fix = "end other programs, or take a machine with more memory"
-    if "--max-tokens-per-micro-batch" in words:
-        fix = "lower --max-tokens-per-micro-batch (now 99)"
+    if "--micro-batch-tokens" in words:
+        fix = "lower --micro-batch-tokens (now 99)"
     assert error_line(capsys) == f"{WHICH[fills]} is full: {fix}"
 
 

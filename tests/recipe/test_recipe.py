@@ -39,7 +39,7 @@ STAGED: dict[str, Any] = {
     "batch": {"global_batch_size": 8},
     "stages": {
         "mntp": {"data": {"path": "t.txt"}, "mntp": {"mask_rate": 0.5}},
-        "simcse": {"data": {"path": "s.txt"}, "batch": {"max_tokens_per_micro_batch": 512}},
+        "simcse": {"data": {"path": "s.txt"}, "batch": {"micro_batch_tokens": 512}},
     },
 }
 
@@ -78,7 +78,7 @@ def test_a_file_of_several_stages(tmp_path: Path) -> None:
     assert mntp.mntp is not None
     assert mntp.mntp.mask_rate == 0.3
     assert (simcse.stage, simcse.model.path) == ("simcse", "runs/x/mntp/encoder")
-    assert (simcse.batch.global_batch_size, simcse.batch.max_tokens_per_micro_batch) == (8, 512)
+    assert (simcse.batch.global_batch_size, simcse.batch.micro_batch_tokens) == (8, 512)
     assert mntp.seed == simcse.seed == 3
     (only,) = load_stages(path, ["stage=simcse", "output_dir=runs/y"])
     assert (only.model.path, only.output_dir) == ("runs/y/mntp/encoder", "runs/y/simcse")
@@ -183,3 +183,15 @@ def test_every_field_is_documented() -> None:
 def test_one_pair_a_batch_is_fine_with_hard_negatives() -> None:
     values = {**MINIMAL, "stage": "supervised", "batch": {"global_batch_size": 1}}
     assert parse_recipe(values).batch.global_batch_size == 1
+
+
+def test_a_former_key_is_read_and_its_name_of_today_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, {**MINIMAL, "batch": {"max_tokens_per_micro_batch": 512}})
+    assert load_recipe(path).batch.micro_batch_tokens == 512
+    assert "`batch.max_tokens_per_micro_batch` is called `batch.micro_batch_tokens` now" in caplog.text
+    with pytest.raises(UserError, match="both are set"):
+        load_recipe(path, ["batch.micro_batch_tokens=256"])
+    given = ["batch.max_tokens_per_micro_batch=256"]
+    assert load_recipe(write(tmp_path, MINIMAL), given).batch.micro_batch_tokens == 256

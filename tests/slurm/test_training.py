@@ -135,7 +135,7 @@ def test_a_stop_file_ends_the_chain(
 def test_an_error_is_not_requeued_and_ends_the_log_with_its_line(
     cluster: Cluster, submit: Callable[..., str], tmp_path: Path
 ) -> None:
-    job = submit(tmp_path / "run", "batch.max_tokens_per_micro_batch=8")
+    job = submit(tmp_path / "run", "batch.micro_batch_tokens=8")
     job_end = cluster.wait_for_state(job, "COMPLETED", "FAILED")
     assert (job_end["JobState"], job_end["Restarts"]) == ("FAILED", "0")
     last = cluster.log(job).strip().splitlines()[-1]

@@ -36,7 +36,7 @@ def recipe(stage: str, model: Path, texts: Path, output: Path, **changes: Any) -
         "data": {"path": str(texts), "max_tokens": 64},
         "output_dir": str(output),
         "max_steps": 6,
-        "batch": {"global_batch_size": 16, "max_tokens_per_micro_batch": 160},
+        "batch": {"global_batch_size": 16, "micro_batch_tokens": 160},
         "optimizer": {"lr": 1e-3, "warmup_steps": 2},
         stage: own,
         **changes,

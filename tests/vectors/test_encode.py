@@ -60,7 +60,7 @@ def test_the_micro_batch_size_is_no_part_of_what_vectors_are(
 ) -> None:
     """Following the advice of a full memory keeps finished blocks, finished shards and the index."""
     caplog.set_level("INFO")
-    smaller = replace(options, max_tokens_per_micro_batch=64)
+    smaller = replace(options, micro_batch_tokens=64)
     with monkeypatch.context() as patch:
         patch.setattr("llm2vec_ds.vectors.encode._Encoding._finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -79,7 +79,7 @@ class ContrastiveStage:
         *,
         data_fingerprint: str,
         seed: int,
-        max_tokens_per_micro_batch: int,
+        micro_batch_tokens: int,
     ) -> None:
         self.model = model
         self.encoder = model.encoder
@@ -89,14 +89,14 @@ class ContrastiveStage:
         self.held_out_pairs = held_out_pairs
         self.loss = ContrastiveLoss(config)
         self.seed = seed
-        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.micro_batch_tokens = micro_batch_tokens
 
     def text(self, row: int) -> TokenizedText:
         (example,) = self.examples([row])
         return example[0]
 
     def batches(self, step: int, rows: np.ndarray) -> PackedExamples:
-        return PackedExamples(self.examples(rows), self.max_tokens_per_micro_batch)
+        return PackedExamples(self.examples(rows), self.micro_batch_tokens)
 
     def step(
         self, step: int, rows: np.ndarray, batches: PackedExamples, forward: Forward, backward: Backward
@@ -141,7 +141,7 @@ class ContrastiveStage:
         if self.held_out_pairs is None:
             return None
         return held_out_metrics(
-            self.held_out_pairs, self.loss, forward, self.max_tokens_per_micro_batch, self.encoder.device
+            self.held_out_pairs, self.loss, forward, self.micro_batch_tokens, self.encoder.device
         )
 
 

@@ -32,5 +32,5 @@ class Simcse(ContrastiveObjective):
             section_of(recipe),
             data_fingerprint=texts.fingerprint,
             seed=recipe.seed,
-            max_tokens_per_micro_batch=recipe.batch.max_tokens_per_micro_batch,
+            micro_batch_tokens=recipe.batch.micro_batch_tokens,
         )

@@ -51,5 +51,5 @@ class Supervised(ContrastiveObjective):
             parts.held_out,
             data_fingerprint=pairs.fingerprint,
             seed=recipe.seed,
-            max_tokens_per_micro_batch=recipe.batch.max_tokens_per_micro_batch,
+            micro_batch_tokens=recipe.batch.micro_batch_tokens,
         )

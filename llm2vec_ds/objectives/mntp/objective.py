@@ -64,7 +64,7 @@ class Mntp(Objective):
             masking,
             seed=recipe.seed,
             global_batch_size=recipe.batch.global_batch_size,
-            max_tokens_per_micro_batch=recipe.batch.max_tokens_per_micro_batch,
+            micro_batch_tokens=recipe.batch.micro_batch_tokens,
         )
 
     def planned_work(self, recipe: Recipe) -> PlannedWork:
@@ -101,7 +101,7 @@ class MntpStage:
         *,
         seed: int,
         global_batch_size: int,
-        max_tokens_per_micro_batch: int,
+        micro_batch_tokens: int,
     ) -> None:
         self.model = model
         self.encoder = model.encoder
@@ -111,7 +111,7 @@ class MntpStage:
         self.held_out_texts = held_out_texts
         self.masking = masking
         self.seed = seed
-        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.micro_batch_tokens = micro_batch_tokens
 
     def text(self, row: int) -> TokenizedText:
         (text,) = self.texts[[row]]
@@ -166,7 +166,7 @@ class MntpStage:
 
     def _masked_batches(self, texts: PreparedTexts, rows: np.ndarray, step: int) -> MaskedBatches:
         batches, groups = [], []
-        for group in plan_micro_batches(texts.lengths[rows], self.max_tokens_per_micro_batch):
+        for group in plan_micro_batches(texts.lengths[rows], self.micro_batch_tokens):
             own_rows = rows[group]
             masked, labels = self._mask(texts[own_rows], own_rows, step)
             batches.append(pack(masked, labels))
