@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.process.environment import set_variables
 
 T = TypeVar("T")
 
@@ -63,9 +64,9 @@ def export_ranks(ranks: Ranks, environment: MutableMapping[str, str] = os.enviro
     Raises:
         UserError: several ranks, and no launcher has said where rank 0 is.
     """
-    environment["RANK"] = str(ranks.rank)
-    environment["WORLD_SIZE"] = str(ranks.world_size)
-    environment["LOCAL_RANK"] = str(ranks.local_rank)
+    values = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
+    shown = {name: str(value) for name, value in values.items()}
+    set_variables(shown, "torch.distributed and DeepSpeed", environment)
     if ranks.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         raise UserError("several ranks need MASTER_ADDR and MASTER_PORT: the node and port of rank 0")
 

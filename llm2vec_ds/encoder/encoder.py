@@ -32,6 +32,7 @@ from llm2vec_ds.encoder.settings import EncoderSettings, stored_settings
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.model.adapter_stack import AdapterStack, adapter_state, write_stack
 from llm2vec_ds.model.adapters import merged_state_dict
+from llm2vec_ds.model.attention import register_for
 from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.damage import check_ids, why_not_finite
 from llm2vec_ds.model.imported import merge_adapters, resolve, upstream_settings
@@ -63,6 +64,11 @@ class Encoder(nn.Module):
         self._replicas: Replicas[Any] | None = None
         self.stack: AdapterStack | None = None
         """Where adapters over a quantised base come from; `save` writes them beside the merged weights."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For pickle: attention is registered in the process that reads it too."""
+        super().__setstate__(state)
+        register_for(self.trunk)
 
     @classmethod
     def from_pretrained(

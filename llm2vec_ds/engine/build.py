@@ -98,6 +98,7 @@ def _trunk_options(recipe: Recipe, device: torch.device, partition: Partition) -
         partition=partition,
         trust_remote_code=model.trust_remote_code,
         quantization=model.quantization,
+        fused_layers=model.fused_layers,
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -24,6 +23,7 @@ from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
 from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.lora_linear import LoraLinear
+from llm2vec_ds.process.environment import set_defaults
 from llm2vec_ds.process.host_heap import large_blocks_go_back
 from llm2vec_ds.recipe.deepspeed_json import (
     OWNED_BY_RECIPE,
@@ -42,7 +42,7 @@ def start_process_group(ranks: Ranks) -> torch.device:
     """Joins this process to the others (NCCL on CUDA, gloo elsewhere); returns its device."""
     on_cuda = torch.cuda.is_available()
     if not on_cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        set_defaults({"DS_ACCELERATOR": "cpu"}, "DeepSpeed")
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 

@@ -32,6 +32,7 @@ FREE_KEYS = (
     "model.path",
     "model.config_file",
     "model.activation_checkpointing",
+    "model.fused_layers",
     "deepspeed",
     "evaluation",
     "machine",
@@ -87,6 +88,7 @@ def made_by(recipe: Recipe) -> dict[str, Any]:
     """Versions, commit, ranks, threads and token budget: what bit-equal losses need to be the same."""
     return {
         "micro_batch_tokens": recipe.batch.micro_batch_tokens,
+        "fused_layers": recipe.model.fused_layers,
         "deepspeed": recipe.deepspeed,
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "python": platform.python_version(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -35,6 +34,7 @@ from llm2vec_ds.engine.trainer import Evaluation, Trainer
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import n_fused
 from llm2vec_ds.model.loading import TrunkOptions
+from llm2vec_ds.process.environment import set_defaults
 from llm2vec_ds.process.host_heap import freed_memory_is_kept
 from llm2vec_ds.process.preemption import StopRequest
 from llm2vec_ds.recipe.recipe import Recipe
@@ -136,7 +136,7 @@ def _train(
 
 
 def _use_deterministic_algorithms() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    set_defaults({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, "cuBLAS, which is deterministic then")
     torch.use_deterministic_algorithms(True)
 
 

@@ -46,6 +46,13 @@ def register(backend: str = "auto") -> str:
     return name
 
 
+def register_for(trunk: Any) -> None:
+    """Registers the implementation that a trunk from another process asks for, where it is ours."""
+    name = trunk.config._attn_implementation
+    if name is not None and name.partition("_")[0] == NAME:
+        register(name.removeprefix(NAME).removeprefix("_") or "auto")
+
+
 def _padding_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> torch.Tensor | None:
     """The `[B, L]` padding mask as it came: which pairs see each other follows from lengths alone."""
     return attention_mask

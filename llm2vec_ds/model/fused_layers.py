@@ -67,12 +67,14 @@ def _is_gemmas_norm(kind: Any) -> bool:
 
 
 def _same_code(function: Any, known: Any) -> bool:
-    """Instructions, names, constants but the docstring, and the same of the functions of their module that
-    they call; how the source is spelt does not count."""
+    """Instructions, names, constants but the docstring, defaults, what they enclose, and the same of the
+    functions of their module that they call; how the source is spelt does not count."""
     if not isinstance(function, FunctionType) or not isinstance(known, FunctionType):
         return False
     a, b = function.__code__, known.__code__
     if a.co_code != b.co_code or a.co_names != b.co_names:
+        return False
+    if _bound_values(function) != _bound_values(known):
         return False
     texts = (function.__doc__, known.__doc__)
     if [c for c in a.co_consts if c not in texts] != [c for c in b.co_consts if c not in texts]:
@@ -81,12 +83,31 @@ def _same_code(function: Any, known: Any) -> bool:
     return all(_same_code(function.__globals__.get(name), known.__globals__[name]) for name in called)
 
 
+def _bound_values(function: FunctionType) -> tuple[Any, ...]:
+    """What a call takes that its arguments do not say: defaults, and variables of an enclosing function.
+    `__class__`, which every method with `super()` encloses, is another one for each class."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    enclosed = {name: cell.cell_contents for name, cell in cells if name != "__class__"}
+    return function.__defaults__, function.__kwdefaults__, enclosed
+
+
 @cache
 def _fused_class(kept: Any, kind: str) -> Any:
     """A class of the same name over `kept`, so that nothing that asks for the type sees a change."""
     forward = FORWARDS.get(kind)
     changed = _where_it_runs(forward, kept.forward) if forward else _with_fused_rotary(kept.forward)
-    return type(kept.__name__, (kept,), {"forward": changed, "__module__": kept.__module__})
+
+    def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
+        """For pickle and copy, which look a class up by its name and would find `kept`."""
+        return _empty, (kept, kind), self.__dict__
+
+    members = {"forward": changed, "__reduce_ex__": reduced, "__module__": kept.__module__}
+    return type(kept.__name__, (kept,), members)
+
+
+def _empty(kept: Any, kind: str) -> Any:
+    fused = _fused_class(kept, kind)
+    return fused.__new__(fused)
 
 
 def _where_it_runs(fused: Callable[[Any, torch.Tensor], torch.Tensor], plain: Any) -> Any:

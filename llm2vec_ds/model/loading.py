@@ -46,7 +46,7 @@ class TrunkOptions:
     """How a trunk is built. `causal=None` keeps what the folder says (an LLM: bidirectional).
 
     `partition` makes a context in which weights are read into parameters that each rank holds a part of
-    (ZeRO-3); all ranks must then load together. `quantization` is None or `nf4`.
+    (ZeRO-3); all ranks must then load together. `quantization` is None or `nf4`, `fused_layers` auto or off.
     """
 
     causal: bool | None = False
@@ -57,6 +57,7 @@ class TrunkOptions:
     partition: Partition = nullcontext
     trust_remote_code: bool = False
     quantization: str | None = None
+    fused_layers: str = "auto"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,10 +119,17 @@ def _check(trunk: Any, model: nn.Module, options: TrunkOptions) -> None:
         trunk.is_loaded_in_4bit = True  # transformers tells the outermost model only; peft asks the trunk
         prepare_for_training(model)
     model.to(options.device).eval()
+    _fuse(trunk, options)
+    use_fast_products(trunk, options.device)
+
+
+def _fuse(trunk: nn.Module, options: TrunkOptions) -> None:
+    if options.fused_layers == "off":
+        log.info("fused layers: off")
+        return
     fused = ", ".join(f"{n} {kind}" for kind, n in fuse_layers(trunk).items()) or "none that are known"
     here = "" if runs_on(options.device) else ", but not on this device (see docs/kernels.md)"
     log.info("fused layers: %s%s", fused, here)
-    use_fast_products(trunk, options.device)
 
 
 def _check_class(trunk_class: Any, model_type: str, causal: bool) -> None:

@@ -136,7 +136,8 @@ def put_adapters_in(model: MetaModel, recipe: Recipe, options: TrunkOptions) -> 
     if recipe.adapter is not None:
         with META:
             add_lora(model.trunk, recipe.adapter)
-    fuse_layers(model.trunk)
+    if recipe.model.fused_layers == "auto":
+        fuse_layers(model.trunk)
     if options.device.type != "cpu":
         _fuse_dropout(model.trunk)
         _as_deepspeed_casts(model.whole, options.dtype)

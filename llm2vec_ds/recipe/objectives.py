@@ -18,7 +18,7 @@ class ObjectiveConfig(Section):
     attention_dropout: Share = 0.0
     """Dropout on attention weights."""
 
-    def mistake_with(self, batch: BatchConfig, data: DataConfig) -> str | None:
+    def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
         """What in these sections makes the objective useless; None: nothing."""
         return None
 
@@ -57,10 +57,13 @@ class ContrastiveConfig(ObjectiveConfig):
     exchange_precision: Literal["fp32", "bf16"] = "fp32"
     """What documents are rounded to before ranks exchange them; gradients travel in fp32."""
 
-    def mistake_with(self, batch: BatchConfig, data: DataConfig) -> str | None:
+    def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
         if batch.global_batch_size > 1 or (data.pairs is not None and data.pairs.max_negatives > 0):
             return None
-        return "batch.global_batch_size=1 leaves the loss without negatives, so that it is always 0: raise it"
+        return (
+            f"batch.global_batch_size=1 leaves the {stage} loss without negatives, so that it is always 0: "
+            "raise it"
+        )
 
 
 class SimcseConfig(ContrastiveConfig):

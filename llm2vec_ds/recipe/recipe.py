@@ -124,7 +124,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _suits_its_objective(self) -> Recipe:
-        if mistake := self.objective.mistake_with(self.batch, self.data):
+        if mistake := self.objective.mistake_with(self.stage, self.batch, self.data):
             raise ValueError(mistake)
         return self
 

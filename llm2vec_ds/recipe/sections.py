@@ -36,6 +36,9 @@ class ModelConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
     """What backward computes again instead of keeping it: `none`; `selective`, all but matrix products and
     attention (docs/performance.md); `full`, whole layers: least memory, about a third more time."""
+    fused_layers: Literal["auto", "off"] = "auto"
+    """`auto` runs norms, rotary embeddings and gated units as one operation each, where their code is known
+    (docs/kernels.md); `off` leaves them to transformers."""
     trust_remote_code: bool = False
     """Run code that lies beside the model, where it needs its own: read it first. Only `train`, `prepare` and
     `plan` ever do, so the other commands refuse the encoder of such a run (docs/security.md)."""
