@@ -15,7 +15,7 @@ import torch
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.distributed import all_reduce_max_int, rank, world_size
 from llm2vec_ds.engine.deepspeed_engine import Engine
-from llm2vec_ds.engine.monitor import peak_mib
+from llm2vec_ds.engine.metrics import peak_mib
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.objectives.base import Stage
 from llm2vec_ds.planner.plan import GIB, Memory, Planner

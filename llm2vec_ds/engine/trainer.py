@@ -25,8 +25,9 @@ from llm2vec_ds.distributed import (
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore, Manifest
 from llm2vec_ds.engine.deepspeed_engine import Engine
+from llm2vec_ds.engine.finite_check import FiniteCheck
 from llm2vec_ds.engine.identity import made_by
-from llm2vec_ds.engine.monitor import FiniteCheck, MetricsLog, peak_mib
+from llm2vec_ds.engine.metrics import MetricsLog, step_metrics
 from llm2vec_ds.engine.progress_check import ProgressCheck
 from llm2vec_ds.engine.run_folder import ENCODER, mark_finished
 from llm2vec_ds.engine.watchdog import Watchdog
@@ -160,20 +161,17 @@ class Trainer:
         ).tolist()
         elapsed_s = time.perf_counter() - started
         sent = TRAFFIC.sent_bytes - sent_before
-        metrics = {
-            "step": step + 1,
-            "loss": result.loss,
-            **result.metrics,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "n_tokens": n_tokens,
-            "tokens_per_s": n_tokens / elapsed_s,
-            "step_ms": elapsed_s * 1e3,
-            "data_ms": data_s * 1e3,
-            "peak_mib": peak_mib(self.device),
-            "comm_bytes": sent.total(),
-            "comm_bytes_by_kind": dict(sent),
-        }
+        metrics = step_metrics(
+            step + 1,
+            result,
+            lr=lr,
+            grad_norm=grad_norm,
+            n_tokens=n_tokens,
+            elapsed_s=elapsed_s,
+            data_s=data_s,
+            sent_bytes=sent,
+            device=self.device,
+        )
         return metrics, n_asked > 0
 
     def _backward(self, share: torch.Tensor, *, rows: Sequence[int], last: bool) -> None:

@@ -12,12 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from llm2vec_ds.errors import Stopped, is_first_rank, say
 from llm2vec_ds.process.interrupts import HANDED_ON_S, catch, restore
 
 log = logging.getLogger(__name__)
 
+Signal = Literal["USR1", "USR2", "TERM", "INT", "HUP"]
+DEFAULT_SIGNALS: list[Signal] = ["USR1", "TERM"]
+"""What SLURM sends before a job's end (`--signal`), and what ends or preempts a job."""
 STOP_FILE = "STOP"
 OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)
 """Ctrl-C, and the terminal closed."""

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from llm2vec_ds.process.preemption import DEFAULT_SIGNALS, Signal
+
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -158,7 +160,7 @@ class CheckpointConfig(Section):
     encoder at the end."""
     lowest_is_best: bool = True
     """Whether a lower value of `best_by` is better."""
-    signals: list[Literal["USR1", "USR2", "TERM", "INT", "HUP"]] = ["USR1", "TERM"]
+    signals: list[Signal] = DEFAULT_SIGNALS
     """Signals that ask for a checkpoint at the step's end and exit code 75; so do Ctrl-C (INT), a closed
     terminal (HUP) and a file `STOP` in `output_dir`."""
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm2vec_ds import UserError, load_vectors
-from llm2vec_ds.engine.monitor import MetricsLog
+from llm2vec_ds.engine.metrics import MetricsLog
 from llm2vec_ds.export.card import origin
 from llm2vec_ds.mining.corpus import load_corpus, write_corpus
 from llm2vec_ds.mining.mine import mine

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from llm2vec_ds.engine.monitor import FiniteCheck, NonFiniteError
+from llm2vec_ds.engine.finite_check import FiniteCheck, NonFiniteError
 from tests.support.runs import command, recipe, write_recipe
 from tests.support.tiny import save_tiny_llama, sentences, tiny_tokenizer
 
