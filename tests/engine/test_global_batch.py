@@ -6,7 +6,6 @@ All of them train the same global batch, so losses, gradient norms and weights a
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,17 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm2vec_ds.engine import deepspeed_engine
-from llm2vec_ds.engine.run import train
-from llm2vec_ds.recipe.recipe import parse_recipe
+from tests.support.global_batch import STEPS, Case, outcome, recipe_of, train_cases
 from tests.support.ranks import run_ranks
-from tests.support.tiny import WORDS, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLDS, ZERO_STAGES, MICRO_BATCHES = (1, 2, 4), (0, 1, 2, 3), (1, 2, 5)
 EXCHANGES, ADAPTERS = ("gather", "ring"), ("lora", "full")
-EXAMPLES, TEXTS_AN_EXAMPLE, STEPS = 20, 3, 3
-Case = tuple[int, int, int, str, str]
 ALL_CASES: list[Case] = list(itertools.product(WORLDS, ZERO_STAGES, MICRO_BATCHES, EXCHANGES, ADAPTERS))
 
 
@@ -45,69 +39,6 @@ def pairwise(cases: list[Case]) -> list[Case]:
     return chosen
 
 
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 examples with two negatives, every text of as many tokens: micro-batches can be counted."""
-    tokenizer = tiny_tokenizer()
-    generator = torch.Generator().manual_seed(0)
-    texts: list[str] = []
-    while len(texts) < 2 * EXAMPLES * TEXTS_AN_EXAMPLE:
-        picks = torch.randint(len(WORDS), (6,), generator=generator).tolist()
-        text = " ".join(WORDS[i] for i in picks)
-        if len(tokenizer(text)["input_ids"]) == 9 and text not in texts:
-            texts.append(text)
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    groups = zip(*[iter(texts)] * TEXTS_AN_EXAMPLE, strict=True)
-    rows = ({"query": q, "positive": p, "negative": n} for q, p, n in groups)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def recipe_of(case: Case, model: Path, pairs: Path, output: Path) -> dict[str, Any]:
-    world, zero_stage, micro_batches, exchange, adapter = case
-    texts = -(-EXAMPLES * TEXTS_AN_EXAMPLE // world)
-    lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "zero_init": False}
-    return {
-        "stage": "supervised",
-        "model": {"path": str(model)},
-        "data": {"path": str(pairs), "max_tokens": 16},
-        "output_dir": str(output),
-        "max_steps": STEPS,
-        "deepspeed": str(ROOT / "ds_configs" / f"zero{zero_stage}.json") if zero_stage else None,
-        "batch": {
-            "global_batch_size": EXAMPLES,
-            "max_tokens_per_micro_batch": 9 * -(-texts // micro_batches),
-        },
-        "optimizer": {"lr": 1e-3, "schedule": "constant"},
-        "adapter": lora if adapter == "lora" else None,
-        "supervised": {"scale": 5.0, "exchange": exchange, "symmetric": exchange == "ring"},
-    }
-
-
-def _train_cases(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[int]:
-    """Forward passes of this rank in each run."""
-    counts = []
-    forward = deepspeed_engine.Engine.forward
-    for values in recipes:
-        calls: list[int] = []
-
-        def counted(self: Any, *inputs: Any, calls: list[int] = calls) -> Any:
-            calls.append(1)
-            return forward(self, *inputs)
-
-        deepspeed_engine.Engine.forward = counted  # type: ignore[method-assign]
-        train(parse_recipe(values))
-        counts.append(len(calls))
-    deepspeed_engine.Engine.forward = forward  # type: ignore[method-assign]
-    return counts
-
-
-def outcome(recipe: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    folder = Path(recipe["output_dir"])
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return rows, load_file(folder / "encoder" / "model.safetensors")
-
-
 def run_cases(
     cases: list[Case], model: Path, pairs: Path, folder: Path
 ) -> Iterator[tuple[Case, Any, list[int]]]:
@@ -115,7 +46,7 @@ def run_cases(
     for world in WORLDS:
         own = [case for case in cases if case[0] == world]
         recipes = [recipe_of(case, model, pairs, folder / "-".join(map(str, case))) for case in own]
-        counts = run_ranks(partial(_train_cases, recipes=recipes), world)
+        counts = run_ranks(partial(train_cases, recipes=recipes), world)
         for place, (case, recipe) in enumerate(zip(own, recipes, strict=True)):
             yield case, outcome(recipe), [count[place] for count in counts]
 
