@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import select
 import shlex
 import statistics
 import subprocess
@@ -134,11 +135,25 @@ def test_gpu_check_keeps_the_rows_that_do_not_run_again(
 def test_a_row_that_its_limit_ends_keeps_what_it_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its limit is over when it has spoken, and the next row's never is: however busy the machine."""
     endless = shlex.quote("import time; print('{\"ms\": 1}', flush=True); time.sleep(600)")
     check = gpu_check(monkeypatch, {"endless": f"-c {endless}", "next": says('{"ms": 2}')})
     monkeypatch.setattr(check, "ROW_S", 2.0)
+    limits: list[float] = []
+
+    class Limited(subprocess.Popen[str]):
+        def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:
+            if timeout is not None:
+                limits.append(timeout)
+                if len(limits) == 1:
+                    select.select([self.stdout], [], [])
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().communicate(input)
+
+    monkeypatch.setattr(subprocess, "Popen", Limited)
     assert check.main(["--part", "kernels", "--output", str(tmp_path)]) == 0
     rows = written(tmp_path)["rows"]
+    assert limits == [2.0, 2.0]
     assert rows["endless"]["cut"]
     assert rows["endless"]["lines"] == [{"ms": 1}]
     assert not rows["next"]["cut"]
@@ -179,8 +194,11 @@ def test_gpu_check_leaves_out_what_its_part_has_no_time_for(
 def test_every_row_is_a_script_that_is_there() -> None:
     for rows in script("gpu_check").PARTS.values():
         for command in rows.values():
-            first = shlex.split(command)[0]
-            assert first == "-m" or (BENCHMARKS.parent / first).is_file()
+            words = shlex.split(command)
+            if words[0] == "-m":
+                assert importlib.util.find_spec(words[1])
+            else:
+                assert (BENCHMARKS.parent / words[0]).is_file()
 
 
 def test_kernel_checks_meet_their_bound_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

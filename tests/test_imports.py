@@ -52,9 +52,10 @@ def imported(path: Path) -> set[str]:
     """All modules that a file names in an import, also `b` of `from a import b`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            names.add(module)
+            names.update(f"{module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
     return names
@@ -115,6 +116,20 @@ def test_only_the_engine_imports_deepspeed(path: Path) -> None:
 def test_kernels_know_nothing_of_the_toolkit() -> None:
     for path in KERNEL_MODULES:
         assert not [name for name in imported(path) if name.startswith(("llm2vec_ds", "transformers"))]
+
+
+def test_no_test_file_is_imported() -> None:
+    """What tests share is in `tests/support` or in a `conftest.py`; imports start at the top."""
+    files = {module_name(path, ROOT): path for path in (ROOT / "tests").rglob("*.py")}
+    test_files = {name for name in files if name.rpartition(".")[2].startswith("test_")}
+    found = {
+        f"{name} imports {other}"
+        for name, path in files.items()
+        for other in imported(path)
+        if other in test_files or other.startswith(".")
+    }
+    assert test_files
+    assert not found
 
 
 def test_import_is_quick_and_pulls_in_nothing_heavy() -> None:

@@ -13,8 +13,7 @@ from llm2vec_ds.ablation.recipe import AblationRecipe, load_ablation, runs_of
 from llm2vec_ds.ablation.run import Ablation, run_ablation, table
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.recipe import parse_recipe
-from tests.evaluate.test_in_training import pairs_file
-from tests.evaluate.test_word_level import conllu
+from tests.support.evaluation_files import conllu, pairs_file
 from tests.support.tiny import text_file
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""The command line: help that teaches, quick; completion; vectors. Its error lines: test_mistakes.py."""
+"""The command line: help that teaches, quick; completion; vectors. Its error lines: test_mistakes_*.py."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_each_step_is_made_once_and_one_ahead() -> None:
 
     prefetch = Prefetch(make, n_steps=5)
     assert prefetch(2).startswith("batch 2 by prefetch")
-    assert next_is_there.wait(10)  # before it is asked for
+    assert next_is_there.wait(60)  # before it is asked for
     assert [prefetch(step)[:7] for step in (3, 4)] == ["batch 3", "batch 4"]
     prefetch.close()
     assert made == [2, 3, 4]

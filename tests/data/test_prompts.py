@@ -21,7 +21,7 @@ def test_pooled_tokens_are_the_text(instruction: str, text: str) -> None:
     (tokens,) = tokenize(TOKENIZER, [Prompt(instruction, text)])
     pooled = TOKENIZER.decode(tokens.input_ids[tokens.pool_start : tokens.pool_end])
     # A byte-level token may hold the space before the text's first word, and nothing else before it.
-    assert pooled.removeprefix(" ") == text.removeprefix(" ") or pooled == text
+    assert pooled in (text, f" {text}")
     assert TOKENIZER.decode(tokens.input_ids) == f"<s>{instruction.strip()} {text}"
 
 

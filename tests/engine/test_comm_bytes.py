@@ -11,10 +11,8 @@ import pytest
 
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.recipe.recipe import parse_recipe
-from tests.engine.test_global_batch import EXAMPLES, TEXTS_AN_EXAMPLE, pairs_file, recipe_of
+from tests.support.global_batch import EXAMPLES, TEXTS_AN_EXAMPLE, recipe_of
 from tests.support.ranks import run_ranks
-
-__all__ = ["pairs_file"]
 
 WORLD, WIDTH, FP32_BYTES, ID_BYTES = 2, 32, 4, 8
 LORA_PARAMETERS = 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)  # two layers, rank 4: q, o; k, v; gate, up, down

@@ -6,7 +6,6 @@ All of them train the same global batch, so losses, gradient norms and weights a
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,17 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm2vec_ds.engine import deepspeed_engine
-from llm2vec_ds.engine.run import train
-from llm2vec_ds.recipe.recipe import parse_recipe
+from tests.support.global_batch import STEPS, Case, outcome, recipe_of, train_cases
 from tests.support.ranks import run_ranks
-from tests.support.tiny import WORDS, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLDS, ZERO_STAGES, MICRO_BATCHES = (1, 2, 4), (0, 1, 2, 3), (1, 2, 5)
 EXCHANGES, ADAPTERS = ("gather", "ring"), ("lora", "full")
-EXAMPLES, TEXTS_AN_EXAMPLE, STEPS = 20, 3, 3
-Case = tuple[int, int, int, str, str]
 ALL_CASES: list[Case] = list(itertools.product(WORLDS, ZERO_STAGES, MICRO_BATCHES, EXCHANGES, ADAPTERS))
 
 
@@ -45,6 +39,7 @@ def pairwise(cases: list[Case]) -> list[Case]:
     return chosen
 
 
+<<<<<<< HEAD
 @pytest.fixture(scope="module")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 examples with two negatives, every text of as many tokens: micro-batches can be counted."""
@@ -108,6 +103,8 @@ def outcome(recipe: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, tor
     return rows, load_file(folder / "encoder" / "model.safetensors")
 
 
+=======
+>>>>>>> tests-support
 def run_cases(
     cases: list[Case], model: Path, pairs: Path, folder: Path
 ) -> Iterator[tuple[Case, Any, list[int]]]:
@@ -115,7 +112,7 @@ def run_cases(
     for world in WORLDS:
         own = [case for case in cases if case[0] == world]
         recipes = [recipe_of(case, model, pairs, folder / "-".join(map(str, case))) for case in own]
-        counts = run_ranks(partial(_train_cases, recipes=recipes), world)
+        counts = run_ranks(partial(train_cases, recipes=recipes), world)
         for place, (case, recipe) in enumerate(zip(own, recipes, strict=True)):
             yield case, outcome(recipe), [count[place] for count in counts]
 

@@ -12,9 +12,9 @@ import torch
 from llm2vec_ds.engine.deepspeed_engine import deepspeed_config
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.recipe import parse_recipe
-from tests.engine.test_global_batch import ROOT, _train_cases, outcome, recipe_of
-from tests.engine.test_global_batch import pairs_file as pairs_file
+from tests.support.global_batch import outcome, recipe_of, train_cases
 from tests.support.ranks import run_ranks
+from tests.support.runs import ROOT
 
 ADAPTERS = ("lora", "full")
 
@@ -34,7 +34,7 @@ def trained(
         recipe["deepspeed"] = str(ROOT / "ds_configs" / f"{name}.json") if name else None
         recipe["model"]["precision"] = precision
         recipes[adapter] = recipe
-    run_ranks(partial(_train_cases, recipes=list(recipes.values())), world)
+    run_ranks(partial(train_cases, recipes=list(recipes.values())), world)
     return {adapter: outcome(recipe) for adapter, recipe in recipes.items()}
 
 

@@ -18,7 +18,7 @@ from llm2vec_ds.data.batches import rank_slice
 from llm2vec_ds.engine.build import build_stage
 from llm2vec_ds.objectives.contrastive.objective import PackedExamples
 from llm2vec_ds.recipe.recipe import parse_recipe
-from tests.engine.test_global_batch import Case, _train_cases, outcome, recipe_of
+from tests.support.global_batch import Case, outcome, recipe_of, train_cases
 from tests.support.ranks import run_ranks
 from tests.support.tiny import sentences
 
@@ -78,7 +78,7 @@ def test_uneven_ranks_equal_one_process(tmp_path: Path, tiny_model_dir: Path, un
             uneven_recipe(case, tiny_model_dir, uneven_file, tmp_path / "-".join(map(str, case)))
             for case in cases
         ]
-        counts = run_ranks(partial(_train_cases, recipes=recipes), world)
+        counts = run_ranks(partial(train_cases, recipes=recipes), world)
         assert all(count == counts[0] for count in counts)  # forward passes, the same on every rank
         found |= {case: outcome(recipe) for case, recipe in zip(cases, recipes, strict=True)}
         if world > 1:

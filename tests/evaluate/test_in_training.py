@@ -14,17 +14,8 @@ from llm2vec_ds.evaluate.in_training import in_training_evaluation
 from llm2vec_ds.evaluate.sts import load_graded_pairs, sts_spearman
 from llm2vec_ds.recipe.recipe import parse_recipe
 from llm2vec_ds.recipe.sections import EvaluationConfig
-from tests.evaluate.test_word_level import conllu
+from tests.support.evaluation_files import conllu, pairs_file
 from tests.support.runs import command, recipe, write_recipe
-from tests.support.tiny import sentences
-
-
-def pairs_file(folder: Path) -> Path:
-    texts = sentences(40, seed=3)
-    rows = [f"{a},{b},{i % 5}.{i}" for i, (a, b) in enumerate(zip(texts[:20], texts[20:], strict=True))]
-    path = folder / "pairs.csv"
-    path.write_text("sentence1,sentence2,score\n" + "\n".join(rows) + "\n")
-    return path
 
 
 def held_out(output: Path) -> list[dict[str, Any]]:

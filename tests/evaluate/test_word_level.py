@@ -18,25 +18,10 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.word_features import SHIFTS, WordFeatures, word_features
 from llm2vec_ds.evaluate.word_level import ProbeOptions, probe
 from llm2vec_ds.evaluate.word_task import WordTask, run_word_task
-from tests.support.tiny import WORDS, tiny_tokenizer
+from tests.support.evaluation_files import TAGS, conllu
+from tests.support.tiny import tiny_tokenizer
 
-TAGS = ("NOUN", "VERB", "ADJ")
 QUICK = ProbeOptions(max_steps=300, lr=0.05)
-
-
-def conllu(path: Path, n: int, seed: int = 0) -> Path:
-    """`n` sentences; a word's tag follows from its last letter, half of the words are NOUN."""
-    rng = np.random.default_rng(seed)
-    lines: list[str] = []
-    for _ in range(n):
-        words = [WORDS[i] for i in rng.integers(len(WORDS), size=6)]
-        lines += [f"{i}\t{w}\t{w}\t{tag_of(w)}\t_\t_\t_\t_\t_\t_" for i, w in enumerate(words, 1)] + [""]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def tag_of(word: str) -> str:
-    return "NOUN" if word[-1] in "estn" else TAGS[1 + ord(word[-1]) % 2]
 
 
 def features(path: Path, make: Any) -> WordFeatures:

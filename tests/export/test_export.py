@@ -13,37 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import processors
 
-from llm2vec_ds import Encoder, EncoderSettings, UserError
+from llm2vec_ds import Encoder, UserError
 from llm2vec_ds.demo import model as demo_model
 from llm2vec_ds.export.card import licence, origin
 from llm2vec_ds.export.export import ExportOptions, export, push_folder
-from tests.support.tiny import sentences, tiny_llama, tiny_tokenizer
+from tests.support.encoder_folders import TEXTS, cosines, make
+from tests.support.model_types import build
+from tests.support.tiny import tiny_tokenizer
 
-TEXTS = [f"{a} {b}" for a, b in zip(sentences(200, 1), sentences(200, 2), strict=True)]
-TEXTS[0], TEXTS[1], TEXTS[2] = "bread", " ".join(sentences(40, 3)), "9 trains"
 INSTRUCTION = "Given rain, find bread:"
-
-
-def make(folder: Path, *, bos: bool = False, eos: bool = False, pad: bool = True, **settings: Any) -> Path:
-    """An encoder folder."""
-    tokenizer = tiny_tokenizer(bos)
-    if eos:
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-        )
-    if not pad:
-        tokenizer.pad_token = None
-    trunk = tiny_llama(max_position_embeddings=1024).model
-    trunk.config.is_causal = False
-    Encoder(trunk, tokenizer, EncoderSettings(**settings)).save(folder)
-    return folder
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (np.float64(a), np.float64(b)))
-    return (a * b).sum(axis=1)
 
 
 def sentence_transformer(folder: Path, **options: Any) -> Any:
@@ -174,8 +153,6 @@ FILES = (
 
 
 def test_gemma_3_says_it_by_its_own_flag_alone(tmp_path: Path) -> None:
-    from tests.model.test_architectures import build
-
     encoder = Encoder(build("gemma3_text").base_model, tiny_tokenizer())
     encoder.save(tmp_path / "encoder")
     export(tmp_path / "encoder", tmp_path / "out", ExportOptions())

@@ -10,7 +10,7 @@ import pytest
 
 from llm2vec_ds import Encoder
 from llm2vec_ds.export.export import ExportOptions, export
-from tests.export.test_export import TEXTS, cosines, make
+from tests.support.encoder_folders import TEXTS, cosines, make
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 

@@ -120,6 +120,7 @@ def test_a_hang_ends_with_rank_and_step(run: Run, undisturbed: list[float]) -> N
     assert HUNG in codes
     assert 0 not in codes
     lines = [line for rank in range(WORLD) if codes[rank] == HUNG for line in run.errors(rank)]
+    assert lines
     assert all("step 4 on rank" in line and "has taken more than 10 s" in line for line in lines)
     assert list(run.folder.glob("hang-rank-*.txt"))
     assert run.newest_step() == 2

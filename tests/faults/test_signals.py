@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,30 @@ def test_ranks_agree_and_one_speaks(run: Run, tmp_path: Path) -> None:
     assert run.lines(1) == []
 
 
-def _third_step_without_end() -> None:
-    from llm2vec_ds.objectives.contrastive.objective import ContrastiveStage
+class Clock:
+    """Time as the test sets it, for a process that notes each look at it."""
 
+    def __init__(self, folder: Path) -> None:
+        self._now, self._looks = folder / "now", folder / "looks"
+        self.set(0.0)
+
+    def set(self, seconds: float) -> None:
+        self._now.write_text(str(seconds))
+
+    def monotonic(self) -> float:
+        with self._looks.open("a") as looks:
+            looks.write("x")
+        return float(self._now.read_text())
+
+    def n_looks(self) -> int:
+        return len(self._looks.read_text()) if self._looks.exists() else 0
+
+
+def _third_step_without_end(clock: Clock) -> None:
+    from llm2vec_ds.objectives.contrastive.objective import ContrastiveStage
+    from llm2vec_ds.process import preemption
+
+    preemption.time = clock
     whole = ContrastiveStage.step
 
     def step(self: Any, number: int, *arguments: Any) -> Any:
@@ -109,17 +131,20 @@ def _third_step_without_end() -> None:
     ContrastiveStage.step = step  # type: ignore[method-assign]
 
 
-def test_a_second_ctrl_c_ends_at_once_unless_a_launcher_hands_on_the_first(run: Run) -> None:
-    processes = run.start(_third_step_without_end)
+def test_a_second_ctrl_c_ends_at_once_unless_a_launcher_hands_on_the_first(run: Run, tmp_path: Path) -> None:
+    clock = Clock(tmp_path)
+    processes = run.start(partial(_third_step_without_end, clock))
     until(lambda: run.n_steps() == 2)
     send(signal.SIGINT, processes)
     until(run.lines)
-    send(signal.SIGINT, processes)
+    clock.set(HANDED_ON_S)
     send(signal.SIGTERM, processes)
-    time.sleep(HANDED_ON_S + 0.1)
-    assert processes[0].is_alive()
+    send(signal.SIGINT, processes)
+    until(lambda: clock.n_looks() == 2)
+    clock.set(HANDED_ON_S + 0.1)
     send(signal.SIGINT, processes)
     assert wait(processes) == [130]
+    assert clock.n_looks() == 3  # so the second has not ended it
     assert run.lines() == [
         STOPPING,
         "llm2vec-ds: ended at once, the last checkpoint is kept: run the same command with resume=true",

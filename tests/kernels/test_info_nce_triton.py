@@ -21,7 +21,7 @@ from llm2vec_kernels.info_nce import triton as info_nce_triton
 from llm2vec_kernels.info_nce.epilogue import TorchEpilogue
 from llm2vec_kernels.info_nce.tiles import Block
 
-from tests.kernels.test_info_nce import SMALL_TILE_MIB, Example, assert_equals_reference, example
+from tests.support.info_nce_examples import SMALL_TILE_MIB, Example, assert_equals_reference, example
 from tests.support.interpreter import round_bf16_to_nearest
 
 # The logarithm of 0 is −inf, as meant.

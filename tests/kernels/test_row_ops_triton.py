@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from llm2vec_kernels.row_ops import api as row_ops
 from llm2vec_kernels.row_ops import triton as ours
 
-from tests.kernels import test_row_ops as formulas
+from tests.support import row_op_formulas as formulas
 from tests.support.interpreter import round_bf16_to_nearest
 
 # A sigmoid's exponential may be infinite: its share is then 0, as meant.

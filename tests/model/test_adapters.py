@@ -13,8 +13,9 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import add_lora, merged_state_dict
 from llm2vec_ds.model.cpu_linear import use_fast_products
 from llm2vec_ds.recipe.sections import AdapterConfig
-from tests.model.test_equalities import texts, trunk
+from tests.support.small_texts import texts
 from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny_trunk import trunk
 
 
 def test_only_adapters_train_and_a_zero_b_changes_nothing() -> None:

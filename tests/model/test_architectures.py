@@ -10,60 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, is_causal, with_causal
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
 from llm2vec_ds.objectives.mntp.head import MaskedTokenHead, MntpModel
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
+from tests.support.model_types import SIZES, TYPES, build
 from tests.support.tiny import tiny_tokenizer
 
-ATTENTION = register()
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-WINDOWED = {"sliding_window": 4}
-ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, **WINDOWED}
 
-TYPES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": WINDOWED,
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 2, **WINDOWED},
-    "qwen3": {"use_sliding_window": True, "max_window_layers": 2, **WINDOWED},
-    "gemma": {},
-    "gemma2": {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0, **ALTERNATING},
-    "gemma3_text": {"query_pre_attn_scalar": 8, **ALTERNATING},
-    "phi3": WINDOWED,
-    "olmo2": {},
-    "granite": {"attention_multiplier": 0.2, "logits_scaling": 2.0, "residual_multiplier": 0.5},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, **WINDOWED},
-    "smollm3": {"no_rope_layer_interval": 2},
-    "starcoder2": WINDOWED,
-    "cohere": {},
-    "cohere2": ALTERNATING,
-    "glm4": {},
-    "ministral": ALTERNATING,
-    "exaone4": ALTERNATING,
-    "helium": {},
-    "seed_oss": {},
-}
 LENGTHS = (7, 1, 12, 7, 3)
 
 
@@ -71,12 +32,6 @@ def texts() -> list[TokenizedText]:
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(3, 400, (n,), generator=generator).tolist() for n in LENGTHS]
     return [TokenizedText(row, 0, len(row), number) for number, row in enumerate(rows)]
-
-
-def build(model_type: str, attention: str = ATTENTION, causal: bool = False) -> Any:
-    config = AutoConfig.for_model(model_type, **{**SIZES, **TYPES[model_type]})
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(with_causal(config, causal), attn_implementation=attention).eval()
 
 
 def padded(trunk: Any, rows: list[TokenizedText], side: str) -> torch.Tensor:

@@ -11,26 +11,11 @@ from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional
 from llm2vec_ds.model.recomputation import Recomputation, recompute_activations
-from tests.support.tiny import tiny_llama, tiny_tokenizer
-
-LENGTHS = (7, 1, 12, 7, 3)
-ATTENTION = register()
-
-
-def texts(lengths: tuple[int, ...] = LENGTHS) -> list[TokenizedText]:
-    generator = torch.Generator().manual_seed(3)
-    ids = [torch.randint(3, 400, (n,), generator=generator).tolist() for n in lengths]
-    return [TokenizedText(row, min(2, len(row) - 1), len(row), 0) for row in ids]
-
-
-def trunk(causal: bool = False, attention: str = ATTENTION, **changes: object) -> torch.nn.Module:
-    model = tiny_llama(**changes).model
-    model.config.is_causal = causal
-    model.set_attn_implementation(attention)
-    return model.eval()
+from tests.support.small_texts import texts
+from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny_trunk import trunk
 
 
 def packed_vectors(model: torch.nn.Module, rows: list[TokenizedText]) -> torch.Tensor:

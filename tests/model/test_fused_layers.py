@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from llm2vec_ds.model import fused_layers
 from llm2vec_ds.model.fused_layers import fuse_layers
-from tests.model.test_architectures import TYPES, build
+from tests.support.model_types import TYPES, build
 
 PARTS = {
     "llama": {"RMSNorm": 9, "SwiGLU": 4, "rotary embedding": 4},

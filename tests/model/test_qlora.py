@@ -24,9 +24,9 @@ from llm2vec_ds.model.loading import TrunkOptions, load_trunk
 from llm2vec_ds.model.quantization import quantized_layers
 from llm2vec_ds.recipe.recipe import parse_recipe
 from llm2vec_ds.recipe.sections import AdapterConfig
-from tests.model.test_equalities import texts
 from tests.support.ranks import run_ranks
 from tests.support.runs import NO_DROPOUT, ROOT, recipe
+from tests.support.small_texts import texts
 from tests.support.tiny import tiny_tokenizer
 
 NF4 = TrunkOptions(quantization="nf4")

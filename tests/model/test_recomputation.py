@@ -17,8 +17,9 @@ from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.cpu_linear import use_fast_products
 from llm2vec_ds.model.recomputation import Recomputation, _keep_and_replay, recompute_activations
 from llm2vec_ds.recipe.sections import AdapterConfig
-from tests.model.test_equalities import texts, trunk
+from tests.support.small_texts import texts
 from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny_trunk import trunk
 
 
 class Counting(TorchDispatchMode):

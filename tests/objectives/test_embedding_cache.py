@@ -13,8 +13,9 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel, vectors_loss_backward
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
-from tests.model.test_equalities import texts, trunk
+from tests.support.small_texts import texts
 from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny_trunk import trunk
 
 ROWS = [row for row in texts((6, 4, 9, 2, 5, 3)) for _ in range(2)]
 SEEDS = [11, 12, 13, 14]

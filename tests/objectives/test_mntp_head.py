@@ -17,8 +17,9 @@ from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.objectives.mntp.head import MaskedTokenHead, MntpModel
-from tests.model.test_equalities import texts, trunk
+from tests.support.small_texts import texts
 from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny_trunk import trunk
 
 
 def labelled(rows: list[TokenizedText]) -> list[np.ndarray]:

@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from tests.evaluate.test_in_training import pairs_file
-from tests.evaluate.test_word_level import conllu
+from tests.support.evaluation_files import conllu, pairs_file
 from tests.support.planted import as_quantised_encoder
 from tests.support.runs import recipe, write_recipe
 from tests.support.tiny import sentences, text_file

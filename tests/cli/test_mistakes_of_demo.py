@@ -1,0 +1,38 @@
+"""What a user of `demo` gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.support.mistakes import Mistake
+
+MISTAKES = {
+    "unknown budget": Mistake(
+        "--budget 'huge' is not one of quick, default, full",
+        ("demo", "--output", "TMP/demo", "--budget", "huge"),
+    ),
+    "no graded pairs": Mistake(
+        "TMP/p.csv: No such file or directory", ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv")
+    ),
+    "pairs without score": Mistake(
+        "TMP/p.csv, data row 1: expected sentence1, sentence2, score (a number)",
+        ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv"),
+        files={"p.csv": b"one,two\n"},
+    ),
+    "a demo is there": Mistake(
+        "TMP/demo already holds a demo: choose another --output or remove it",
+        ("demo", "--output", "TMP/demo"),
+        files={"demo/metrics.json": b"{}"},
+    ),
+    "demo output is a file": Mistake(
+        "--output TMP/texts.txt cannot be written: File exists: choose a path that you can write to",
+        ("demo", "--output", "TMP/texts.txt", "--model", "MODEL"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_costs_one_line(name: str, costs_one_line: Callable[[Mistake], None]) -> None:
+    costs_one_line(MISTAKES[name])

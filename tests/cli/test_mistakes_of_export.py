@@ -1,0 +1,25 @@
+"""What a user of `export` gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.support.mistakes import Mistake
+
+MISTAKES = {
+    "nothing to export": Mistake(
+        "TMP/none holds no encoder: give a run's folder, a demo's, or an encoder folder",
+        ("export", "TMP/none", "--output", "TMP/out"),
+    ),
+    "prompt without a name": Mistake(
+        "--prompt 'query' is not NAME=TEXT, such as query=Find passages that answer",
+        ("export", "TMP/none", "--output", "TMP/out", "--prompt", "query"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_costs_one_line(name: str, costs_one_line: Callable[[Mistake], None]) -> None:
+    costs_one_line(MISTAKES[name])
