@@ -1,1 +1,6 @@
-"""Training steps, ours and plain ones, on generated texts and random weights: what time goes to."""
+"""Steps of training, ours and plain, as the benchmarks of a GPU take them."""
+
+import logging
+
+# Loaded for the first time it looks for a compiled CPU kernel, and on some processors says that there is none.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
