@@ -95,8 +95,7 @@ MISTAKES = {
         changes={"batch": {"global_batch_size": 1000}},
     ),
     "token budget": Mistake(
-        "batch.micro_batch_tokens=60 cannot hold a text of data.max_tokens=64: raise it to at "
-        "least 64",
+        "batch.micro_batch_tokens=60 cannot hold a text of data.max_tokens=64: raise it to at least 64",
         changes={"batch": {"global_batch_size": 8, "micro_batch_tokens": 60}},
     ),
     "no DeepSpeed JSON": Mistake(
