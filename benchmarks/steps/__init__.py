@@ -2,5 +2,5 @@
 
 import logging
 
-# Loaded for the first time, it looks for a compiled CPU kernel; on some processors it says that there is none.
+# When it loads it looks for a compiled CPU kernel, and on some processors says that there is none.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
