@@ -59,3 +59,10 @@ Overrides = Annotated[
         autocompletion=_recipe_keys,
     ),
 ]
+Model = Annotated[
+    str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).", callback=expanded)
+]
+Attention = Annotated[str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")]
+Precision = Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")]
+MicroBatchTokens = Annotated[int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]

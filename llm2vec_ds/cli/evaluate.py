@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm2vec_ds.cli.common import examples, expanded, quiet_libraries
+from llm2vec_ds.cli.common import (
+    AsJson,
+    Attention,
+    MicroBatchTokens,
+    Model,
+    Precision,
+    examples,
+    expanded,
+    quiet_libraries,
+)
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.process.interrupts import kept
 
@@ -30,14 +39,23 @@ def register(app: typer.Typer) -> None:
     app.add_typer(evaluate)
 
 
-Model = Annotated[
-    str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).", callback=expanded)
-]
 Causal = Annotated[bool, typer.Option("--causal", help="Causal attention; without it what the folder says.")]
-Attention = Annotated[str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")]
-Precision = Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")]
-MicroBatchTokens = Annotated[int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TASK",
+        help="sts:FILE, retrieval:FOLDER, clustering:FILE, classification:FILE, or mteb's name of a task, "
+        "with one subset if wanted (STS17:en-en). Again for more.",
+    ),
+]
+InstructionsOfTasks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|none",
+        help="JSON or YAML {task: instruction} over those of mteb's metadata; none: no instruction.",
+        callback=expanded,
+    ),
+]
 
 
 def _needs(package: str) -> None:
@@ -76,14 +94,7 @@ def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, 
 @kept("finished tasks are kept, run the same command to go on")
 def mteb(
     model: Model,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TASK",
-            help="sts:FILE, retrieval:FOLDER, clustering:FILE, classification:FILE, or mteb's name of a "
-            "task, with one subset if wanted (STS17:en-en). Again for more.",
-        ),
-    ] = None,
+    task: Tasks = None,
     benchmark: Annotated[str | None, typer.Option(help='mteb\'s name, such as "MTEB(eng, v1)".')] = None,
     subset: Annotated[str | None, typer.Option(help="paper15: the paper's 15 tasks (unconfirmed).")] = None,
     output: Annotated[
@@ -91,14 +102,7 @@ def mteb(
         typer.Option(help="Folder for results; what it holds already is not run again.", callback=expanded),
     ] = Path("mteb-results"),
     causal: Causal = False,
-    instructions: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|none",
-            help="JSON or YAML {task: instruction} over those of mteb's metadata; none: no instruction.",
-            callback=expanded,
-        ),
-    ] = None,
+    instructions: InstructionsOfTasks = None,
     as_json: AsJson = False,
     attention: Attention = "auto",
     precision: Precision = "auto",

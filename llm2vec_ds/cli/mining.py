@@ -7,8 +7,41 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds.cli.common import examples, expanded, quiet_libraries
+from llm2vec_ds.cli.common import MicroBatchTokens, Model, examples, expanded, quiet_libraries
 from llm2vec_ds.process.interrupts import kept
+
+Pairs = Annotated[
+    str,
+    typer.Option(
+        help="Queries with their positives: .jsonl, .csv, .parquet, a folder, or hub:name.",
+        callback=expanded,
+    ),
+]
+Output = Annotated[
+    Path, typer.Option(help="A .jsonl file: query, positive, negative (a list).", callback=expanded)
+]
+Corpus = Annotated[
+    str | None,
+    typer.Option(
+        help="Where negatives come from: any of those, or .txt. Default: all positives.",
+        callback=expanded,
+    ),
+]
+FirstRank = Annotated[
+    int, typer.Option(metavar="N", help="Leave out the nearest candidates before this one.", min=1)
+]
+LastRank = Annotated[int, typer.Option(metavar="N", help="Leave out the candidates after this one.", min=1)]
+Margin = Annotated[
+    float,
+    typer.Option(metavar="X", help="A candidate's cosine is below the positive's minus this.", min=0.0),
+]
+Sampling = Annotated[
+    str, typer.Option(help="Which of the ranks: top (the nearest) or random (fixed by --seed).")
+]
+QueryInstruction = Annotated[str | None, typer.Option(help="Put before each query; attended, not pooled.")]
+DocumentInstruction = Annotated[
+    str | None, typer.Option(help="Put before each text of the corpus and each positive.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,53 +57,21 @@ def register(app: typer.Typer) -> None:
 
 @kept("what is encoded and searched so far is kept, run the same command to go on")
 def mine(
-    model: Annotated[
-        str,
-        typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).", callback=expanded),
-    ],
-    pairs: Annotated[
-        str,
-        typer.Option(
-            help="Queries with their positives: .jsonl, .csv, .parquet, a folder, or hub:name.",
-            callback=expanded,
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option(help="A .jsonl file: query, positive, negative (a list).", callback=expanded)
-    ],
-    corpus: Annotated[
-        str | None,
-        typer.Option(
-            help="Where negatives come from: any of those, or .txt. Default: all positives.",
-            callback=expanded,
-        ),
-    ] = None,
+    model: Model,
+    pairs: Pairs,
+    output: Output,
+    corpus: Corpus = None,
     query_column: Annotated[str, typer.Option(help="Column of --pairs with the query.")] = "query",
     positive_column: Annotated[str, typer.Option(help="Column with its right document.")] = "positive",
     corpus_column: Annotated[str, typer.Option(help="Column of --corpus with the text.")] = "text",
     negatives: Annotated[int, typer.Option(metavar="N", help="Negatives of a pair.", min=1)] = 5,
-    first_rank: Annotated[
-        int, typer.Option(metavar="N", help="Leave out the nearest candidates before this one.", min=1)
-    ] = 1,
-    last_rank: Annotated[
-        int, typer.Option(metavar="N", help="Leave out the candidates after this one.", min=1)
-    ] = 50,
-    margin: Annotated[
-        float,
-        typer.Option(metavar="X", help="A candidate's cosine is below the positive's minus this.", min=0.0),
-    ] = 0.0,
-    sampling: Annotated[
-        str, typer.Option(help="Which of the ranks: top (the nearest) or random (fixed by --seed).")
-    ] = "top",
-    query_instruction: Annotated[
-        str | None, typer.Option(help="Put before each query; attended, not pooled.")
-    ] = None,
-    document_instruction: Annotated[
-        str | None, typer.Option(help="Put before each text of the corpus and each positive.")
-    ] = None,
-    micro_batch_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)
-    ] = 4096,
+    first_rank: FirstRank = 1,
+    last_rank: LastRank = 50,
+    margin: Margin = 0.0,
+    sampling: Sampling = "top",
+    query_instruction: QueryInstruction = None,
+    document_instruction: DocumentInstruction = None,
+    micro_batch_tokens: MicroBatchTokens = 4096,
     seed: Annotated[int, typer.Option(help="Fixes random sampling.", min=0)] = 42,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
 ) -> None:

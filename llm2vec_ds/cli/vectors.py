@@ -7,9 +7,42 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds.cli.common import examples, expanded, quiet_libraries
+from llm2vec_ds.cli.common import (
+    Attention,
+    MicroBatchTokens,
+    Model,
+    Precision,
+    examples,
+    expanded,
+    quiet_libraries,
+)
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.process.interrupts import kept
+
+Input = Annotated[
+    str,
+    typer.Option(
+        help="Texts: .txt (one a line), .jsonl, .csv, .parquet, hub:name, or - for stdin.",
+        callback=expanded,
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        help="Where the vectors go: a .npy file ([texts, dimensions] float32), .jsonl or .parquet, or a "
+        "folder for shards.",
+        callback=expanded,
+    ),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N", help="Only part I of N of the texts, I from 0, as a file of the folder --output."
+    ),
+]
+BadTextsOption = Annotated[
+    str, typer.Option(help="Empty or unreadable texts: raise (stop), or nan (name them and go on).")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,31 +64,10 @@ def register(app: typer.Typer) -> None:
 
 
 def encode(
-    model: Annotated[
-        str,
-        typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).", callback=expanded),
-    ],
-    input: Annotated[
-        str,
-        typer.Option(
-            help="Texts: .txt (one a line), .jsonl, .csv, .parquet, hub:name, or - for stdin.",
-            callback=expanded,
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            help="Where the vectors go: a .npy file ([texts, dimensions] float32), .jsonl or .parquet, or a "
-            "folder for shards.",
-            callback=expanded,
-        ),
-    ],
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N", help="Only part I of N of the texts, I from 0, as a file of the folder --output."
-        ),
-    ] = None,
+    model: Model,
+    input: Input,
+    output: Output,
+    shard: ShardOption = None,
     format: Annotated[str, typer.Option(help="Of the files in a folder: npy, jsonl or parquet.")] = "npy",
     text_column: Annotated[str, typer.Option(help="Column of --input with the text.")] = "text",
     instruction: Annotated[
@@ -68,16 +80,10 @@ def encode(
     truncate_dim: Annotated[
         int | None, typer.Option(metavar="N", help="Keep the first N dimensions (Matryoshka).", min=1)
     ] = None,
-    bad_texts: Annotated[
-        str, typer.Option(help="Empty or unreadable texts: raise (stop), or nan (name them and go on).")
-    ] = "raise",
-    attention: Annotated[
-        str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")
-    ] = "auto",
-    precision: Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")] = "auto",
-    micro_batch_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)
-    ] = 4096,
+    bad_texts: BadTextsOption = "raise",
+    attention: Attention = "auto",
+    precision: Precision = "auto",
+    micro_batch_tokens: MicroBatchTokens = 4096,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an --output of other options or texts.")
     ] = False,
