@@ -38,7 +38,7 @@ test: $(INSTALLED)  ## the tests, at most 15 minutes on two cores
 
 test-slow: $(INSTALLED)  ## what takes longer: the real model, a SLURM cluster, the README's commands
 	@tests/slurm/install.sh
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(TEST_WORKERS) --dist loadgroup
 
 chaos: $(INSTALLED)  ## over a hundred kills at every file operation of a save: nothing may be lost (KILLS=100)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.chaos --kills $(KILLS)

@@ -117,9 +117,8 @@ class MetricsLog:
         if not self._writes:
             return
         self._append(self._files[1], values)
-        shown = ", ".join(
-            f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float) and k != "n_masked"
-        )
+        measured = {k: v for k, v in values.items() if isinstance(v, float) and not k.startswith("n_")}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
         with tqdm.external_write_mode(file=sys.stderr):
             say(f"held out, step {values['step']}: {shown}")
 

@@ -205,7 +205,7 @@ class Planner:
         return n_texts * self.load.tokens_per_text
 
     def largest_global_batch(self) -> int | None:
-        """Examples of a contrastive step that fit by memory of vectors; None where an objective has none."""
+        """Rows of a step that fit by the memory of their vectors; None where ranks exchange none."""
         if not self.load.documents:
             return None
         a_rank = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_examples(n)))

@@ -16,8 +16,8 @@ MEANINGS = {
     "buffers": "DeepSpeed's buckets, gathered weights",
     "activations": "held for backward by one micro-batch",
     "temporaries": "the most beside them",
-    "logits_chunk": "MNTP's head, at most: part of the temporaries",
-    "embedding_bank": "a contrastive step's vectors while the loss runs",
+    "logits_chunk": "the language head's, at most: part of the temporaries",
+    "embedding_bank": "a step's vectors while the loss runs",
     "reserved": "context, libraries, fragmentation",
 }
 

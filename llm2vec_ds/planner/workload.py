@@ -74,7 +74,7 @@ def workload(recipe: Recipe, world_size: int) -> Workload:
 
 @dataclass(frozen=True)
 class Bank:
-    """Bytes of a contrastive step's vectors on one rank: through the step, and while the loss runs."""
+    """Bytes of a step's exchanged vectors on one rank: through the step, and while the loss runs."""
 
     kept: int
     in_loss: int

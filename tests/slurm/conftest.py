@@ -16,6 +16,12 @@ REQUIRED = "LLM2VEC_DS_REQUIRE_SLURM"
 """Set where a skip would hide that nothing was tested, as in continuous integration."""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """All tests of this folder run in one process, which has the one cluster."""
+    item.add_marker(pytest.mark.xdist_group("slurm"))
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if missing := missing_daemons():
