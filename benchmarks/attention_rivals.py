@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from llm2vec_kernels.attention import AttentionNeeds, attention, choose_attention_backend
+from llm2vec_kernels.attention import AttentionNeeds, AttentionOptions, attention, choose_attention_backend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -60,13 +60,17 @@ OURS = ("triton", "flash_attn")
 """Contenders that torch does not bring."""
 
 
+def options_of(problem: Problem) -> AttentionOptions:
+    return AttentionOptions(problem.head_dim**-0.5, dropout_p=problem.dropout_p)
+
+
 def needs_of(problem: Problem) -> AttentionNeeds:
     return AttentionNeeds(
         problem.device,
         problem.dtype,
         problem.head_dim,
         grouped=problem.heads != problem.kv_heads,
-        dropout_p=problem.dropout_p,
+        options=options_of(problem),
     )
 
 
@@ -79,12 +83,8 @@ def packed(problem: Problem, backend: str) -> Contender:
     """One of our backends, called as the model calls it."""
     choose_attention_backend(backend, needs_of(problem))
     tensors = problem.tensors()
-    options: dict[str, Any] = {
-        "softmax_scale": problem.head_dim**-0.5,
-        "dropout_p": problem.dropout_p,
-        "backend": backend,
-    }
-    run = partial(attention, *tensors, problem.cu_seqlens(), max(problem.lengths), **options)
+    packed_stream = (*tensors, problem.cu_seqlens(), max(problem.lengths))
+    run = partial(attention, *packed_stream, options=options_of(problem), backend=backend)
     return Contender(backend, run, tensors)
 
 

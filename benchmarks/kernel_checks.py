@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import torch
-from llm2vec_kernels.attention import reference
+from llm2vec_kernels.attention import AttentionOptions, reference
 from llm2vec_kernels.attention.triton import flash_attention
 
 # (dtype, query heads, key/value heads, head dim, options)
@@ -65,13 +65,13 @@ def errors_against_reference(
     shapes = [(sum(lengths), h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
     dtype = getattr(torch, dtype_name)
     tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-    options = {"softmax_scale": head_dim**-0.5, **options}
+    attention_options = AttentionOptions(head_dim**-0.5, **options)
 
     def ours(*qkv: Any) -> Any:
-        return flash_attention(*qkv, cu_seqlens, max(lengths), **options)
+        return flash_attention(*qkv, cu_seqlens, max(lengths), attention_options)
 
     def plain(*qkv: Any) -> Any:
-        return reference.attention(*qkv, cu_seqlens, **options)
+        return reference.attention(*qkv, cu_seqlens, attention_options)
 
     def results(function: Any, dtype: Any) -> list[Any]:
         *leaves, weight = [x.detach().to(dtype).requires_grad_() for x in tensors]

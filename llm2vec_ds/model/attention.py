@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from llm2vec_kernels.attention import ATTENTION_NAMES, attention
+from llm2vec_kernels.attention import ATTENTION_NAMES, AttentionOptions, attention
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -91,19 +91,14 @@ def _attend(
         order_T, cu_seqlens = _padding_last(mask_BL)
         max_seqlen = length
         q_THD, k_THD, v_THD = (x[order_T] for x in (q_THD, k_THD, v_THD))
-    out_THD = attention(
-        q_THD,
-        k_THD,
-        v_THD,
-        cu_seqlens,
-        max_seqlen,
-        softmax_scale=head_dim**-0.5 if scaling is None else scaling,
+    options = AttentionOptions(
+        head_dim**-0.5 if scaling is None else scaling,
         window=_reach(sliding_window, inclusive=by_config and not causal),
         softcap=softcap,
         dropout_p=dropout,
         causal=causal,
-        backend=backend,
     )
+    out_THD = attention(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, options=options, backend=backend)
     if order_T is not None:
         out_THD = torch.empty_like(out_THD).index_copy(0, order_T, out_THD)
     return out_THD.unflatten(0, (n_rows, length))

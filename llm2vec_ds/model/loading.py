@@ -11,7 +11,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from llm2vec_kernels.attention import AttentionBackend, AttentionNeeds, choose_attention_backend
+from llm2vec_kernels.attention import (
+    AttentionBackend,
+    AttentionNeeds,
+    AttentionOptions,
+    choose_attention_backend,
+)
 from llm2vec_kernels.row_ops.api import runs_on
 from torch import nn
 
@@ -199,15 +204,15 @@ def _quantized(options: TrunkOptions) -> dict[str, Any]:
 def _attention_backend(config: Any, causal: bool, options: TrunkOptions) -> AttentionBackend:
     """The backend that will run, or a refusal before any weight is read."""
     text_config = config.get_text_config()
-    needs = AttentionNeeds(
-        options.device,
-        dtype=options.dtype,
-        head_dim=getattr(text_config, "head_dim", None),
-        softcap=getattr(text_config, "attn_logit_softcapping", None),
-        dropout_p=options.attention_dropout or 0.0,
-        causal=causal,
-    )
     try:
+        known = AttentionOptions(
+            softmax_scale=1.0,  # each layer names its own
+            softcap=getattr(text_config, "attn_logit_softcapping", None),
+            dropout_p=options.attention_dropout or 0.0,
+            causal=causal,
+        )
+        head_dim = getattr(text_config, "head_dim", None)
+        needs = AttentionNeeds(options.device, options.dtype, head_dim, options=known)
         return choose_attention_backend(options.attention, needs)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from llm2vec_kernels.attention import AttentionNeeds, attention, backends, choose_attention_backend, reference
+from llm2vec_kernels.attention import (
+    AttentionNeeds,
+    AttentionOptions,
+    attention,
+    backends,
+    choose_attention_backend,
+    reference,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 HALF = torch.bfloat16
+CAUSAL = AttentionOptions(1.0, causal=True)
+DROPOUT = AttentionOptions(1.0, dropout_p=0.3)
 
 
 @pytest.fixture
@@ -29,12 +38,12 @@ def _all_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (AttentionNeeds(CPU), "torch", "auto: the device is cpu"),
         (
-            AttentionNeeds(CUDA, HALF, 128, softcap=50.0, dropout_p=0.3),
+            AttentionNeeds(CUDA, HALF, 128, options=AttentionOptions(1.0, softcap=50.0, dropout_p=0.3)),
             "triton",
             "non-causal attention on CUDA",
         ),
         (
-            AttentionNeeds(CUDA, HALF, 128, causal=True),
+            AttentionNeeds(CUDA, HALF, 128, options=CAUSAL),
             "torch",
             "not triton, causal attention is not supported",
         ),
@@ -56,16 +65,16 @@ def test_auto_says_why(needs: AttentionNeeds, name: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("name", "needs", "message"),
     [
-        ("triton", {"causal": True}, "causal attention is not supported: use attention `torch`"),
-        ("flash_attn", {"causal": True}, "causal attention is not supported"),
-        ("varlen", {"causal": True}, "causal attention is not supported"),
+        ("triton", {"options": CAUSAL}, "causal attention is not supported: use attention `torch`"),
+        ("flash_attn", {"options": CAUSAL}, "causal attention is not supported"),
+        ("varlen", {"options": CAUSAL}, "causal attention is not supported"),
         ("triton", {"dtype": torch.float64}, "dtype torch.float64 is not supported"),
         ("flash_attn", {"dtype": torch.float32}, "only float16, bfloat16"),
         ("varlen", {"dtype": torch.float32}, "only float16, bfloat16"),
         ("flash_attn", {"head_dim": 60}, "head dim 60 is no multiple of 8"),
-        ("flash_attn", {"dropout_p": 0.3}, "FlashAttention-3 has no dropout"),
-        ("varlen", {"softcap": 50.0}, "no softcap: use attention `triton`"),
-        ("varlen", {"dropout_p": 0.3}, "no dropout: use attention `triton`"),
+        ("flash_attn", {"options": DROPOUT}, "FlashAttention-3 has no dropout"),
+        ("varlen", {"options": AttentionOptions(1.0, softcap=50.0)}, "no softcap: use attention `triton`"),
+        ("varlen", {"options": DROPOUT}, "no dropout: use attention `triton`"),
         ("flash_attn", {"device": CPU}, "needs a CUDA device, not cpu"),
         ("varlen", {"device": CPU}, "needs a CUDA device, not cpu"),
     ],
@@ -81,8 +90,9 @@ def test_what_is_not_installed_or_too_small_is_refused(monkeypatch: pytest.Monke
         with pytest.raises(ValueError, match=f"package {package} is not installed"):
             choose_attention_backend(name, AttentionNeeds(CUDA, HALF))
     monkeypatch.setattr(backends, "INSTALLED", frozenset(["flash_attn"]))
+    both = AttentionOptions(1.0, softcap=5.0, dropout_p=0.1)
     with pytest.raises(ValueError, match="FlashAttention-2 has no dropout beside a softcap"):
-        choose_attention_backend("flash_attn", AttentionNeeds(CUDA, HALF, softcap=5.0, dropout_p=0.1))
+        choose_attention_backend("flash_attn", AttentionNeeds(CUDA, HALF, options=both))
 
 
 def test_a_card_with_little_shared_memory_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +134,11 @@ def fake_package(name: str, accepts: set[str], monkeypatch: pytest.MonkeyPatch) 
             k,
             v,
             cu_q,
-            softmax_scale=options["softmax_scale"],
-            window=None if left == -1 else left,
-            softcap=options["softcap"] or None,
+            AttentionOptions(
+                options["softmax_scale"],
+                window=None if left == -1 else left,
+                softcap=options["softcap"] or None,
+            ),
         )
         return (out, None) if name == "flash_attn_interface" else out
 
@@ -146,6 +158,6 @@ def test_flash_attn_is_called_as_its_releases_want_it(
     fake_package(package, accepts | ({"dropout_p"} if package == "flash_attn" else set()), monkeypatch)
     q, k, v = torch.randn(3, 7, 2, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     cu_seqlens = torch.tensor([0, 3, 7]).int()
-    options: dict[str, Any] = {"softmax_scale": 0.5, "window": window, "softcap": softcap}
-    ours = attention(q, k, v, cu_seqlens, 4, backend="flash_attn", **options)
-    assert torch.equal(ours, reference.attention(q, k, v, cu_seqlens, **options))
+    options = AttentionOptions(0.5, window, softcap)
+    ours = attention(q, k, v, cu_seqlens, 4, options=options, backend="flash_attn")
+    assert torch.equal(ours, reference.attention(q, k, v, cu_seqlens, options))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llm2vec_kernels.attention import attention, choose_attention_backend, reference
+from llm2vec_kernels.attention import AttentionOptions, attention, choose_attention_backend, reference
 
 lengths_of_texts = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)
 
@@ -31,11 +31,11 @@ def test_equals_the_reference(
     lengths: list[int], kv_heads: int, window: int | None, softcap: float | None, causal: bool
 ) -> None:
     *qkv, cu_seqlens = packed(lengths, 4, kv_heads)
-    options = {"softmax_scale": 0.3, "window": window, "softcap": softcap, "causal": causal}
+    options = AttentionOptions(0.3, window, softcap, causal=causal)
     results = []
     for function in (attention, reference.attention):
         leaves = [x.clone().requires_grad_() for x in qkv]
-        out = function(*leaves, cu_seqlens, **options)  # type: ignore[operator]
+        out = function(*leaves, cu_seqlens, options=options)  # type: ignore[operator]
         weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
         (out * weight).sum().backward()
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
@@ -45,10 +45,10 @@ def test_equals_the_reference(
 
 def test_no_text_sees_another() -> None:
     q, k, v, cu_seqlens = packed([3, 5, 5], 4, 2)
-    before = attention(q, k, v, cu_seqlens, softmax_scale=0.3)
+    before = attention(q, k, v, cu_seqlens, options=AttentionOptions(0.3))
     k[3:8] += 1.0
     v[3:8] += 1.0
-    after = attention(q, k, v, cu_seqlens, softmax_scale=0.3)
+    after = attention(q, k, v, cu_seqlens, options=AttentionOptions(0.3))
     torch.testing.assert_close(before[:3], after[:3], rtol=0, atol=0)
     torch.testing.assert_close(before[8:], after[8:], rtol=0, atol=0)
     assert (before[3:8] - after[3:8]).abs().min() > 1e-3
@@ -61,7 +61,8 @@ def test_dropout_drops_the_asked_share_and_keeps_the_mean(softcap: float | None)
     q, k = torch.zeros(total, 8, 8), torch.zeros(total, 8, 8)
     v = torch.ones(total, 8, 8)
     cu_seqlens = torch.tensor([0, total]).int()
-    out = attention(q, k, v, cu_seqlens, softmax_scale=1.0, softcap=softcap, dropout_p=0.3)
+    options = AttentionOptions(1.0, softcap=softcap, dropout_p=0.3)
+    out = attention(q, k, v, cu_seqlens, options=options)
     # Each output is the mean of 64 draws of 0 or 1/0.7, so its variance is 0.3 / 0.7 / 64.
     assert abs(out[:, :, 0].mean() - 1) < 0.02
     assert 0.6 < out[:, :, 0].var() / (0.3 / 0.7 / total) < 1.6
@@ -69,7 +70,8 @@ def test_dropout_drops_the_asked_share_and_keeps_the_mean(softcap: float | None)
 
 def test_empty_stream() -> None:
     q = torch.zeros(0, 2, 4)
-    assert attention(q, q, q, torch.tensor([0, 0]).int(), softmax_scale=1.0).shape == (0, 2, 4)
+    out = attention(q, q, q, torch.tensor([0, 0]).int(), options=AttentionOptions(1.0))
+    assert out.shape == (0, 2, 4)
 
 
 def test_unknown_backend_is_named() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llm2vec_kernels.attention import attention
+from llm2vec_kernels.attention import AttentionOptions, attention
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.attention import _padding_last, register
@@ -123,7 +123,7 @@ def test_loading_refuses_before_it_reads_weights(tiny_model_dir: object) -> None
 def test_max_seqlen_may_be_left_out() -> None:
     q, k, v = torch.randn(3, 7, 2, 8, generator=torch.Generator().manual_seed(0))
     cu_seqlens = torch.tensor([0, 3, 7]).int()
+    options = AttentionOptions(0.5)
     assert torch.equal(
-        attention(q, k, v, cu_seqlens, softmax_scale=0.5),
-        attention(q, k, v, cu_seqlens, 4, softmax_scale=0.5),
+        attention(q, k, v, cu_seqlens, options=options), attention(q, k, v, cu_seqlens, 4, options=options)
     )

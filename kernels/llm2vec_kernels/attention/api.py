@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from llm2vec_kernels.attention.backends import BACKENDS, AttentionNeeds, Backend
+from llm2vec_kernels.attention.options import AttentionOptions
 
 ATTENTION_NAMES = ("auto", *BACKENDS)
 
 
-@dataclass(frozen=True)
-class AttentionBackend:
+class AttentionBackend(NamedTuple):
     """A way to compute packed attention, and why it was chosen (for the log)."""
 
     name: str
@@ -54,11 +54,7 @@ def attention(
     cu_seqlens: torch.Tensor,
     max_seqlen: int | None = None,
     *,
-    softmax_scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    dropout_p: float = 0.0,
-    causal: bool = False,
+    options: AttentionOptions,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Attention inside each text of a packed stream: no padding, no leak from text to text.
@@ -67,10 +63,7 @@ def attention(
         q_THD: `[T, Hq, D]`; k_THD, v_THD: `[T, Hk, D]` with Hq a multiple of Hk.
         cu_seqlens: `[S+1]` int32, ascending from 0 to T; a text may be empty.
         max_seqlen: the longest text in tokens, or any bound on it; None takes T, a bound that costs speed.
-        window: inclusive reach, |i − j| ≤ window; None sees the whole text.
-        softcap: c in c·tanh(score / c); None leaves scores as they are.
-        dropout_p: share of attention weights dropped, from torch's default generator.
-        causal: keys after the query are hidden (for the causal baseline only).
+        options: what is computed; dropout draws from torch's default generator.
         backend: a name of `choose_attention_backend`.
 
     Returns:
@@ -80,24 +73,7 @@ def attention(
         ValueError: the backend cannot do this; the message says what can.
     """
     needs = AttentionNeeds(
-        device=q_THD.device,
-        dtype=q_THD.dtype,
-        head_dim=q_THD.shape[2],
-        grouped=q_THD.shape[1] != k_THD.shape[1],
-        window=window,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        causal=causal,
+        q_THD.device, q_THD.dtype, q_THD.shape[2], q_THD.shape[1] != k_THD.shape[1], options
     )
-    return choose_attention_backend(backend, needs).backend.run(
-        q_THD,
-        k_THD,
-        v_THD,
-        cu_seqlens,
-        len(q_THD) if max_seqlen is None else max_seqlen,
-        softmax_scale=softmax_scale,
-        window=window,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        causal=causal,
-    )
+    run = choose_attention_backend(backend, needs).backend.run
+    return run(q_THD, k_THD, v_THD, cu_seqlens, len(q_THD) if max_seqlen is None else max_seqlen, options)

@@ -9,10 +9,11 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from llm2vec_kernels.attention.options import AttentionOptions
 from llm2vec_kernels.attention.torch import torch_attention
 
 HALF = (torch.float16, torch.bfloat16)
@@ -20,23 +21,25 @@ HALF = (torch.float16, torch.bfloat16)
 PACKAGES = ("triton", "flash_attn", "flash_attn_interface")
 INSTALLED = frozenset(name for name in PACKAGES if importlib.util.find_spec(name) is not None)
 
+# No backend minds the scale, so what is asked before it is known may name any.
+ANY_SCALE = AttentionOptions(softmax_scale=1.0)
 
-@dataclass(frozen=True)
-class AttentionNeeds:
-    """What is asked of a backend. None: not known yet, it is checked again when it is."""
+
+class AttentionNeeds(NamedTuple):
+    """What is asked of a backend. None: not known yet, it is checked again when it is.
+
+    A tuple, as every call makes one, and a frozen dataclass takes twice as long.
+    """
 
     device: torch.device
     dtype: torch.dtype | None = None
     head_dim: int | None = None
     grouped: bool = False
-    window: int | None = None
-    softcap: float | None = None
-    dropout_p: float = 0.0
-    causal: bool = False
+    options: AttentionOptions = ANY_SCALE
 
 
 class Run(Protocol):
-    """Packed attention, `[T, Hq, D]`; see `dispatch.attention`."""
+    """Packed attention, `[T, Hq, D]`; see `api.attention`."""
 
     def __call__(
         self,
@@ -45,12 +48,7 @@ class Run(Protocol):
         v_THD: torch.Tensor,
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
-        *,
-        softmax_scale: float,
-        window: int | None,
-        softcap: float | None,
-        dropout_p: float,
-        causal: bool,
+        options: AttentionOptions,
     ) -> torch.Tensor: ...
 
 
@@ -70,7 +68,7 @@ class Backend:
 
 def _gpu_backend_lacks(needs: AttentionNeeds, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """What is common to the three backends for GPUs."""
-    if needs.causal:
+    if needs.options.causal:
         return "causal attention is not supported: use attention `torch`, the causal baseline"
     if needs.dtype is not None and needs.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -107,10 +105,17 @@ def _triton_lacks(needs: AttentionNeeds) -> str | None:
     return None
 
 
-def _run_triton(*tensors: Any, causal: bool, **options: Any) -> torch.Tensor:
+def _run_triton(
+    q_THD: torch.Tensor,
+    k_THD: torch.Tensor,
+    v_THD: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    options: AttentionOptions,
+) -> torch.Tensor:
     from llm2vec_kernels.attention.triton import flash_attention
 
-    return flash_attention(*tensors, **options)
+    return flash_attention(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, options)
 
 
 def flash_attn_version() -> int:
@@ -128,9 +133,9 @@ def _flash_attn_lacks(needs: AttentionNeeds) -> str | None:
         return missing
     if needs.head_dim is not None and needs.head_dim % 8:
         return f"head dim {needs.head_dim} is no multiple of 8: use attention `triton`"
-    if needs.dropout_p > 0 and version == 3:
+    if needs.options.dropout_p > 0 and version == 3:
         return "FlashAttention-3 has no dropout: use attention `triton`, or set attention_dropout: 0"
-    if needs.dropout_p > 0 and needs.softcap is not None:
+    if needs.options.dropout_p > 0 and needs.options.softcap is not None:
         return "FlashAttention-2 has no dropout beside a softcap: use attention `triton`"
     return None
 
@@ -141,17 +146,13 @@ def _run_flash_attn(
     v_THD: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
-    *,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    dropout_p: float,
-    causal: bool,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    options: dict[str, Any] = {
-        "softmax_scale": softmax_scale,
-        "window_size": (-1, -1) if window is None else (window, window),
-        "softcap": softcap or 0.0,
+    window = -1 if options.window is None else options.window
+    theirs: dict[str, Any] = {
+        "softmax_scale": options.softmax_scale,
+        "window_size": (window, window),
+        "softcap": options.softcap or 0.0,
         "deterministic": True,
     }
     if flash_attn_version() == 3:
@@ -159,9 +160,9 @@ def _run_flash_attn(
     else:
         from flash_attn import flash_attn_varlen_func
 
-        options["dropout_p"] = dropout_p
+        theirs["dropout_p"] = options.dropout_p
     out = flash_attn_varlen_func(
-        q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options
+        q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **theirs
     )
     # Some releases of FlashAttention-3 return the log-sum-exp too.
     out_THD: torch.Tensor = out[0] if isinstance(out, tuple) else out
@@ -177,11 +178,11 @@ def _varlen_parameters() -> set[str]:
 def _varlen_lacks(needs: AttentionNeeds) -> str | None:
     if missing := _gpu_backend_lacks(needs, HALF) or _no_cuda(needs):
         return missing
-    if needs.softcap is not None:
+    if needs.options.softcap is not None:
         return "torch's varlen attention has no softcap: use attention `triton`"
-    if needs.dropout_p > 0:
+    if needs.options.dropout_p > 0:
         return "torch's varlen attention has no dropout: use attention `triton`, or set attention_dropout: 0"
-    wanted = {"scale": True, "window_size": needs.window is not None, "enable_gqa": needs.grouped}
+    wanted = {"scale": True, "window_size": needs.options.window is not None, "enable_gqa": needs.grouped}
     absent = [name for name, needed in wanted.items() if needed and name not in _varlen_parameters()]
     if absent:
         return f"varlen of torch {torch.__version__} has no {absent[0]}: use a newer torch, or `triton`"
@@ -194,22 +195,17 @@ def _run_varlen(
     v_THD: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
-    *,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    dropout_p: float,
-    causal: bool,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"scale": softmax_scale}
-    if window is not None:
-        options["window_size"] = (window, window)
+    theirs: dict[str, Any] = {"scale": options.softmax_scale}
+    if options.window is not None:
+        theirs["window_size"] = (options.window, options.window)
     if q_THD.shape[1] != k_THD.shape[1]:
-        options["enable_gqa"] = True
+        theirs["enable_gqa"] = True
     out_THD: torch.Tensor = varlen_attn(  # type: ignore[assignment]
-        q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options
+        q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **theirs
     )
     return out_THD
 
@@ -220,9 +216,9 @@ def _run_torch(
     v_THD: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
-    **options: Any,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    return torch_attention(q_THD, k_THD, v_THD, cu_seqlens, **options)
+    return torch_attention(q_THD, k_THD, v_THD, cu_seqlens, options)
 
 
 BACKENDS = {

@@ -43,7 +43,7 @@ def cpu_attention(
     window: int | None,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention inside each text, without dropout or softcap; see `dispatch.attention`.
+    """Attention inside each text, without dropout or softcap; see `api.attention`.
 
     Returns:
         `[T, H, D]`, and the log-sum-exp of the scores `[T, H]` for backward.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from llm2vec_kernels.attention.options import AttentionOptions
+
 
 def segment_ids(cu_seqlens: torch.Tensor) -> torch.Tensor:
     """`cu_seqlens [S+1]` → `[T]`: which text each token of the packed stream belongs to."""
@@ -34,27 +36,22 @@ def attention(
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    *,
-    softmax_scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    causal: bool = False,
-    dropout_p: float = 0.0,
+    options: AttentionOptions,
     kept_HTT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(softcap(scale · q kᵀ) + mask) v over the whole T×T square; `[T, Hq, D]`.
 
-    `window` is an inclusive reach, |i − j| ≤ window. `softcap` c maps a score s to c·tanh(s / c)
-    (Gemma 2, arXiv 2408.00118). Query heads share key/value heads in order (GQA, arXiv 2305.13245).
-    `kept_HTT` `[Hq, T, T]` bool says which weights dropout keeps; these are divided by 1 − dropout_p.
+    Query heads share key/value heads in order (GQA, arXiv 2305.13245). `kept_HTT` `[Hq, T, T]` bool says
+    which weights dropout keeps; None: all of them, whatever `dropout_p` is.
     """
     group = q_THD.shape[1] // k_THD.shape[1]
     k_THD, v_THD = (x.repeat_interleave(group, dim=1) for x in (k_THD, v_THD))
-    score_HTT = torch.einsum("ihd,jhd->hij", q_THD, k_THD) * softmax_scale
-    if softcap is not None:
-        score_HTT = softcap * torch.tanh(score_HTT / softcap)
-    score_HTT = score_HTT.masked_fill(~visible_pairs(cu_seqlens, window=window, causal=causal), float("-inf"))
+    score_HTT = torch.einsum("ihd,jhd->hij", q_THD, k_THD) * options.softmax_scale
+    if options.softcap is not None:
+        score_HTT = options.softcap * torch.tanh(score_HTT / options.softcap)
+    visible_TT = visible_pairs(cu_seqlens, window=options.window, causal=options.causal)
+    score_HTT = score_HTT.masked_fill(~visible_TT, float("-inf"))
     weight_HTT = score_HTT.softmax(-1)
     if kept_HTT is not None:
-        weight_HTT = weight_HTT * kept_HTT / (1 - dropout_p)
+        weight_HTT = weight_HTT * kept_HTT / (1 - options.dropout_p)
     return torch.einsum("hij,jhd->ihd", weight_HTT, v_THD)

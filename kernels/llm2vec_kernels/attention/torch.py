@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from llm2vec_kernels.attention.cpu import cpu_attention, equal_length_runs, window_mask
+from llm2vec_kernels.attention.options import AttentionOptions
 
 
 def torch_attention(
@@ -19,16 +20,12 @@ def torch_attention(
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    *,
-    softmax_scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    dropout_p: float = 0.0,
-    causal: bool = False,
+    options: AttentionOptions,
 ) -> torch.Tensor:
-    """Attention inside each text of the packed stream, `[T, Hq, D]`; see `dispatch.attention`."""
-    if q_THD.device.type == "cpu" and softcap is None and dropout_p == 0:
-        return cpu_attention(q_THD, k_THD, v_THD, cu_seqlens, softmax_scale, window, causal)[0]
+    """Attention inside each text of the packed stream, `[T, Hq, D]`; see `api.attention`."""
+    scale, window, causal = options.softmax_scale, options.window, options.causal
+    if options.softcap is None and options.dropout_p == 0 and q_THD.device.type == "cpu":
+        return cpu_attention(q_THD, k_THD, v_THD, cu_seqlens, scale, window, causal)[0]
     runs = list(equal_length_runs(cu_seqlens))
     # Split, not sliced: the backward of a slice is a whole tensor of zeros, one for each run.
     parts = (x.split([n_texts * length for n_texts, length in runs]) for x in (q_THD, k_THD, v_THD))
@@ -36,19 +33,19 @@ def torch_attention(
     for (n_texts, length), *part in zip(runs, *parts, strict=True):
         q_NHLD, k_NHLD, v_NHLD = (x.unflatten(0, (n_texts, length)).transpose(1, 2) for x in part)
         mask_LL = window_mask(length, window, causal, q_THD.device)
-        if softcap is None:
+        if options.softcap is None:
             out_NHLD = F.scaled_dot_product_attention(
                 q_NHLD,
                 k_NHLD,
                 v_NHLD,
                 attn_mask=mask_LL,
-                dropout_p=dropout_p,
+                dropout_p=options.dropout_p,
                 is_causal=causal and mask_LL is None,
-                scale=softmax_scale,
+                scale=scale,
                 enable_gqa=q_THD.shape[1] != k_THD.shape[1],
             )
         else:
-            out_NHLD = _softcapped(q_NHLD, k_NHLD, v_NHLD, mask_LL, softmax_scale, softcap, dropout_p, causal)
+            out_NHLD = _softcapped(q_NHLD, k_NHLD, v_NHLD, mask_LL, options.softcap, options)
         outputs.append(out_NHLD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if outputs else torch.zeros_like(q_THD)
 
@@ -58,20 +55,18 @@ def _softcapped(
     k_NHLD: torch.Tensor,
     v_NHLD: torch.Tensor,
     mask_LL: torch.Tensor | None,
-    softmax_scale: float,
     softcap: float,
-    dropout_p: float,
-    causal: bool,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     """Spelt out, because SDPA has no softcap; scores and softmax in fp32 whatever the input dtype."""
     group = q_NHLD.shape[1] // k_NHLD.shape[1]
     k_NHLD, v_NHLD = (x.repeat_interleave(group, dim=1) for x in (k_NHLD, v_NHLD))
     wide = torch.promote_types(q_NHLD.dtype, torch.float32)
-    score_NHLL = (q_NHLD.to(wide) @ k_NHLD.to(wide).mT) * softmax_scale
+    score_NHLL = (q_NHLD.to(wide) @ k_NHLD.to(wide).mT) * options.softmax_scale
     score_NHLL = softcap * torch.tanh(score_NHLL / softcap)
-    if mask_LL is None and causal:
+    if mask_LL is None and options.causal:
         mask_LL = torch.ones(score_NHLL.shape[-2:], dtype=torch.bool, device=q_NHLD.device).tril()
     if mask_LL is not None:
         score_NHLL = score_NHLL.masked_fill(~mask_LL, float("-inf"))
-    weight_NHLL = F.dropout(score_NHLL.softmax(-1), dropout_p)
+    weight_NHLL = F.dropout(score_NHLL.softmax(-1), options.dropout_p)
     return (weight_NHLL.to(v_NHLD.dtype)) @ v_NHLD

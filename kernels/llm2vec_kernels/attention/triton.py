@@ -16,6 +16,7 @@ import torch
 import triton
 from torch.utils.weak import WeakIdKeyDictionary
 
+from llm2vec_kernels.attention.options import AttentionOptions
 from llm2vec_kernels.attention.tile_sizes import MAX_HEAD_DIM, Tile, padded_head_dim, tiles_on
 from llm2vec_kernels.attention.triton_backward import dkdv_kernel, dq_kernel
 from llm2vec_kernels.attention.triton_forward import forward_kernel
@@ -30,11 +31,8 @@ def flash_attention(
     v_THD: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
+    options: AttentionOptions,
     *,
-    softmax_scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    dropout_p: float = 0.0,
     seed: int | None = None,
 ) -> torch.Tensor:
     """Attention inside each text of a packed stream; forward and backward in Triton.
@@ -43,10 +41,7 @@ def flash_attention(
         q_THD: `[T, Hq, D]` fp16, bf16 or fp32; k_THD, v_THD: `[T, Hk, D]`, Hq a multiple of Hk.
         cu_seqlens: `[S+1]` int32, ascending from 0 to T; a text may be empty.
         max_seqlen: the longest text in tokens, or any bound on it: it only chooses tile sizes.
-        window: inclusive reach, |i − j| ≤ window; None sees the whole text.
-        softcap: c in c·tanh(score / c); None leaves scores as they are.
-        dropout_p: share of attention weights dropped, in [0, 1).
-        seed: fixes which; None draws one from torch's default CPU generator, so that
+        seed: fixes which weights are dropped; None draws one from torch's default CPU generator, so that
             `torch.manual_seed` and activation checkpointing replay it, without waiting for the device.
 
     Returns:
@@ -55,15 +50,15 @@ def flash_attention(
     Raises:
         ValueError: shapes, dtypes or options that the kernels do not take.
     """
-    check_arguments(q_THD, k_THD, v_THD, cu_seqlens, window, softcap, dropout_p)
-    first_T, past_T = visible_intervals(cu_seqlens, len(q_THD), window)
+    check_arguments(q_THD, k_THD, v_THD, cu_seqlens, options)
+    first_T, past_T = visible_intervals(cu_seqlens, len(q_THD), options.window)
+    scale, softcap, dropout_p = options.softmax_scale, options.softcap, options.dropout_p
     seed_tensor = None
     if dropout_p > 0:
         seed_tensor = torch.randint(2**62, ()) if seed is None else torch.tensor(seed)
-    out_THD, _ = flash_attention_op(
-        q_THD, k_THD, v_THD, first_T, past_T, max_seqlen, softmax_scale, softcap, dropout_p, seed_tensor
-    )
-    return out_THD
+    return flash_attention_op(
+        q_THD, k_THD, v_THD, first_T, past_T, max_seqlen, scale, softcap, dropout_p, seed_tensor
+    )[0]
 
 
 def check_arguments(
@@ -71,9 +66,7 @@ def check_arguments(
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    window: int | None,
-    softcap: float | None,
-    dropout_p: float,
+    options: AttentionOptions,
 ) -> None:
     """Raises ValueError that names the first thing the kernels do not take."""
     tokens, heads, head_dim = q_THD.shape
@@ -89,12 +82,8 @@ def check_arguments(
         raise ValueError(f"q, k, v must share one dtype of fp16, bf16, fp32, not {dtypes}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be [S+1] int32, not {cu_seqlens.dtype} of {cu_seqlens.dim()} dims")
-    if window is not None and window < 0:
-        raise ValueError(f"window {window} is negative: it is an inclusive reach, 0 or more")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap {softcap} is not positive: None turns it off")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p {dropout_p} is not in [0, 1)")
+    if options.causal:
+        raise ValueError("the Triton kernels are never causal: use the torch backend")
     if not q_THD.is_cuda and not INTERPRETED:
         raise ValueError(
             f"the Triton kernels need a CUDA device, not {q_THD.device}: use the torch backend, or set "
@@ -155,11 +144,11 @@ def flash_attention_op(
     lse_HT = q_THD.new_empty((heads, tokens), dtype=torch.float32)
     if tokens:
         tile = tiles_on(q_THD.device, q_THD.dtype, head_dim, max_seqlen).forward
-        options = _options(q_THD, k_THD, v_THD, softmax_scale, softcap, dropout_p, seed)
+        shared = _shared_arguments(q_THD, k_THD, v_THD, softmax_scale, softcap, dropout_p, seed)
         with torch.cuda.device_of(q_THD):
             forward_kernel[(triton.cdiv(tokens, tile.rows), heads)](
                 q_THD, k_THD, v_THD, out_THD, lse_HT, first_T, past_T,
-                **options, **_launch(tile, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
+                **shared, **_launch(tile, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
             )  # fmt: skip
     return out_THD, lse_HT
 
@@ -194,17 +183,17 @@ def flash_attention_backward_op(
     delta_HT = torch.empty_like(lse_HT)
     if tokens:
         tiles = tiles_on(q_THD.device, q_THD.dtype, head_dim, max_seqlen)
-        options = _options(q_THD, k_THD, v_THD, softmax_scale, softcap, dropout_p, seed)
+        shared = _shared_arguments(q_THD, k_THD, v_THD, softmax_scale, softcap, dropout_p, seed)
         with torch.cuda.device_of(q_THD):
             tile = tiles.dq
             dq_kernel[(triton.cdiv(tokens, tile.rows), heads)](
                 q_THD, k_THD, v_THD, out_THD, dout_THD, dq_THD, lse_HT, delta_HT, first_T, past_T,
-                **options, **_launch(tile, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
+                **shared, **_launch(tile, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
             )  # fmt: skip
             tile = tiles.dkdv
             dkdv_kernel[(triton.cdiv(tokens, tile.rows), k_THD.shape[1])](
                 q_THD, k_THD, v_THD, dout_THD, dk_THD, dv_THD, lse_HT, delta_HT, first_T, past_T,
-                **options, **_launch(tile, BLOCK_M=tile.columns, BLOCK_N=tile.rows),
+                **shared, **_launch(tile, BLOCK_M=tile.columns, BLOCK_N=tile.rows),
             )  # fmt: skip
     return dq_THD, dk_THD, dv_THD
 
@@ -220,7 +209,7 @@ def _rows_contiguous(x_THD: torch.Tensor) -> torch.Tensor:
     return x_THD if x_THD.stride(-1) == 1 else x_THD.contiguous()
 
 
-def _options(
+def _shared_arguments(
     q_THD: torch.Tensor,
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,
