@@ -1,4 +1,4 @@
-"""Where kernels other than attention's run in Triton."""
+"""Where kernels run in Triton: one gate for all of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,44 @@ from importlib.util import find_spec
 
 import torch
 
+SWITCH = "LLM2VEC_TRITON"
+"""0 in the environment turns Triton off; it is read at a device's first use."""
+LEAST_CAPABILITY = (8, 0)
+
+
+@torch.compiler.assume_constant_result  # a compiler asks, and does not trace what is asked
+def triton_refusal(device: torch.device, interpreter_too: bool = False) -> str | None:
+    """Why kernels do not run in Triton there, in words for a log; None: they do.
+
+    Args:
+        interpreter_too: what is no CUDA device will do where Triton interprets kernels (TRITON_INTERPRET=1).
+    """
+    return _refusal(device, interpreter_too)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Do kernels run in Triton there?"""
+    return triton_refusal(device) is None
+
 
 @lru_cache
-def runs_triton(device: torch.device) -> bool:
-    """Is it a CUDA device of compute capability 8.0 or later, Triton installed, and not turned off by the
-    environment (`LLM2VEC_TRITON=0`)?"""
-    if os.environ.get("LLM2VEC_TRITON") == "0":
-        return False
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+def _refusal(device: torch.device, interpreter_too: bool) -> str | None:
+    if os.environ.get(SWITCH) == "0":
+        return f"Triton is turned off by {SWITCH}=0 in the environment"
+    installed = find_spec("triton") is not None
+    if device.type != "cuda":
+        if interpreter_too and installed and _is_interpreted():
+            return None
+        return f"Triton needs a CUDA device, not {device}"
+    if not installed:
+        return "package triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < LEAST_CAPABILITY:
+        return f"{device} has compute capability {major}.{minor}, below the 8.0 that the Triton kernels need"
+    return None
+
+
+def _is_interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

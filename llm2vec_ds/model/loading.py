@@ -17,6 +17,7 @@ from llm2vec_kernels.attention import (
     AttentionOptions,
     choose_attention_backend,
 )
+from llm2vec_kernels.devices import triton_refusal
 from llm2vec_kernels.row_ops.api import runs_on
 from torch import nn
 
@@ -133,7 +134,7 @@ def _fuse(trunk: nn.Module, options: TrunkOptions) -> None:
         log.info("fused layers: off")
         return
     fused = ", ".join(f"{n} {kind}" for kind, n in fuse_layers(trunk).items()) or "none that are known"
-    here = "" if runs_on(options.device) else ", but not on this device (see docs/kernels.md)"
+    here = "" if runs_on(options.device) else f", but not on this device: {triton_refusal(options.device)}"
     log.info("fused layers: %s%s", fused, here)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from llm2vec_kernels import devices
 from llm2vec_kernels.attention import (
     AttentionNeeds,
     AttentionOptions,
@@ -15,6 +16,7 @@ from llm2vec_kernels.attention import (
     backends,
     choose_attention_backend,
     reference,
+    tile_sizes,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -26,10 +28,11 @@ DROPOUT = AttentionOptions(1.0, dropout_p=0.3)
 @pytest.fixture
 def _all_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with a data-centre GPU and every package."""
-    from llm2vec_kernels.attention import tile_sizes
-
     monkeypatch.setattr(backends, "INSTALLED", frozenset(backends.PACKAGES))
-    monkeypatch.setattr(tile_sizes, "card_of", lambda device: tile_sizes.HOPPER)
+    monkeypatch.setattr(devices, "find_spec", lambda name: name)
+    monkeypatch.delenv("LLM2VEC_TRITON", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "card_of", lambda device: tile_sizes.HOPPER)
 
 
 @pytest.mark.usefixtures("_all_installed")
@@ -86,6 +89,7 @@ def test_refusals_name_the_mend(name: str, needs: dict[str, Any], message: str) 
 
 def test_what_is_not_installed_or_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "INSTALLED", frozenset())
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
     for name, package in (("triton", "triton"), ("flash_attn", "flash_attn")):
         with pytest.raises(ValueError, match=f"package {package} is not installed"):
             choose_attention_backend(name, AttentionNeeds(CUDA, HALF))
@@ -95,19 +99,43 @@ def test_what_is_not_installed_or_too_small_is_refused(monkeypatch: pytest.Monke
         choose_attention_backend("flash_attn", AttentionNeeds(CUDA, HALF, options=both))
 
 
+@pytest.mark.usefixtures("_all_installed")
+def test_one_switch_turns_triton_off_for_attention_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = AttentionNeeds(CUDA, HALF, 128)
+    assert choose_attention_backend("auto", needs).name == "triton"
+    monkeypatch.setenv("LLM2VEC_TRITON", "0")
+    devices._refusal.cache_clear()
+    chosen = choose_attention_backend("auto", needs)
+    assert chosen.name == "torch"
+    assert "auto: not triton, Triton is turned off by LLM2VEC_TRITON=0" in chosen.reason
+    for device in (CUDA, CPU):
+        with pytest.raises(ValueError, match="'triton': .*LLM2VEC_TRITON=0.*use attention `torch`"):
+            choose_attention_backend("triton", AttentionNeeds(device, HALF))
+    assert choose_attention_backend("flash_attn", needs).name == "flash_attn"
+
+
+@pytest.mark.usefixtures("_all_installed")
+def test_an_old_card_is_refused_by_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    chosen = choose_attention_backend("auto", AttentionNeeds(CUDA, HALF))
+    assert chosen.name == "torch"
+    assert "auto: not triton, cuda:0 has compute capability 7.0" in chosen.reason
+
+
+@pytest.mark.usefixtures("_all_installed")
 def test_a_card_with_little_shared_memory_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm2vec_kernels.attention import tile_sizes
+    """AMD's, which have no figure beyond the common one."""
 
     class Properties:
-        name = "Tesla V100"
-        shared_memory_per_block_optin = 98_304
-        shared_memory_per_block = 49_152
+        name = "Instinct MI300X"
+        shared_memory_per_block = 65_536
 
+    monkeypatch.setattr(backends, "card_of", tile_sizes.card_of)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     tile_sizes.card_of.cache_clear()
     chosen = choose_attention_backend("auto", AttentionNeeds(CUDA, HALF))
     assert chosen.name == "torch"
-    assert "Tesla V100 gives a program 98304 bytes" in chosen.reason
+    assert "Instinct MI300X gives a program 65536 bytes" in chosen.reason
     tile_sizes.card_of.cache_clear()
 
 

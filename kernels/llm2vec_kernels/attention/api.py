@@ -26,7 +26,8 @@ class AttentionBackend(NamedTuple):
 def choose_attention_backend(name: str = "auto", needs: AttentionNeeds | None = None) -> AttentionBackend:
     """`auto | triton | flash_attn | varlen | torch` → the backend, and the reason.
 
-    `auto` takes Triton on a GPU that it supports and for anything but causal attention, else torch.
+    `auto` takes Triton on a GPU that it supports and for anything but causal attention, else torch;
+    `LLM2VEC_TRITON=0` in the environment leaves it torch alone.
 
     Args:
         needs: what is known of the calls to come; None: a CPU's.

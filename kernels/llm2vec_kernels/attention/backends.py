@@ -14,11 +14,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from llm2vec_kernels.attention.options import AttentionOptions
+from llm2vec_kernels.attention.tile_sizes import card_of
 from llm2vec_kernels.attention.torch import torch_attention
+from llm2vec_kernels.devices import triton_refusal
 
 HALF = (torch.float16, torch.bfloat16)
+OURS = (*HALF, torch.float32)
 # FlashAttention-3 is the package flash_attn_interface.
-PACKAGES = ("triton", "flash_attn", "flash_attn_interface")
+PACKAGES = ("flash_attn", "flash_attn_interface")
 INSTALLED = frozenset(name for name in PACKAGES if importlib.util.find_spec(name) is not None)
 
 # No backend minds the scale, so what is asked before it is known may name any.
@@ -84,20 +87,13 @@ def _no_cuda(needs: AttentionNeeds) -> str | None:
     return f"it needs a CUDA device, not {needs.device}: use attention `torch`"
 
 
-def _not_installed(package: str) -> str:
-    return f"package {package} is not installed: install it, or use attention `auto`"
-
-
 def _triton_lacks(needs: AttentionNeeds) -> str | None:
-    if "triton" not in INSTALLED:
-        return _not_installed("triton")
-    if missing := _gpu_backend_lacks(needs, (*HALF, torch.float32)):
+    if refusal := triton_refusal(needs.device, interpreter_too=True):
+        return f"{refusal}: use attention `torch`"
+    if missing := _gpu_backend_lacks(needs, OURS):
         return missing
-    from llm2vec_kernels.attention.tile_sizes import card_of
-    from llm2vec_kernels.attention.triton import INTERPRETED
-
     if needs.device.type != "cuda":
-        return None if INTERPRETED else _no_cuda(needs)
+        return None
     try:
         card_of(needs.device)
     except ValueError as error:
@@ -128,7 +124,7 @@ def flash_attn_version() -> int:
 def _flash_attn_lacks(needs: AttentionNeeds) -> str | None:
     version = flash_attn_version()
     if version == 0:
-        return _not_installed("flash_attn")
+        return "package flash_attn is not installed: install it, or use attention `auto`"
     if missing := _gpu_backend_lacks(needs, HALF) or _no_cuda(needs):
         return missing
     if needs.head_dim is not None and needs.head_dim % 8:
