@@ -141,13 +141,13 @@ def test_every_entry_fits_its_card(card: Card, tmp_path: Path) -> None:
     half, full = torch.bfloat16, torch.float32
     cases = [
         case
-        for head_dim in (32, 64, 80, 128, 256)
-        for max_seqlen in ((512, 64) if head_dim <= 128 else (512,))
+        for head_dim in (32, 80, *HALF_TILES[card])
+        for max_seqlen in ((512, SHORT_TEXT_TOKENS) if head_dim <= max(SHORT_HALF_TILES) else (512,))
         for case in cases_of(card, half, head_dim, max_seqlen)
     ]
     cases += [case for head_dim in (64, 96, 256) for case in cases_of(card, half, head_dim, options=True)]
     # One table for every card: the largest tiles count where there is least.
-    widths = (64, 128, 256) if card is CONSUMER else (64,)
+    widths = tuple(FLOAT_TILES) if card is CONSUMER else (64,)
     cases += [case for head_dim in widths for case in cases_of(card, full, head_dim)]
     check(card, cases, tmp_path)
 

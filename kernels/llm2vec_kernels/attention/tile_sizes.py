@@ -19,7 +19,7 @@ SHORT_TEXT_TOKENS = 64
 
 @dataclass(frozen=True)
 class Tile:
-    """`rows` tokens that a program owns, `columns` tokens that it visits at a time (see `flash_tiles`)."""
+    """`rows` tokens that a program owns, `columns` tokens that it visits at a time (see `tile_ops`)."""
 
     rows: int
     columns: int
@@ -49,20 +49,23 @@ AMPERE = Card("A100", 166_912)
 CONSUMER = Card("A10, L4, L40S, RTX 30 to 50", 101_376)
 CARDS = (HOPPER, AMPERE, CONSUMER)
 
-# fp16 and bf16: padded head dim → tiles.
+# fp16 and bf16: largest head dim → tiles. 96, padded to 128, has the values of 128 until it is measured itself.
 HALF_TILES: dict[Card, dict[int, Tiles]] = {
     HOPPER: {
         64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+        96: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         256: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
     AMPERE: {
         64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        96: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
         128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
         256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     CONSUMER: {
         64: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        96: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
         128: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
         256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
@@ -70,11 +73,13 @@ HALF_TILES: dict[Card, dict[int, Tiles]] = {
 # Where no text is longer than SHORT_TEXT_TOKENS: most of a larger tile would be masked.
 SHORT_HALF_TILES = {
     64: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    96: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
     128: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
 }
 # fp32 is multiplied without tensor cores: tiles are small for want of registers, on every card.
 FLOAT_TILES = {
     64: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    96: Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
     128: Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
     256: Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
@@ -89,12 +94,13 @@ def padded_head_dim(head_dim: int) -> int:
 
 def tiles_for(card: Card, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Tiles:
     """The tiles of a call on a card."""
-    width = max(64, padded_head_dim(head_dim))
     if dtype == torch.float32:
-        return FLOAT_TILES[width]
-    if max_seqlen <= SHORT_TEXT_TOKENS and width in SHORT_HALF_TILES:
-        return SHORT_HALF_TILES[width]
-    return HALF_TILES[card][width]
+        table = FLOAT_TILES
+    elif max_seqlen <= SHORT_TEXT_TOKENS and head_dim <= max(SHORT_HALF_TILES):
+        table = SHORT_HALF_TILES
+    else:
+        table = HALF_TILES[card]
+    return table[min(largest for largest in table if head_dim <= largest)]
 
 
 @lru_cache
