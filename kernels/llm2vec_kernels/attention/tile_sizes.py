@@ -49,7 +49,7 @@ AMPERE = Card("A100", 166_912)
 CONSUMER = Card("A10, L4, L40S, RTX 30 to 50", 101_376)
 CARDS = (HOPPER, AMPERE, CONSUMER)
 
-# fp16 and bf16: largest head dim → tiles. 96, padded to 128, has the values of 128 until it is measured itself.
+# fp16 and bf16: largest head dim → tiles. 96, padded to 128, has the values of 128 until it is measured.
 HALF_TILES: dict[Card, dict[int, Tiles]] = {
     HOPPER: {
         64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),

@@ -73,25 +73,13 @@ def dq_kernel(
     delta_ptr,  # [Hq, T] fp32, written here, read by the dk/dv kernel
     first_ptr,  # [T] int32
     past_ptr,  # [T] int32
-    q_stride_t,
-    q_stride_h,
-    k_stride_t,
-    k_stride_h,
-    v_stride_t,
-    v_stride_h,
-    n_tokens,
-    scale,
-    softcap,
-    dropout_p,
-    seed,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    n_tokens, scale, softcap, dropout_p, seed,
     D: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(1)
     out_stride_t = tl.num_programs(1) * D
     query0 = tl.program_id(0) * BLOCK_M
@@ -122,20 +110,10 @@ def dq_kernel(
             _, dscore_MN = weights_and_dscores(
                 dot(q_MD, tl.trans(k_ND), None),
                 dot(dout_MD, tl.trans(v_ND), None),
-                lse_M[:, None],
-                delta_M[:, None],
-                sees(first_M, past_M, key_N),
-                scale,
-                softcap,
-                dropout_p,
-                seed,
-                head,
-                query_M[:, None],
-                key_N[None, :],
-                HAS_SOFTCAP,
-                HAS_DROPOUT,
-                WHOLE,
-            )
+                lse_M[:, None], delta_M[:, None], sees(first_M, past_M, key_N),
+                scale, softcap, dropout_p, seed, head, query_M[:, None], key_N[None, :],
+                HAS_SOFTCAP, HAS_DROPOUT, WHOLE,
+            )  # fmt: skip
             dq_MD = dot(dscore_MN.to(k_ND.dtype), k_ND, dq_MD)
 
     dq_MD = tl.where(sees_others(first_M, past_M)[:, None], dq_MD * scale, 0.0)
@@ -144,35 +122,17 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=["n_tokens", "seed"])
 def dkdv_kernel(
-    q_ptr,  # as in dq_kernel
-    k_ptr,
-    v_ptr,
-    dout_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr,  # as in dq_kernel
     dk_ptr,  # [T, Hk, D] contiguous, as is dv
     dv_ptr,
-    lse_ptr,
-    delta_ptr,
-    first_ptr,
-    past_ptr,
-    q_stride_t,
-    q_stride_h,
-    k_stride_t,
-    k_stride_h,
-    v_stride_t,
-    v_stride_h,
-    n_tokens,
-    scale,
-    softcap,
-    dropout_p,
-    seed,
+    lse_ptr, delta_ptr, first_ptr, past_ptr,  # as in dq_kernel
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    n_tokens, scale, softcap, dropout_p, seed,
     D: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     kv_head = tl.program_id(1)
     dout_stride_t = tl.num_programs(1) * GROUP * D
     key0 = tl.program_id(0) * BLOCK_N
@@ -207,20 +167,10 @@ def dkdv_kernel(
                 used_NM, dscore_NM = weights_and_dscores(
                     dot(k_ND, tl.trans(q_MD), None),
                     dot(v_ND, tl.trans(dout_MD), None),
-                    lse_M[None, :],
-                    delta_M[None, :],
-                    sees(first_N, past_N, query_M),
-                    scale,
-                    softcap,
-                    dropout_p,
-                    seed,
-                    head,
-                    query_M[None, :],
-                    key_N[:, None],
-                    HAS_SOFTCAP,
-                    HAS_DROPOUT,
-                    WHOLE,
-                )
+                    lse_M[None, :], delta_M[None, :], sees(first_N, past_N, query_M),
+                    scale, softcap, dropout_p, seed, head, query_M[None, :], key_N[:, None],
+                    HAS_SOFTCAP, HAS_DROPOUT, WHOLE,
+                )  # fmt: skip
                 dv_ND = dot(used_NM.to(dout_MD.dtype), dout_MD, dv_ND)
                 dk_ND = dot(dscore_NM.to(q_MD.dtype), q_MD, dk_ND)
 

@@ -25,6 +25,22 @@ from llm2vec_kernels.attention.tile_ops import (
 )
 
 
+@triton.jit
+def softmax_step(score_MN, peak_M, total_M):
+    """One more tile of keys for the running softmax.
+
+    Returns:
+        weights `[M, N]`, relative to the new peak; the peak and the total with this tile; and what the sums
+        over earlier tiles fade by.
+    """
+    new_peak_M = tl.maximum(peak_M, tl.max(score_MN, 1))
+    # A row that has seen no key yet keeps weight 0 instead of exp2(inf - inf).
+    shift_M = tl.where(new_peak_M == float("-inf"), 0.0, new_peak_M)
+    weight_MN = tl.exp2(score_MN - shift_M[:, None])
+    fade_M = tl.exp2(peak_M - shift_M)
+    return weight_MN, new_peak_M, total_M * fade_M + tl.sum(weight_MN, 1), fade_M
+
+
 @triton.jit(do_not_specialize=["n_tokens", "seed"])
 def forward_kernel(
     q_ptr,  # [T, Hq, D], any strides over T and Hq
@@ -34,25 +50,13 @@ def forward_kernel(
     lse_ptr,  # [Hq, T] fp32, log-sum-exp of the scores in units of log 2
     first_ptr,  # [T] int32, first token that a token sees
     past_ptr,  # [T] int32, one past the last
-    q_stride_t,
-    q_stride_h,
-    k_stride_t,
-    k_stride_h,
-    v_stride_t,
-    v_stride_h,
-    n_tokens,
-    scale,
-    softcap,
-    dropout_p,
-    seed,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    n_tokens, scale, softcap, dropout_p, seed,
     D: tl.constexpr,
     GROUP: tl.constexpr,  # query heads that share a key/value head
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(1)
     n_heads = tl.num_programs(1)
     query0 = tl.program_id(0) * BLOCK_M
@@ -78,17 +82,10 @@ def forward_kernel(
             score_MN, _ = log2_scores(raw_MN, scale, softcap, HAS_SOFTCAP)
             if not WHOLE:
                 score_MN = tl.where(sees(first_M, past_M, key_N), score_MN, float("-inf"))
-            new_peak_M = tl.maximum(peak_M, tl.max(score_MN, 1))
-            # A row that has seen no key yet keeps weight 0 instead of exp2(inf - inf).
-            shift_M = tl.where(new_peak_M == float("-inf"), 0.0, new_peak_M)
-            weight_MN = tl.exp2(score_MN - shift_M[:, None])
-            fade_M = tl.exp2(peak_M - shift_M)
-            total_M = total_M * fade_M + tl.sum(weight_MN, 1)
-            peak_M = new_peak_M
+            weight_MN, peak_M, total_M, fade_M = softmax_step(score_MN, peak_M, total_M)
             if HAS_DROPOUT:
-                weight_MN = tl.where(
-                    kept(seed, head, query_M[:, None], key_N[None, :], dropout_p), weight_MN, 0.0
-                )
+                kept_MN = kept(seed, head, query_M[:, None], key_N[None, :], dropout_p)
+                weight_MN = tl.where(kept_MN, weight_MN, 0.0)
             v_ND = load_tile(v_base, key0, v_stride_t, n_tokens, BLOCK_N, D, BLOCK_D, not WHOLE)
             out_MD = dot(weight_MN.to(v_ND.dtype), v_ND, out_MD * fade_M[:, None])
 
