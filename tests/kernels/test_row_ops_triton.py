@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rotary embedding in Triton, against their formulas in fp64, gradients too.
+"""RMSNorm, SwiGLU and rotary embedding in Triton, against the reference in fp64, gradients too.
 
 On a machine with a GPU they run there, else in Triton's interpreter.
 """
@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 from llm2vec_kernels.row_ops import api as row_ops
+from llm2vec_kernels.row_ops import reference
 from llm2vec_kernels.row_ops import triton as ours
 
-from tests.support import row_op_formulas as formulas
+from tests.support import row_op_cases as cases
 from tests.support.interpreter import round_bf16_to_nearest
 
 # A sigmoid's exponential may be infinite: its share is then 0, as meant.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-EPS = formulas.EPS
+EPS = cases.EPS
 
 
 def rms_norm(d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
@@ -60,7 +61,7 @@ def found_and_expected(
     name: str, n: int, width: int, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Output and gradients: ours in `dtype`, the formula's in fp64."""
-    _, formula, inputs_of, n_differentiable = formulas.CASES[name]
+    _, formula, inputs_of, n_differentiable = cases.CASES[name]
     torch.manual_seed(n * 100 + width)
     inputs = [x.to(DEVICE, dtype) for x in inputs_of(n, width)]
     wide = [x.double() for x in inputs]
@@ -145,10 +146,10 @@ def test_rows_may_lie_anywhere_in_memory() -> None:
     whole = torch.randn(4, 2, 18, dtype=torch.float64, device=DEVICE)
     x = whole.transpose(0, 1)[..., 5:11]
     weight = torch.randn(6, dtype=torch.float64, device=DEVICE)
-    torch.testing.assert_close(ours.rms_norm(x, weight, EPS)[0], formulas.rms_norm(x, weight))
-    torch.testing.assert_close(ours.gated_unit(x, x, "silu"), formulas.swiglu(x, x))
+    torch.testing.assert_close(ours.rms_norm(x, weight, EPS)[0], reference.rms_norm(x, weight, EPS))
+    torch.testing.assert_close(ours.gated_unit(x, x, "silu"), reference.gated_unit(x, x, "silu"))
     cos, sin = torch.randn(2, 2, 6, dtype=torch.float64, device=DEVICE)
-    torch.testing.assert_close(ours.rotate(x, cos, sin), formulas.rotate(x, cos, sin))
+    torch.testing.assert_close(ours.rotate(x, cos, sin), reference.rotate(x, cos, sin))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -176,13 +177,11 @@ def test_operations_of_cuda_tensors_run_here(name: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("name", formulas.CASES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_gradients_flow_through_the_operations(name: str) -> None:
-    operation, formula, inputs_of, n_differentiable = formulas.CASES[name]
+    operation, formula, inputs_of, n_differentiable = cases.CASES[name]
     torch.manual_seed(0)
     inputs = [x.to(DEVICE, torch.float64) for x in inputs_of(40, 24)]
-    found, expected = (
-        formulas.outcome(function, inputs, n_differentiable) for function in (operation, formula)
-    )
+    found, expected = (cases.outcome(function, inputs, n_differentiable) for function in (operation, formula))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
