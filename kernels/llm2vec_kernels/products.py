@@ -43,16 +43,22 @@ def cpu_products() -> CpuProducts:
     asked = os.environ.get("LLM2VEC_ONEDNN")
     if asked == "0":
         return CpuProducts(usual, "LLM2VEC_ONEDNN=0")
-    for name, capacity in _CACHES.items():
-        os.environ.setdefault(name, capacity)  # read at oneDNN's first product
+    caches = _limit_caches()
     if asked == "1":
-        return CpuProducts("oneDNN", "LLM2VEC_ONEDNN=1")
+        return CpuProducts("oneDNN", f"LLM2VEC_ONEDNN=1; {caches}")
     ratio = _speed_of_onednn()
     unknown = f"LLM2VEC_ONEDNN={asked} is neither 0 nor 1; " if asked else ""
-    return CpuProducts(
-        "oneDNN" if ratio >= MUCH_FASTER else usual,
-        f"{unknown}oneDNN is {ratio:.1f} times as fast as {usual} here",
+    reason = f"{unknown}oneDNN is {ratio:.1f} times as fast as {usual} here"
+    return (
+        CpuProducts("oneDNN", f"{reason}; {caches}") if ratio >= MUCH_FASTER else CpuProducts(usual, reason)
     )
+
+
+def _limit_caches() -> str:
+    """Sets what the environment does not say yet; oneDNN reads it at its first product. What it says then."""
+    for name, capacity in _CACHES.items():
+        os.environ.setdefault(name, capacity)
+    return ", ".join(f"{name}={os.environ[name]}" for name in _CACHES)
 
 
 def usual_library() -> str:
@@ -70,12 +76,12 @@ def product(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | 
     """
     if torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad):
         raise RuntimeError("product has no gradient: call it in an operation of its own, or under no_grad")
-    if is_onednns(x_TI) and x_TI.shape[1] > 0:  # an empty sum is 0, for which oneDNN has no product
+    if is_for_onednn(x_TI) and x_TI.shape[1] > 0:  # an empty sum is 0, for which oneDNN has no product
         return _onednn(x_TI, weight_OI, bias_O)
     return x_TI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, x_TI, weight_OI.T)
 
 
-def is_onednns(x: torch.Tensor) -> bool:
+def is_for_onednn(x: torch.Tensor) -> bool:
     """Is a product of this tensor computed by oneDNN?"""
     return x.device.type == "cpu" and x.dtype == torch.float32 and cpu_products().name == "oneDNN"
 

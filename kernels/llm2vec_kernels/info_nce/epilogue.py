@@ -85,7 +85,7 @@ def _positive(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _exclude(score_BN: torch.Tensor, block: Block) -> None:
     """Scale where the operands were not scaled, −inf at false negatives; in place."""
-    if block.scale_is_to_do:
+    if block.needs_scale:
         score_BN *= block.scale
     if block.query_id_Q is None and block.score_limit_Q is None:
         return

@@ -74,7 +74,7 @@ class Block:
         return self.query_QD.dtype if self.query_QD.is_cuda else self.score_dtype
 
     @property
-    def scale_is_to_do(self) -> bool:
+    def needs_scale(self) -> bool:
         """Are operands too coarse to be scaled before their product?"""
         return self.operand_dtype != self.score_dtype
 
@@ -133,7 +133,7 @@ def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 def score_tiles(block: Block, tile_mib: float) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows and their products with all documents, a few rows at a time, in one reused buffer.
 
-    The products are scores already, unless `block.scale_is_to_do`.
+    The products are scores already, unless `block.needs_scale`.
     """
     n_queries, n_documents = len(block.query_QD), len(block.document_ND)
     row_bytes = n_documents * block.score_dtype.itemsize
@@ -143,7 +143,7 @@ def score_tiles(block: Block, tile_mib: float) -> Iterator[tuple[slice, torch.Te
         query_BD = block.query_QD[rows].to(block.operand_dtype)
         score_BN = buffer[: len(query_BD) * n_documents].view(-1, n_documents)
         for documents, document_CD in document_chunks(block):
-            scaled_BD = query_BD if block.scale_is_to_do else query_BD * block.scale
+            scaled_BD = query_BD if block.needs_scale else query_BD * block.scale
             product(scaled_BD, document_CD.T, score_BN[:, documents])
         yield rows, score_BN
 

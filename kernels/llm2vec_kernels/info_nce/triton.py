@@ -192,7 +192,7 @@ class TritonEpilogue:
 
     def _options(self) -> dict[str, Any]:
         return {
-            "HAS_SCALE": self.block.scale_is_to_do,
+            "HAS_SCALE": self.block.needs_scale,
             "HAS_IDS": self.block.query_id_Q is not None,
             "HAS_LIMITS": self.block.score_limit_Q is not None,
         }
