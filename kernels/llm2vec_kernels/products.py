@@ -32,6 +32,8 @@ class CpuProducts(NamedTuple):
 
     name: str
     reason: str
+    environment: str = ""
+    """Variables that hold for oneDNN, for the log."""
 
 
 @cache
@@ -45,13 +47,13 @@ def cpu_products() -> CpuProducts:
         return CpuProducts(usual, "LLM2VEC_ONEDNN=0")
     caches = _limit_caches()
     if asked == "1":
-        return CpuProducts("oneDNN", f"LLM2VEC_ONEDNN=1; {caches}")
+        return CpuProducts("oneDNN", "LLM2VEC_ONEDNN=1", caches)
     ratio = _speed_of_onednn()
     unknown = f"LLM2VEC_ONEDNN={asked} is neither 0 nor 1; " if asked else ""
     reason = f"{unknown}oneDNN is {ratio:.1f} times as fast as {usual} here"
-    return (
-        CpuProducts("oneDNN", f"{reason}; {caches}") if ratio >= MUCH_FASTER else CpuProducts(usual, reason)
-    )
+    if ratio >= MUCH_FASTER:
+        return CpuProducts("oneDNN", reason, caches)
+    return CpuProducts(usual, reason)
 
 
 def _limit_caches() -> str:

@@ -88,7 +88,9 @@ def test_the_much_faster_one_is_chosen_unless_the_user_says(
     monkeypatch.setattr(module, "_speed_of_onednn", lambda: ratio)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
     usual = usual_library()
-    assert cpu_products() == ("oneDNN" if is_onednn else usual, reason.replace("USUAL", usual))
+    chosen = cpu_products()
+    assert chosen[:2] == ("oneDNN" if is_onednn else usual, reason.replace("USUAL", usual))
+    assert ("LRU_CACHE_CAPACITY=" in chosen.environment) == is_onednn
 
 
 def test_a_gradient_is_not_lost_silently() -> None:
