@@ -181,6 +181,16 @@ def all_reduce_max_int(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
+def on_any_rank(flag: torch.Tensor) -> bool:
+    """Is a bool scalar true on any rank? Waits for the device."""
+    if world_size() == 1:
+        return bool(flag)
+    found = flag.to(torch.uint8)
+    _note("all_reduce", found)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def all_gather_object(value: Any) -> list[Any]:
     """One small Python value of each rank, in rank order (pickled: for messages, not for data)."""
     if world_size() == 1:

@@ -219,6 +219,7 @@ class Engine:
             raise UserError(
                 f"DeepSpeed refuses a section ({error.title}) of the JSON that `deepspeed` names: {mistakes}"
             ) from None
+        self._mode: bool | None = None
         self.zero_stage = int(self._engine.zero_optimization_stage())
         self.measures_gradients = config.get("zero_optimization", {}).get("compute_grad_norm", True)
         if self.zero_stage == 3:
@@ -265,7 +266,10 @@ class Engine:
             self._engine.monitor.write_events([(name, value, step) for name, value in values.items()])
 
     def train(self, mode: bool = True) -> None:
-        self._engine.train(mode)
+        """Training or evaluation mode; a walk over all modules only where it changes."""
+        if self._mode != mode:
+            self._engine.train(mode)
+            self._mode = mode
 
     def gather(self) -> Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]:
         """Context maker that makes partitioned parameters whole; a no-op below ZeRO-3."""

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from llm2vec_ds.distributed import all_gather_object, rank
+from llm2vec_ds.distributed import all_gather_object, on_any_rank, rank
 from llm2vec_ds.errors import UserError
 
 TEXTS_NAMED = 3
+ELEMENTS_HELD = 2**22
+"""Gradients that wait to be looked at together: at most so many numbers, and the last one."""
 
 
 class NonFiniteError(UserError):
@@ -21,29 +23,43 @@ class FiniteCheck:
     """Stops all ranks before the step that would spread a NaN or an infinity.
 
     DeepSpeed alone does not: under ZeRO-0 in fp32 a NaN is stepped into the weights, under ZeRO-1 to 3 the
-    step is skipped while the step counter moves on. Hooks look at each local gradient before ranks
-    exchange it, so that the texts behind it can be named.
+    step is skipped while the step counter moves on. Hooks take each local gradient before ranks exchange
+    it, so that the texts behind it can be named. Many gradients are looked at in one operation: what counts
+    for an adapter's small ones is the number of operations.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._bad = torch.zeros((), dtype=torch.bool, device=device)
+    def __init__(self, model: nn.Module) -> None:
+        self._gradients: list[torch.Tensor] = []
+        self._n_elements = 0
+        self._norms: list[torch.Tensor] = []
         self._seen: list[tuple[torch.Tensor, list[int]]] = []
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(self._look)
+                parameter.register_hook(self._take)
 
-    def _look(self, gradient: torch.Tensor) -> None:
-        self._bad = self._bad | ~gradient.detach().isfinite().all()
+    def _take(self, gradient: torch.Tensor) -> None:
+        self._gradients.append(gradient.detach())
+        self._n_elements += gradient.numel()
+        if self._n_elements >= ELEMENTS_HELD:
+            self._look()
+
+    def _look(self) -> None:
+        """The largest absolute value is finite where all are."""
+        if self._gradients:
+            self._norms += torch._foreach_norm(self._gradients, float("inf"))
+        self._gradients, self._n_elements = [], 0
 
     def forget(self) -> None:
         """Drops what was noted since the last check."""
-        self._bad = torch.zeros_like(self._bad)
+        self._gradients, self._n_elements, self._norms = [], 0, []
         self._seen.clear()
 
     def end_of_backward(self, loss: torch.Tensor, rows: Sequence[int]) -> None:
         """Notes whether the micro-batch of `rows` had a bad loss or gradient; no wait for the device."""
-        self._seen.append((self._bad | ~loss.detach().isfinite(), list(rows)))
-        self._bad = torch.zeros_like(self._bad)
+        self._look()
+        values = [loss.detach().float(), *(norm.float() for norm in self._norms)]
+        self._seen.append((~torch.stack(values).isfinite().all(), list(rows)))
+        self._norms = []
 
     def stop_if_not_finite(self, step: int, bad_rows: list[int], describe: Callable[[int], str]) -> None:
         """Agrees with all ranks; every rank raises the same error.
@@ -56,16 +72,17 @@ class FiniteCheck:
         Raises:
             NonFiniteError: on any rank something was not finite.
         """
-        flags = [bool(flag) for flag, _ in self._seen]
-        suspects = [row for flag, (_, rows) in zip(flags, self._seen, strict=True) if flag for row in rows]
-        self._seen.clear()
+        seen, self._seen = self._seen, []
+        flag_M = torch.stack([flag for flag, _ in seen])
+        if not on_any_rank(flag_M.any() | bool(bad_rows)):
+            return
+        flags = flag_M.tolist()
+        suspects = [row for flag, (_, rows) in zip(flags, seen, strict=True) if flag for row in rows]
         named = bad_rows or suspects
         words = [f"{row} ({describe(row)})" for row in named[:TEXTS_NAMED]]
         more = f" and {len(named) - TEXTS_NAMED} more" if len(named) > TEXTS_NAMED else ""
         mine = (bool(bad_rows), bool(named), f"rank {rank()}, text {', '.join(words)}{more}")
         everyone = all_gather_object(mine)
-        if not any(found for _, found, _ in everyone):
-            return
         sure = any(certain for certain, _, _ in everyone)
         places = [place for certain, found, place in everyone if (certain if sure else found)]
         raise NonFiniteError(

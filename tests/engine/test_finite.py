@@ -50,7 +50,7 @@ def test_a_bad_text_stops_the_run_by_name(
 
 def test_a_bad_gradient_behind_a_finite_loss_is_seen() -> None:
     layer = nn.Linear(2, 1, bias=False)
-    check = FiniteCheck(layer, torch.device("cpu"))
+    check = FiniteCheck(layer)
     for rows, x in (([4, 5], 1.0), ([6], 0.0)):
         loss = (
             (layer(torch.full((1, 2), x)) * 0).abs().sqrt().sum() if x == 0 else layer(torch.ones(1, 2)).sum()
@@ -64,7 +64,7 @@ def test_a_bad_gradient_behind_a_finite_loss_is_seen() -> None:
 
 def test_finite_steps_pass() -> None:
     layer = nn.Linear(2, 1)
-    check = FiniteCheck(layer, torch.device("cpu"))
+    check = FiniteCheck(layer)
     loss = layer(torch.ones(1, 2)).sum()
     loss.backward()
     check.end_of_backward(loss, [0])
