@@ -3,11 +3,12 @@
 A custom operator goes through torch's dispatcher in Python, which takes longer than a small kernel: on two
 Zen 5 cores 242 µs forward and backward, of which an `autograd.Function` takes 164 and the work itself 132. So
 eager calls take the function. Whoever looks on has to see one operator and its shapes: compilers, dispatch
-modes (a plan on the meta device, selective activation checkpointing), functorch.
+modes (a plan on the meta device, selective activation checkpointing).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ class Operation:
         self.__doc__ = run.__doc__
         self._run = run
         self._function: Any = None
+        self._defaults = [p.default for p in inspect.signature(run).parameters.values()]
         self.operator = torch.library.custom_op(name, run, mutates_args=())
         self.operator.register_fake(shapes)
 
@@ -46,7 +48,9 @@ class Operation:
             keep: (context, inputs, outcome) → saves what backward needs.
             differentiate: (context, gradient of each output) → of each input, None where there is none.
         """
-        self.operator.register_autograd(differentiate, setup_context=keep)
+        self.operator.register_autograd(
+            differentiate, setup_context=lambda ctx, inputs, output: keep(ctx, inputs, output)
+        )
         run = self._run
 
         class Function(torch.autograd.Function):
@@ -56,12 +60,16 @@ class Operation:
                 keep(ctx, inputs, outcome)
                 return outcome
 
-            backward = staticmethod(once_differentiable(differentiate))
+            @staticmethod
+            @once_differentiable
+            def backward(ctx: Any, *gradients: Any) -> Any:
+                return differentiate(ctx, *gradients)
 
         self._function = Function
         return self
 
     def __call__(self, *inputs: Any) -> Any:
+        inputs += tuple(self._defaults[len(inputs) :])
         if _is_watched(inputs[0]):
             return self.operator(*inputs)
         if self._function is None or not torch.is_grad_enabled():
@@ -70,9 +78,4 @@ class Operation:
 
 
 def _is_watched(x: torch.Tensor) -> bool:
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or x.is_meta
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return bool(torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta)

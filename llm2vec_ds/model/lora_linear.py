@@ -4,8 +4,7 @@ Spelt out layer by layer, as peft does it, LoRA passes over the wide output four
 written, scaled and added, and its gradient scaled. Here the update is accumulated into the output by the
 matrix product that makes it, and so is its part of the input's gradient; the scale rides along.
 
-One custom operation rather than a `torch.autograd.Function`, so that selective activation checkpointing can
-keep its result.
+One operation (`llm2vec_kernels.operation`), so that selective activation checkpointing can keep its result.
 
 Shape legend: T tokens (any leading dimensions, or none), I and O width of input and output, R rank.
 """
@@ -15,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llm2vec_kernels.operation import Operation
 from llm2vec_kernels.products import product
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,8 +23,7 @@ from torch import nn
 from llm2vec_ds.model.cpu_linear import CpuLinear
 
 
-@torch.library.custom_op("llm2vec_ds::lora_linear", mutates_args=())
-def lora_linear(
+def _lora_linear(
     x_TI: torch.Tensor,
     dropped_TI: torch.Tensor | None,
     weight_OI: torch.Tensor,
@@ -54,7 +53,6 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-@lora_linear.register_fake
 def _shapes(
     x_TI: torch.Tensor, dropped_TI: Any, weight_OI: torch.Tensor, bias_O: Any, a_RI: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,23 +79,23 @@ def _backward(
         raise RuntimeError("lora_linear is for a frozen weight and bias: they would get no gradient")
     leading = d_out_TO.shape[:-1]
     flat_TO = _rows(d_out_TO)
-    d_low_TR = product(flat_TO, b_OR.T)
+    d_low_TR = product(flat_TO, b_OR.T).mul_(ctx.scale)
     d_x_TI = d_dropped_TI = d_a_RI = d_b_OR = None
     if needs_x:
         d_x_TI = product(flat_TO, weight_OI.T)
         if not ctx.has_dropout:
-            d_x_TI.addmm_(d_low_TR, a_RI, alpha=ctx.scale)
+            d_x_TI.addmm_(d_low_TR, a_RI)
         d_x_TI = d_x_TI.view(*leading, a_RI.shape[1])
     if needs_dropped:
-        d_dropped_TI = product(d_low_TR, a_RI.T).mul_(ctx.scale).view(*leading, a_RI.shape[1])
+        d_dropped_TI = product(d_low_TR, a_RI.T).view(*leading, a_RI.shape[1])
     if needs_a:
-        d_a_RI = product(d_low_TR.T, _rows(adapted_TI).T).mul_(ctx.scale)
+        d_a_RI = product(d_low_TR.T, _rows(adapted_TI).T)
     if needs_b:
-        d_b_OR = product(_rows(low_TR).T, flat_TO.T).mul_(ctx.scale).T.contiguous()
+        d_b_OR = product(flat_TO.T, (_rows(low_TR) * ctx.scale).T)
     return d_x_TI, d_dropped_TI, None, None, d_a_RI, d_b_OR, None
 
 
-lora_linear.register_autograd(_backward, setup_context=_keep)
+lora_linear = Operation("llm2vec_ds::lora_linear", _lora_linear, _shapes).with_gradient(_keep, _backward)
 
 
 class LoraLinear(PeftLoraLinear):
@@ -136,11 +134,13 @@ class LoraLinear(PeftLoraLinear):
         if adapter not in self.lora_A or adapter in self.lora_variant or self.lora_bias[adapter]:
             return None
         base = self.get_base_layer()
-        own = list(base.parameters())
-        tensors = (*own, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
-        if any(p.requires_grad for p in own) or any(t.dtype != dtype for t in tensors):
+        weight, bias = base.weight, base.bias
+        tensors = (weight, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
+        if weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype != dtype)):
             return None
-        if not self.gathers_weights and any(hasattr(t, "ds_id") for t in tensors):
+        if any(tensor.dtype != dtype for tensor in tensors):
+            return None
+        if not self.gathers_weights and any(hasattr(tensor, "ds_id") for tensor in tensors):
             return None
         return adapter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -53,8 +54,13 @@ _FUSED = frozenset(
 def _is_kept(func: Any, args: tuple[Any, ...]) -> bool:
     factor = _FACTOR.get(func)
     if factor is None:
-        return str(func) in _FUSED
+        return _is_fused(func)
     return int(args[factor].shape[-1]) > _CHEAP_SUM
+
+
+@cache
+def _is_fused(func: Any) -> bool:
+    return str(func) in _FUSED  # by name: not all of them are there in every torch
 
 
 def _keep_and_replay() -> tuple[_Keep, _Replay]:

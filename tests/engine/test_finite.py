@@ -69,3 +69,31 @@ def test_finite_steps_pass() -> None:
     loss.backward()
     check.end_of_backward(loss, [0])
     check.stop_if_not_finite(1, [], str)
+
+
+@pytest.mark.parametrize("held", [1, 5, 2**22])
+def test_one_bad_gradient_among_many_is_seen(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they are looked at one by one, some at a time, or all at once."""
+    monkeypatch.setattr("llm2vec_ds.engine.finite_check.ELEMENTS_HELD", held)
+    model = nn.ModuleList(nn.Linear(2, 1, dtype=d) for d in (torch.float32, torch.bfloat16, torch.float32))
+    check = FiniteCheck(model)
+    for rows, bad in (([0, 1], None), ([2], 1)):
+        for number, layer in enumerate(model):
+            factor = float("inf") if number == bad else 1.0
+            x = torch.ones(1, 2, dtype=layer.weight.dtype)
+            out = layer(x).sum()
+            out.register_hook(lambda d, factor=factor: d * factor)
+            out.backward()
+        check.end_of_backward(torch.zeros(()), rows)
+    with pytest.raises(NonFiniteError, match="text 2 "):
+        check.stop_if_not_finite(1, [], str)
+
+
+def test_what_was_forgotten_is_not_looked_at() -> None:
+    layer = nn.Linear(2, 1)
+    check = FiniteCheck(layer)
+    layer(torch.full((1, 2), float("inf"))).sum().backward()
+    check.forget()
+    layer(torch.ones(1, 2)).sum().backward()
+    check.end_of_backward(torch.zeros(()), [0])
+    check.stop_if_not_finite(1, [], str)

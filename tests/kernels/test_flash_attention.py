@@ -318,7 +318,7 @@ def test_operator_is_well_behaved(dropout_p: float) -> None:
     seed = torch.tensor(3) if dropout_p else None
     intervals = visible_intervals(cumulative((4, 7)), 11, 5)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(flash_attention_op, (*leaves, *intervals, 7, 0.25, 5.0, dropout_p, seed))
+    torch.library.opcheck(flash_attention_op.operator, (*leaves, *intervals, 7, 0.25, 5.0, dropout_p, seed))
 
 
 def test_compiles_without_a_break() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from llm2vec_kernels.operation import Operation
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_of_run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -33,8 +35,7 @@ def window_mask(length: int, window: int | None, causal: bool, device: torch.dev
     return ones_LL.tril(0 if causal else window).triu(-window)
 
 
-@torch.library.custom_op("llm2vec::cpu_attention", mutates_args=(), device_types="cpu")
-def cpu_attention(
+def _attention(
     q_THD: torch.Tensor,
     k_TKD: torch.Tensor,
     v_TKD: torch.Tensor,
@@ -60,14 +61,12 @@ def cpu_attention(
     return out_THD, lse_TH
 
 
-@cpu_attention.register_fake
 def _shapes(q_THD: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     lse_dtype = torch.promote_types(q_THD.dtype, torch.float32)
     return q_THD.new_empty(q_THD.shape), q_THD.new_empty(q_THD.shape[:2], dtype=lse_dtype)
 
 
-@torch.library.custom_op("llm2vec::cpu_attention_backward", mutates_args=(), device_types="cpu")
-def cpu_attention_backward(
+def _attention_backward(
     d_out_THD: torch.Tensor,
     q_THD: torch.Tensor,
     k_TKD: torch.Tensor,
@@ -90,12 +89,14 @@ def cpu_attention_backward(
     return gradients  # type: ignore[return-value]
 
 
-@cpu_attention_backward.register_fake
 def _gradient_shapes(
     d_out_THD: torch.Tensor, *inputs: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k, v = (x.new_empty(x.shape) for x in inputs[:3])
     return q, k, v
+
+
+cpu_attention_backward = Operation("llm2vec::cpu_attention_backward", _attention_backward, _gradient_shapes)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -114,7 +115,7 @@ def _backward(ctx: Any, d_out_THD: torch.Tensor | None, _: Any) -> tuple[torch.T
     return (*gradients, None, None, None, None)
 
 
-cpu_attention.register_autograd(_backward, setup_context=_keep)
+cpu_attention = Operation("llm2vec::cpu_attention", _attention, _shapes).with_gradient(_keep, _backward)
 
 
 def _runs(

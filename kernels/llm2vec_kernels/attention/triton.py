@@ -20,6 +20,7 @@ from llm2vec_kernels.attention.options import AttentionOptions
 from llm2vec_kernels.attention.tile_sizes import MAX_HEAD_DIM, Tile, padded_head_dim, tiles_on
 from llm2vec_kernels.attention.triton_backward import dkdv_kernel, dq_kernel
 from llm2vec_kernels.attention.triton_forward import forward_kernel
+from llm2vec_kernels.operation import Operation
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -124,8 +125,7 @@ def _visible_intervals(
     return first_T, past_T
 
 
-@torch.library.custom_op("llm2vec::flash_attention", mutates_args=())
-def flash_attention_op(
+def _flash_attention(
     q_THD: torch.Tensor,
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,
@@ -153,14 +153,12 @@ def flash_attention_op(
     return out_THD, lse_HT
 
 
-@flash_attention_op.register_fake
-def _(q_THD: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _shapes(q_THD: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     lse_HT = q_THD.new_empty((q_THD.shape[1], q_THD.shape[0]), dtype=torch.float32)
     return q_THD.new_empty(q_THD.shape), lse_HT
 
 
-@torch.library.custom_op("llm2vec::flash_attention_backward", mutates_args=())
-def flash_attention_backward_op(
+def _flash_attention_backward(
     dout_THD: torch.Tensor,
     q_THD: torch.Tensor,
     k_THD: torch.Tensor,
@@ -198,8 +196,7 @@ def flash_attention_backward_op(
     return dq_THD, dk_THD, dv_THD
 
 
-@flash_attention_backward_op.register_fake
-def _(
+def _gradient_shapes(
     dout_THD: torch.Tensor, q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q_THD.new_empty(q_THD.shape), k_THD.new_empty(k_THD.shape), v_THD.new_empty(v_THD.shape)
@@ -261,4 +258,9 @@ def _backward(ctx: Any, dout_THD: torch.Tensor, _: torch.Tensor) -> tuple[torch.
     return (*gradients, *[None] * (3 + len(ctx.options)))
 
 
-flash_attention_op.register_autograd(_backward, setup_context=_save_for_backward)
+flash_attention_backward_op = Operation(
+    "llm2vec::flash_attention_backward", _flash_attention_backward, _gradient_shapes
+)
+flash_attention_op = Operation("llm2vec::flash_attention", _flash_attention, _shapes).with_gradient(
+    _save_for_backward, _backward
+)

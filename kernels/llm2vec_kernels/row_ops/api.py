@@ -5,22 +5,21 @@ some of them for backward. Here a few rows at a time go through all steps while 
 cache, or in a GPU's registers (`triton.py`), and backward computes again what is cheap: RMSNorm keeps
 its input and a number a row, a gated unit its two inputs, the rotary embedding nothing.
 
-Custom operations, so that selective activation checkpointing sees one where there were many.
+One operation each (`operation.py`): selective activation checkpointing sees one where there were many.
 
 Shape legend: T tokens (or any leading dimensions), D width, H heads, E head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from llm2vec_kernels.devices import runs_triton
-
-ELEMENTS_PER_THREAD = 2**17
-"""Of a chunk: half a MiB in fp32. Smaller ones fit a nearer cache, but then each operation's start counts."""
+from llm2vec_kernels.operation import Operation
+from llm2vec_kernels.row_ops import cpu
+from llm2vec_kernels.row_ops.cpu import rms_norm_dtype, wide_dtype
 
 
 def runs_on(device: torch.device) -> bool:
@@ -28,23 +27,16 @@ def runs_on(device: torch.device) -> bool:
     return device.type in ("cpu", "meta") or runs_triton(device)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _operations(x: torch.Tensor) -> Any:
+    """The module that computes where `x` is."""
+    if not x.is_cuda:
+        return cpu
+    from llm2vec_kernels.row_ops import triton  # here, for machines without Triton
+
+    return triton
 
 
-def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same few rows of all tensors at a time."""
-    width = max(tensor[0].numel() for tensor in tensors) if len(tensors[0]) else 1
-    n_rows = max(1, ELEMENTS_PER_THREAD * torch.get_num_threads() // width)
-    return zip(*(tensor.split(n_rows) for tensor in tensors), strict=True)
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-@torch.library.custom_op("llm2vec::rms_norm", mutates_args=(), device_types="cpu")
-def rms_norm(
+def _rms_norm(
     x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, plus_one: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight · x / √(mean x² + eps) (Zhang and Sennrich, 2019, arXiv 1910.07467).
@@ -59,38 +51,18 @@ def rms_norm(
         `[T, D]`, in the wider dtype of x and weight (`plus_one`: in x's), and 1 / √(mean x² + eps) `[T]` for
         backward.
     """
-    rows_TD = _rows(x_TD)
-    out_TD = torch.empty_like(rows_TD, dtype=_rms_norm_dtype(x_TD, weight_D, plus_one))
-    factor_D = weight_D.to(_wide(x_TD.dtype)) + 1 if plus_one else weight_D
-    inverse_T1 = rows_TD.new_empty(len(rows_TD), 1, dtype=_wide(x_TD.dtype))
-    for x, inverse, out in _chunks(rows_TD, inverse_T1, out_TD):
-        wide = x.to(inverse.dtype)
-        torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=inverse)
-        inverse.square_().div_(x.shape[1]).add_(eps).rsqrt_()
-        if plus_one:
-            torch.mul(wide * inverse, factor_D, out=out)
-            continue
-        torch.mul(wide, inverse, out=out)
-        if out.dtype != x.dtype:
-            out.copy_(out.to(x.dtype))
-        out.mul_(factor_D)
-    return out_TD.view(x_TD.shape), inverse_T1.view(x_TD.shape[:-1])
+    outcome: Any = _operations(x_TD).rms_norm(x_TD, weight_D, eps, plus_one)
+    return outcome
 
 
-def _rms_norm_dtype(x: torch.Tensor, weight: torch.Tensor, plus_one: bool) -> torch.dtype:
-    return x.dtype if plus_one else torch.promote_types(x.dtype, weight.dtype)
-
-
-@rms_norm.register_fake
 def _rms_norm_shapes(
     x: torch.Tensor, weight: torch.Tensor, _: Any, plus_one: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out = x.new_empty(x.shape, dtype=_rms_norm_dtype(x, weight, plus_one))
-    return out, x.new_empty(x.shape[:-1], dtype=_wide(x.dtype))
+    out = x.new_empty(x.shape, dtype=rms_norm_dtype(x, weight, plus_one))
+    return out, x.new_empty(x.shape[:-1], dtype=wide_dtype(x.dtype))
 
 
-@torch.library.custom_op("llm2vec::rms_norm_backward", mutates_args=(), device_types="cpu")
-def rms_norm_backward(
+def _rms_norm_backward(
     d_out_TD: torch.Tensor,
     x_TD: torch.Tensor,
     weight_D: torch.Tensor,
@@ -102,25 +74,67 @@ def rms_norm_backward(
 
     With n = x · inverse and g = d_out · weight: inverse · (g − n · mean(g · n)), and Σ d_out · n.
     """
-    rows_TD = _rows(x_TD)
-    d_x_TD = torch.empty_like(rows_TD)
-    d_weight_D = torch.zeros(weight_D.shape, dtype=inverse_T.dtype)
-    factor_D = weight_D.to(inverse_T.dtype) + int(plus_one)
-    for d_out, x, inverse, d_x in _chunks(_rows(d_out_TD), rows_TD, inverse_T.reshape(-1, 1), d_x_TD):
-        normal = x * inverse
-        if not weight_is_frozen:
-            d_weight_D.add_((d_out * normal).sum(0))
-        g = d_out.to(inverse.dtype) * factor_D
-        mean = (g * normal).mean(1, keepdim=True)
-        torch.mul(g.sub_(normal.mul_(mean)), inverse, out=d_x)
-    return d_x_TD.view(x_TD.shape), d_weight_D.to(weight_D.dtype)
+    outcome: Any = _operations(d_out_TD).rms_norm_backward(
+        d_out_TD, x_TD, weight_D, inverse_T, weight_is_frozen, plus_one
+    )
+    return outcome
 
 
-@rms_norm_backward.register_fake
 def _rms_norm_gradient_shapes(
     _: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *__: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) · up (Shazeer, 2020, arXiv 2002.05202), `[T, D]`, the former rounded to gate's dtype.
+
+    Args:
+        activation: `silu` (SwiGLU) or `gelu_tanh` (GeGLU, with GELU approximated by tanh: Hendrycks and
+            Gimpel, 2016, arXiv 1606.08415).
+    """
+    outcome: Any = _operations(gate_TD).gated_unit(gate_TD, up_TD, activation)
+    return outcome
+
+
+def _gated_unit_shapes(gate: torch.Tensor, up: torch.Tensor, _: str) -> torch.Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _gated_unit_backward(
+    d_out_TD: torch.Tensor, gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up, `[T, D]`."""
+    outcome: Any = _operations(d_out_TD).gated_unit_backward(d_out_TD, gate_TD, up_TD, activation)
+    return outcome
+
+
+def _gated_unit_gradient_shapes(
+    _: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, __: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _rotate(
+    x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, backward: bool = False
+) -> torch.Tensor:
+    """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), `[T, H, E]`.
+
+    The first and the second half of a head's dimensions make the pairs, as in transformers' Llama:
+    with x = (a, b): (a · cos − b · sin, b · cos + a · sin).
+
+    Args:
+        backward: the transposed rotation, which takes a gradient back.
+    """
+    outcome: Any = _operations(x_THE).rotate(x_THE, cos_TE, sin_TE, backward)
+    return outcome
+
+
+def _rotate_shapes(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+rms_norm_backward = Operation("llm2vec::rms_norm_backward", _rms_norm_backward, _rms_norm_gradient_shapes)
 
 
 def _keep_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -139,65 +153,14 @@ def _differentiate_rms_norm(
     return d_x_TD, d_weight_D if needs_weight else None, None, None
 
 
-rms_norm.register_autograd(_differentiate_rms_norm, setup_context=_keep_rms_norm)
+rms_norm = Operation("llm2vec::rms_norm", _rms_norm, _rms_norm_shapes).with_gradient(
+    _keep_rms_norm, _differentiate_rms_norm
+)
 
 
-_ACTIVATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "silu": (
-        lambda x, out: torch.ops.aten.silu.out(x, out=out),
-        lambda d, x, out: torch.ops.aten.silu_backward.grad_input(d, x, grad_input=out),
-    ),
-    "gelu_tanh": (
-        lambda x, out: torch.ops.aten.gelu.out(x, approximate="tanh", out=out),
-        lambda d, x, out: torch.ops.aten.gelu_backward.grad_input(d, x, approximate="tanh", grad_input=out),
-    ),
-}
-"""The function, and its derivative times d; each writes to `out`."""
-
-
-@torch.library.custom_op("llm2vec::gated_unit", mutates_args=(), device_types="cpu")
-def gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(gate) · up (Shazeer, 2020, arXiv 2002.05202), `[T, D]`, the former rounded to gate's dtype.
-
-    Args:
-        activation: `silu` (SwiGLU) or `gelu_tanh` (GeGLU, with GELU approximated by tanh: Hendrycks and
-            Gimpel, 2016, arXiv 1606.08415).
-    """
-    activate, _ = _ACTIVATIONS[activation]
-    gates_TD = _rows(gate_TD)
-    out_TD = torch.empty_like(gates_TD)
-    for gate, up, out in _chunks(gates_TD, _rows(up_TD), out_TD):
-        activate(gate, out)
-        out.mul_(up)
-    return out_TD.view(gate_TD.shape)
-
-
-@gated_unit.register_fake
-def _gated_unit_shapes(gate: torch.Tensor, up: torch.Tensor, _: str) -> torch.Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.custom_op("llm2vec::gated_unit_backward", mutates_args=(), device_types="cpu")
-def gated_unit_backward(
-    d_out_TD: torch.Tensor, gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up, `[T, D]`."""
-    activate, differentiate = _ACTIVATIONS[activation]
-    gates_TD = _rows(gate_TD)
-    d_gate_TD, d_up_TD = torch.empty_like(gates_TD), torch.empty_like(gates_TD)
-    for d_out, gate, up, d_gate, d_up in _chunks(_rows(d_out_TD), gates_TD, _rows(up_TD), d_gate_TD, d_up_TD):
-        activate(gate, d_up)
-        d_up.mul_(d_out)
-        torch.mul(d_out, up, out=d_gate)
-        differentiate(d_gate, gate, d_gate)
-    return d_gate_TD.view(gate_TD.shape), d_up_TD.view(gate_TD.shape)
-
-
-@gated_unit_backward.register_fake
-def _gated_unit_gradient_shapes(
-    _: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, __: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+gated_unit_backward = Operation(
+    "llm2vec::gated_unit_backward", _gated_unit_backward, _gated_unit_gradient_shapes
+)
 
 
 def _keep_gated_unit(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -209,38 +172,9 @@ def _differentiate_gated_unit(ctx: Any, d_out_TD: torch.Tensor) -> tuple[torch.T
     return (*gated_unit_backward(d_out_TD, *ctx.saved_tensors, ctx.activation), None)
 
 
-gated_unit.register_autograd(_differentiate_gated_unit, setup_context=_keep_gated_unit)
-
-
-@torch.library.custom_op("llm2vec::rotate", mutates_args=(), device_types="cpu")
-def rotate(
-    x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, backward: bool = False
-) -> torch.Tensor:
-    """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), `[T, H, E]`.
-
-    The first and the second half of a head's dimensions make the pairs, as in transformers' Llama:
-    with x = (a, b): (a · cos − b · sin, b · cos + a · sin).
-
-    Args:
-        backward: the transposed rotation, which takes a gradient back.
-    """
-    half = x_THE.shape[-1] // 2
-    out_THE = torch.empty_like(x_THE, memory_format=torch.contiguous_format)
-    for x, cos, sin, out in _chunks(x_THE, cos_TE[:, None], sin_TE[:, None], out_THE):
-        torch.mul(x, cos, out=out)
-        sin_of_a, sin_of_b = (sin[..., half:], sin[..., :half])
-        if backward:
-            out[..., :half].addcmul_(x[..., half:], sin_of_a)
-            out[..., half:].addcmul_(x[..., :half], sin_of_b, value=-1)
-        else:
-            out[..., :half].addcmul_(x[..., half:], sin_of_b, value=-1)
-            out[..., half:].addcmul_(x[..., :half], sin_of_a)
-    return out_THE
-
-
-@rotate.register_fake
-def _rotate_shapes(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    return x.new_empty(x.shape)
+gated_unit = Operation("llm2vec::gated_unit", _gated_unit, _gated_unit_shapes).with_gradient(
+    _keep_gated_unit, _differentiate_gated_unit
+)
 
 
 def _keep_rotate(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -252,23 +186,6 @@ def _differentiate_rotate(ctx: Any, d_out_THE: torch.Tensor) -> tuple[torch.Tens
     return rotate(d_out_THE, *ctx.saved_tensors, not ctx.backward), None, None, None
 
 
-rotate.register_autograd(_differentiate_rotate, setup_context=_keep_rotate)
-
-
-def _in_triton(name: str) -> Any:
-    def run(*inputs: Any) -> Any:
-        from llm2vec_kernels.row_ops import triton as operations  # here, for machines without Triton
-
-        return getattr(operations, name)(*inputs)
-
-    return run
-
-
-for _name, _operation in {
-    "rms_norm": rms_norm,
-    "rms_norm_backward": rms_norm_backward,
-    "gated_unit": gated_unit,
-    "gated_unit_backward": gated_unit_backward,
-    "rotate": rotate,
-}.items():
-    _operation.register_kernel("cuda")(_in_triton(_name))
+rotate = Operation("llm2vec::rotate", _rotate, _rotate_shapes).with_gradient(
+    _keep_rotate, _differentiate_rotate
+)
