@@ -29,7 +29,7 @@ from llm2vec_ds.engine.deepspeed_engine import (
 from llm2vec_ds.engine.identity import identity_of
 from llm2vec_ds.engine.memory import explains_full_memory, watched
 from llm2vec_ds.engine.resume import checkpoint_to_resume, is_done
-from llm2vec_ds.engine.run_folder import CHECKPOINTS, LOCK, begin, check_run_folder
+from llm2vec_ds.engine.run_folder import CHECKPOINTS, LOCK, begin, check_run_folder, clear_unfinished
 from llm2vec_ds.engine.trainer import Evaluation, Trainer
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import n_fused
@@ -84,6 +84,7 @@ def _locked(recipe: Recipe, folder: Path) -> Iterator[None]:
         def lock() -> None:
             stack.enter_context(held(folder / LOCK, f"output_dir {folder}"))
             check_run_folder(recipe, folder)
+            clear_unfinished(folder)
 
         agreed(lambda: lock() if rank() == 0 else None)
         yield

@@ -23,7 +23,7 @@ from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.process.preemption import STOP_FILE
 from llm2vec_ds.recipe.files import dump_recipe, load_recipe
 from llm2vec_ds.recipe.recipe import Recipe
-from llm2vec_ds.storage.durable import replace_json, sync_folder
+from llm2vec_ds.storage.durable import replace_json, sync_folder, unfinished_file
 from llm2vec_ds.storage.fingerprint import json_sha256
 from llm2vec_ds.storage.output_folder import check_replaceable, resolved
 from llm2vec_ds.storage.reading import parse_json, read_json
@@ -119,6 +119,19 @@ def begin(recipe: Recipe, folder: Path, identity: Mapping[str, Any], *, fresh: b
         described = Described(FORMAT_VERSION, __version__, Identity(**identity))
         replace_json(folder / RUN, asdict(described))
         dump_recipe(recipe, folder / RECIPE)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Deletes files that a killed run in this folder had not finished.
+
+    Raises:
+        UserError: one cannot be deleted.
+    """
+    if not is_run(folder):
+        return
+    with writing(f"output_dir {folder}"):
+        for name in WRITTEN:
+            unfinished_file(folder / name).unlink(missing_ok=True)
 
 
 def _left_by_a_run(folder: Path) -> Iterator[Path]:

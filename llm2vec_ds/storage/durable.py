@@ -96,9 +96,14 @@ def _exchanged(new: Path, old: Path) -> bool:
 
 def replace_file(path: Path, content: bytes) -> None:
     """The file holds its old content or the new one, never a part."""
-    new = path.with_name(f".{path.name}.new")
+    new = unfinished_file(path)
     write_file(new, content)
     rename(new, path)
+
+
+def unfinished_file(path: Path) -> Path:
+    """Where `replace_file` writes, and what a kill leaves of it."""
+    return path.with_name(f".{path.name}.new")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -116,6 +116,15 @@ def test_a_model_in_its_own_output_dir_is_refused(
 # Which run is in it?
 
 
+def test_what_a_killed_run_had_not_finished_writing_goes(values: dict[str, Any], finished: Path) -> None:
+    """It was killed while it wrote its last file, so that nothing is left to do."""
+    (finished / ".memory.json.new").write_text('{"planned_pe')
+    (finished / ".thesis.new").write_text("mine")
+    train(changed(values, output_dir=str(finished), resume=True))
+    assert not (finished / ".memory.json.new").exists()
+    assert (finished / ".thesis.new").exists()
+
+
 def test_a_finished_run_is_known_by_its_recipe_data_and_model(
     values: dict[str, Any],
     finished: Path,
