@@ -116,7 +116,7 @@ def main() -> int:
     parser.add_argument(
         "--config", default=str(SHAPE), help="config.json of the shape (default: SmolLM2-135M)"
     )
-    parser.add_argument("--batch-tokens", type=int, nargs="+", default=[4096, 32768])
+    parser.add_argument("--micro-batch-tokens", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--rounds", type=int, default=2, help="timed ones after one that is not")
     parser.add_argument("--divide", type=int, default=1, help="so many times fewer texts")

@@ -280,7 +280,7 @@ def test_host_overhead_in_a_tiny_shape() -> None:
 @pytest.mark.slow
 def test_encoding_beside_sentence_transformers(tiny_shape: str) -> None:
     pytest.importorskip("sentence_transformers")
-    few = "--cpu --divide 64 --rounds 1 --batch-tokens 512 --batch-sizes 16".split()
+    few = "--cpu --divide 64 --rounds 1 --micro-batch-tokens 512 --batch-sizes 16".split()
     lines = figures(run("encode_gpu.py", "--config", tiny_shape, *few))
     assert [line["texts"] for line in lines] == ["sts", "wiki"] * 2
     assert all(line["least_cosine"] > 0.9999 for line in lines)
