@@ -57,7 +57,9 @@ def command(arguments: list[str], ranks: int = 1, timeout_s: int = 300) -> subpr
         port = ["--master_port", str(free_port())]
         line = [launcher, "--num_gpus", str(ranks), *port, "--module", "llm2vec_ds", *arguments]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = own_environment() | {"PATH": path, "OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
+    # More threads than idle cores make it many times slower: `make` says one, beside another worker.
+    threads = "1" if ranks > 1 else os.environ.get("OMP_NUM_THREADS", "2")
+    environment = own_environment() | {"PATH": path, "OMP_NUM_THREADS": threads}
     return subprocess.run(
         line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout_s, check=False
     )
