@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -35,12 +35,12 @@ class LengthConfig(ObjectiveConfig):
 class LengthModel(nn.Module):
     def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self.encoder = parts.encoder
+        self.encoder, self.section = parts.encoder, cast(LengthConfig, parts.recipe.objective)
         self.linear = nn.Linear(parts.encoder.dimensions, 1)
 
     def forward(self, batch: PackedBatch) -> tuple[torch.Tensor]:
         predicted_S = self.linear(self.encoder(batch))[:, 0]
-        return ((predicted_S - batch.cu_seqlens.diff() / 64).square(),)
+        return ((predicted_S - batch.cu_seqlens.diff() / self.section.largest_length).square(),)
 
 
 class LengthStage:
