@@ -79,7 +79,7 @@ def load_ablation(path: Path, budget: str | None, overrides: list[str] | None = 
         UserError: no such file, no mapping, an unknown key or budget, or an invalid value.
     """
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(
             f"recipe {path}: {error.strerror}: name one such as recipes/smollm2_ablation.yaml"

@@ -136,16 +136,14 @@ def _roles(texts: PreparedTexts) -> np.ndarray:
 
 
 def _name(file: Path) -> str:
-    name = file.name
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    return Path(name).stem
+    compressed = file.suffix.lower() in COMPRESSIONS
+    return Path(file.stem).stem if compressed else file.stem
 
 
 def _read_instructions(path: Path) -> dict[str, tuple[str, Instructions]]:
     """source → (group, instructions)."""
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"data.pairs.instructions {path}: {error.strerror}") from None
     except ValueError as error:

@@ -95,26 +95,39 @@ def stream_pairs(
 ) -> Iterator[tuple[str, ...]]:
     """Query, positive and up to `max_negatives` hard negatives of each example, in order.
 
-    A negative column may hold one text or a list of them; blank negatives vanish.
+    A negative column may hold one text or a list of them; blank negatives vanish. A row without the column
+    has none.
 
     Args:
         keys: where the user names the columns of query, positive and negative.
 
     Raises:
-        UserError: as `stream_texts`; or the source is plain text, which has no columns.
+        UserError: as `stream_texts`; the source is plain text, which has no columns; or the recipe names a
+            negative column that no row has.
     """
     if any(_format(file) == ".txt" for file in source.files):
         raise UserError(f"{source}: pairs need columns: use .jsonl, .csv or .parquet")
     columns = [pairs.query_column, pairs.positive_column]
-    if pairs.max_negatives:
-        columns.append(pairs.negative_column)
-    for row, place in _rows(source, columns, counts):
-        query, positive, *negatives = (
+    optional = [pairs.negative_column] if pairs.max_negatives else []
+    n_rows = n_with_negatives = 0
+    for row, place in _rows(source, columns, counts, optional):
+        query, positive = (
             _value(row, column, place, key) for column, key in zip(columns, keys, strict=False)
         )
-        listed = [_text(n) for value in negatives for n in (value if isinstance(value, list) else [value])]
+        n_rows += 1
+        n_with_negatives += pairs.negative_column in row
+        value = row.get(pairs.negative_column) if optional else None
+        listed = [_text(negative) for negative in (value if isinstance(value, list) else [value])]
         given = [text for text in listed if text.strip()][: pairs.max_negatives]
         yield tuple(text[:LONGEST_TEXT_CHARACTERS] for text in (_text(query), _text(positive), *given))
+    if not optional or not n_rows or n_with_negatives:
+        return
+    if pairs.negative_column != PairsConfig().negative_column:
+        raise UserError(
+            f"{source}: no row has the column {pairs.negative_column!r} of data.pairs.negative_column: name "
+            "another, or set data.pairs.max_negatives=0"
+        )
+    log.info("%s: no column %r, so no hard negatives", source, pairs.negative_column)
 
 
 def _files(path: Path) -> list[Path]:
@@ -126,7 +139,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _format_or_none(file: Path) -> str | None:
-    suffixes = file.suffixes
+    suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes = suffixes[:-1]
     return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
@@ -142,15 +155,18 @@ def _format(file: Path) -> str:
     return found
 
 
-def _rows(source: Source, columns: Sequence[str], counts: Counter[str]) -> Iterator[Row]:
-    """Rows in order; a line of a `.txt` file is the first of `columns`."""
+def _rows(
+    source: Source, columns: Sequence[str], counts: Counter[str], optional: Sequence[str] = ()
+) -> Iterator[Row]:
+    """Rows in order, of which `columns` and, where they are there, `optional` are read; a line of a `.txt`
+    file is the first of `columns`."""
     if source.hub:
         yield from _hub(source.hub)
         return
     readers = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
     for file in source.files:
         try:
-            yield from readers[_format(file)](file, columns, counts)
+            yield from readers[_format(file)](file, columns, counts, optional)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
 
@@ -162,7 +178,7 @@ def _open(file: Path) -> IO[bytes]:
     return opened
 
 
-def _text_lines(file: Path, columns: Sequence[str], counts: Counter[str]) -> Iterator[Row]:
+def _text_lines(file: Path, columns: Sequence[str], counts: Counter[str], _: Sequence[str]) -> Iterator[Row]:
     with _open(file) as opened:
         for number, line in enumerate(_bounded_lines(opened)):
             if number == 0:
@@ -191,7 +207,7 @@ def _bounded_lines(opened: IO[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def _json_lines(file: Path, _: Sequence[str], __: Counter[str]) -> Iterator[Row]:
+def _json_lines(file: Path, *_: Any) -> Iterator[Row]:
     with _open(file) as opened:
         for number, line in enumerate(opened, 1):
             if not line.strip():
@@ -205,7 +221,7 @@ def _json_lines(file: Path, _: Sequence[str], __: Counter[str]) -> Iterator[Row]
             yield row, f"{file}, line {number}"
 
 
-def _csv_rows(file: Path, _: Sequence[str], __: Counter[str]) -> Iterator[Row]:
+def _csv_rows(file: Path, *_: Any) -> Iterator[Row]:
     import io
 
     csv.field_size_limit(2**30)
@@ -220,7 +236,9 @@ def _csv_rows(file: Path, _: Sequence[str], __: Counter[str]) -> Iterator[Row]:
             ) from None
 
 
-def _parquet_rows(file: Path, columns: Sequence[str], _: Counter[str]) -> Iterator[Row]:
+def _parquet_rows(
+    file: Path, columns: Sequence[str], _: Counter[str], optional: Sequence[str]
+) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -230,7 +248,8 @@ def _parquet_rows(file: Path, columns: Sequence[str], _: Counter[str]) -> Iterat
             if not set(columns) <= set(found):
                 yield dict.fromkeys(found), str(file)  # whoever looks for a missing column names those there
                 return
-            for batch in table.iter_batches(1024, columns=list(columns)):
+            read = [*columns, *(name for name in optional if name in found)]
+            for batch in table.iter_batches(1024, columns=read):
                 for row in batch.to_pylist():
                     yield row, str(file)
     except (pa.ArrowException, UnicodeDecodeError) as error:

@@ -39,7 +39,7 @@ def load_tagged(source: str, column: str) -> list[TaggedSentence]:
         path = Path(source)
         number = _column_number(column, path)
         try:
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8-sig") as file:
                 blocks = list(_blocks(file, source, conllu=path.suffix == ".conllu"))
         except OSError as error:
             raise UserError(f"{source}: {error.strerror}") from None

@@ -81,7 +81,7 @@ def _topics(held_out: bool) -> list[tuple[str, str]]:
 
 def _read(file: Path) -> list[str]:
     try:
-        return [file.read_text(encoding="utf-8")]
+        return [file.read_text(encoding="utf-8-sig")]
     except OSError as error:
         raise UserError(f"--text {file}: {error.strerror}") from None
     except UnicodeDecodeError:

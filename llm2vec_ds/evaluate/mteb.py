@@ -85,7 +85,7 @@ def read_instructions(file: str | None) -> dict[str, str] | None:
     if file == "none":
         return None
     try:
-        values = parse_yaml(Path(file).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--instructions {file}: {error.strerror}") from None
     except ValueError as error:

@@ -174,7 +174,7 @@ def _classification(path: Path) -> Any:
 
 def _labelled(path: Path) -> list[dict[str, str]]:
     """Rows with `text` and `label` of a CSV or JSON-lines file."""
-    rows = list(_json_rows(path)) if path.suffix == ".jsonl" else _csv_rows(path)
+    rows = list(_json_rows(path)) if path.suffix.lower() == ".jsonl" else _csv_rows(path)
     for number, row in enumerate(rows, 1):
         if not all(isinstance(row.get(name), (str, int)) for name in ("text", "label")):
             raise UserError(f"{path}, data row {number}: expected the columns text and label")
@@ -186,7 +186,7 @@ def _labelled(path: Path) -> list[dict[str, str]]:
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from None
@@ -236,7 +236,7 @@ def _retrieval(folder: Path) -> Any:
 def _relevant(file: Path, queries: set[Any], corpus: set[Any]) -> dict[str, dict[str, int]]:
     relevant: dict[str, dict[str, int]] = {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(
             f"{file} is not UTF-8 text: make it again, or take it from its source again"

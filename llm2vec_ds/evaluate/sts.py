@@ -30,7 +30,7 @@ def load_graded_pairs(path: str | Path) -> GradedPairs:
         UserError: the file is missing, or a row does not hold two sentences and a number.
     """
     try:
-        with Path(path).open(encoding="utf-8", newline="") as file:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

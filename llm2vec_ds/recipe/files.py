@@ -109,7 +109,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"recipe {path} not found: give the path of a YAML file, e.g. recipes/smoke_mntp.yaml"
         )
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):

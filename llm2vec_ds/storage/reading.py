@@ -15,6 +15,8 @@ from llm2vec_ds.errors import UserError
 T = TypeVar("T")
 
 TOO_DEEP = "it is nested too deep"
+MERGE = "tag:yaml.org,2002:merge"
+"""`<<`, which may stand in a mapping more than once."""
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -33,16 +35,36 @@ def parse_yaml(text: str) -> Any:
     """The value that `text` holds.
 
     Raises:
-        ValueError: no YAML, or nested deeper than Python can follow.
+        ValueError: no YAML, nested deeper than Python can follow, or a mapping that has a key twice.
     """
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _unique_keys())
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
+
+
+@cache
+def _unique_keys() -> Any:
+    """PyYAML's safe loader, which by itself takes the last of equal keys and says nothing."""
+    import yaml
+
+    class UniqueKeys(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE:
+                    continue
+                line = key.start_mark.line + 1
+                if first := lines.get(key.value):
+                    raise yaml.YAMLError(f"`{key.value}` is there twice, in lines {first} and {line}")
+                lines[key.value] = line
+            return super().construct_mapping(node, deep)
+
+    return UniqueKeys
 
 
 def read_json(file: Path, shape: type[T], remedy: str) -> T:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_pairs
@@ -55,6 +58,40 @@ def test_csv_with_columns_of_other_names(tmp_path: Path) -> None:
     columns = {"query_column": "q", "positive_column": "p", "negative_column": "n"}
     pairs = load(tmp_path / "a.csv", **columns)
     assert [len(example) for example in pairs[[0, 1]]] == [3, 2]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv", "parquet"])
+def test_pairs_need_no_negatives(format: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{name: row[name] for name in ("query", "positive")} for row in ROWS]
+    path = tmp_path / f"a.{format}"
+    if format == "jsonl":
+        write(path, rows)
+    elif format == "csv":
+        path.write_text("query,positive\n" + "".join(f"{r['query']},{r['positive']}\n" for r in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    with caplog.at_level("INFO"):
+        pairs = load(path)
+    assert [words(example) for example in pairs[[0, 2]]] == [list(rows[0].values()), list(rows[2].values())]
+    assert "no column 'negative', so no hard negatives" in caplog.text
+
+
+def test_some_rows_may_have_negatives(tmp_path: Path) -> None:
+    rows = [{"query": "a", "positive": "b"}, ROWS[0], {"query": "c", "positive": "d"}]
+    assert [len(example) for example in load(write(tmp_path / "a.jsonl", rows))[[0, 1, 2]]] == [2, 3, 2]
+
+
+def test_a_negative_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no row has the column 'nagative'.*max_negatives=0"):
+        load(write(tmp_path / "a.jsonl", ROWS), negative_column="nagative")
+
+
+def test_endings_may_be_capital_letters(tmp_path: Path) -> None:
+    path = tmp_path / "Some.Pairs.CSV"
+    path.write_text("query,positive\nthe river,runs\na train,leaves\n")
+    (tmp_path / "T.JSONL.GZ").write_bytes(gzip.compress(json.dumps(ROWS[0]).encode()))
+    assert len(load(path)) == 2
+    assert list(load(tmp_path / "T.JSONL.GZ").group_sizes) == ["T"]
 
 
 def test_a_blank_query_or_positive_leaves_the_example_out(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,24 @@ def test_data_that_the_hub_does_not_give_are_a_users_mistake(folder: Path, tmp_p
     """Tests run offline."""
     with pytest.raises(UserError, match="STSBenchmark: its data cannot be had from the hub"):
         evaluate_mteb(wrapped(folder), tasks_for(["STSBenchmark"]), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["sts:pairs.csv", "classification:labels.csv", "retrieval:beir"])
+def test_a_byte_order_mark_changes_nothing(kind: str, data: Path, tmp_path: Path) -> None:
+    """As spreadsheets save UTF-8."""
+    mark = b"\xef\xbb\xbf"
+    name = kind.partition(":")[2]
+    marked = tmp_path / name
+    if (data / name).is_dir():
+        shutil.copytree(data / name, marked)
+        files = [marked / "qrels" / "test.tsv", marked / "queries.jsonl"]
+    else:
+        shutil.copy(data / name, marked)
+        files = [marked]
+    for file in files:
+        file.write_bytes(mark + file.read_bytes().replace(b"\n", b"\r\n"))
+    task = kind.partition(":")[0]
+    (found,), (expected,) = (tasks_for([f"{task}:{place}"], None, None) for place in (marked, data / name))
+    found.load_data()
+    expected.load_data()
+    assert str(found.dataset) == str(expected.dataset)
