@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from llm2vec_ds.errors import UserError
 
@@ -15,7 +16,13 @@ TEXT_SPANS = ("offsets", "upstream")
 """Which tokens are the text's own. `offsets`: those that hold its characters. `upstream`: as many from the
 end as the text has when it is tokenised alone, as `llm2vec` 0.2 counts (for its exact numbers; where a blank
 before the first word changes its tokens, the count is off)."""
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _PROBE = "\ue000"  # a private-use character that no chat template contains
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """A string that UTF-8 can hold. Half of a surrogate pair it cannot: text that was cut inside an emoji."""
+    return isinstance(value, str) and not _LONE_SURROGATE.search(value)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,17 @@ from __future__ import annotations
 import csv
 import logging
 import lzma
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
+from llm2vec_ds.data.prompts import is_text
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.sections import PairsConfig
 from llm2vec_ds.storage.reading import parse_json
@@ -82,7 +86,10 @@ def stream_texts(
         UserError: the column is missing or a row cannot be read.
     """
     for row, place in _rows(source, [text_column], counts):
-        text = _text(_value(row, text_column, place, key))
+        text = _text(_value(row, text_column, place, key), text_column, place)
+        if not is_text(text):
+            counts["not UTF-8"] += 1
+            continue
         if len(text) <= LONGEST_TEXT_CHARACTERS:
             yield text
             continue
@@ -117,9 +124,14 @@ def stream_pairs(
         n_rows += 1
         n_with_negatives += pairs.negative_column in row
         value = row.get(pairs.negative_column) if optional else None
-        listed = [_text(negative) for negative in (value if isinstance(value, list) else [value])]
-        given = [text for text in listed if text.strip()][: pairs.max_negatives]
-        yield tuple(text[:LONGEST_TEXT_CHARACTERS] for text in (_text(query), _text(positive), *given))
+        listed = value if isinstance(value, list) else [value]
+        negatives = [_text(negative, pairs.negative_column, place) for negative in listed]
+        given = [text for text in negatives if text.strip()][: pairs.max_negatives]
+        texts = (_text(query, columns[0], place), _text(positive, columns[1], place), *given)
+        if not all(map(is_text, texts)):
+            counts["not UTF-8"] += 1
+            continue
+        yield tuple(text[:LONGEST_TEXT_CHARACTERS] for text in texts)
     if not optional or not n_rows or n_with_negatives:
         return
     if pairs.negative_column != PairsConfig().negative_column:
@@ -263,8 +275,19 @@ def _value(row: dict[str, Any], column: str, place: str, key: str) -> Any:
     return row[column]
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+def _text(value: Any, column: str, place: str) -> str:
+    """A missing value (null, NaN) is the empty text, a number its digits.
+
+    Raises:
+        UserError: a list, an object or bytes, which would be trained as Python writes them.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, str | int | float | Decimal | date):
+        names: dict[type, str] = {list: "a list", dict: "an object", bytes: "bytes"}
+        kind = names.get(type(value), type(value).__name__)
+        raise UserError(f"{place}: column {column!r} holds {kind}, no text: write one text in each row")
+    return str(value)
 
 
 def _hub(name: str) -> Iterator[Row]:

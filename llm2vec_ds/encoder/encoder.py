@@ -24,6 +24,7 @@ from llm2vec_ds.data.prompts import (
     TokenizedText,
     check_tokenizer,
     drop_words,
+    is_text,
     tokenize,
     truncate,
 )
@@ -263,7 +264,7 @@ class Encoder(nn.Module):
         self, texts: Sequence[str | None], instruction: str | None, first_row: int, bad_texts: BadTexts
     ) -> dict[int, TokenizedText]:
         """Row → tokens, of the good texts of a block."""
-        strings = {row: text for row, text in enumerate(texts) if isinstance(text, str)}
+        strings = {row: text for row, text in enumerate(texts) if is_text(text)}
         if self.settings.text_span == "upstream" and (most := self.settings.max_text_tokens):
             longest = self.settings.max_tokens
             strings = {r: drop_words(self.tokenizer, text, most, longest) for r, text in strings.items()}
@@ -281,7 +282,7 @@ class Encoder(nn.Module):
         }
         for row, text in enumerate(texts):
             if row not in good:
-                what = "is empty" if isinstance(text, str) else "is not text"
+                what = "is empty" if is_text(text) else "is not text"
                 name = f"text {first_row + row} (counted from 0) {what}"
                 if bad_texts == "raise":
                     raise UserError(f"{name}: remove it, or get NaN in its place with bad texts `nan`")

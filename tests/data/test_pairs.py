@@ -86,6 +86,39 @@ def test_a_negative_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
         load(write(tmp_path / "a.jsonl", ROWS), negative_column="nagative")
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "kind"),
+    [
+        ("positive", ["runs", "flows"], "a list"),
+        ("query", {"text": "a"}, "an object"),
+        ("negative", [["bread", 0.5]], "a list"),
+    ],
+)
+def test_what_is_no_text_is_refused(column: str, value: Any, kind: str, tmp_path: Path) -> None:
+    """It would be trained as Python writes it."""
+    rows = [ROWS[0], {**ROWS[0], column: value}]
+    with pytest.raises(UserError, match=f"a.jsonl, line 2: column '{column}' holds {kind}, no text"):
+        load(write(tmp_path / "a.jsonl", rows))
+
+
+def test_bytes_are_refused(tmp_path: Path) -> None:
+    rows = [{"query": b"the river", "positive": "runs"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="column 'query' holds bytes, no text"):
+        load(tmp_path / "a.parquet")
+
+
+def test_half_of_a_surrogate_pair_leaves_the_example_out(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "positive": "cut emoji \ud83d here"}, ROWS[1]]
+    assert [words(example)[0] for example in load(write(tmp_path / "a.jsonl", rows))[[0]]] == ["a train"]
+
+
+def test_missing_values_are_missing_and_numbers_are_text(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "positive": float("nan")}, {**ROWS[0], "positive": 7}]
+    pairs = load(write(tmp_path / "a.jsonl", rows))
+    assert [words(example)[1] for example in pairs[range(len(pairs))]] == ["7"]
+
+
 def test_endings_may_be_capital_letters(tmp_path: Path) -> None:
     path = tmp_path / "Some.Pairs.CSV"
     path.write_text("query,positive\nthe river,runs\na train,leaves\n")

@@ -73,6 +73,17 @@ def test_the_micro_batch_size_is_no_part_of_what_vectors_are(
     assert len(load_vectors(tmp_path / "v")) == len(TEXTS)
 
 
+def test_half_of_a_surrogate_pair_is_a_bad_text(options: EncodeOptions, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "the river"}\n{"text": "cut \\ud83d"}\n{"text": "rain"}\n')
+    own = replace(options, input=str(tmp_path / "in.jsonl"))
+    with pytest.raises(UserError, match="text 1 .counted from 0. is not text"):
+        encode(own, tmp_path / "v.npy")
+    vectors = load_vectors(encode(replace(own, bad_texts="nan"), tmp_path / "v.npy"))
+    assert np.isnan(vectors).any(axis=1).tolist() == [False, True, False]
+    with pytest.raises(UserError, match="text 0 .counted from 0. is not text"):
+        Encoder.from_pretrained(options.model).encode(["cut \ud83d"])
+
+
 @pytest.mark.parametrize("output", ["in.jsonl", "link.jsonl", "shards"])
 def test_an_output_that_is_the_input_is_refused(output: str, options: EncodeOptions, tmp_path: Path) -> None:
     """Also by another name, and where a shard would be it."""
