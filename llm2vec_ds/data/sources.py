@@ -7,7 +7,7 @@ at a blank. Duplicates stay. In the structured formats a row that cannot be read
 
 from __future__ import annotations
 
-import csv
+import io
 import logging
 import lzma
 import math
@@ -23,7 +23,7 @@ from typing import IO, Any
 from llm2vec_ds.data.prompts import is_text
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.sections import PairsConfig
-from llm2vec_ds.storage.reading import parse_json
+from llm2vec_ds.storage.reading import csv_rows, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -234,18 +234,12 @@ def _json_lines(file: Path, *_: Any) -> Iterator[Row]:
 
 
 def _csv_rows(file: Path, *_: Any) -> Iterator[Row]:
-    import io
-
-    csv.field_size_limit(2**30)
     with _open(file) as opened:
-        reader = csv.DictReader(io.TextIOWrapper(opened, encoding="utf-8-sig", newline=""))
         try:
-            for row in reader:
-                yield row, f"{file}, line {reader.line_num}"
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{file}, after line {reader.line_num}: not a CSV file in UTF-8: {error}"
-            ) from None
+            for row, line in csv_rows(io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")):
+                yield dict(row), f"{file}, line {line}"
+        except ValueError as error:
+            raise UserError(f"{file}, {error}") from None
 
 
 def _parquet_rows(

@@ -5,7 +5,6 @@ mteb is imported with this module: commands import it when they run.
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.sts import load_graded_pairs
 from llm2vec_ds.storage.fingerprint import files_sha256
-from llm2vec_ds.storage.reading import parse_json
+from llm2vec_ds.storage.reading import csv_rows, parse_json
 
 SUBSETS = {
     "paper15": [
@@ -187,9 +186,9 @@ def _labelled(path: Path) -> list[dict[str, str]]:
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from None
+            return [row for row, _ in csv_rows(file)]
+    except ValueError as error:
+        raise UserError(f"{path}, {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
