@@ -166,6 +166,14 @@ def _classification(path: Path) -> Any:
     parts = {name: [row for row in rows if row.get("split") == name] for name in ("train", "test")}
     if empty := [name for name, chosen in parts.items() if not chosen]:
         raise UserError(f"{path}: no row has {empty[0]!r} in its column `split`")
+    labels = {name: {row["label"] for row in chosen} for name, chosen in parts.items()}
+    if unknown := sorted(labels["test"] - labels["train"]):
+        raise UserError(
+            f"{path}: only test rows have the label {unknown[0]!r}, which a classifier cannot learn: give it to "
+            "train rows, or leave these out"
+        )
+    if len(labels["train"]) < 2:
+        raise UserError(f"{path}: its train rows need at least two different labels")
     metadata = _metadata(path, "Classification", "accuracy", [path], "test")
     data = DatasetDict({name: part(chosen) for name, chosen in parts.items()})
     return _made(AbsTaskClassification, metadata, data)

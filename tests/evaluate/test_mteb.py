@@ -272,3 +272,21 @@ def test_a_byte_order_mark_changes_nothing(kind: str, data: Path, tmp_path: Path
     found.load_data()
     expected.load_data()
     assert str(found.dataset) == str(expected.dataset)
+
+
+@pytest.mark.parametrize(
+    ("rows", "mistake"),
+    [
+        ("a,0,train\nb,1,train\nc,2,test\n", "only test rows have the label '2'"),
+        ("a,0,train\nb,0,train\nc,1,train\nd,0,test\n", None),
+        ("a,0,train\nb,0,train\nc,1,test\n", "only test rows have the label '1'"),
+    ],
+)
+def test_labels_of_test_rows_alone_are_refused(rows: str, mistake: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "c.csv"
+    file.write_text(f"text,label,split\n{rows}")
+    if mistake is None:
+        assert tasks_for([f"classification:{file}"], None, None)
+    else:
+        with pytest.raises(UserError, match=mistake):
+            tasks_for([f"classification:{file}"], None, None)
