@@ -169,8 +169,8 @@ def _classification(path: Path) -> Any:
     labels = {name: {row["label"] for row in chosen} for name, chosen in parts.items()}
     if unknown := sorted(labels["test"] - labels["train"]):
         raise UserError(
-            f"{path}: only test rows have the label {unknown[0]!r}, which no classifier can learn then: give it "
-            "to train rows, or leave these out"
+            f"{path}: only test rows have the label {unknown[0]!r}, which no classifier can learn then: give "
+            "it to train rows, or leave these out"
         )
     if len(labels["train"]) < 2:
         raise UserError(f"{path}: its train rows need at least two different labels")
