@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 demo: $(INSTALLED)  ## a real 135M LLM through LLM2Vec, measured after every step (BUDGET=quick|default|full)
 	$(BIN)/llm2vec-ds demo --output $(OUTPUT) --budget $(BUDGET)
 
-test: $(INSTALLED)  ## the tests, at most 15 minutes on two cores
+test: $(INSTALLED)  ## the tests, about 10 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n $(TEST_WORKERS) --dist loadscope
 
 test-slow: $(INSTALLED)  ## what takes longer: the real model, a SLURM cluster, the README's commands
