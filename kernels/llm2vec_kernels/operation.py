@@ -1,9 +1,9 @@
 """An operation of torch with a gradient, called with as little Python as there can be.
 
-A custom operator goes through torch's dispatcher in Python, which takes longer than a small kernel: on two
-Zen 5 cores 242 µs forward and backward, of which an `autograd.Function` takes 164 and the work itself 132. So
-eager calls take the function. Whoever looks on has to see one operator and its shapes: compilers, dispatch
-modes (a plan on the meta device, selective activation checkpointing).
+A custom operator goes through torch's dispatcher in Python, which takes as long as a small kernel: RMSNorm of
+64 × 64 takes 105 µs as an operator, 73 µs as an `autograd.Function` and 46 µs without either (forward, one
+thread of an Intel Xeon, torch 2.13). So eager calls take the function. Compilers and dispatch modes (a plan on
+the meta device, selective activation checkpointing) have to see one operator and its shapes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from llm2vec_ds.process.interrupts import kept
 
 
 def register(app: typer.Typer) -> None:
-    """Adds them."""
+    """Adds these commands to the command line."""
     app.command(
         epilog=examples(
             "ablate recipes/smollm2_ablation.yaml --budget quick",

@@ -12,7 +12,7 @@ from llm2vec_ds.errors import UserError
 
 
 def register(app: typer.Typer) -> None:
-    """Adds them."""
+    """Adds these commands to the command line."""
     app.command(epilog=examples("doctor", "doctor --no-check"))(doctor)
 
 

@@ -35,7 +35,7 @@ evaluate = typer.Typer(
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the group."""
+    """Adds these commands to the command line."""
     app.add_typer(evaluate)
 
 

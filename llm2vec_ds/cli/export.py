@@ -13,7 +13,7 @@ from llm2vec_ds.process.interrupts import kept
 
 
 def register(app: typer.Typer) -> None:
-    """Adds them."""
+    """Adds these commands to the command line."""
     app.command(
         epilog=examples(
             "export runs/smoke_simcse --output exported",

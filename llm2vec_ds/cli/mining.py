@@ -45,7 +45,7 @@ DocumentInstruction = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Adds them."""
+    """Adds these commands to the command line."""
     app.command(
         epilog=examples(
             "mine --model my/encoder --pairs recipes/data/smoke_pairs --output runs/mined.jsonl",

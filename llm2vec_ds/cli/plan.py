@@ -12,7 +12,7 @@ from llm2vec_ds.cli.common import Overrides, RecipeFile, examples, expanded, qui
 
 
 def register(app: typer.Typer) -> None:
-    """Adds them."""
+    """Adds these commands to the command line."""
     app.command(
         epilog=examples(
             "plan recipes/qlora_7b_24gb.yaml",

@@ -46,7 +46,7 @@ BadTextsOption = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Adds them."""
+    """Adds these commands to the command line."""
     app.command(
         epilog=examples(
             "encode --model runs/smoke_simcse/encoder --input a.txt --output a.npy",

@@ -38,18 +38,7 @@ def rms_norm_dtype(x: torch.Tensor, weight: torch.Tensor, plus_one: bool) -> tor
 def rms_norm(
     x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, plus_one: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight · x / √(mean x² + eps) (Zhang and Sennrich, 2019, arXiv 1910.07467).
-
-    Computed in fp32 or wider; the normalised row is rounded to x's dtype before the weight, as
-    transformers' Llama does it.
-
-    Args:
-        plus_one: as Gemma does it, weight + 1 in place of weight, and nothing rounded before the result.
-
-    Returns:
-        `[T, D]`, in the wider dtype of x and weight (`plus_one`: in x's), and 1 / √(mean x² + eps) `[T]` for
-        backward.
-    """
+    """As `api.rms_norm`."""
     rows_TD = _rows(x_TD)
     out_TD = torch.empty_like(rows_TD, dtype=rms_norm_dtype(x_TD, weight_D, plus_one))
     factor_D = weight_D.to(wide_dtype(x_TD.dtype)) + 1 if plus_one else weight_D
@@ -76,10 +65,7 @@ def rms_norm_backward(
     weight_is_frozen: bool,
     plus_one: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x `[T, D]` and of the weight `[D]` (zeros where it is frozen).
-
-    With n = x · inverse and g = d_out · weight: inverse · (g − n · mean(g · n)), and Σ d_out · n.
-    """
+    """As `api.rms_norm_backward`."""
     rows_TD = _rows(x_TD)
     d_x_TD = torch.empty_like(rows_TD)
     d_weight_D = torch.zeros(weight_D.shape, dtype=inverse_T.dtype)
@@ -108,12 +94,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 def gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(gate) · up (Shazeer, 2020, arXiv 2002.05202), `[T, D]`, the former rounded to gate's dtype.
-
-    Args:
-        activation: `silu` (SwiGLU) or `gelu_tanh` (GeGLU, with GELU approximated by tanh: Hendrycks and
-            Gimpel, 2016, arXiv 1606.08415).
-    """
+    """As `api.gated_unit`."""
     activate, _ = _ACTIVATIONS[activation]
     gates_TD = _rows(gate_TD)
     out_TD = torch.empty_like(gates_TD)
@@ -126,7 +107,7 @@ def gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> t
 def gated_unit_backward(
     d_out_TD: torch.Tensor, gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up, `[T, D]`."""
+    """As `api.gated_unit_backward`."""
     activate, differentiate = _ACTIVATIONS[activation]
     gates_TD = _rows(gate_TD)
     d_gate_TD, d_up_TD = torch.empty_like(gates_TD), torch.empty_like(gates_TD)
@@ -141,14 +122,7 @@ def gated_unit_backward(
 def rotate(
     x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, backward: bool = False
 ) -> torch.Tensor:
-    """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), `[T, H, E]`.
-
-    The first and the second half of a head's dimensions make the pairs, as in transformers' Llama:
-    with x = (a, b): (a · cos − b · sin, b · cos + a · sin).
-
-    Args:
-        backward: the transposed rotation, which takes a gradient back.
-    """
+    """As `api.rotate`."""
     half = x_THE.shape[-1] // 2
     out_THE = torch.empty_like(x_THE, memory_format=torch.contiguous_format)
     for x, cos, sin, out in _chunks(x_THE, cos_TE[:, None], sin_TE[:, None], out_THE):
