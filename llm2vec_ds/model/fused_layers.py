@@ -68,7 +68,7 @@ def _is_gemmas_norm(kind: Any) -> bool:
 
 def _same_code(function: Any, known: Any) -> bool:
     """Instructions, names, constants but the docstring, defaults, what they enclose, and the same of the
-    functions of their module that they call; how the source is spelt does not count."""
+    functions of their module that they call; how the source is written does not count."""
     if not isinstance(function, FunctionType) or not isinstance(known, FunctionType):
         return False
     a, b = function.__code__, known.__code__
