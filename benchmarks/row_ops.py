@@ -37,17 +37,19 @@ def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     tokens, width, heads = options.tokens, options.width, options.width // options.head_dim
     norm = llama.LlamaRMSNorm(width, EPS).to(device, dtype).requires_grad_(False)
     cos, sin = random(1, tokens, options.head_dim), random(1, tokens, options.head_dim)
-    queries = random(1, tokens, heads, options.head_dim).transpose(1, 2)
+    both = random(1, tokens, heads, options.head_dim).transpose(1, 2)  # of queries, and as many keys
+    n_queries = heads - heads // 2
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        return row_ops.rotate(x.transpose(1, 2)[0], cos[0], sin[0])[None].transpose(1, 2)
+        parts = x.transpose(1, 2)[0].split([n_queries, heads - n_queries], 1)
+        return torch.cat(row_ops.rotate(*parts, cos[0], sin[0]), 1)[None].transpose(1, 2)
 
     def rotate_spelt_out(x: torch.Tensor) -> torch.Tensor:
-        return llama.apply_rotary_pos_emb(x, x[:, :0], cos, sin)[0]  # no keys
+        return torch.cat(llama.apply_rotary_pos_emb(x[:, :n_queries], x[:, n_queries:], cos, sin), 1)
 
     return {
         "rms_norm": (lambda x: row_ops.rms_norm(x, norm.weight, EPS)[0], norm, [random(tokens, width)], 5),
-        "rotate": (rotate, rotate_spelt_out, [queries], 4),
+        "rotate": (rotate, rotate_spelt_out, [both], 4),
         "swiglu": (
             lambda gate, up: row_ops.gated_unit(gate, up, "silu"),
             lambda gate, up: torch.nn.functional.silu(gate) * up,

@@ -52,6 +52,7 @@ class Operation:
             differentiate, setup_context=lambda ctx, inputs, output: keep(ctx, inputs, output)
         )
         run = self._run
+        differentiate_once = once_differentiable(differentiate)
 
         class Function(torch.autograd.Function):
             @staticmethod
@@ -61,8 +62,9 @@ class Operation:
                 return outcome
 
             @staticmethod
-            @once_differentiable
             def backward(ctx: Any, *gradients: Any) -> Any:
+                if torch.is_grad_enabled():  # a second gradient may be asked for
+                    return differentiate_once(ctx, *gradients)
                 return differentiate(ctx, *gradients)
 
         self._function = Function

@@ -76,11 +76,29 @@ def product(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | 
     Raises:
         RuntimeError: a gradient is asked for, which would be lost.
     """
-    if torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad):
-        raise RuntimeError("product has no gradient: call it in an operation of its own, or under no_grad")
-    if is_for_onednn(x_TI) and x_TI.shape[1] > 0:  # an empty sum is 0, for which oneDNN has no product
+    if bias_O is None:
+        return times(x_TI, weight_OI.t())
+    _refuse_gradient(x_TI, weight_OI)
+    if is_for_onednn(x_TI) and x_TI.shape[1] > 0:
         return _onednn(x_TI, weight_OI, bias_O)
-    return x_TI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, x_TI, weight_OI.T)
+    return torch.addmm(bias_O, x_TI, weight_OI.t())
+
+
+def times(x_TI: torch.Tensor, matrix_IO: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """scale · x · M, `[T, O]`, as `product`: the same with the matrix as it stands."""
+    _refuse_gradient(x_TI, matrix_IO)
+    if is_for_onednn(x_TI) and x_TI.shape[1] > 0:  # an empty sum is 0, for which oneDNN has no product
+        out_TO = _onednn(x_TI, matrix_IO.t(), None)
+        return out_TO if scale == 1.0 else out_TO.mul_(scale)
+    if scale == 1.0:
+        return torch.mm(x_TI, matrix_IO)
+    # The scale rides along; of the first argument nothing is read.
+    return torch.addmm(x_TI.new_empty(()), x_TI, matrix_IO, beta=0, alpha=scale)
+
+
+def _refuse_gradient(x: torch.Tensor, weight: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        raise RuntimeError("a product has no gradient: call it in an operation, or under no_grad")
 
 
 def is_for_onednn(x: torch.Tensor) -> bool:

@@ -111,8 +111,8 @@ def _make_trainable(recipe: Recipe, trunk: Any, stack: AdapterStack) -> None:
         below = f" over {len(stack.earlier)} of earlier stages" if stack.earlier else ""
         adapter = recipe.adapter
         log.info("%s rank %s on %s linear layers%s", adapter.variant, adapter.rank, len(names), below)
-    log.info("activation checkpointing: %s", recipe.model.activation_checkpointing)
-    recompute_activations(trunk, recipe.model.activation_checkpointing)
+    done = recompute_activations(trunk, recipe.model.activation_checkpointing)
+    log.info("activation checkpointing: %s", done)
 
 
 def _encoder(recipe: Recipe, trunk: Any, tokenizer: Any, stack: AdapterStack) -> Encoder:

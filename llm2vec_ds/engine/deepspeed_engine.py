@@ -20,6 +20,7 @@ from torch import nn
 from llm2vec_ds.distributed import Ranks, meeting
 from llm2vec_ds.engine.combinations import check_combination
 from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
+from llm2vec_ds.engine.flat_parameter import FlatParameter
 from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.lora_linear import LoraLinear
@@ -199,20 +200,42 @@ def _gather_for_adapted_layers(model: nn.Module) -> None:
                 deepspeed.zero.register_external_parameter(layer, parameter)
 
 
+def _can_be_flat(named: dict[str, nn.Parameter], config: dict[str, Any], optimizer: Any) -> bool:
+    """Do adapters alone train, whole on every rank, by an optimizer that looks at each number alone?
+
+    bitsandbytes' looks at blocks of each tensor, and keeps small tensors' moments in 32 bits.
+    """
+    return (
+        optimizer is None
+        and config.get("zero_optimization", {}).get("stage", 0) < 3
+        and all(".lora_" in name for name in named)
+    )
+
+
 class Engine:
-    """A model under DeepSpeed: forward, backward with a chosen boundary, step, whole parameters."""
+    """A model under DeepSpeed: forward, backward with a chosen boundary, step, whole parameters.
+
+    Below ZeRO-3 adapters train as one flat parameter, and DeepSpeed sees nothing else of the model.
+
+    Attributes:
+        trainable: the parameters that DeepSpeed sees and steps.
+    """
 
     def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
         import deepspeed
 
         if config["bf16"]["enabled"]:
             _cast_what_is_whole(model)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         config = dict(config)
         optimizer = _client_optimizer(config)
+        self._model = model
+        self._flat = FlatParameter(named) if _can_be_flat(named, config, optimizer) else None
+        seen = model if self._flat is None else self._flat
+        self.trainable = list(named.values()) if self._flat is None else [self._flat.whole]
         try:
             self._engine, *_ = deepspeed.initialize(
-                model=model, model_parameters=trainable, config=config, optimizer=optimizer
+                model=seen, model_parameters=self.trainable, config=config, optimizer=optimizer
             )
         except ValidationError as error:  # a section of the JSON that the recipe names
             mistakes = "; ".join(f"`{m['loc'][0]}`: {m['msg']}" for m in error.errors())
@@ -224,15 +247,21 @@ class Engine:
         self.measures_gradients = config.get("zero_optimization", {}).get("compute_grad_norm", True)
         if self.zero_stage == 3:
             _gather_for_adapted_layers(model)
+        if self._flat is not None:
+            self._flat.link()
+            log.info("%s adapter tensors train as one of %s elements", len(named), self._flat.whole.numel())
         # bitsandbytes packs its moments in blocks that are no tensors of a parameter's shape.
-        self.state = TrainableState(self._engine, has_moments=optimizer is None)
+        self.state = TrainableState(self._engine, flat=self._flat, has_moments=optimizer is None)
 
     def forward(self, *inputs: Any) -> Any:
-        return self._engine(*inputs)
+        return self._engine(*inputs) if self._flat is None else self._model(*inputs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds the gradient of `loss`, averaged over ranks when the step's `last` call is through."""
         self._engine.set_gradient_accumulation_boundary(last)
+        if self._flat is not None:
+            self._flat.find_gradient(loss)
+            loss = self._engine(loss.detach())
         self._engine.backward(loss)
 
     def step(self, lr: float) -> float:
@@ -248,6 +277,8 @@ class Engine:
         skipped_before = self._engine.skipped_steps
         norm_before_clipping = self._whole_gradient_norm()
         self._engine.step()
+        if self._flat is not None:
+            self._flat.link()
         if self._engine.skipped_steps != skipped_before:
             raise RuntimeError("DeepSpeed skipped an optimizer step although every gradient was finite")
         return float(norm_before_clipping or self._engine.get_global_grad_norm() or 0.0)
@@ -268,7 +299,7 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode; a walk over all modules only where it changes."""
         if self._mode != mode:
-            self._engine.train(mode)
+            (self._engine if self._flat is None else self._model).train(mode)
             self._mode = mode
 
     def gather(self) -> Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -28,14 +28,13 @@ class FiniteCheck:
     for an adapter's small ones is the number of operations.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, trainable: Iterable[nn.Parameter]) -> None:
         self._gradients: list[torch.Tensor] = []
         self._n_elements = 0
         self._norms: list[torch.Tensor] = []
         self._seen: list[tuple[torch.Tensor, list[int]]] = []
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(self._take)
+        for parameter in trainable:
+            parameter.register_hook(self._take)
 
     def _take(self, gradient: torch.Tensor) -> None:
         self._gradients.append(gradient.detach())

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import nn
 
 from llm2vec_ds.distributed import rank, world_size
+from llm2vec_ds.engine.flat_parameter import FlatParameter
 from llm2vec_ds.engine.checkpoint import Hashes
 from llm2vec_ds.storage.durable import write_file
 
@@ -34,18 +35,25 @@ Tensors = dict[str, torch.Tensor]
 class TrainableState:
     """Reads and sets the state of a model under a DeepSpeed engine; all ranks call together."""
 
-    def __init__(self, engine: Any, *, has_moments: bool = True) -> None:
+    def __init__(self, engine: Any, *, flat: FlatParameter | None = None, has_moments: bool = True) -> None:
         """
         Args:
             engine: what `deepspeed.initialize` returned.
+            flat: what it trains in place of the model's own parameters.
             has_moments: False for an optimizer whose moments are no tensors of a parameter's shape. They are
                 not saved then, and begin anew on resume.
         """
         self._engine = engine
         self._moments = MOMENTS if has_moments else ()
         self._zero_stage = int(engine.zero_optimization_stage())
+        self._flat = flat
         # Named as in the model, not as in DeepSpeed's groups.
         self._parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+        self._shapes: dict[str, torch.Size] = (
+            {name: place.shape for name, place in flat.places.items()}
+            if flat is not None
+            else {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()}
+        )
         self._is_plain = not hasattr(engine.optimizer, "optimizer")  # over the parameters themselves
         self._base_optimizer = engine.optimizer if self._is_plain else engine.optimizer.optimizer
 
@@ -54,10 +62,11 @@ class TrainableState:
         if not self._moments:
             log.warning("this optimizer's moments are in no checkpoint: on resume they begin anew")
         hashes: Hashes = {}
+        flat = None if self._flat is None else self._read(self._flat.whole)
         for number, names in enumerate(self._parts()):
             tensors: Tensors = {}
             for name in names:
-                whole = self._read(name)
+                whole = self._read(self._parameters[name]) if flat is None else self._part_of(flat, name)
                 if number % world_size() == rank():
                     tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in whole.items()}
             if tensors:
@@ -75,45 +84,55 @@ class TrainableState:
         Raises:
             ValueError: the parameters are not those of this model.
         """
-        missing = set(self._parameters)
+        missing = set(self._shapes)
+        flat = None if self._flat is None else self._read(self._flat.whole)
         for file in sorted(files):
             with safe_open(folder / file, framework="pt") as tensors:
                 for name in sorted({key.rpartition("/")[0] for key in tensors.keys()}):  # noqa: SIM118
-                    if name not in self._parameters:
+                    if name not in self._shapes:
                         raise ValueError(f"{folder}: this model has no trainable parameter {name}")
                     keys = ("value", "step", *self._moments)
                     whole = {key: tensors.get_tensor(f"{name}/{key}") for key in keys}
-                    if whole["value"].shape != self._shape(name):
+                    if whole["value"].shape != self._shapes[name]:
                         raise ValueError(
                             f"{folder}: {name} has shape {tuple(whole['value'].shape)}, "
-                            f"this model's is {tuple(self._shape(name))}"
+                            f"this model's is {tuple(self._shapes[name])}"
                         )
-                    self._write(name, whole)
+                    if flat is None:
+                        self._write(self._parameters[name], whole)
+                    else:
+                        for key, value in self._part_of(flat, name).items():
+                            value.copy_(whole[key])
+                        flat["step"] = whole["step"]
                     missing.discard(name)
         if not self._moments:
             self._base_optimizer.state.clear()
         if missing:
             raise ValueError(f"{folder}: the trainable parameter {min(missing)} is not in it")
+        if self._flat is not None and flat is not None:
+            self._write(self._flat.whole, flat)
+            self._flat.link()
 
-    def _shape(self, name: str) -> torch.Size:
-        parameter = self._parameters[name]
-        shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-        return shape
+    def _part_of(self, flat: Tensors, name: str) -> Tensors:
+        """One parameter's part of the flat one's state; the count of steps, one for all, is a copy."""
+        assert self._flat is not None
+        place = self._flat.places[name]
+        part = {key: place.view(value) for key, value in flat.items() if key != "step"}
+        return {**part, "step": flat["step"].clone()}
 
     def _parts(self) -> Iterator[list[str]]:
         part: list[str] = []
         n_bytes = 0
-        for name in self._parameters:
+        for name in self._shapes:
             part.append(name)
-            n_bytes += self._shape(name).numel() * 4 * (1 + len(MOMENTS))
+            n_bytes += self._shapes[name].numel() * 4 * (1 + len(MOMENTS))
             if n_bytes >= PART_BYTES:
                 yield part
                 part, n_bytes = [], 0
         if part:
             yield part
 
-    def _read(self, name: str) -> Tensors:
-        parameter = self._parameters[name]
+    def _read(self, parameter: nn.Parameter) -> Tensors:
         if self._is_plain:
             state = self._base_optimizer.state[parameter]
             moments = {key: state.get(key, torch.zeros_like(parameter)) for key in self._moments}
@@ -125,8 +144,7 @@ class TrainableState:
         step = torch.tensor(float(next(self._flat_states())["step"]))
         return {"value": safe_get_full_fp32_param(parameter), **moments, "step": step}
 
-    def _write(self, name: str, whole: Tensors) -> None:
-        parameter = self._parameters[name]
+    def _write(self, parameter: nn.Parameter, whole: Tensors) -> None:
         if self._is_plain:
             parameter.data.copy_(whole["value"])
             state = self._base_optimizer.state[parameter]

@@ -86,7 +86,7 @@ class Trainer:
         self.stop = stop
         self.evaluation = evaluation
         self.device = stage.encoder.device
-        self.check = FiniteCheck(stage.model)
+        self.check = FiniteCheck(engine.trainable)
         self.watchdog = Watchdog(recipe.step_timeout_s, folder)
         self.prefetch = Prefetch(self._rows_and_batches, recipe.max_steps)
         self._best_score: float | None = all_gather_object(store.best_score())[0]

@@ -30,7 +30,7 @@ def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> li
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    from llm2vec_ds.model.lora_linear import lora_linear_for
+    from llm2vec_ds.model.lora_linear import lora_linear_for, share_dropout
 
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     lora = LoraConfig(
@@ -57,6 +57,7 @@ def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> li
     layers = {where: module for where, module in trunk.named_modules() if isinstance(module, LoraLayer)}
     for layer in layers.values():
         layer.set_adapter([n for n in (*earlier, name) if n in layer.lora_A])
+    share_dropout(trunk)
     for where, parameter in trunk.named_parameters():
         parameter.requires_grad_(_belongs_to(where, name))
         if parameter.requires_grad:

@@ -18,6 +18,8 @@ from torch import nn
 from transformers.models.gemma import modeling_gemma as gemma
 from transformers.models.llama import modeling_llama as llama
 
+from llm2vec_ds.model.origins import note_origin
+
 ROTARY = "apply_rotary_pos_emb"
 SILU = (nn.SiLU, type(llama.ACT2FN["silu"]))
 GELU_TANH = type(llama.ACT2FN["gelu_pytorch_tanh"])
@@ -101,7 +103,13 @@ def _fused_class(kept: Any, kind: str) -> Any:
         """For pickle and copy, which look a class up by its name and would find `kept`."""
         return _empty, (kept, kind), self.__dict__
 
-    members = {"forward": changed, "__reduce_ex__": reduced, "__module__": kept.__module__}
+    members = {
+        "forward": changed,
+        "fused_kind": kind,
+        "is_made_again": False,
+        "__reduce_ex__": reduced,
+        "__module__": kept.__module__,
+    }
     return type(kept.__name__, (kept,), members)
 
 
@@ -119,29 +127,54 @@ def _where_it_runs(fused: Callable[[Any, torch.Tensor], torch.Tensor], plain: An
 
 
 def _rms_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    return rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
+    return _normed(self, hidden_states, self.variance_epsilon, False)
 
 
 def _gemmas_rms_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    return rms_norm(hidden_states, self.weight, self.eps, True)[0]
+    return _normed(self, hidden_states, self.eps, True)
+
+
+def _normed(norm: Any, x: torch.Tensor, eps: float, plus_one: bool) -> torch.Tensor:
+    weight = norm.weight
+    out: torch.Tensor = rms_norm(x, weight, eps, plus_one)[0]
+    if not norm.is_made_again:
+        return out
+    # In a linear layer's backward ZeRO-3 has gathered that layer's weights, not the norm's.
+    whole = weight.detach().clone() if hasattr(weight, "ds_id") else weight
+    return note_origin(out, lambda x, weight: rms_norm(x, weight, eps, plus_one)[0], x, whole)
 
 
 def _gated(activation: str) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def unit(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = gated_unit(gate, up, activation)
+        return out
+
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        gated = gated_unit(self.gate_proj(hidden_states), self.up_proj(hidden_states), activation)
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        gated = unit(gate, up)
+        if self.is_made_again:
+            note_origin(gated, unit, gate, up)
         out: torch.Tensor = self.down_proj(gated)
         return out
 
     return forward
 
 
-FORWARDS = {
-    "RMSNorm": _rms_norm,
-    "RMSNorm + 1": _gemmas_rms_norm,
-    "SwiGLU": _gated("silu"),
-    "GeGLU": _gated("gelu_tanh"),
-}
+NORMS = {"RMSNorm": _rms_norm, "RMSNorm + 1": _gemmas_rms_norm}
+GATED_UNITS = {"SwiGLU": _gated("silu"), "GeGLU": _gated("gelu_tanh")}
+FORWARDS = {**NORMS, **GATED_UNITS}
 """What takes the place of a layer's `forward`."""
+
+
+def make_again(trunk: nn.Module) -> Counter[str]:
+    """Lets backward make the results of norms and gated units again (`origins.py`); how many of each kind."""
+    found: Counter[str] = Counter()
+    for module in trunk.modules():
+        kind = getattr(module, "fused_kind", None)
+        if kind in FORWARDS:
+            module.is_made_again = True  # type: ignore[assignment]
+            found[kind] += 1
+    return found
 
 
 def _with_fused_rotary(forward: Any) -> FunctionType:
@@ -166,8 +199,7 @@ def _rotate_both(
     n_rows, _, length, _ = q_BHLE.shape
     cos_TE, sin_TE = (x.expand(n_rows, -1, -1).flatten(0, 1) for x in (cos_BLE, sin_BLE))
 
-    def rotated(x_BHLE: torch.Tensor) -> torch.Tensor:
-        x_THE = x_BHLE.transpose(1, 2).flatten(0, 1)
-        return rotate(x_THE, cos_TE, sin_TE).unflatten(0, (n_rows, length)).transpose(1, 2)
-
-    return rotated(q_BHLE), rotated(k_BHLE)
+    q_THE, k_THE = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHLE, k_BHLE))
+    turned = rotate(q_THE, k_THE, cos_TE, sin_TE)
+    q_BHLE, k_BHLE = (x_THE.unflatten(0, (n_rows, length)).transpose(1, 2) for x_THE in turned)
+    return q_BHLE, k_BHLE

@@ -4,38 +4,45 @@ Spelt out layer by layer, as peft does it, LoRA passes over the wide output four
 written, scaled and added, and its gradient scaled. Here the update is accumulated into the output by the
 matrix product that makes it, and so is its part of the input's gradient; the scale rides along.
 
-One operation (`llm2vec_kernels.operation`), so that selective activation checkpointing can keep its result.
+Backward keeps no dropped copy of the input: it follows from the input and the mask (`row_ops/dropout.py`).
 
 Shape legend: T tokens (any leading dimensions, or none), I and O width of input and output, R rank.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from llm2vec_kernels.operation import Operation
-from llm2vec_kernels.products import product
+from llm2vec_kernels.products import product, times
+from llm2vec_kernels.row_ops.dropout import add_dropped_
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from llm2vec_ds.model.cpu_linear import CpuLinear
+from llm2vec_ds.model.input_dropout import InputDropout
+from llm2vec_ds.model.origins import how_to_keep
 
 
 def _lora_linear(
     x_TI: torch.Tensor,
-    dropped_TI: torch.Tensor | None,
     weight_OI: torch.Tensor,
     bias_O: torch.Tensor | None,
     a_RI: torch.Tensor,
     b_OR: torch.Tensor,
     scale: float,
+    dropped_TI: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x · Wᵀ + bias + scale · (d · Aᵀ) · Bᵀ, and d · Aᵀ for backward.
+    """x · Wᵀ + bias + scale / (1 − p) · (d · Aᵀ) · Bᵀ, and d · Aᵀ for backward.
 
     Args:
-        dropped_TI: d, the input after the adapter's dropout; None: x itself.
+        dropped_TI: d, x with zeros where `mask` drops (`row_ops/dropout.py`); None: x. It gets no gradient, x
+            gets what goes through it.
+        dropout_p: p, the probability with which an element is dropped.
 
     Returns:
         `[T, O]` and `[T, R]`, in the dtype of all tensors.
@@ -44,9 +51,8 @@ def _lora_linear(
     low_TR = product(rows_TI if dropped_TI is None else _rows(dropped_TI), a_RI)
     # Not functional.linear, which DeepSpeed replaces by one that rounds in another place.
     out_TO = product(rows_TI, weight_OI, bias_O)
-    out_TO.addmm_(low_TR, b_OR.T, alpha=scale)
-    leading = x_TI.shape[:-1]
-    return out_TO.view(*leading, len(weight_OI)), low_TR.view(*leading, len(a_RI))
+    out_TO.addmm_(low_TR, b_OR.t(), alpha=scale / (1 - dropout_p))
+    return out_TO.view(*x_TI.shape[:-1], out_TO.shape[1]), low_TR
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,48 +60,59 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _shapes(
-    x_TI: torch.Tensor, dropped_TI: Any, weight_OI: torch.Tensor, bias_O: Any, a_RI: torch.Tensor, *_: Any
+    x_TI: torch.Tensor, weight_OI: torch.Tensor, _: Any, a_RI: torch.Tensor, *__: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     leading = x_TI.shape[:-1]
-    return x_TI.new_empty(*leading, len(weight_OI)), x_TI.new_empty(*leading, len(a_RI))
+    return x_TI.new_empty(*leading, len(weight_OI)), x_TI.new_empty(leading.numel(), len(a_RI))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x_TI, dropped_TI, weight_OI, _, a_RI, b_OR, ctx.scale = inputs
+    x_TI, weight_OI, _, a_RI, b_OR, scale, dropped_TI, mask, ctx.dropout_p = inputs
     ctx.set_materialize_grads(False)
-    adapted_TI = x_TI if dropped_TI is None else dropped_TI
-    ctx.save_for_backward(adapted_TI, output[1], weight_OI, a_RI, b_OR)
-    ctx.has_dropout = dropped_TI is not None
+    ctx.scale = scale / (1 - ctx.dropout_p)
+    ctx.again, kept = how_to_keep(x_TI if dropped_TI is None else dropped_TI)
+    ctx.save_for_backward(output[1], weight_OI, a_RI, b_OR, mask, *kept)
 
 
 def _backward(
     ctx: Any, d_out_TO: torch.Tensor | None, _: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     if d_out_TO is None:
-        return (None,) * 7
-    adapted_TI, low_TR, weight_OI, a_RI, b_OR = ctx.saved_tensors
-    needs_x, needs_dropped, needs_weight, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
+        return (None,) * 9
+    low_TR, weight_OI, a_RI, b_OR, mask, *kept = ctx.saved_tensors
+    adapted_TI = ctx.again(*kept)
+    needs_x, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     if needs_weight or needs_bias:
         raise RuntimeError("lora_linear is for a frozen weight and bias: they would get no gradient")
-    leading = d_out_TO.shape[:-1]
     flat_TO = _rows(d_out_TO)
-    d_low_TR = product(flat_TO, b_OR.T).mul_(ctx.scale)
-    d_x_TI = d_dropped_TI = d_a_RI = d_b_OR = None
+    d_low_TR = times(flat_TO, b_OR, ctx.scale)
+    d_x_TI = d_a_RI = d_b_OR = None
     if needs_x:
-        d_x_TI = product(flat_TO, weight_OI.T)
-        if not ctx.has_dropout:
+        d_x_TI = times(flat_TO, weight_OI)
+        if mask is None:
             d_x_TI.addmm_(d_low_TR, a_RI)
-        d_x_TI = d_x_TI.view(*leading, a_RI.shape[1])
-    if needs_dropped:
-        d_dropped_TI = product(d_low_TR, a_RI.T).view(*leading, a_RI.shape[1])
+        else:
+            add_dropped_(d_x_TI, times(d_low_TR, a_RI), ctx.dropout_p, mask)
+        d_x_TI = d_x_TI.view(adapted_TI.shape)
     if needs_a:
-        d_a_RI = product(d_low_TR.T, _rows(adapted_TI).T)
+        d_a_RI = times(d_low_TR.t(), _rows(adapted_TI))
     if needs_b:
-        d_b_OR = product(flat_TO.T, (_rows(low_TR) * ctx.scale).T)
-    return d_x_TI, d_dropped_TI, None, None, d_a_RI, d_b_OR, None
+        d_b_OR = times(flat_TO.t(), low_TR, ctx.scale)
+    return d_x_TI, None, None, d_a_RI, d_b_OR, None, None, None, None
 
 
 lora_linear = Operation("llm2vec_ds::lora_linear", _lora_linear, _shapes).with_gradient(_keep, _backward)
+
+
+class _Plain(NamedTuple):
+    """The one adapter of a layer that is one operation with it, as long as `settings` are the layer's."""
+
+    settings: tuple[Any, ...]
+    adapter: str
+    base: nn.Module
+    a: nn.Module
+    b: nn.Module
+    dropout_p: float
 
 
 class LoraLinear(PeftLoraLinear):
@@ -103,22 +120,23 @@ class LoraLinear(PeftLoraLinear):
 
     gathers_weights = False
     """Has ZeRO-3 been told that this module's forward uses the weights of the modules in it?"""
+    dropouts: InputDropout
+    """Shared by the layers of a trunk."""
+    _plain: _Plain | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter = self.only_adapter(x.dtype)
-        if adapter is None or args or kwargs:
+        plain = self._plain_adapter(x.dtype)
+        if plain is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()
-        dropout = self.lora_dropout[adapter]
-        has_dropout = self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+        base = plain.base._parameters
         out: torch.Tensor = lora_linear(
             x,
-            dropout(x) if has_dropout else None,
-            base.weight,
-            base.bias,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            self.scaling[adapter],
+            base["weight"],
+            base["bias"],
+            plain.a._parameters["weight"],
+            plain.b._parameters["weight"],
+            self.scaling[plain.adapter],
+            *(self.dropouts.of(x, plain.dropout_p) if self.training and plain.dropout_p else ()),
         )[0]
         return out
 
@@ -128,24 +146,56 @@ class LoraLinear(PeftLoraLinear):
         None for what `lora_linear` does not do: merged, switched off or stacked adapters, variants (DoRA),
         biases, mixed dtypes, weights that train, or that ZeRO-3 has partitioned and does not gather here.
         """
-        if self.merged or self.disable_adapters or len(self.active_adapters) != 1:
+        plain = self._plain_adapter(dtype)
+        return None if plain is None else plain.adapter
+
+    def is_plain(self) -> bool:
+        """Is there one plain adapter to apply, whatever its dtype is?"""
+        return self._find_plain_adapter(()) is not None
+
+    def _plain_adapter(self, dtype: torch.dtype) -> _Plain | None:
+        """Looked for when peft's settings of the layer have changed; a model has hundreds of such layers."""
+        plain = self._plain
+        settings = (self._active_adapter, self._disable_adapters, *self.merged_adapters)
+        if plain is None or plain.settings != settings:
+            self._plain = plain = self._find_plain_adapter(settings)
+        if plain is None:
             return None
-        (adapter,) = self.active_adapters
-        if adapter not in self.lora_A or adapter in self.lora_variant or self.lora_bias[adapter]:
-            return None
-        base = self.get_base_layer()
-        weight, bias = base.weight, base.bias
-        tensors = (weight, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
+        base = plain.base._parameters
+        weight, bias = base["weight"], base["bias"]
+        tensors = (weight, plain.a._parameters["weight"], plain.b._parameters["weight"])
         if weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype != dtype)):
             return None
         if any(tensor.dtype != dtype for tensor in tensors):
             return None
         if not self.gathers_weights and any(hasattr(tensor, "ds_id") for tensor in tensors):
             return None
-        return adapter
+        return plain
+
+    def _find_plain_adapter(self, settings: tuple[Any, ...]) -> _Plain | None:
+        if self.merged or self.disable_adapters or len(self.active_adapters) != 1:
+            return None
+        (adapter,) = self.active_adapters
+        if adapter not in self.lora_A or adapter in self.lora_variant or self.lora_bias[adapter]:
+            return None
+        dropout = self.lora_dropout[adapter]
+        dropout_p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+        base, a, b = self.get_base_layer(), self.lora_A[adapter], self.lora_B[adapter]
+        return _Plain(settings, adapter, base, a, b, dropout_p)
 
 
 def lora_linear_for(target: nn.Module, adapter_name: str, **options: Any) -> LoraLinear | None:
     """A `LoraLinear` for a plain linear layer, for peft's table of custom layers; None leaves it to peft."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     return LoraLinear(target, adapter_name, **options) if type(base) in (nn.Linear, CpuLinear) else None
+
+
+def share_dropout(trunk: nn.Module) -> None:
+    """Layers of `trunk` that read one tensor share its dropout mask."""
+    layers = [layer for layer in trunk.modules() if isinstance(layer, LoraLinear)]
+    shared = next((layer.dropouts for layer in layers if "dropouts" in layer.__dict__), None)
+    if shared is None and layers:
+        shared = InputDropout()
+        shared.end_with_each_forward_of(trunk)
+    for layer in layers:
+        layer.dropouts = shared  # type: ignore[assignment]

@@ -3,31 +3,80 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from llm2vec_ds.model.fused_layers import GATED_UNITS, NORMS, make_again
+from llm2vec_ds.model.input_dropout import InputDropout
+from llm2vec_ds.model.lora_linear import LoraLinear
 
 Recomputation = Literal["none", "selective", "full"]
 
 
-def recompute_activations(trunk: Any, which: Recomputation) -> None:
-    """Makes a transformers trunk run each layer again in backward, in training mode.
+def recompute_activations(trunk: Any, which: Recomputation) -> str:
+    """Makes a transformers trunk compute activations again in backward, in training mode.
 
     Args:
-        which: `none`; `full`, whole layers; or `selective`, all but matrix products and attention, whose
-            results are kept: norms, rotary embeddings and activation functions take little time and half
-            of the memory (the name is that of Korthikanti et al., 2022, arXiv 2205.05198, who recompute
-            the scores of attention, which fused attention does not hold).
+        which: `none`; `full`, whole layers; or `selective`: norms, rotary embeddings and gated units take little
+            time and half of the memory, matrix products and attention are kept (the name is that of
+            Korthikanti et al., 2022, arXiv 2205.05198, who recompute the scores of attention, which fused
+            attention does not hold).
+
+    Returns:
+        What was done, for a log.
     """
     if which == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if which == "selective":
-        options["context_fn"] = _keep_and_replay
-    trunk.activation_checkpointing_enable(options)
+        return "none"
+    if which == "selective" and layers_keep_origins(trunk):
+        again = make_again(trunk)
+        return "selective: backward makes again " + ", ".join(f"{n} {kind}" for kind, n in again.items())
+    dropouts = {layer.dropouts for layer in trunk.modules() if isinstance(layer, LoraLinear)}
+    contexts = _keep_and_replay if which == "selective" else lambda: (nullcontext(), nullcontext())
+    trunk.activation_checkpointing_enable(
+        {
+            "use_reentrant": False,
+            "context_fn": lambda: tuple(_Fresh(dropouts, context) for context in contexts()),
+        }
+    )
+    return "full" if which == "full" else "selective, operation by operation: not all of a layer is known"
+
+
+def layers_keep_origins(trunk: Any) -> bool:
+    """Is all that a layer computes between its products a known norm or gated unit, and does each trained
+    product know their origins (`origins.py`)?"""
+    adapted = [layer for layer in trunk.modules() if isinstance(layer, LoraLayer)]
+    if not adapted or not all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in adapted):
+        return False
+    if any(p.requires_grad for name, p in trunk.named_parameters() if ".lora_" not in name):
+        return False
+    kinds = {getattr(module, "fused_kind", None) for module in trunk.modules()}
+    return not kinds.isdisjoint(NORMS) and not kinds.isdisjoint(GATED_UNITS)
+
+
+class _Fresh(AbstractContextManager[None]):
+    """A layer's dropout depends on torch's generator alone, in forward and in its second run."""
+
+    def __init__(self, dropouts: Iterable[InputDropout], inner: AbstractContextManager[Any]) -> None:
+        self._dropouts, self._inner = dropouts, inner
+
+    def __enter__(self) -> None:
+        self._forget()
+        self._inner.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._inner.__exit__(*exception)
+        self._forget()
+
+    def _forget(self) -> None:
+        for dropout in self._dropouts:
+            dropout.forget()
 
 
 _FACTOR = {torch.ops.aten.mm.default: 0, torch.ops.aten.bmm.default: 0, torch.ops.aten.addmm.default: 1}
@@ -64,7 +113,9 @@ def _is_fused(func: Any) -> bool:
 
 
 def _keep_and_replay() -> tuple[_Keep, _Replay]:
-    """Contexts of one layer's forward and of its second run.
+    """Contexts of one layer's forward and of its second run, for layers whose code is not known.
+
+    Two dispatch modes see every operation, which takes Python several times as long as the layer itself.
 
     torch's own (`create_selective_checkpoint_contexts`) demand that both runs are the same operation by
     operation, which ZeRO-3, whose hooks gather and free parameters between them, does not grant.

@@ -50,7 +50,7 @@ def test_a_bad_text_stops_the_run_by_name(
 
 def test_a_bad_gradient_behind_a_finite_loss_is_seen() -> None:
     layer = nn.Linear(2, 1, bias=False)
-    check = FiniteCheck(layer)
+    check = FiniteCheck(layer.parameters())
     for rows, x in (([4, 5], 1.0), ([6], 0.0)):
         loss = (
             (layer(torch.full((1, 2), x)) * 0).abs().sqrt().sum() if x == 0 else layer(torch.ones(1, 2)).sum()
@@ -64,7 +64,7 @@ def test_a_bad_gradient_behind_a_finite_loss_is_seen() -> None:
 
 def test_finite_steps_pass() -> None:
     layer = nn.Linear(2, 1)
-    check = FiniteCheck(layer)
+    check = FiniteCheck(layer.parameters())
     loss = layer(torch.ones(1, 2)).sum()
     loss.backward()
     check.end_of_backward(loss, [0])
@@ -76,7 +76,7 @@ def test_one_bad_gradient_among_many_is_seen(held: int, monkeypatch: pytest.Monk
     """Whether they are looked at one by one, some at a time, or all at once."""
     monkeypatch.setattr("llm2vec_ds.engine.finite_check.ELEMENTS_HELD", held)
     model = nn.ModuleList(nn.Linear(2, 1, dtype=d) for d in (torch.float32, torch.bfloat16, torch.float32))
-    check = FiniteCheck(model)
+    check = FiniteCheck(model.parameters())
     for rows, bad in (([0, 1], None), ([2], 1)):
         for number, layer in enumerate(model):
             factor = float("inf") if number == bad else 1.0
@@ -91,7 +91,7 @@ def test_one_bad_gradient_among_many_is_seen(held: int, monkeypatch: pytest.Monk
 
 def test_what_was_forgotten_is_not_looked_at() -> None:
     layer = nn.Linear(2, 1)
-    check = FiniteCheck(layer)
+    check = FiniteCheck(layer.parameters())
     layer(torch.full((1, 2), float("inf"))).sum().backward()
     check.forget()
     layer(torch.ones(1, 2)).sum().backward()

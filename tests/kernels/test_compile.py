@@ -66,16 +66,18 @@ def cases_of(
 
 
 def row_cases(card: Card, width: int, dtype: str = "bf16") -> list[dict[str, Any]]:
-    """RMSNorm over `width`, gated units, and rotation of heads of 128."""
+    """RMSNorm over `width`, gated units, rotation of heads of 128, and dropout."""
     row = row_ops_triton.row_tile(width, torch.bfloat16)
     head = row_ops_triton.row_tile(64, torch.bfloat16)
-    head["HALF"], head["BLOCK"], head["HEADS"] = head.pop("D"), head.pop("BLOCK_D"), 32
+    head["HALF"], head["BLOCK"], head["Q_HEADS"] = head.pop("D"), head.pop("BLOCK_D"), 32
+    head["K_HEADS"] = 8
     cases: list[tuple[str, dict[str, Any]]] = []
     for yes in (False, True):
         element = {"BLOCK": row_ops_triton.TILE_ELEMENTS, "num_warps": 4, "GELU": yes}
         cases += [("gated_unit", element), ("gated_unit_backward", element)]
         cases += [("rotate", {**head, "BACKWARD": yes}), ("rms_norm", {**row, "EPS": 1e-5, "PLUS_ONE": yes})]
         cases += [("rms_norm_backward", {**row, "WEIGHT_IS_FROZEN": yes, "PLUS_ONE": yes})]
+        cases += [("drop", {"BLOCK": row_ops_triton.DROP_BLOCK, "num_warps": 4, "ADD": yes})]
     wide = "float64" if dtype == "fp64" else "float32"
     return [a_case(card, dtype, kernel, {**options, "WIDE": wide}) for kernel, options in cases]
 

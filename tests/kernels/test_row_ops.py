@@ -99,4 +99,6 @@ def test_rows_may_lie_anywhere_in_memory() -> None:
         row_ops.gated_unit(x, x.contiguous(), "silu"), reference.gated_unit(x, x, "silu")
     )
     cos, sin = torch.randn(2, 4, 6, dtype=torch.float64)
-    torch.testing.assert_close(row_ops.rotate(x, cos, sin), reference.rotate(x, cos, sin))
+    turned = row_ops.rotate(x, x[:, :1], cos, sin)
+    torch.testing.assert_close(turned[0], reference.rotate(x, cos, sin))
+    torch.testing.assert_close(turned[1], reference.rotate(x[:, :1], cos, sin))

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from llm2vec_kernels.products import cpu_products
+from llm2vec_kernels.row_ops.dropout import Masks, drop
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
@@ -35,6 +36,9 @@ def with_adapters(bias: bool = False, **config: object) -> TwoLayers:
 def outcome(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """Output and all gradients, dropout drawn anew."""
     torch.manual_seed(1)
+    for layer in model.modules():
+        if hasattr(layer, "masks"):
+            type(layer).masks = None
     x = x.detach().requires_grad_(x.requires_grad)
     model.zero_grad()
     out = model(x)
@@ -44,11 +48,28 @@ def outcome(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [out, *([x.grad] if x.requires_grad else []), *gradients]  # type: ignore[list-item]
 
 
-def as_peft_does(model: nn.Module) -> nn.Module:
-    """The same parameters under peft's forward."""
+def as_peft_does(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The same parameters under peft's forward, with the masks that ours draws, as factors."""
+
+    class Factors(nn.Module):
+        """Of inputs in the order of their layers."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if Factors.masks is None:
+                Factors.masks = Masks(self.p)
+            ones = torch.ones(x.shape, dtype=dtype)
+            return x * drop(ones, self.p, Factors.masks.next_for(ones)) / (1 - self.p)
+
+        masks: Masks | None = None
+        p: float
+
     for layer in model.modules():
         if isinstance(layer, LoraLinear):
             layer.forward = PeftLoraLinear.forward.__get__(layer)  # type: ignore[method-assign]
+            for name, dropout in layer.lora_dropout.items():
+                if isinstance(dropout, nn.Dropout):
+                    layer.lora_dropout[name] = Factors()
+                    layer.lora_dropout[name].p = dropout.p  # type: ignore[assignment]
     return model
 
 
@@ -75,9 +96,6 @@ def test_either_library_of_products_gives_what_peft_does(
     try:
         model = with_adapters(bias=True, dropout=0.4)
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        kept = [torch.rand(len(x), n) > 0.4 for n in (12, 20)]  # as dropout draws others for fp32
-        masks = iter(2 * kept)
-        monkeypatch.setattr(nn.Dropout, "forward", lambda self, y: y * next(masks) / 0.6)
         exact = outcome(as_peft_does(copy.deepcopy(model)), x)
         fused = outcome(model.float(), x.detach().float().requires_grad_())
     finally:
@@ -88,15 +106,53 @@ def test_either_library_of_products_gives_what_peft_does(
         torch.testing.assert_close(a.double(), b, rtol=0, atol=3e-6 * largest)
 
 
+def test_layers_that_read_one_tensor_share_its_mask() -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(12, 12, bias=False) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [self.first(x), self.second(x.view(x.shape)), self.third(x + 0)]
+
+    model = Three()
+    add_lora(model, AdapterConfig(rank=3, zero_init=False, dropout=0.4))
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+    for layer in layers:  # all the same, so that outputs tell masks
+        layer.load_state_dict(layers[0].state_dict())
+    x = torch.randn(5, 12)
+    first, second, third = model(x)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+    assert not torch.equal(first, model(x)[0])  # the next pass draws again
+
+
+def test_nothing_of_dropout_is_kept_but_where_it_strikes() -> None:
+    model = with_adapters(dropout=0.05).float()
+    kept: list[torch.Tensor] = []
+    x = torch.randn(1000, 12)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model.wide(x)
+    weights = {p.data_ptr() for p in model.parameters()}
+    sizes = {t.numel() for t in kept if t.data_ptr() not in weights}
+    assert sizes >= {3000, 12000}  # the adapter's inner result, and x itself
+    (n_dropped,) = sizes - {3000, 12000}
+    assert 400 < n_dropped < 800
+    assert any(t.data_ptr() == x.data_ptr() for t in kept)
+
+
 def test_gradcheck() -> None:
     model = with_adapters(dropout=0.0)
     assert torch.autograd.gradcheck(model, torch.randn(4, 12, dtype=torch.float64, requires_grad=True))
 
 
 def test_operation_keeps_torchs_rules() -> None:
-    a = (torch.randn(5, 12), None, torch.randn(20, 12), torch.randn(20))
-    adapter = (torch.randn(3, 12, requires_grad=True), torch.randn(20, 3, requires_grad=True), 2.0)
-    torch.library.opcheck(torch.ops.llm2vec_ds.lora_linear.default, (*a, *adapter))
+    x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((5, 12), (3, 12), (20, 3)))
+    mask = Masks(0.4).next_for(x)
+    dropout = (drop(x.detach(), 0.4, mask), mask, 0.4)
+    arguments = (x, torch.randn(20, 12), torch.randn(20), a, b, 2.0)
+    for more in ((), dropout):
+        torch.library.opcheck(torch.ops.llm2vec_ds.lora_linear.default, (*arguments, *more))
 
 
 def calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -27,6 +27,7 @@ KERNELS = {
     "gated_unit": rows.gated_unit_kernel,
     "gated_unit_backward": rows.gated_unit_backward_kernel,
     "rotate": rows.rotate_kernel,
+    "drop": rows.drop_kernel,
     "statistics": info_nce_triton.statistics_kernel,
     "coefficients": info_nce_triton.coefficients_kernel,
 }

@@ -39,10 +39,14 @@ CASES: dict[str, tuple[Function, Function, Callable[[int, int], list[torch.Tenso
         2,
     ),
     "rotate": (
-        row_ops.rotate,
-        reference.rotate,
-        lambda n, width: [torch.randn(n, 3, 2 * width), *torch.randn(2, n, 2 * width)],
-        1,
+        lambda q, k, cos, sin: torch.cat(row_ops.rotate(q, k, cos, sin), 1),
+        lambda q, k, cos, sin: torch.cat([reference.rotate(x, cos, sin) for x in (q, k)], 1),
+        lambda n, width: [
+            torch.randn(n, 3, 2 * width),
+            torch.randn(n, 2, 2 * width),
+            *torch.randn(2, n, 2 * width),
+        ],
+        2,
     ),
 }
 """Ours, the reference, its inputs, and how many of them have gradients."""

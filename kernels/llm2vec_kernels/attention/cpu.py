@@ -10,7 +10,7 @@ heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -49,6 +49,13 @@ def _attention(
     Returns:
         `[T, H, D]`, and the log-sum-exp of the scores `[T, H]` for backward.
     """
+    if (run := _only_run(cu_seqlens, q_THD.dtype, window, causal)) is not None:
+        view, mask = run
+        q, k, v = view(q_THD), view(k_TKD), view(v_TKD)
+        is_causal = causal and mask is None
+        found = _forward(q, k, v, 0.0, is_causal, attn_mask=mask, scale=softmax_scale)
+        out_THD, lse_TH = (x.transpose(1, 2).flatten(0, 1) for x in found)
+        return out_THD, lse_TH
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=torch.promote_types(q_THD.dtype, torch.float32))
     for run, mask in _runs(cu_seqlens, q_THD.dtype, window, causal):
@@ -80,6 +87,13 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients with respect to q, k and v, in their shapes."""
     inputs = (q_THD, k_TKD, v_TKD)
+    if (run := _only_run(cu_seqlens, q_THD.dtype, window, causal)) is not None:
+        view, mask = run
+        tensors = map(view, (d_out_THD, *inputs, out_THD, lse_TH))
+        is_causal = causal and mask is None
+        found = _backward_of_run(*tensors, 0.0, is_causal, attn_mask=mask, scale=softmax_scale)
+        d_q, d_k, d_v = (x.transpose(1, 2).flatten(0, 1) for x in found)
+        return d_q, d_k, d_v
     gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     for run, mask in _runs(cu_seqlens, q_THD.dtype, window, causal):
         tensors = map(run, (d_out_THD, *inputs, out_THD, lse_TH))
@@ -118,6 +132,14 @@ def _backward(ctx: Any, d_out_THD: torch.Tensor | None, _: Any) -> tuple[torch.T
 cpu_attention = Operation("llm2vec::cpu_attention", _attention, _shapes).with_gradient(_keep, _backward)
 
 
+def _only_run(
+    cu_seqlens: torch.Tensor, dtype: torch.dtype, window: int | None, causal: bool
+) -> tuple[Any, torch.Tensor | None] | None:
+    """What `_runs` would give if that is one run: its results need no copy. None: none or several."""
+    runs = list(islice(_runs(cu_seqlens, dtype, window, causal), 2))
+    return runs[0] if len(runs) == 1 else None
+
+
 def _runs(
     cu_seqlens: torch.Tensor, dtype: torch.dtype, window: int | None, causal: bool
 ) -> Iterator[tuple[Any, torch.Tensor | None]]:
@@ -127,7 +149,7 @@ def _runs(
         end = start + n_texts * length
 
         def view(x: torch.Tensor, start: int = start, end: int = end, length: int = length) -> torch.Tensor:
-            return x[start:end].unflatten(0, (-1, length)).transpose(1, 2)
+            return x[start:end].view(-1, length, *x.shape[1:]).transpose(1, 2)
 
         mask_LL = window_mask(length, window, causal, cu_seqlens.device)
         if mask_LL is not None:  # the kernel adds its mask, and takes it in the dtype of q alone

@@ -7,7 +7,7 @@ its input and a number a row, a gated unit its two inputs, the rotary embedding 
 
 One operation each (`operation.py`): selective activation checkpointing sees one where there were many.
 
-Shape legend: T tokens (or any leading dimensions), D width, H heads, E head dim.
+Shape legend: T tokens (or any leading dimensions), D width, H and K heads, E head dim.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _rms_norm_backward(
     weight_is_frozen: bool,
     plus_one: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x `[T, D]` and of the weight `[D]` (zeros where it is frozen).
+    """Gradients of x `[T, D]` and of the weight `[D]` (`[0]` where it is frozen).
 
     With n = x · inverse and g = d_out · weight: inverse · (g − n · mean(g · n)), and Σ d_out · n.
     """
@@ -81,9 +81,9 @@ def _rms_norm_backward(
 
 
 def _rms_norm_gradient_shapes(
-    _: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *__: Any
+    _: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, __: Any, weight_is_frozen: bool, *___: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+    return x.new_empty(x.shape), weight.new_empty(0 if weight_is_frozen else len(weight))
 
 
 def _gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> torch.Tensor:
@@ -116,9 +116,13 @@ def _gated_unit_gradient_shapes(
 
 
 def _rotate(
-    x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, backward: bool = False
-) -> torch.Tensor:
-    """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), `[T, H, E]`.
+    q_THE: torch.Tensor,
+    k_TKE: torch.Tensor,
+    cos_TE: torch.Tensor,
+    sin_TE: torch.Tensor,
+    backward: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embedding (Su et al., 2021, arXiv 2104.09864) of queries and keys, in their shapes.
 
     The first and the second half of a head's dimensions make the pairs, as in transformers' Llama:
     with x = (a, b): (a · cos − b · sin, b · cos + a · sin).
@@ -126,12 +130,12 @@ def _rotate(
     Args:
         backward: the transposed rotation, which takes a gradient back.
     """
-    outcome: Any = _operations(x_THE).rotate(x_THE, cos_TE, sin_TE, backward)
+    outcome: Any = _operations(q_THE).rotate(q_THE, k_TKE, cos_TE, sin_TE, backward)
     return outcome
 
 
-def _rotate_shapes(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    return x.new_empty(x.shape)
+def _rotate_shapes(q: torch.Tensor, k: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 rms_norm_backward = Operation("llm2vec::rms_norm_backward", _rms_norm_backward, _rms_norm_gradient_shapes)
@@ -177,13 +181,15 @@ gated_unit = Operation("llm2vec::gated_unit", _gated_unit, _gated_unit_shapes).w
 )
 
 
-def _keep_rotate(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, cos_TE, sin_TE, ctx.backward = inputs
+def _keep_rotate(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    _, _, cos_TE, sin_TE, ctx.backward = inputs
     ctx.save_for_backward(cos_TE, sin_TE)
 
 
-def _differentiate_rotate(ctx: Any, d_out_THE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return rotate(d_out_THE, *ctx.saved_tensors, not ctx.backward), None, None, None
+def _differentiate_rotate(
+    ctx: Any, d_q_THE: torch.Tensor, d_k_TKE: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    return (*rotate(d_q_THE, d_k_TKE, *ctx.saved_tensors, not ctx.backward), None, None, None)
 
 
 rotate = Operation("llm2vec::rotate", _rotate, _rotate_shapes).with_gradient(

@@ -1,11 +1,11 @@
 """RMSNorm, gated units and rotary embedding on a CPU: a few rows at a time go through all steps, in cache.
 
-Shape legend: T tokens (or any leading dimensions), D width, H heads, E head dim.
+Shape legend: T tokens (or any leading dimensions), D width, H and K heads, E head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,47 +13,64 @@ import torch
 ELEMENTS_PER_THREAD = 2**17
 """Of a chunk: half a MiB in fp32. Smaller ones fit a nearer cache, but then each operation's start counts."""
 
+Tensors = tuple[torch.Tensor, ...]
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same few rows of all tensors at a time."""
-    width = max(tensor[0].numel() for tensor in tensors) if len(tensors[0]) else 1
-    n_rows = max(1, ELEMENTS_PER_THREAD * torch.get_num_threads() // width)
-    if n_rows >= len(tensors[0]):
-        return iter((tensors,))
-    return zip(*(tensor.split(n_rows) for tensor in tensors), strict=True)
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def rms_norm_dtype(x: torch.Tensor, weight: torch.Tensor, plus_one: bool) -> torch.dtype:
     return x.dtype if plus_one else torch.promote_types(x.dtype, weight.dtype)
 
 
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _in_chunks(
+    work: Callable[..., Tensors], inputs: Tensors, outputs: Sequence[tuple[Sequence[int], torch.dtype]]
+) -> Tensors:
+    """`work(*inputs, *outputs)`, a few rows at a time.
+
+    Args:
+        inputs: tensors of as many rows; the first is at least as wide as the others.
+        outputs: shape of a row and dtype of each. `work` writes to what it is given, or makes it where it is
+            given None: for few rows of one dtype, where each operation's start counts.
+    """
+    n_rows = len(inputs[0])
+    width = inputs[0][0].numel() if n_rows else 1
+    per_chunk = max(1, ELEMENTS_PER_THREAD * torch.get_num_threads() // width)
+    dtype = inputs[0].dtype
+    if 0 < n_rows <= per_chunk and dtype == wide_dtype(dtype) and all(d == dtype for _, d in outputs):
+        return work(*inputs, *(None for _ in outputs))
+    made = tuple(inputs[0].new_empty(n_rows, *shape, dtype=dtype) for shape, dtype in outputs)
+    for parts in zip(*(tensor.split(per_chunk) for tensor in (*inputs, *made)), strict=True):
+        work(*parts)
+    return made
+
+
 def rms_norm(
     x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, plus_one: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `api.rms_norm`."""
-    rows_TD = _rows(x_TD)
-    out_TD = torch.empty_like(rows_TD, dtype=rms_norm_dtype(x_TD, weight_D, plus_one))
-    factor_D = weight_D.to(wide_dtype(x_TD.dtype)) + 1 if plus_one else weight_D
-    inverse_T1 = rows_TD.new_empty(len(rows_TD), 1, dtype=wide_dtype(x_TD.dtype))
-    for x, inverse, out in _chunks(rows_TD, inverse_T1, out_TD):
-        wide = x.to(inverse.dtype)
-        torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=inverse)
-        inverse.square_().div_(x.shape[1]).add_(eps).rsqrt_()
+    rows_TD, width = _rows(x_TD), x_TD.shape[-1]
+    wide = wide_dtype(x_TD.dtype)
+    factor_D = weight_D.to(wide) + 1 if plus_one else weight_D
+
+    def work(x: torch.Tensor, out: torch.Tensor | None, inverse: torch.Tensor | None) -> Tensors:
+        widened = x.to(wide)
+        inverse = torch.linalg.vector_norm(widened, dim=1, keepdim=True, out=inverse)
+        inverse.square_().div_(width).add_(eps).rsqrt_()
         if plus_one:
-            torch.mul(wide * inverse, factor_D, out=out)
-            continue
-        torch.mul(wide, inverse, out=out)
+            return torch.mul(widened * inverse, factor_D, out=out), inverse
+        out = torch.mul(widened, inverse, out=out)
         if out.dtype != x.dtype:
             out.copy_(out.to(x.dtype))
-        out.mul_(factor_D)
+        return out.mul_(factor_D), inverse
+
+    made = (((width,), rms_norm_dtype(x_TD, weight_D, plus_one)), ((1,), wide))
+    out_TD, inverse_T1 = _in_chunks(work, (rows_TD,), made)
     return out_TD.view(x_TD.shape), inverse_T1.view(x_TD.shape[:-1])
 
 
@@ -66,17 +83,24 @@ def rms_norm_backward(
     plus_one: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `api.rms_norm_backward`."""
-    rows_TD = _rows(x_TD)
-    d_x_TD = torch.empty_like(rows_TD)
-    d_weight_D = torch.zeros(weight_D.shape, dtype=inverse_T.dtype)
-    factor_D = weight_D.to(inverse_T.dtype) + int(plus_one)
-    for d_out, x, inverse, d_x in _chunks(_rows(d_out_TD), rows_TD, inverse_T.reshape(-1, 1), d_x_TD):
+    wide = inverse_T.dtype
+    factor_D = weight_D.to(wide)
+    if plus_one:
+        factor_D = factor_D + 1
+    d_weight_D = torch.zeros(0 if weight_is_frozen else len(weight_D), dtype=wide)
+
+    def work(
+        x: torch.Tensor, d_out: torch.Tensor, inverse: torch.Tensor, d_x: torch.Tensor | None
+    ) -> Tensors:
         normal = x * inverse
         if not weight_is_frozen:
             d_weight_D.add_((d_out * normal).sum(0))
-        g = d_out.to(inverse.dtype) * factor_D
+        g = d_out.to(wide) * factor_D
         mean = (g * normal).mean(1, keepdim=True)
-        torch.mul(g.sub_(normal.mul_(mean)), inverse, out=d_x)
+        return (torch.mul(g.addcmul_(normal, mean, value=-1), inverse, out=d_x),)
+
+    inputs = (_rows(x_TD), _rows(d_out_TD), inverse_T.reshape(-1, 1))
+    (d_x_TD,) = _in_chunks(work, inputs, [((x_TD.shape[-1],), x_TD.dtype)])
     return d_x_TD.view(x_TD.shape), d_weight_D.to(weight_D.dtype)
 
 
@@ -96,11 +120,14 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 def gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> torch.Tensor:
     """As `api.gated_unit`."""
     activate, _ = _ACTIVATIONS[activation]
-    gates_TD = _rows(gate_TD)
-    out_TD = torch.empty_like(gates_TD)
-    for gate, up, out in _chunks(gates_TD, _rows(up_TD), out_TD):
+
+    def work(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None) -> Tensors:
+        out = torch.empty_like(gate) if out is None else out
         activate(gate, out)
-        out.mul_(up)
+        return (out.mul_(up),)
+
+    made = [((gate_TD.shape[-1],), gate_TD.dtype)]
+    (out_TD,) = _in_chunks(work, (_rows(gate_TD), _rows(up_TD)), made)
     return out_TD.view(gate_TD.shape)
 
 
@@ -109,29 +136,57 @@ def gated_unit_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `api.gated_unit_backward`."""
     activate, differentiate = _ACTIVATIONS[activation]
-    gates_TD = _rows(gate_TD)
-    d_gate_TD, d_up_TD = torch.empty_like(gates_TD), torch.empty_like(gates_TD)
-    for d_out, gate, up, d_gate, d_up in _chunks(_rows(d_out_TD), gates_TD, _rows(up_TD), d_gate_TD, d_up_TD):
+
+    def work(
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        d_out: torch.Tensor,
+        d_gate: torch.Tensor | None,
+        d_up: torch.Tensor | None,
+    ) -> Tensors:
+        d_up = torch.empty_like(gate) if d_up is None else d_up
         activate(gate, d_up)
         d_up.mul_(d_out)
-        torch.mul(d_out, up, out=d_gate)
+        d_gate = torch.mul(d_out, up, out=d_gate)
         differentiate(d_gate, gate, d_gate)
+        return d_gate, d_up
+
+    made = 2 * [((gate_TD.shape[-1],), gate_TD.dtype)]
+    inputs = (_rows(gate_TD), _rows(up_TD), _rows(d_out_TD))
+    d_gate_TD, d_up_TD = _in_chunks(work, inputs, made)
     return d_gate_TD.view(gate_TD.shape), d_up_TD.view(gate_TD.shape)
 
 
 def rotate(
-    x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, backward: bool = False
-) -> torch.Tensor:
+    q_THE: torch.Tensor,
+    k_TKE: torch.Tensor,
+    cos_TE: torch.Tensor,
+    sin_TE: torch.Tensor,
+    backward: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `api.rotate`."""
-    half = x_THE.shape[-1] // 2
-    out_THE = torch.empty_like(x_THE, memory_format=torch.contiguous_format)
-    for x, cos, sin, out in _chunks(x_THE, cos_TE[:, None], sin_TE[:, None], out_THE):
-        torch.mul(x, cos, out=out)
-        sin_of_a, sin_of_b = (sin[..., half:], sin[..., :half])
+    sign = -1 if backward else 1
+
+    def turn(x: torch.Tensor, cos: torch.Tensor, sins: Tensors, out: torch.Tensor | None) -> torch.Tensor:
+        out = torch.mul(x, cos, out=out)
+        (a, b), (out_a, out_b) = x.chunk(2, -1), out.chunk(2, -1)
+        out_a.addcmul_(b, sins[0], value=-sign)
+        out_b.addcmul_(a, sins[1], value=sign)
+        return out
+
+    def work(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        turned_q: torch.Tensor | None,
+        turned_k: torch.Tensor | None,
+    ) -> Tensors:
+        cos, sins = cos[:, None], sin[:, None].chunk(2, -1)
         if backward:
-            out[..., :half].addcmul_(x[..., half:], sin_of_a)
-            out[..., half:].addcmul_(x[..., :half], sin_of_b, value=-1)
-        else:
-            out[..., :half].addcmul_(x[..., half:], sin_of_b, value=-1)
-            out[..., half:].addcmul_(x[..., :half], sin_of_a)
-    return out_THE
+            sins = sins[::-1]
+        return turn(q, cos, sins, turned_q), turn(k, cos, sins, turned_k)
+
+    made = [(x.shape[1:], x.dtype) for x in (q_THE, k_TKE)]
+    turned = _in_chunks(work, (q_THE, k_TKE, cos_TE, sin_TE), made)
+    return turned[0], turned[1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from llm2vec_kernels.attention.tile_ops import load_tile, store_tile
+from llm2vec_kernels.attention.tile_ops import PHILOX_ROUNDS, load_tile, store_tile
 
 
 @triton.jit
@@ -143,14 +143,19 @@ def gated_unit_backward_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def rotate_kernel(
-    x_ptr,  # [T, H, E], any strides over T and H
+    q_ptr,  # [T, H, E], any strides over T and H
+    k_ptr,  # [T, K, E], the same
     cos_ptr,  # [T, E]
     sin_ptr,  # [T, E]
-    out_ptr,  # [T, H, E] contiguous
-    x_stride_t,
-    x_stride_h,
-    n_rows,  # T · H
-    HEADS: tl.constexpr,
+    turned_q_ptr,  # [T, H, E] contiguous
+    turned_k_ptr,  # [T, K, E] contiguous
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    n_rows,  # T · (H + K)
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
     HALF: tl.constexpr,  # E / 2
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -158,12 +163,22 @@ def rotate_kernel(
     BACKWARD: tl.constexpr,
 ):
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token_R, head_R = (row_R // HEADS).to(tl.int64), (row_R % HEADS).to(tl.int64)
+    token_R, head_R = (row_R // (Q_HEADS + K_HEADS)).to(tl.int64), row_R % (Q_HEADS + K_HEADS)
+    is_q_R, k_head_R = head_R < Q_HEADS, head_R - Q_HEADS
     dim_E = tl.arange(0, BLOCK)
     exists = (row_R < n_rows)[:, None] & (dim_E < HALF)[None, :]
-    x_a = x_ptr + (token_R * x_stride_t + head_R * x_stride_h)[:, None] + dim_E[None, :]
+    x_R = tl.where(
+        is_q_R,
+        q_ptr + token_R * q_stride_t + head_R * q_stride_h,
+        k_ptr + token_R * k_stride_t + k_head_R * k_stride_h,
+    )
+    out_R = tl.where(
+        is_q_R,
+        turned_q_ptr + (token_R * Q_HEADS + head_R) * (2 * HALF),
+        turned_k_ptr + (token_R * K_HEADS + k_head_R) * (2 * HALF),
+    )
+    x_a, out_a = x_R[:, None] + dim_E[None, :], out_R[:, None] + dim_E[None, :]
     angle_a = (token_R * (2 * HALF))[:, None] + dim_E[None, :]
-    out_a = out_ptr + (row_R.to(tl.int64) * (2 * HALF))[:, None] + dim_E[None, :]
 
     a = tl.load(x_a, mask=exists, other=0.0).to(WIDE)
     b = tl.load(x_a + HALF, mask=exists, other=0.0).to(WIDE)
@@ -175,5 +190,41 @@ def rotate_kernel(
         turned_a, turned_b = a * cos_a + b * sin_b, b * cos_b - a * sin_a
     else:
         turned_a, turned_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-    tl.store(out_a, turned_a.to(out_ptr.dtype.element_ty), mask=exists)
-    tl.store(out_a + HALF, turned_b.to(out_ptr.dtype.element_ty), mask=exists)
+    tl.store(out_a, turned_a.to(turned_q_ptr.dtype.element_ty), mask=exists)
+    tl.store(out_a + HALF, turned_b.to(turned_q_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def drop_quarter(x_ptr, out_ptr, word, p, element, n_elements, ADD: tl.constexpr, WIDE: tl.constexpr):
+    exists = element < n_elements
+    stays = tl.uint_to_uniform_float(word) >= p
+    out = tl.where(stays, tl.load(x_ptr + element, mask=exists, other=0.0).to(WIDE), 0.0)
+    if ADD:
+        out += tl.load(out_ptr + element, mask=exists, other=0.0).to(WIDE)
+    tl.store(out_ptr + element, out.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def drop_kernel(
+    x_ptr,
+    out_ptr,
+    p,
+    seed,
+    n_elements,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """out = x or out += x, where dropout does not strike. One call of Philox makes four random words: a program
+    takes four blocks, and the mask depends on (seed, BLOCK) and an element's number."""
+    lane = tl.arange(0, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    counter = program * BLOCK + lane
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    a, b, c, d = tl.philox(seed, low, high, zero, zero, n_rounds=PHILOX_ROUNDS)
+    first = program * (4 * BLOCK) + lane
+    drop_quarter(x_ptr, out_ptr, a, p, first, n_elements, ADD, WIDE)
+    drop_quarter(x_ptr, out_ptr, b, p, first + BLOCK, n_elements, ADD, WIDE)
+    drop_quarter(x_ptr, out_ptr, c, p, first + 2 * BLOCK, n_elements, ADD, WIDE)
+    drop_quarter(x_ptr, out_ptr, d, p, first + 3 * BLOCK, n_elements, ADD, WIDE)

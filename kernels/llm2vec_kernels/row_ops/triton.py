@@ -1,6 +1,6 @@
 """The operations of `row_ops` on a GPU: launches of the kernels in `row_kernels`.
 
-Shape legend: T rows (all leading dimensions), D width, P programs, H heads, E head dim.
+Shape legend: T rows (all leading dimensions), D width, P programs, H and K heads, E head dim.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from llm2vec_kernels.row_ops.kernels import (
+    drop_kernel,
     gated_unit_backward_kernel,
     gated_unit_kernel,
     rms_norm_backward_kernel,
@@ -23,6 +24,7 @@ from llm2vec_kernels.row_ops.kernels import (
 TILE_ELEMENTS = 4096
 """Of a program, unless a single row has more."""
 ELEMENTS_PER_WARP = 1024
+DROP_BLOCK = TILE_ELEMENTS // 4
 WEIGHT_GRADIENT_PROGRAMS = 512
 """Each adds up the rows that it takes; the sums of all are added up afterwards, always in one order."""
 
@@ -70,7 +72,7 @@ def rms_norm_backward(
                 d_out_TD, x_TD, weight_D.contiguous(), inverse_T, d_x_TD, sums_PD, n_rows, n_tiles,
                 **tile, PLUS_ONE=plus_one, WEIGHT_IS_FROZEN=weight_is_frozen,
             )  # fmt: skip
-    return d_x_TD, sums_PD.sum(0).to(weight_D.dtype)
+    return d_x_TD, weight_D.new_empty(0) if weight_is_frozen else sums_PD.sum(0).to(weight_D.dtype)
 
 
 def gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> torch.Tensor:
@@ -95,23 +97,55 @@ def gated_unit_backward(
 
 
 def rotate(
-    x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, backward: bool = False
-) -> torch.Tensor:
+    q_THE: torch.Tensor,
+    k_TKE: torch.Tensor,
+    cos_TE: torch.Tensor,
+    sin_TE: torch.Tensor,
+    backward: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `row_ops.rotate`."""
-    _check_shapes((len(x_THE), x_THE.shape[-1]), cos_TE, sin_TE)
-    if x_THE.stride(-1) != 1:
-        x_THE = x_THE.contiguous()
-    n_tokens, heads, head_dim = x_THE.shape
-    out_THE = torch.empty_like(x_THE, memory_format=torch.contiguous_format)
-    if x_THE.numel():
-        tile = row_tile(head_dim // 2, x_THE.dtype)
+    n_tokens, q_heads, head_dim = q_THE.shape
+    k_heads = k_TKE.shape[1]
+    _check_shapes((n_tokens, head_dim), cos_TE, sin_TE)
+    _check_shapes((n_tokens, k_heads, head_dim), k_TKE)
+    q_THE, k_TKE = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THE, k_TKE))
+    turned = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THE, k_TKE)]
+    n_rows = n_tokens * (q_heads + k_heads)
+    if n_rows:
+        tile = row_tile(head_dim // 2, q_THE.dtype)
         tile["HALF"], tile["BLOCK"] = tile.pop("D"), tile.pop("BLOCK_D")
-        with torch.cuda.device_of(x_THE):
-            rotate_kernel[(triton.cdiv(n_tokens * heads, tile["ROWS"]),)](
-                x_THE, cos_TE.contiguous(), sin_TE.contiguous(), out_THE, *x_THE.stride()[:2],
-                n_tokens * heads, **tile, HEADS=heads, BACKWARD=backward,
+        with torch.cuda.device_of(q_THE):
+            rotate_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
+                q_THE, k_TKE, cos_TE.contiguous(), sin_TE.contiguous(), *turned,
+                *q_THE.stride()[:2], *k_TKE.stride()[:2], n_rows,
+                **tile, Q_HEADS=q_heads, K_HEADS=k_heads, BACKWARD=backward,
             )  # fmt: skip
-    return out_THE
+    return turned[0], turned[1]
+
+
+def drop(x_TD: torch.Tensor, p: float, mask: torch.Tensor) -> torch.Tensor:
+    """As `dropout.drop`."""
+    x_TD = x_TD.contiguous()
+    return _drop(x_TD, torch.empty_like(x_TD), p, mask, add=False)
+
+
+def add_dropped_(out_TD: torch.Tensor, y_TD: torch.Tensor, p: float, mask: torch.Tensor) -> torch.Tensor:
+    """As `dropout.add_dropped_`."""
+    _check_shapes(out_TD.shape, y_TD)
+    if not out_TD.is_contiguous():
+        raise ValueError("add_dropped_ adds to a contiguous tensor")
+    return _drop(y_TD.contiguous(), out_TD, p, mask, add=True)
+
+
+def _drop(x_TD: torch.Tensor, out_TD: torch.Tensor, p: float, mask: torch.Tensor, add: bool) -> torch.Tensor:
+    n_elements = x_TD.numel()
+    if n_elements:
+        with torch.cuda.device_of(x_TD):
+            drop_kernel[(triton.cdiv(n_elements, 4 * DROP_BLOCK),)](
+                x_TD, out_TD, p, int(mask), n_elements,
+                ADD=add, BLOCK=DROP_BLOCK, WIDE=_wide(x_TD.dtype), num_warps=_warps(4 * DROP_BLOCK),
+            )  # fmt: skip
+    return out_TD
 
 
 def _check_shapes(expected: Sequence[int], *tensors: torch.Tensor) -> None:

@@ -1,0 +1,52 @@
+"""Dropout of the adapters' inputs: once for each input, shared by the layers that read it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from llm2vec_kernels.row_ops.dropout import Masks, drop
+from torch import nn
+
+from llm2vec_ds.model.origins import note_drop
+
+Dropped = tuple[torch.Tensor, torch.Tensor, float]
+"""The input with zeros where its mask drops (without gradient), the mask, and the probability."""
+
+
+class InputDropout:
+    """q, k and v read one tensor, gate and up another: the mask belongs to the tensor.
+
+    peft draws one mask for each layer. Here the layers that share an input share its mask: drawing it takes as
+    long as a small matrix product. Which layers do is seen when they are called, so no names are needed.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def of(self, x: torch.Tensor, p: float) -> Dropped:
+        """Of the call before if `x` is the same memory in the same shape."""
+        if self._masks is None or self._masks.p != p:
+            self._masks, self._input = Masks(p), None
+        if self._input is None or not _is_same(self._input, x):
+            # Held, so that no later tensor can have its address. Under ZeRO-3 each layer sees another view.
+            self._input = x.detach()
+            mask = self._masks.next_for(x)
+            dropped = drop(self._input, p, mask)
+            self._dropped = (note_drop(dropped, x, partial(drop, p=p), mask), mask, p)
+        return self._dropped
+
+    def forget(self, *_: Any) -> None:
+        """What comes next depends on torch's generator alone."""
+        self._masks: Masks | None = None
+        self._input: torch.Tensor | None = None
+        self._dropped: Dropped = ()  # type: ignore[assignment]
+
+    def end_with_each_forward_of(self, trunk: nn.Module) -> None:
+        """Two passes never share a mask, and none stays alive after one."""
+        trunk.register_forward_hook(self.forget, always_call=True)
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
