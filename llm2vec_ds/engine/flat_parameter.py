@@ -1,4 +1,4 @@
-"""All adapters as one parameter: DeepSpeed, its hooks and its optimizer see one tensor in place of hundreds."""
+"""All adapters as one parameter: DeepSpeed, its hooks and its optimizer see one tensor, not hundreds."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class FlatParameter(nn.Module):
     def find_gradient(self, loss: torch.Tensor) -> None:
         """Backward of `loss`, for the `forward` that follows."""
         self._gradient.zero_()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def forward(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss as one of the flat parameter, with the gradient that was found."""

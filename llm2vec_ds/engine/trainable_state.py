@@ -20,8 +20,8 @@ from safetensors.torch import save
 from torch import nn
 
 from llm2vec_ds.distributed import rank, world_size
-from llm2vec_ds.engine.flat_parameter import FlatParameter
 from llm2vec_ds.engine.checkpoint import Hashes
+from llm2vec_ds.engine.flat_parameter import FlatParameter
 from llm2vec_ds.storage.durable import write_file
 
 log = logging.getLogger(__name__)

@@ -18,30 +18,29 @@ Dropped = tuple[torch.Tensor, torch.Tensor, float]
 class InputDropout:
     """q, k and v read one tensor, gate and up another: the mask belongs to the tensor.
 
-    peft draws one mask for each layer. Here the layers that share an input share its mask: drawing it takes as
-    long as a small matrix product. Which layers do is seen when they are called, so no names are needed.
+    peft draws one mask for each layer. Here the layers that share an input share its mask: drawing it takes
+    as long as a small matrix product. Which layers do is seen when they are called, so no names are needed.
     """
 
     def __init__(self) -> None:
-        self.forget()
+        self._masks: Masks | None = None
+        self._last: tuple[torch.Tensor, Dropped] | None = None
 
     def of(self, x: torch.Tensor, p: float) -> Dropped:
         """Of the call before if `x` is the same memory in the same shape."""
         if self._masks is None or self._masks.p != p:
-            self._masks, self._input = Masks(p), None
-        if self._input is None or not _is_same(self._input, x):
+            self._masks, self._last = Masks(p), None
+        if self._last is None or not _is_same(self._last[0], x):
             # Held, so that no later tensor can have its address. Under ZeRO-3 each layer sees another view.
-            self._input = x.detach()
+            held = x.detach()
             mask = self._masks.next_for(x)
-            dropped = drop(self._input, p, mask)
-            self._dropped = (note_drop(dropped, x, partial(drop, p=p), mask), mask, p)
-        return self._dropped
+            dropped = note_drop(drop(held, p, mask), x, partial(drop, p=p), mask)
+            self._last = held, (dropped, mask, p)
+        return self._last[1]
 
     def forget(self, *_: Any) -> None:
         """What comes next depends on torch's generator alone."""
-        self._masks: Masks | None = None
-        self._input: torch.Tensor | None = None
-        self._dropped: Dropped = ()  # type: ignore[assignment]
+        self._masks = self._last = None
 
     def end_with_each_forward_of(self, trunk: nn.Module) -> None:
         """Two passes never share a mask, and none stays alive after one."""

@@ -1,7 +1,7 @@
 """What a cheap operation made a tensor of, so that backward can make it again in place of keeping it.
 
-A norm's or a gated unit's output is kept by the linear layers that read it. Its own inputs are kept anyway. So
-the output carries a note of them, and a layer that knows such notes (`lora_linear`) keeps the inputs.
+The linear layers that read a norm's or a gated unit's output keep it. The inputs of the norm or unit are kept
+anyway. So its output carries a note of them, and a layer that knows such notes (`lora_linear`) keeps these.
 """
 
 from __future__ import annotations

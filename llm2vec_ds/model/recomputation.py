@@ -24,8 +24,8 @@ def recompute_activations(trunk: Any, which: Recomputation) -> str:
     """Makes a transformers trunk compute activations again in backward, in training mode.
 
     Args:
-        which: `none`; `full`, whole layers; or `selective`: norms, rotary embeddings and gated units take little
-            time and half of the memory, matrix products and attention are kept (the name is that of
+        which: `none`; `full`, whole layers; or `selective`: norms, rotary embeddings and gated units take
+            little time and half of the memory, matrix products and attention are kept (the name is that of
             Korthikanti et al., 2022, arXiv 2205.05198, who recompute the scores of attention, which fused
             attention does not hold).
 

@@ -1,7 +1,7 @@
 """Dropout (Srivastava et al., 2014) by a mask that takes next to no memory until backward.
 
-On a GPU the mask is a seed, of which the kernels make random numbers again. On a CPU it is the positions of the
-dropped elements, which are few.
+On a GPU the mask is a seed, of which the kernels make random numbers again. On a CPU it is the positions of
+the dropped elements, which are few.
 
 Nothing here scales by 1 / (1 − p): the caller has a factor that takes it along.
 
@@ -24,8 +24,8 @@ ELEMENTS_DRAWN = 2**17
 class Masks:
     """Masks of one probability p (0 < p < 1), one after the other.
 
-    They are drawn from torch's default CPU generator, which `torch.manual_seed` sets back; a GPU is not waited
-    for. On a CPU the positions of many small masks are drawn at once.
+    They are drawn from torch's default CPU generator, which `torch.manual_seed` sets back; a GPU is not
+    waited for. On a CPU the positions of many small masks are drawn at once.
     """
 
     def __init__(self, p: float) -> None:
@@ -34,7 +34,7 @@ class Masks:
         self._position_K = np.empty(0, dtype=np.int64)
 
     def next_for(self, x: torch.Tensor) -> torch.Tensor:
-        """For a tensor of x's shape and device: `[K]` int64 on a CPU; elsewhere an int64 scalar on the CPU."""
+        """For a tensor of x's shape: `[K]` int64 if it is on a CPU, else a seed, an int64 scalar."""
         return self._next_positions(x.numel()) if x.device.type == "cpu" else torch.randint(2**62, ())
 
     def _next_positions(self, n_elements: int) -> torch.Tensor:
@@ -57,7 +57,10 @@ def drop(x_TD: torch.Tensor, p: float, mask: torch.Tensor) -> torch.Tensor:
 
 
 def add_dropped_(out_TD: torch.Tensor, y_TD: torch.Tensor, p: float, mask: torch.Tensor) -> torch.Tensor:
-    """out += y, with zeros where the mask drops; returns `out`. Both are contiguous; `y` may be overwritten."""
+    """out += y, with zeros where the mask drops; returns `out`.
+
+    Both are contiguous. `y` may be overwritten.
+    """
     if y_TD.is_cuda and runs_triton(y_TD.device):
         from llm2vec_kernels.row_ops import triton
 

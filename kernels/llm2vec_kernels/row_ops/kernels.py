@@ -215,8 +215,11 @@ def drop_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """out = x or out += x, where dropout does not strike. One call of Philox makes four random words: a program
-    takes four blocks, and the mask depends on (seed, BLOCK) and an element's number."""
+    """out = x or out += x, where dropout does not strike.
+
+    One call of Philox makes four random words: a program takes four blocks, and the mask depends on (seed,
+    BLOCK) and an element's number.
+    """
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(0).to(tl.int64)
     counter = program * BLOCK + lane
