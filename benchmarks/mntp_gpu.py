@@ -88,11 +88,12 @@ def measure(options: argparse.Namespace, recomputation: str, peak: float) -> dic
     optimizer = torch.optim.AdamW([p for p in trunk.parameters() if p.requires_grad], lr=1e-4)
     batch = packed_batch(options.vocab, options.texts, options.length).to(device)
     assert batch.labels is not None
-    masked_M = (batch.labels != -100).nonzero().squeeze(1)
+    masked_M = batch.predicted
+    assert masked_M is not None
 
     def step() -> None:
         hidden_TD = trunk_hidden_states(trunk, batch)
-        loss_M, _ = head(hidden_TD[masked_M - 1], batch.labels[masked_M])  # type: ignore[index]
+        loss_M, _ = head(hidden_TD[masked_M - 1], batch.labels[masked_M])
         loss_M.mean().backward()
         optimizer.step()
         optimizer.zero_grad()

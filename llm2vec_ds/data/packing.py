@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llm2vec_ds.batch import PackedBatch
+from llm2vec_ds.batch import NOT_PREDICTED, PackedBatch
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.errors import UserError
 
@@ -44,11 +44,13 @@ def pack(texts: Sequence[TokenizedText], labels: Sequence[np.ndarray] | None = N
     pool_end = np.repeat([text.pool_end for text in texts], lengths)
     pool_mask = (position_ids >= pool_start) & (position_ids < pool_end)
     input_ids = np.concatenate([np.asarray(text.input_ids, dtype=np.int64) for text in texts])
+    label_T = None if labels is None else np.concatenate(labels).astype(np.int64)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=int(lengths.max()),
         pool_mask=torch.from_numpy(pool_mask),
-        labels=None if labels is None else torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+        labels=None if label_T is None else torch.from_numpy(label_T),
+        predicted=None if label_T is None else torch.from_numpy(np.flatnonzero(label_T != NOT_PREDICTED)),
     )

@@ -60,12 +60,14 @@ class FiniteCheck:
         self._seen.append((~torch.stack(values).isfinite().all(), list(rows)))
         self._norms = []
 
-    def stop_if_not_finite(self, step: int, bad_rows: list[int], describe: Callable[[int], str]) -> None:
+    def stop_if_not_finite(
+        self, step: int, find_bad_rows: Callable[[], list[int]], describe: Callable[[int], str]
+    ) -> None:
         """Agrees with all ranks; every rank raises the same error.
 
         Args:
-            bad_rows: rows whose own loss or vector is known to be bad; they are named rather than all
-                the rows of their micro-batch, or of ranks that only received the bad value.
+            find_bad_rows: rows whose own loss or vector is bad; they are named rather than all the rows of
+                their micro-batch, or of ranks that only received the bad value.
             describe: row number → a few words of the text.
 
         Raises:
@@ -73,9 +75,9 @@ class FiniteCheck:
         """
         seen, self._seen = self._seen, []
         flag_M = torch.stack([flag for flag, _ in seen])
-        if not on_any_rank(flag_M.any() | bool(bad_rows)):
+        if not on_any_rank(flag_M.any()):
             return
-        flags = flag_M.tolist()
+        flags, bad_rows = flag_M.tolist(), find_bad_rows()
         suspects = [row for flag, (_, rows) in zip(flags, seen, strict=True) if flag for row in rows]
         named = bad_rows or suspects
         words = [f"{row} ({describe(row)})" for row in named[:TEXTS_NAMED]]

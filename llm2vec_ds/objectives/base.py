@@ -38,8 +38,8 @@ class StepResult:
     loss: float
     n_tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
-    bad_rows: list[int] = field(default_factory=list)
-    """Texts of this rank with a non-finite loss or vector."""
+    bad_rows: Callable[[], list[int]] = list
+    """Texts of this rank with a non-finite loss or vector; asked for where something was not finite."""
     vectors_alike: bool = False
     """All texts of the global batch, not all equal themselves, have the same vector within rounding."""
 

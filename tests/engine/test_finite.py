@@ -59,7 +59,7 @@ def test_a_bad_gradient_behind_a_finite_loss_is_seen() -> None:
         loss.backward()
         check.end_of_backward(loss, rows)
     with pytest.raises(NonFiniteError, match=r"step 3: .*rank 0, text 6 \('words of 6'\)"):
-        check.stop_if_not_finite(3, [], lambda row: f"'words of {row}'")
+        check.stop_if_not_finite(3, list, lambda row: f"'words of {row}'")
 
 
 def test_finite_steps_pass() -> None:
@@ -68,7 +68,7 @@ def test_finite_steps_pass() -> None:
     loss = layer(torch.ones(1, 2)).sum()
     loss.backward()
     check.end_of_backward(loss, [0])
-    check.stop_if_not_finite(1, [], str)
+    check.stop_if_not_finite(1, list, str)
 
 
 @pytest.mark.parametrize("held", [1, 5, 2**22])
@@ -86,7 +86,7 @@ def test_one_bad_gradient_among_many_is_seen(held: int, monkeypatch: pytest.Monk
             out.backward()
         check.end_of_backward(torch.zeros(()), rows)
     with pytest.raises(NonFiniteError, match="text 2 "):
-        check.stop_if_not_finite(1, [], str)
+        check.stop_if_not_finite(1, list, str)
 
 
 def test_what_was_forgotten_is_not_looked_at() -> None:
@@ -96,4 +96,4 @@ def test_what_was_forgotten_is_not_looked_at() -> None:
     check.forget()
     layer(torch.ones(1, 2)).sum().backward()
     check.end_of_backward(torch.zeros(()), [0])
-    check.stop_if_not_finite(1, [], str)
+    check.stop_if_not_finite(1, list, str)

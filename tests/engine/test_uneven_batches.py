@@ -16,7 +16,6 @@ import torch
 
 from llm2vec_ds.data.batches import rank_slice
 from llm2vec_ds.engine.build import build_stage
-from llm2vec_ds.objectives.contrastive.objective import PackedExamples
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.global_batch import Case, outcome, recipe_of, train_cases
 from tests.support.ranks import run_ranks
@@ -64,7 +63,7 @@ def shares(recipe: dict[str, Any], world: int) -> list[list[tuple[int, int]]]:
     found = []
     for step in range(STEPS):
         parts = [rank_slice(stage.global_batch(step), rank, world) for rank in range(world)]
-        packed = [PackedExamples(stage.examples(rows), TOKENS_PER_MICRO_BATCH) for rows in parts]
+        packed = [stage.batches(0, rows) for rows in parts]
         found.append([(len(own.ids), len(own.groups)) for own in packed])
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -129,9 +130,12 @@ def _plant(fault: Fault, have_met: list[Path]) -> None:
             if fault.kind == "signal":
                 os.kill(os.getpid(), signal.SIGUSR1)
                 os.kill(os.getpid(), signal.SIGTERM)  # a second one must not break the save
+            if fault.kind == "nan":
+                whole = backward
+                backward = lambda share, **options: whole(share * float("nan"), **options)  # noqa: E731
         result = whole_step(self, number, rows, batches, forward, backward)
         if number == fault.at and fault.kind == "nan":
-            result.bad_rows.append(int(rows[0]))
+            result = dataclasses.replace(result, bad_rows=lambda: [int(rows[0])])
         return result
 
     ContrastiveStage.step = step  # type: ignore[method-assign]

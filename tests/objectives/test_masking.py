@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from llm2vec_ds.batch import NOT_PREDICTED
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.objectives.mntp.masking import NOT_PREDICTED, Masking
+from llm2vec_ds.objectives.mntp.masking import Masking
 from llm2vec_ds.recipe.objectives import MntpConfig
 from tests.support.tiny import tiny_tokenizer
 

@@ -96,7 +96,7 @@ class ContrastiveStage:
         return example[0]
 
     def batches(self, step: int, rows: np.ndarray) -> PackedExamples:
-        return PackedExamples(self.examples(rows), self.micro_batch_tokens)
+        return PackedExamples(self.examples(rows), self.micro_batch_tokens, self.encoder.device)
 
     def step(
         self, step: int, rows: np.ndarray, batches: PackedExamples, forward: Forward, backward: Backward
@@ -128,7 +128,7 @@ class ContrastiveStage:
             loss=loss,
             n_tokens=sum(batch.n_tokens for batch in packed.batches),
             metrics={"accuracy": hits / n_global, "scale": float(last_scale)},
-            bad_rows=packed.not_finite(rows, vectors),
+            bad_rows=lambda: packed.not_finite(rows, vectors),
             vectors_alike=n_can_differ > 0 and distance < ALIKE,
         )
 
@@ -154,7 +154,7 @@ def distance_from_first(vectors: torch.Tensor) -> torch.Tensor:
 class PackedExamples:
     """A rank's examples as packed micro-batches, and the way back from their vectors to the examples."""
 
-    def __init__(self, examples: list[list[TokenizedText]], max_tokens: int) -> None:
+    def __init__(self, examples: list[list[TokenizedText]], max_tokens: int, device: torch.device) -> None:
         negatives = [text for example in examples for text in example[2:]]
         texts = [example[0] for example in examples] + [example[1] for example in examples] + negatives
         self.n_queries = len(examples)
@@ -162,7 +162,7 @@ class PackedExamples:
         counts = [len(example) - 2 for example in examples]
         self.example_of = np.concatenate([own, own, np.repeat(own, counts)])
         self.groups = plan_micro_batches([len(text) for text in texts], max_tokens)
-        self.batches: list[PackedBatch] = [pack([texts[i] for i in group]) for group in self.groups]
+        self.batches = [pack([texts[i] for i in group]).ready_for(device) for group in self.groups]
         self.order = np.concatenate(self.groups)
         self.ids = torch.tensor([text.text_hash for text in texts], dtype=torch.int64)
         self.n_distinct = len({text.text_hash for text in texts})
@@ -190,7 +190,7 @@ def held_out_metrics(
 ) -> dict[str, float]:
     """`loss` and `accuracy` over all of `pairs`, shared among ranks."""
     rows = rank_slice(np.arange(len(pairs)), rank(), world_size())
-    packed = PackedExamples(pairs[rows], max_tokens)
+    packed = PackedExamples(pairs[rows], max_tokens, device)
     cached = []
     for index in range(equal_count(packed.groups, device)):
         vectors, scale = forward(packed.batches[min(index, len(packed.batches) - 1)].to(device))

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.objectives.mntp.masking import NOT_PREDICTED
 
 
 class MaskedTokenHead(nn.Module):
@@ -129,14 +128,15 @@ class MntpModel(nn.Module):
         self.encoder = encoder
         self.head = head
 
-    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss `[M]`, hit `[M]` and text number `[M]` of the M masked tokens, in stream order.
+    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss `[M]` and hit `[M]` of the M masked tokens, in stream order.
 
         A text's first token carries no label, so i−1 is always in the same text.
         """
-        if batch.labels is None:
+        if batch.labels is None or batch.predicted is None:
             raise ValueError("MNTP needs a batch with labels")
-        masked_M = (batch.labels != NOT_PREDICTED).nonzero().squeeze(1)
         hidden_TD = self.encoder.hidden_states(batch)
-        loss_M, hit_M = self.head(hidden_TD[masked_M - 1], batch.labels[masked_M])
-        return loss_M, hit_M, batch.segment_ids()[masked_M]
+        outcome: tuple[torch.Tensor, torch.Tensor] = self.head(
+            hidden_TD[batch.predicted - 1], batch.labels[batch.predicted]
+        )
+        return outcome

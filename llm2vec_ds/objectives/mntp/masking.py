@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from llm2vec_ds.batch import NOT_PREDICTED
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.objectives import MntpConfig
-
-NOT_PREDICTED = -100
 
 
 @dataclass(frozen=True)

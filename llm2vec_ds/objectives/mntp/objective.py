@@ -28,7 +28,7 @@ from llm2vec_ds.objectives.base import (
     equal_count,
 )
 from llm2vec_ds.objectives.mntp.head import MaskedTokenHead, MntpModel
-from llm2vec_ds.objectives.mntp.masking import NOT_PREDICTED, Masking
+from llm2vec_ds.objectives.mntp.masking import Masking
 from llm2vec_ds.recipe.objectives import MntpConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -126,24 +126,25 @@ class MntpStage:
         packed, groups = batches
         device = self.encoder.device
         n_masked = sum(_n_masked(batch) for batch in packed)
-        n_masked_global = max(float(all_reduce_sum(torch.tensor(float(n_masked), device=device))), 1.0)
+        n_masked_global = all_reduce_sum(torch.tensor(float(n_masked), device=device)).clamp(min=1.0)
         n_passes = equal_count(groups, device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        bad_rows: list[int] = []
+        losses: list[torch.Tensor] = []
         for index in range(n_passes):
             own = index < len(packed)
             batch, group = (packed[index], groups[index]) if own else (packed[0], groups[0])
             torch.manual_seed(dropout_seed(self.seed, step, rank(), index))
-            loss_M, hit_M, text_M = forward(batch.to(device))
+            loss_M, hit_M = forward(batch.to(device))
             share = loss_M.sum() / n_masked_global
             backward(share if own else share * 0, rows=group.tolist(), last=index == n_passes - 1)
             if own:
-                bad = text_M[~loss_M.detach().isfinite()].unique()
-                bad_rows.extend(int(group[i]) for i in bad.tolist())
+                losses.append(loss_M.detach())
                 sums += torch.stack([loss_M.detach().sum(), hit_M.sum()])
         loss, accuracy = (all_reduce_sum(sums) / n_masked_global).tolist()
         n_tokens = sum(batch.n_tokens for batch in packed)
-        return StepResult(loss, n_tokens, {"accuracy": accuracy}, bad_rows)
+        return StepResult(
+            loss, n_tokens, {"accuracy": accuracy}, lambda: _rows_not_finite(packed, groups, losses)
+        )
 
     def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
         """Every token is predicted."""
@@ -158,7 +159,7 @@ class MntpStage:
         device = self.encoder.device
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for index in range(equal_count(groups, device)):
-            loss_M, hit_M, _ = forward(batches[min(index, len(batches) - 1)].to(device))
+            loss_M, hit_M = forward(batches[min(index, len(batches) - 1)].to(device))
             if index < len(batches):
                 sums += torch.stack([loss_M.sum(), hit_M.sum(), torch.tensor(len(loss_M), device=device)])
         loss, hits, count = all_reduce_sum(sums).tolist()
@@ -169,7 +170,7 @@ class MntpStage:
         for group in plan_micro_batches(texts.lengths[rows], self.micro_batch_tokens):
             own_rows = rows[group]
             masked, labels = self._mask(texts[own_rows], own_rows, step)
-            batches.append(pack(masked, labels))
+            batches.append(pack(masked, labels).ready_for(self.encoder.device))
             groups.append(own_rows)
         return batches, groups
 
@@ -185,5 +186,18 @@ class MntpStage:
 
 
 def _n_masked(batch: PackedBatch) -> int:
-    assert batch.labels is not None
-    return int((batch.labels != NOT_PREDICTED).sum())
+    assert batch.predicted is not None
+    return len(batch.predicted)
+
+
+def _rows_not_finite(
+    packed: Sequence[PackedBatch], groups: Sequence[np.ndarray], losses: Sequence[torch.Tensor]
+) -> list[int]:
+    """Rows of the texts with a masked token whose loss is NaN or infinite."""
+    rows: list[int] = []
+    for batch, group, loss_M in zip(packed, groups, losses, strict=True):
+        assert batch.predicted is not None
+        token = batch.predicted[~loss_M.isfinite().cpu()]
+        text = torch.searchsorted(batch.cu_seqlens, token, right=True, out_int32=True) - 1
+        rows += group[np.unique(text.numpy())].tolist()
+    return rows
