@@ -104,6 +104,12 @@ def meeting(ranks: Ranks) -> Iterator[None]:
         ) from None
 
 
+def leave() -> None:
+    """The last thing that a process does with its group: torch warns of one that ends without it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextmanager
 def contact(doing: str) -> Iterator[None]:
     """What a failed collective says, in words.
@@ -142,8 +148,8 @@ class Traffic:
     A statistic of the process, as the memory peak is: it only grows, and whoever wants a step's share takes
     a difference. With W ranks and a message of n bytes (an all-gather's: the gathered whole; a
     reduce-scatter's: the whole before), a rank of a ring sends 2n(W−1)/W for an all-reduce, n(W−1)/W for
-    an all-gather or a reduce-scatter, and n for a broadcast or a point-to-point message (Thakur et al.,
-    2005, section 4). A collective library that takes another way sends as much or less.
+    an all-gather, a reduce-scatter or an all-to-all, and n for a broadcast or a point-to-point message
+    (Thakur et al., 2005, section 4). A collective library that takes another way sends as much or less.
     """
 
     def __init__(self) -> None:
@@ -151,7 +157,7 @@ class Traffic:
 
     def note(self, kind: str, n_bytes: int, n_ranks: int) -> None:
         """Adds one collective over `n_ranks` with a message of `n_bytes`."""
-        factor = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}.get(kind)
+        factor = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}.get(kind)
         self.sent_bytes[kind] += n_bytes if factor is None else factor * n_bytes * (n_ranks - 1) // n_ranks
 
 

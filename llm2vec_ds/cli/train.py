@@ -9,6 +9,7 @@ import typer
 
 from llm2vec_ds.cli.common import Overrides, RecipeFile, examples, quiet_libraries
 from llm2vec_ds.cli.evaluate import evaluation_of
+from llm2vec_ds.errors import Stopped
 from llm2vec_ds.process.interrupts import kept
 
 
@@ -40,10 +41,16 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     resolved = load_stages(recipe, overrides)
     quiet_libraries()
+    from llm2vec_ds.distributed import leave
     from llm2vec_ds.engine.run_stages import train_stages
 
     with kept("checkpoints and prepared texts are kept, run the same command with resume=true to go on"):
-        folder = train_stages(resolved, evaluation_of)
+        try:
+            folder = train_stages(resolved, evaluation_of)
+        except Stopped:  # every rank stops; after an error some may wait in vain for this one
+            leave()
+            raise
+    leave()
     logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
 
 

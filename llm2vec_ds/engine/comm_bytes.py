@@ -22,10 +22,23 @@ MESSAGES: dict[str, tuple[str, int]] = {
     "all_gather_base": ("all_gather", 0),
     "all_gather_coalesced": ("all_gather", 0),
     "broadcast": ("broadcast", 0),
+    "all_gather_single": ("all_gather", 0),
+    "reduce_scatter_single": ("reduce_scatter", 1),
+    "all_to_all": ("all_to_all", 1),
+    "all_to_all_single": ("all_to_all", 1),
+    "gather": ("gather", 0),
     "send": ("send", 0),
     "isend": ("send", 0),
 }
 """Method of DeepSpeed's backend → kind of collective, and which argument is the message."""
+SILENT = frozenset(
+    "recv irecv barrier monitored_barrier broadcast_object_list all_gather_object "
+    "get_rank get_world_size get_global_rank get_world_group get_backend is_initialized "
+    "init_process_group destroy_process_group new_group init_device_mesh enable_symm_mem_for_group "
+    "has_all_gather_into_tensor has_reduce_scatter_tensor has_all_reduce_coalesced has_coalescing_manager "
+    "get_all_gather_function get_reduce_scatter_function all_gather_function reduce_scatter_function".split()
+)
+"""Methods that send no tensor: others receive, agree, or tell what there is."""
 
 
 class CountedBackend:
@@ -39,7 +52,14 @@ class CountedBackend:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._backend, name)
-        return _counted(name, attribute) if name in MESSAGES else attribute
+        if name in MESSAGES:
+            return _counted(name, attribute)
+        if callable(attribute) and name not in SILENT and not name.startswith("_"):
+            raise RuntimeError(
+                f"DeepSpeed calls {name} of its backend, which may send bytes that nobody counts: add it to "
+                "MESSAGES or to SILENT in llm2vec_ds/engine/comm_bytes.py"
+            )
+        return attribute
 
 
 def count_deepspeed_traffic() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -65,6 +66,9 @@ def start_process_group(ranks: Ranks) -> torch.device:
         )
     with meeting(ranks):
         deepspeed.init_distributed(backend, verbose=False)
+    # DeepSpeed calls them by their old names, at each step.
+    renamed = "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning)
     count_deepspeed_traffic()
     return torch.device("cuda", ranks.local_rank) if on_cuda else torch.device("cpu")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llm2vec_ds.engine.comm_bytes import MESSAGES, SILENT, CountedBackend
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.global_batch import EXAMPLES, TEXTS_AN_EXAMPLE, recipe_of
@@ -107,3 +108,25 @@ def test_gather_and_ring_differ_and_stages_differ(
 ) -> None:
     assert "send" not in counted[0, 1, "gather"]
     assert len({tuple(sorted(kinds.items())) for kinds in counted.values()}) == len(CASES)
+
+
+def test_a_collective_that_nobody_counts_is_refused_by_name() -> None:
+    class Backend:
+        def whisper(self) -> None:
+            pass
+
+        def barrier(self) -> str:
+            return "met"
+
+    backend = CountedBackend(Backend())
+    assert backend.barrier() == "met"
+    with pytest.raises(RuntimeError, match="DeepSpeed calls whisper of its backend"):
+        backend.whisper()
+
+
+def test_all_that_deepspeed_can_call_is_known() -> None:
+    from deepspeed.comm.torch import TorchBackend
+
+    methods = {name for name in dir(TorchBackend) if not name.startswith("_")}
+    unknown = {name for name in methods if callable(getattr(TorchBackend, name))} - MESSAGES.keys() - SILENT
+    assert unknown <= {"scatter", "batch_isend_irecv"}
