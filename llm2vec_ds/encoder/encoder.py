@@ -307,7 +307,8 @@ class Encoder(nn.Module):
         lengths = [len(text) for text in texts]
         groups = plan_micro_batches(lengths, max(micro_batch_tokens, *lengths, 0))
         was_training = self.training
-        self.eval()
+        if was_training:  # a walk over hundreds of modules
+            self.eval()
         if len(self.devices) > 1 and len(groups) > 1 and self._replicas is None:
             self._replicas = Replicas(self.trunk, self.devices)
 
@@ -326,7 +327,8 @@ class Encoder(nn.Module):
             for group, block in zip(groups, found, strict=True):
                 yield rows[group], block
         finally:
-            self.train(was_training)
+            if was_training:
+                self.train()
 
     def save(
         self,

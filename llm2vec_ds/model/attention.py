@@ -101,7 +101,7 @@ def _attend(
     out_THD = attention(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, options=options, backend=backend)
     if order_T is not None:
         out_THD = torch.empty_like(out_THD).index_copy(0, order_T, out_THD)
-    return out_THD.unflatten(0, (n_rows, length))
+    return out_THD.reshape(n_rows, length, *out_THD.shape[1:])
 
 
 def _refuse(

@@ -201,5 +201,5 @@ def _rotate_both(
 
     q_THE, k_THE = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHLE, k_BHLE))
     turned = rotate(q_THE, k_THE, cos_TE, sin_TE)
-    q_BHLE, k_BHLE = (x_THE.unflatten(0, (n_rows, length)).transpose(1, 2) for x_THE in turned)
+    q_BHLE, k_BHLE = (x_THE.view(n_rows, length, *x_THE.shape[1:]).transpose(1, 2) for x_THE in turned)
     return q_BHLE, k_BHLE

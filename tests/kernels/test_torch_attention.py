@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm2vec_kernels.attention import AttentionOptions, attention, choose_attention_backend, reference
+from llm2vec_kernels.attention.cpu import equal_length_runs
 
 lengths_of_texts = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)
 
@@ -77,3 +78,12 @@ def test_empty_stream() -> None:
 def test_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match="'flash'.*auto, triton, flash_attn, varlen, torch"):
         choose_attention_backend("flash")
+
+
+def test_runs_follow_a_change_of_the_boundaries() -> None:
+    bounds = torch.tensor([0, 3, 6, 10], dtype=torch.int32)
+    assert equal_length_runs(bounds) == equal_length_runs(bounds) == [(2, 3), (1, 4)]
+    bounds[2] = 5
+    assert equal_length_runs(bounds) == [(1, 3), (1, 2), (1, 5)]
+    with torch.inference_mode():
+        assert equal_length_runs(torch.tensor([0, 2, 4])) == [(2, 2)]

@@ -21,10 +21,18 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_of_run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def equal_length_runs(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Yields (number of texts, length) of each run of neighbouring texts of one length."""
-    for length, run in groupby(filter(None, cu_seqlens.diff().tolist())):
-        yield sum(1 for _ in run), length
+def equal_length_runs(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
+    """(Number of texts, length) of each run of neighbouring texts of one length.
+
+    Found once for all layers: the tensor carries them as long as it is not changed.
+    """
+    change = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    known: tuple[int, list[tuple[int, int]]] | None = getattr(cu_seqlens, "llm2vec_runs", None)
+    if known is None or known[0] != change:
+        lengths = filter(None, cu_seqlens.diff().tolist())
+        known = change, [(sum(1 for _ in run), length) for length, run in groupby(lengths)]
+        cu_seqlens.llm2vec_runs = known  # type: ignore[attr-defined]
+    return known[1]
 
 
 def window_mask(length: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
