@@ -36,8 +36,8 @@ class ModelConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Trunk weights and activations. `auto`: bf16 on CUDA, fp32 on CPU (where bf16 is very slow)."""
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
-    """What backward computes again instead of keeping it: `none`; `selective`, all but matrix products and
-    attention (docs/performance.md); `full`, whole layers: least memory, about a third more time."""
+    """What backward computes again: `none`; `selective`, norms and gated units, while matrix products and
+    attention are kept (docs/performance.md); `full`, whole layers: least memory, about a third more time."""
     fused_layers: Literal["auto", "off"] = "auto"
     """`auto` runs norms, rotary embeddings and gated units as one operation each, where their code is known
     (docs/kernels.md); `off` leaves them to transformers."""

@@ -15,6 +15,8 @@ from llm2vec_ds.data.packing import pack
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.cpu_linear import use_fast_products
+from llm2vec_ds.model.fused_layers import fuse_layers
+from llm2vec_ds.model.lora_linear import LoraLinear
 from llm2vec_ds.model.recomputation import Recomputation, _keep_and_replay, recompute_activations
 from llm2vec_ds.recipe.sections import AdapterConfig
 from tests.support.small_texts import texts
@@ -50,6 +52,80 @@ def test_products_run_once_and_the_rest_twice() -> None:
     assert selective[product] == none[product] < full[product]
     assert selective[attention] == none[attention] < full[attention]
     assert selective[torch.ops.aten.silu.default] == 2 * none[torch.ops.aten.silu.default]
+
+
+def adapted(dropout: float = 0.3) -> Encoder:
+    """A tiny Llama whose norms and gated units are known, with adapters that change something."""
+    model = trunk()
+    fuse_layers(model)
+    torch.manual_seed(1)
+    add_lora(model, AdapterConfig(rank=2, dropout=dropout, zero_init=False))
+    return Encoder(model.train(), tiny_tokenizer())
+
+
+def gradients(encoder: Encoder) -> dict[str, torch.Tensor]:
+    torch.manual_seed(2)
+    encoder(pack(texts())).square().sum().backward()
+    return {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+
+
+def test_known_layers_are_made_again_without_dispatch_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = gradients(adapted())
+    encoder = adapted()
+    said = recompute_activations(encoder.trunk, "selective")
+    assert said == "selective: backward makes again 2 SwiGLU, 5 RMSNorm"
+    monkeypatch.setattr("torch.utils.checkpoint.checkpoint", None)
+    found = gradients(encoder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def kept_bytes(which: Recomputation) -> int:
+    """Of tensors that the trunk holds for backward, weights left out."""
+    encoder = adapted()
+    recompute_activations(encoder.trunk, which)
+    weights = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    alive: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        encoder.hidden_states(pack(texts()))
+    return sum(kept.values())
+
+
+def test_what_is_made_again_is_not_kept() -> None:
+    """Two norms of width 32 and a gated unit of 48 in each of two layers."""
+    n_tokens = pack(texts()).n_tokens
+    saved = kept_bytes("none") - kept_bytes("selective")
+    assert saved == 2 * n_tokens * 4 * (2 * 32 + 48)
+
+
+@pytest.mark.parametrize("which", ["selective", "full"])
+def test_a_second_run_draws_the_same_dropout(which: Recomputation) -> None:
+    """`full`, and `selective` of layers that are not known, against a run that keeps all and draws as they
+    do, again for each layer."""
+    results = []
+    for kept in (True, False):
+        model = trunk()
+        torch.manual_seed(1)
+        add_lora(model, AdapterConfig(rank=2, dropout=0.3, zero_init=False))
+        encoder = Encoder(model.train(), tiny_tokenizer())
+        if kept:
+            dropouts = next(m.dropouts for m in model.modules() if isinstance(m, LoraLinear))
+            for layer in model.layers:
+                layer.register_forward_pre_hook(dropouts.forget)
+        else:
+            assert recompute_activations(model, which).startswith(which)
+        results.append(gradients(encoder))
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, msg=name)
 
 
 def test_a_layer_without_adapter_keeps_onednns_products(monkeypatch: pytest.MonkeyPatch) -> None:
