@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,13 +24,14 @@ class InputDropout:
     """
 
     def __init__(self) -> None:
+        self.masks_of: Callable[[float], Masks] = Masks
         self._masks: Masks | None = None
         self._last: tuple[torch.Tensor, Dropped] | None = None
 
     def of(self, x: torch.Tensor, p: float) -> Dropped:
         """Of the call before if `x` is the same memory in the same shape."""
         if self._masks is None or self._masks.p != p:
-            self._masks, self._last = Masks(p), None
+            self._masks, self._last = self.masks_of(p), None
         if self._last is None or not _is_same(self._last[0], x):
             # Held, so that no later tensor can have its address. Under ZeRO-3 each layer sees another view.
             held = x.detach()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llm2vec_kernels.row_ops.dropout import Masks
 from torch import nn
 
 from llm2vec_ds.errors import UserError
@@ -14,6 +15,7 @@ from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.bidirectional import with_causal
 from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.loading import TrunkOptions, loading
+from llm2vec_ds.model.lora_linear import LoraLinear
 from llm2vec_ds.model.quantization import quantize_shapes
 from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.objectives.registry import objective_of
@@ -140,6 +142,9 @@ def put_adapters_in(model: MetaModel, recipe: Recipe, options: TrunkOptions) -> 
         fuse_layers(model.trunk)
     if options.device.type != "cpu":
         _fuse_dropout(model.trunk)
+        for layer in model.trunk.modules():
+            if isinstance(layer, LoraLinear):
+                layer.dropouts.masks_of = _Seeds
         _as_deepspeed_casts(model.whole, options.dtype)
     recompute_activations(model.trunk, recipe.model.activation_checkpointing)
 
@@ -149,6 +154,13 @@ def _as_deepspeed_casts(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+
+
+class _Seeds(Masks):
+    """Masks of a GPU, which take no memory; the meta device would take the CPU's way."""
+
+    def next_for(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.int64)
 
 
 class _FusedDropout(nn.Module):

@@ -243,7 +243,8 @@ def test_an_optimizer_that_deepspeed_does_not_build(
         train(parse_recipe(values))
         rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(row)["loss"] for row in rows])
-    assert losses[0] == losses[1]
+    # To rounding: torch's is given one flat parameter, bitsandbytes' many.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 VALUES = {"stage": "mntp", "model": {"path": "m"}, "data": {"path": "t.txt"}, "output_dir": "o"}

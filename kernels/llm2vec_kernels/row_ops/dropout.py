@@ -35,7 +35,11 @@ class Masks:
 
     def next_for(self, x: torch.Tensor) -> torch.Tensor:
         """For a tensor of x's shape: `[K]` int64 if it is on a CPU, else a seed, an int64 scalar."""
-        return self._next_positions(x.numel()) if x.device.type == "cpu" else torch.randint(2**62, ())
+        if x.device.type == "cpu":
+            return self._next_positions(x.numel())
+        if x.is_meta:  # shapes of a CPU's
+            return x.new_empty(round(x.numel() * self.p), dtype=torch.int64)
+        return torch.randint(2**62, ())
 
     def _next_positions(self, n_elements: int) -> torch.Tensor:
         if self._end - self._start < n_elements:
