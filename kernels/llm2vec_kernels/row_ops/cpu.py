@@ -28,6 +28,11 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _rows_per_chunk(x: torch.Tensor) -> int:
+    width = max(1, x.numel() // max(1, len(x)))
+    return max(1, ELEMENTS_PER_THREAD * torch.get_num_threads() // width)
+
+
 def _in_chunks(
     work: Callable[..., Tensors], inputs: Tensors, outputs: Sequence[tuple[Sequence[int], torch.dtype]]
 ) -> Tensors:
@@ -36,30 +41,33 @@ def _in_chunks(
     Args:
         inputs: tensors of as many rows; the first is at least as wide as the others.
         outputs: shape of a row and dtype of each. `work` writes to what it is given, or makes it where it is
-            given None: for few rows of one dtype, where each operation's start counts.
+            given nothing: for few rows of one dtype, where each operation's start counts.
     """
-    n_rows = len(inputs[0])
-    width = inputs[0][0].numel() if n_rows else 1
-    per_chunk = max(1, ELEMENTS_PER_THREAD * torch.get_num_threads() // width)
-    dtype = inputs[0].dtype
-    if 0 < n_rows <= per_chunk and dtype == wide_dtype(dtype) and all(d == dtype for _, d in outputs):
-        return work(*inputs, *(None for _ in outputs))
-    made = tuple(inputs[0].new_empty(n_rows, *shape, dtype=dtype) for shape, dtype in outputs)
+    first = inputs[0]
+    n_rows, per_chunk = len(first), _rows_per_chunk(first)
+    if n_rows <= per_chunk and _is_wide(first) and all(dtype == first.dtype for _, dtype in outputs):
+        return work(*inputs)
+    made = tuple(first.new_empty(n_rows, *shape, dtype=dtype) for shape, dtype in outputs)
     for parts in zip(*(tensor.split(per_chunk) for tensor in (*inputs, *made)), strict=True):
         work(*parts)
     return made
+
+
+def _is_wide(x: torch.Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float64)
 
 
 def rms_norm(
     x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, plus_one: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `api.rms_norm`."""
-    rows_TD, width = _rows(x_TD), x_TD.shape[-1]
-    wide = wide_dtype(x_TD.dtype)
+    width, wide = x_TD.shape[-1], wide_dtype(x_TD.dtype)
     factor_D = weight_D.to(wide) + 1 if plus_one else weight_D
 
-    def work(x: torch.Tensor, out: torch.Tensor | None, inverse: torch.Tensor | None) -> Tensors:
-        widened = x.to(wide)
+    def work(
+        x: torch.Tensor, out: torch.Tensor | None = None, inverse: torch.Tensor | None = None
+    ) -> Tensors:
+        widened = x if out is None else x.to(wide)
         inverse = torch.linalg.vector_norm(widened, dim=1, keepdim=True, out=inverse)
         inverse.square_().div_(width).add_(eps).rsqrt_()
         if plus_one:
@@ -70,7 +78,7 @@ def rms_norm(
         return out.mul_(factor_D), inverse
 
     made = (((width,), rms_norm_dtype(x_TD, weight_D, plus_one)), ((1,), wide))
-    out_TD, inverse_T1 = _in_chunks(work, (rows_TD,), made)
+    out_TD, inverse_T1 = _in_chunks(work, (_rows(x_TD),), made)
     return out_TD.view(x_TD.shape), inverse_T1.view(x_TD.shape[:-1])
 
 
@@ -87,10 +95,10 @@ def rms_norm_backward(
     factor_D = weight_D.to(wide)
     if plus_one:
         factor_D = factor_D + 1
-    d_weight_D = torch.zeros(0 if weight_is_frozen else len(weight_D), dtype=wide)
+    d_weight_D = weight_D.new_zeros(0 if weight_is_frozen else len(weight_D), dtype=wide)
 
     def work(
-        x: torch.Tensor, d_out: torch.Tensor, inverse: torch.Tensor, d_x: torch.Tensor | None
+        x: torch.Tensor, d_out: torch.Tensor, inverse: torch.Tensor, d_x: torch.Tensor | None = None
     ) -> Tensors:
         normal = x * inverse
         if not weight_is_frozen:
@@ -121,7 +129,7 @@ def gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> t
     """As `api.gated_unit`."""
     activate, _ = _ACTIVATIONS[activation]
 
-    def work(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None) -> Tensors:
+    def work(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> Tensors:
         out = torch.empty_like(gate) if out is None else out
         activate(gate, out)
         return (out.mul_(up),)
@@ -141,8 +149,8 @@ def gated_unit_backward(
         gate: torch.Tensor,
         up: torch.Tensor,
         d_out: torch.Tensor,
-        d_gate: torch.Tensor | None,
-        d_up: torch.Tensor | None,
+        d_gate: torch.Tensor | None = None,
+        d_up: torch.Tensor | None = None,
     ) -> Tensors:
         d_up = torch.empty_like(gate) if d_up is None else d_up
         activate(gate, d_up)
@@ -179,10 +187,10 @@ def rotate(
         k: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        turned_q: torch.Tensor | None,
-        turned_k: torch.Tensor | None,
+        turned_q: torch.Tensor | None = None,
+        turned_k: torch.Tensor | None = None,
     ) -> Tensors:
-        cos, sins = cos[:, None], sin[:, None].chunk(2, -1)
+        cos, sins = cos.unsqueeze(1), sin.unsqueeze(1).chunk(2, -1)
         if backward:
             sins = sins[::-1]
         return turn(q, cos, sins, turned_q), turn(k, cos, sins, turned_k)
