@@ -84,16 +84,26 @@ def product(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | 
     return torch.addmm(bias_O, x_TI, weight_OI.t())
 
 
-def times(x_TI: torch.Tensor, matrix_IO: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """scale · x · M, `[T, O]`, as `product`: the same with the matrix as it stands."""
+def times(
+    x_TI: torch.Tensor,
+    matrix_IO: torch.Tensor,
+    scale: float = 1.0,
+    *,
+    like_TO: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """scale · x · M, `[T, O]`, as `product`: the same with the matrix as it stands.
+
+    Args:
+        like_TO: any tensor of the result's shape and dtype, where there is one. Nothing of it is read.
+    """
     _refuse_gradient(x_TI, matrix_IO)
     if is_for_onednn(x_TI) and x_TI.shape[1] > 0:  # an empty sum is 0, for which oneDNN has no product
         out_TO = _onednn(x_TI, matrix_IO.t(), None)
         return out_TO if scale == 1.0 else out_TO.mul_(scale)
     if scale == 1.0:
         return torch.mm(x_TI, matrix_IO)
-    # The scale rides along; of the first argument nothing is read.
-    return torch.addmm(x_TI.new_empty(()), x_TI, matrix_IO, beta=0, alpha=scale)
+    ignored = x_TI.new_empty(()) if like_TO is None else like_TO
+    return torch.addmm(ignored, x_TI, matrix_IO, beta=0, alpha=scale)
 
 
 def _refuse_gradient(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -103,7 +113,7 @@ def _refuse_gradient(x: torch.Tensor, weight: torch.Tensor) -> None:
 
 def is_for_onednn(x: torch.Tensor) -> bool:
     """Is a product of this tensor computed by oneDNN?"""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and cpu_products().name == "oneDNN"
+    return x.is_cpu and x.dtype == torch.float32 and cpu_products().name == "oneDNN"
 
 
 def _onednn(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:

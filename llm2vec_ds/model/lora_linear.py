@@ -85,7 +85,7 @@ def _backward(
     if needs_weight or needs_bias:
         raise RuntimeError("lora_linear is for a frozen weight and bias: they would get no gradient")
     flat_TO = _rows(d_out_TO)
-    d_low_TR = times(flat_TO, b_OR, ctx.scale)
+    d_low_TR = times(flat_TO, b_OR, ctx.scale, like_TO=low_TR)
     d_x_TI = d_a_RI = d_b_OR = None
     if needs_x:
         d_x_TI = times(flat_TO, weight_OI)
@@ -97,7 +97,7 @@ def _backward(
     if needs_a:
         d_a_RI = times(d_low_TR.t(), _rows(adapted_TI))
     if needs_b:
-        d_b_OR = times(flat_TO.t(), low_TR, ctx.scale)
+        d_b_OR = times(flat_TO.t(), low_TR, ctx.scale, like_TO=b_OR)
     return d_x_TI, None, None, d_a_RI, d_b_OR, None, None, None, None
 
 
