@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from llm2vec_ds.data.prepare import cache_root
+from llm2vec_ds.storage.cache_folder import cache_root
 
 GIB = 2**30
 LEAST_FREE_GIB = 5.0

@@ -54,6 +54,6 @@ def _own_gate() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache."""
-    monkeypatch.setenv("LLM2VEC_DS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLM2VEC_DS_CACHE", str(tmp_path_factory.mktemp("cache") / "own"))

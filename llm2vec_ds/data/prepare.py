@@ -9,7 +9,6 @@ it is used again its content is compared with its fingerprint: a damaged folder 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -47,6 +46,7 @@ from llm2vec_ds.data.prompts import (
 from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
 from llm2vec_ds.errors import UserError, reason
 from llm2vec_ds.recipe.sections import DataConfig
+from llm2vec_ds.storage.cache_folder import cache_root
 from llm2vec_ds.storage.durable import put_folder, replace_json
 from llm2vec_ds.storage.fingerprint import key_of
 from llm2vec_ds.storage.lock import held
@@ -87,13 +87,6 @@ class Instructions:
 
     query: str | None = None
     document: str | None = None
-
-
-def cache_root() -> Path:
-    """LLM2VEC_DS_CACHE, else `llm2vec-ds` in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
-    if own := os.environ.get("LLM2VEC_DS_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2vec-ds"
 
 
 def prepare(

@@ -10,8 +10,8 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-from llm2vec_ds.data.prepare import cache_root
 from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.storage.cache_folder import cache_root
 from llm2vec_ds.storage.fingerprint import file_sha256
 from llm2vec_ds.storage.output_folder import replaced_folder
 

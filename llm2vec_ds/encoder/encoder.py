@@ -36,6 +36,7 @@ from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.model.attention import register_for
 from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.damage import check_ids, why_not_finite
+from llm2vec_ds.model.hidden_states import trunk_hidden_states
 from llm2vec_ds.model.imported import merge_adapters, resolve, upstream_settings
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.pooling import POOLINGS
@@ -384,19 +385,3 @@ class Encoder(nn.Module):
         save_torch_state_dict(
             state_dict or merged_state_dict(self.trunk), folder, max_shard_size=LARGEST_FILE
         )
-
-
-def trunk_hidden_states(trunk: Any, batch: PackedBatch) -> torch.Tensor:
-    """Last hidden state of every token of a packed batch, `[T, D]`."""
-    output = trunk(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        attention_mask=None,
-        use_cache=False,
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=batch.max_seqlen,
-        max_length_k=batch.max_seqlen,
-    )
-    hidden: torch.Tensor = output.last_hidden_state[0]
-    return hidden

@@ -23,6 +23,7 @@ from typing import Any
 from llm2vec_ds.data.prompts import Template
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.bidirectional import has_own_flag
 
 POOLING_MODES = {
     "mean": "mean",
@@ -111,9 +112,12 @@ def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def write_config(folder: Path, tokenizer: Any) -> None:
     """Makes `config.json` say the same to every reader; `tokenizer`: the exported one."""
+    from transformers import AutoConfig
+
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    if "is_causal" in config:  # else the model's own flag says it, and a second would move its window
+    own_flag = has_own_flag(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    if "is_causal" in config and not own_flag:  # a second flag would move the window of the first
         config["use_bidirectional_attention"] = not config["is_causal"]
     if config.get("pad_token_id") is None:
         config["pad_token_id"] = tokenizer.pad_token_id

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from llm2vec_kernels.attention import ATTENTION_NAMES, AttentionOptions, attention
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -80,7 +81,11 @@ def _attend(
     by_config = is_causal is not None
     causal = bool(is_causal) if by_config else bool(getattr(module, "is_causal", True))
     n_rows, _, length, head_dim = query_BHLD.shape
-    q_THD, k_THD, v_THD = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHLD, key_BHLD, value_BHLD))
+    width = value_BHLD.shape[-1]
+    tensors_BHLD: tuple[torch.Tensor, ...] = (query_BHLD, key_BHLD, value_BHLD)
+    if width != head_dim:
+        tensors_BHLD = _of_one_width(tensors_BHLD)
+    q_THD, k_THD, v_THD = (x.transpose(1, 2).flatten(0, 1) for x in tensors_BHLD)
     order_T = None
     if cu_seq_lens_q is not None:
         cu_seqlens, max_seqlen = cu_seq_lens_q, max_length_q
@@ -91,6 +96,11 @@ def _attend(
         order_T, cu_seqlens = _padding_last(mask_BL)
         max_seqlen = length
         q_THD, k_THD, v_THD = (x[order_T] for x in (q_THD, k_THD, v_THD))
+    if module.__dict__.get("attn_temperature_tuning") and not module.use_rope:
+        place_T = torch.arange(len(q_THD), device=q_THD.device) if order_T is None else order_T
+        q_THD = _with_own_temperature(module, q_THD, cu_seqlens, place_T % length)
+    if (chunk := _chunk_of(module)) is not None and (max_seqlen is None or chunk < max_seqlen):
+        cu_seqlens, max_seqlen = _cut(cu_seqlens, chunk), chunk
     options = AttentionOptions(
         head_dim**-0.5 if scaling is None else scaling,
         window=_reach(sliding_window, inclusive=by_config and not causal),
@@ -101,7 +111,54 @@ def _attend(
     out_THD = attention(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, options=options, backend=backend)
     if order_T is not None:
         out_THD = torch.empty_like(out_THD).index_copy(0, order_T, out_THD)
+    if out_THD.shape[-1] != width:
+        out_THD = out_THD[..., :width]
     return out_THD.reshape(n_rows, length, *out_THD.shape[1:])
+
+
+def _of_one_width(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values, the narrower filled up with zeros: they change no score, and what they make
+    of an output is cut off. Latent attention (DeepSeek-V2, arXiv 2405.04434) has narrower values."""
+    widest = max(x.shape[-1] for x in tensors)
+    return tuple(F.pad(x, (0, widest - x.shape[-1])) for x in tensors)
+
+
+def _with_own_temperature(
+    module: Any, q_THD: torch.Tensor, cu_seqlens: torch.Tensor, place_T: torch.Tensor
+) -> torch.Tensor:
+    """Queries of Llama 4's layers without RoPE grow with their place in the text (arXiv 2501.19399);
+    transformers takes the place in the row, `place_T`, which is another where texts are packed or padded."""
+
+    def temperature(place: torch.Tensor) -> torch.Tensor:
+        steps = torch.floor((place.float() + 1.0) / module.floor_scale)
+        return torch.log1p(steps) * module.attn_scale + 1.0
+
+    token_T = torch.arange(len(q_THD), device=q_THD.device)
+    own_T = token_T - cu_seqlens[torch.searchsorted(cu_seqlens, token_T, right=True) - 1]
+    return q_THD * (temperature(own_T) / temperature(place_T)).to(q_THD.dtype)[:, None, None]
+
+
+def _chunk_of(module: nn.Module) -> int | None:
+    """Tokens that see each other in a layer of chunked attention (Llama 4); None in any other layer.
+
+    transformers says it by the mask alone, which is not made here.
+    """
+    config: Any = module.__dict__.get("config")
+    number: int | None = module.__dict__.get("layer_idx")
+    types = getattr(config, "layer_types", None)
+    if types is None or number is None or types[number % len(types)] != "chunked_attention":
+        return None
+    chunk: int | None = config.attention_chunk_size
+    return chunk
+
+
+def _cut(cu_seqlens: torch.Tensor, chunk: int) -> torch.Tensor:
+    """`cu_seqlens` of the chunks of each text, `[n_chunks + 1]`; the last chunk of a text may be shorter."""
+    n_chunks_S = (cu_seqlens.diff() + chunk - 1) // chunk
+    first_S = n_chunks_S.cumsum(0) - n_chunks_S
+    number = torch.arange(int(n_chunks_S.sum()), device=cu_seqlens.device)
+    starts = (cu_seqlens[:-1] - chunk * first_S).repeat_interleave(n_chunks_S) + chunk * number
+    return torch.cat([starts, cu_seqlens[-1:]]).to(cu_seqlens.dtype)
 
 
 def _refuse(
@@ -109,6 +166,10 @@ def _refuse(
 ) -> None:
     if options.get("s_aux") is not None:
         raise ValueError("attention sinks (s_aux) are not supported by the llm2vec attention")
+    if query_BHLD.shape[1] % key_BHLD.shape[1]:
+        raise ValueError(
+            f"{query_BHLD.shape[1]} query heads cannot share {key_BHLD.shape[1]} key/value heads evenly"
+        )
     if query_BHLD.shape[2] != key_BHLD.shape[2]:
         raise ValueError("the llm2vec attention has no key/value cache: pass use_cache=False")
     if mask is not None and mask.dim() != 2:

@@ -22,17 +22,16 @@ from llm2vec_kernels.row_ops.api import runs_on
 from torch import nn
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.accepted import accepted
 from llm2vec_ds.model.attention import register
-from llm2vec_ds.model.bidirectional import (
-    check_can_be_bidirectional,
-    check_class_can_be_bidirectional,
-    is_causal,
-    with_causal,
-)
+from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, is_causal
 from llm2vec_ds.model.cpu_linear import use_fast_products
 from llm2vec_ds.model.damage import damaged_file
 from llm2vec_ds.model.fused_layers import fuse_layers
+from llm2vec_ds.model.probe.probe import check_head, check_loaded
 from llm2vec_ds.model.quantization import nf4_config, prepare_for_training
+from llm2vec_ds.model.rope import choose_rope_by_text
+from llm2vec_ds.model.text_part import class_of_whole, text_model_in, with_text_part
 from llm2vec_ds.process.full_memory import full_memory
 
 log = logging.getLogger(__name__)
@@ -95,9 +94,9 @@ def load_trunk(path: str, options: TrunkOptions) -> Any:
     """
     from transformers import AutoModel
 
-    trunk = _load(AutoModel, path, options)
-    _check(trunk, trunk, options)
-    return trunk
+    loaded = _load(AutoModel, path, options)
+    _check(loaded, loaded.trunk, options)
+    return loaded.trunk
 
 
 def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[Any, nn.Linear]:
@@ -108,23 +107,38 @@ def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[Any, nn.Linea
     """
     from transformers import AutoModelForCausalLM
 
-    model = _load(AutoModelForCausalLM, path, options)
-    trunk, head = model.base_model, model.get_output_embeddings()
+    loaded = _load(AutoModelForCausalLM, path, options)
+    model, trunk, head = loaded.model, loaded.trunk, loaded.model.get_output_embeddings()
     if trunk is model or not isinstance(head, nn.Linear):
         raise UserError(
             f"{path}: {type(model).__name__} has no linear language head over a trunk, MNTP needs one"
         )
-    _check(trunk, model, options)
+    check_head(trunk.config, trust_remote_code=options.trust_remote_code)
+    _check(loaded, nn.ModuleList([trunk, head]), options)
     return trunk, head
 
 
-def _check(trunk: Any, model: nn.Module, options: TrunkOptions) -> None:
+@dataclass(frozen=True)
+class _Loaded:
+    """`shown`: a miniature showed that the type is right; else the trunk has to."""
+
+    model: Any
+    trunk: Any
+    shown: bool
+
+
+def _check(loaded: _Loaded, kept: nn.Module, options: TrunkOptions) -> None:
+    """`kept`: what is used of the model."""
+    trunk = loaded.trunk
     if not is_causal(trunk.config):
         check_can_be_bidirectional(trunk)
+    choose_rope_by_text(trunk)
     if options.quantization is not None:
         trunk.is_loaded_in_4bit = True  # transformers tells the outermost model only; peft asks the trunk
-        prepare_for_training(model)
-    model.to(options.device).eval()
+        prepare_for_training(kept)
+    kept.to(options.device).eval()
+    if not loaded.shown:
+        check_loaded(trunk, bool(is_causal(trunk.config)))
     _fuse(trunk, options)
     use_fast_products(trunk, options.device)
 
@@ -138,27 +152,13 @@ def _fuse(trunk: nn.Module, options: TrunkOptions) -> None:
     log.info("fused layers: %s%s", fused, here)
 
 
-def _check_class(trunk_class: Any, model_type: str, causal: bool) -> None:
-    if not causal:
-        check_class_can_be_bidirectional(trunk_class, model_type)
-    if not trunk_class._supports_attention_backend:
-        raise UserError(
-            f"model type {model_type!r} takes no attention function but its own: use a type such as llama, "
-            "mistral, qwen3 or gemma, or a newer transformers"
-        )
+def _load(auto_class: Any, path: str, options: TrunkOptions) -> _Loaded:
+    from transformers import AutoConfig
 
-
-def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
-    from transformers import MODEL_MAPPING, AutoConfig
-
-    config = _from_pretrained(AutoConfig, path, trust_remote_code=options.trust_remote_code)
-    n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if n_layers is not None and n_layers < 1:
-        raise UserError(f"model {path!r}: its config.json gives it no layer: check num_hidden_layers")
-    causal = bool(is_causal(config)) if options.causal is None else options.causal
-    if type(config) in MODEL_MAPPING:
-        _check_class(MODEL_MAPPING[type(config)], config.model_type, causal)
-    config = with_causal(config, causal)
+    whole = _from_pretrained(AutoConfig, path, trust_remote_code=options.trust_remote_code)
+    with loading(path):
+        found = accepted(whole, options.causal, trust_remote_code=options.trust_remote_code)
+    config, part, causal = found.config, found.part, found.causal
     if options.attention_dropout is not None:
         if not hasattr(config, "attention_dropout"):
             raise UserError(
@@ -177,13 +177,14 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
         options.device,
     )
     # In 4 bits a model is read whole by every rank, and split afterwards where ZeRO-3 asks for it.
+    attention = register(options.attention)
     with options.partition() if options.quantization is None else nullcontext():
         model, info = _from_pretrained(
-            auto_class,
+            auto_class if part is None else class_of_whole(whole),
             path,
-            config=config,
+            config=with_text_part(whole, part, config),
             dtype=options.dtype,
-            attn_implementation=register(options.attention),
+            attn_implementation=attention if part is None else {part: attention},
             output_loading_info=True,
             trust_remote_code=options.trust_remote_code,
             **_quantized(options),
@@ -192,7 +193,10 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
         raise UserError(f"{path} lacks weights: {', '.join(missing[:5])}; start from the full language model")
     if not options.trust_remote_code:
         vars(model.config).pop(CODE, None)
-    return model
+    if part is None:
+        return _Loaded(model, model.base_model, found.shown)
+    log.info("%s: of %s the text model %s alone is used", path, whole.model_type, config.model_type)
+    return _Loaded(model, text_model_in(model, config), found.shown)
 
 
 def _quantized(options: TrunkOptions) -> dict[str, Any]:
@@ -212,11 +216,17 @@ def _attention_backend(config: Any, causal: bool, options: TrunkOptions) -> Atte
             dropout_p=options.attention_dropout or 0.0,
             causal=causal,
         )
-        head_dim = getattr(text_config, "head_dim", None)
-        needs = AttentionNeeds(options.device, options.dtype, head_dim, options=known)
+        needs = AttentionNeeds(options.device, options.dtype, head_dim_of(text_config), options=known)
         return choose_attention_backend(options.attention, needs)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def head_dim_of(config: Any) -> int | None:
+    """Width of a head that most layers have (Gemma 4: some have another, and asking for the one then is an
+    error); None where a config does not say it."""
+    value: int | None = config.to_dict().get("head_dim")
+    return value
 
 
 def _from_pretrained(auto_class: Any, path: str, *, trust_remote_code: bool, **options: Any) -> Any:

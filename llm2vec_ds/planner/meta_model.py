@@ -11,8 +11,8 @@ from llm2vec_kernels.row_ops.dropout import Masks
 from torch import nn
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.accepted import accepted
 from llm2vec_ds.model.adapters import add_lora
-from llm2vec_ds.model.bidirectional import with_causal
 from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.loading import TrunkOptions, loading
 from llm2vec_ds.model.lora_linear import LoraLinear
@@ -45,7 +45,6 @@ class MetaModel:
     def cut(self, n_layers: int) -> None:
         """Keeps the first layers: what one layer more needs is then known without running them all."""
         self.trunk.layers = self.trunk.layers[:n_layers]
-        self.trunk.config.num_hidden_layers = n_layers
 
 
 def model_config(recipe: Recipe, recipe_file: Path | None = None) -> Any:
@@ -86,7 +85,9 @@ def meta_model(recipe: Recipe, config: Any, options: TrunkOptions) -> MetaModel:
     """Trunk and head, without adapters, as a run would hold them on `options.device`."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    config = with_causal(config, recipe.model.causal)
+    with loading(recipe.model.path):
+        trusted = recipe.model.trust_remote_code
+        config = accepted(config, recipe.model.causal, trust_remote_code=trusted).config
     objective, dropout = objective_of(recipe), recipe.objective.attention_dropout
     if dropout:
         config.attention_dropout = dropout

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llm2vec_ds.model.adapter_stack import read_stack
-from llm2vec_ds.model.loading import TrunkOptions
+from llm2vec_ds.model.loading import TrunkOptions, head_dim_of
 from llm2vec_ds.model.quantization import weight_storages
 from llm2vec_ds.planner.meta_model import (
     MetaModel,
@@ -259,9 +259,7 @@ def shapes(recipe: Recipe, config: Any, device: torch.device, load: Workload) ->
     trainable = trainable_shapes(model, recipe.adapter)
     trainable += load.objective.trainable
     text_config = model.trunk.config.get_text_config()
-    head_dim = getattr(text_config, "head_dim", None) or (
-        text_config.hidden_size // text_config.num_attention_heads
-    )
+    head_dim = head_dim_of(text_config) or (text_config.hidden_size // text_config.num_attention_heads)
     counted = sum(weight_storages(model.whole).values())
     # QLoRA's later stages hold the adapters of the earlier ones: those that are there, or that will be.
     n_stacked = len(read_stack(recipe.model.path, recipe.model.quantization, None).earlier)

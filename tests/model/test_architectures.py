@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, is_causal, with_causal
+from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, has_own_flag, is_causal
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
 from llm2vec_ds.objectives.mntp.head import MaskedTokenHead, MntpModel
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
@@ -146,13 +146,15 @@ def test_table_in_the_document_lists_these_types() -> None:
         "num_local_experts": "experts",
         "logits_scaling": "logit scaling",
         "no_rope_layer_interval": "layers without RoPE",
+        "num_experts": "experts",
+        "n_routed_experts": "experts",
+        "per_layer_config": "heads of two widths",
+        "kv_lora_rank": "latent attention",
     }
     lines = []
     for model_type, changes in TYPES.items():
         config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
-        flag = (
-            "is_causal" if hasattr(with_causal(config, False), "is_causal") else "use_bidirectional_attention"
-        )
+        flag = "use_bidirectional_attention" if has_own_flag(config) else "is_causal"
         tested = ", ".join(label for key, label in features.items() if key in changes) or "–"
         lines.append(f"| `{model_type}` | `{flag}` | {tested} |")
     text = DOCUMENT.read_text()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from llm2vec_kernels.attention import AttentionOptions, attention
@@ -127,3 +130,66 @@ def test_max_seqlen_may_be_left_out() -> None:
     assert torch.equal(
         attention(q, k, v, cu_seqlens, options=options), attention(q, k, v, cu_seqlens, 4, options=options)
     )
+
+
+def attend(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Ours, of tensors `[B, H, L, D]`."""
+    from transformers import AttentionInterface
+
+    run = AttentionInterface()[register()]
+    return run(module, q, k, v, options.pop("mask", None), is_causal=False, scaling=0.3, **options)[0]
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Written out, `[B, H, L, D]` → `[B, L, H, D]`."""
+    score = (0.3 * q @ k.mT).masked_fill(~visible, float("-inf"))
+    return (score.softmax(-1) @ v).transpose(1, 2)
+
+
+def chunked_layer() -> Any:
+    config = SimpleNamespace(layer_types=["full_attention", "chunked_attention"], attention_chunk_size=4)
+    return SimpleNamespace(config=config, layer_idx=1)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_chunked_attention_ends_with_chunk_and_text(packed: bool) -> None:
+    """Chunks of 4 from each text's start, packed, and padded on the left."""
+    lengths = [3, 10, 4, 1, 6] if packed else [9, 5, 1]
+    shape = (1, 2, sum(lengths), 8) if packed else (3, 2, max(lengths), 8)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    if packed:
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+        chunk = torch.cat([100 * i + torch.arange(n) // 4 for i, n in enumerate(lengths)])[None]
+        found = attend(chunked_layer(), q, k, v, cu_seq_lens_q=cu_seqlens, max_length_q=max(lengths))
+        real = chunk >= 0
+    else:
+        real = torch.arange(9)[None] >= 9 - torch.tensor(lengths)[:, None]
+        chunk = torch.where(real, (real.cumsum(1) - 1) // 4, -1)
+        found = attend(chunked_layer(), q, k, v, mask=real.long())
+    visible = (chunk[:, :, None] == chunk[:, None, :])[:, None]
+    torch.testing.assert_close(found[real], dense(q, k, v, visible)[real])
+    assert (found - attend(SimpleNamespace(), q, k, v)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("width", "value_width"), [(12, 8), (8, 12)])
+def test_values_may_have_another_width(width: int, value_width: int) -> None:
+    """Outputs and gradients of dense attention."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 2, 7, w, generator=generator, dtype=torch.float64, requires_grad=True)
+        for w in (width, width, value_width)
+    )
+    everything = torch.ones(7, 7, dtype=torch.bool)
+    outputs = [attend(SimpleNamespace(), q, k, v), dense(q, k, v, everything)]
+    assert outputs[0].shape == (1, 7, 2, value_width)
+    weight = torch.randn(outputs[0].shape, generator=generator, dtype=torch.float64)
+    results = [[out, *torch.autograd.grad((out * weight).sum(), (q, k, v))] for out in outputs]
+    for ours, right in zip(*results, strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+def test_heads_that_cannot_be_shared_are_refused() -> None:
+    q, k = torch.zeros(1, 3, 4, 8), torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="3 query heads cannot share 2 key/value heads"):
+        attend(SimpleNamespace(), q, k, k)

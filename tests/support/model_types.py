@@ -50,7 +50,70 @@ TYPES: dict[str, dict[str, Any]] = {
     "exaone4": ALTERNATING,
     "helium": {},
     "seed_oss": {},
+    "olmo3": ALTERNATING,
+    "ministral3": WINDOWED,
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 400,
+        "per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}},
+        "initializer_range": 0.05,  # its scores are not scaled down, and rounding grows with them
+        **ALTERNATING,
+    },
+    "deepseek_v3": {
+        "first_k_dense_replace": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "num_key_value_heads": 4,
+    },
 }
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 4096,
+    "short_factor": [1.0 + i / 48 for i in range(48)],
+    "long_factor": [1.0 + i for i in range(48)],
+}
+
+CHANGED: dict[str, dict[str, Any]] = {
+    # What the config of a type lacks before a checkpoint says it.
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 500000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_routed_experts": 64, "topk_group": 1, "n_group": 1},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2},
+    "hunyuan_v1_dense": {"rope_parameters": ROPE, "head_dim": 128},
+    "hunyuan_v1_moe": {"rope_parameters": ROPE, "head_dim": 128},
+    "ministral": {"rope_parameters": ROPE, "head_dim": 128},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    # What its checkpoints have and its default has not.
+    "gemma4_text": {"num_kv_shared_layers": 18},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16, "num_hidden_layers": 32},
+    "phi3": {
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_parameters": LONGROPE,
+    },
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 28, "sliding_window": 4096},
+}
+"""Beside the defaults of its config class, for a config as checkpoints of the type have it."""
+
+
+def config_of(model_type: str) -> Any:
+    """A config of the size of a checkpoint."""
+    return AutoConfig.for_model(model_type, **CHANGED.get(model_type, {}))
 
 
 def build(model_type: str, attention: str = ATTENTION, causal: bool = False) -> Any:

@@ -1,0 +1,66 @@
+"""Which configs become a trunk, told before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.bidirectional import check_class_can_be_bidirectional, is_causal, with_causal
+from llm2vec_ds.model.probe.probe import check_config
+from llm2vec_ds.model.text_part import text_part
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What of a config is loaded.
+
+    Attributes:
+        config: of the trunk, causal or bidirectional.
+        part: under what name the whole config holds it; None: it is the whole.
+        causal: what the trunk will be.
+        shown: a miniature showed that the type is right; else the loaded trunk has to.
+    """
+
+    config: Any
+    part: str | None
+    causal: bool
+    shown: bool
+
+
+def accepted(whole: Any, causal: bool | None, *, trust_remote_code: bool = False) -> Accepted:
+    """`causal=None` keeps what the config says (nothing: bidirectional).
+
+    Raises:
+        UserError: no trunk can be made of it, or none whose vectors can be believed; names the type and why.
+    """
+    from transformers import MODEL_MAPPING
+
+    config, part = text_part(whole)
+    n_layers = getattr(config, "num_hidden_layers", None)
+    if n_layers is not None and n_layers < 1:
+        raise UserError("its config.json gives it no layer: check num_hidden_layers")
+    causal = bool(is_causal(config)) if causal is None else causal
+    if type(config) in MODEL_MAPPING:
+        _check_class(MODEL_MAPPING[type(config)], config.model_type, causal)
+    elif _is_of_transformers(config):
+        raise UserError(
+            f"model type {config.model_type!r} cannot be an encoder: transformers has no class for it "
+            "without a head. Use a type that docs/architectures.md lists as exact"
+        )
+    shown = check_config(config, causal, trust_remote_code=trust_remote_code)
+    return Accepted(with_causal(config, causal), part, causal, shown)
+
+
+def _is_of_transformers(config: Any) -> bool:
+    return type(config).__module__.startswith("transformers.")
+
+
+def _check_class(trunk_class: Any, model_type: str, causal: bool) -> None:
+    if not causal:
+        check_class_can_be_bidirectional(trunk_class, model_type)
+    if not trunk_class._supports_attention_backend:
+        raise UserError(
+            f"model type {model_type!r} takes no attention function but its own: use a type such as llama, "
+            "mistral, qwen3 or gemma, or a newer transformers"
+        )

@@ -1,0 +1,41 @@
+"""A loaded trunk with its first layers alone, for as long as it is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from llm2vec_ds.model.probe.miniature import layer_kind, layers_of
+
+MOST = 16
+
+
+@contextmanager
+def first_layers(trunk: Any) -> Iterator[None]:
+    """Up to the first layer of the last kind that comes; all where they are in no list."""
+    layers = layers_of(trunk)
+    kinds = [layer_kind(layer) for layer in layers]
+    n_first = max((kinds.index(kind) for kind in set(kinds)), default=0) + 2
+    held = _holder(trunk, layers) if layers else None
+    if held is None:
+        yield
+        return
+    parent, name = held
+    whole = getattr(parent, name)
+    setattr(parent, name, whole[: min(n_first, MOST)])
+    try:
+        yield
+    finally:
+        setattr(parent, name, whole)
+
+
+def _holder(trunk: nn.Module, layers: list[nn.Module]) -> tuple[nn.Module, str] | None:
+    """The module that holds the list, and under what name."""
+    for parent in trunk.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList) and list(child) == layers:
+                return parent, name
+    return None
