@@ -60,14 +60,14 @@ class ProgressCheck:
     def _stands_still(self, observation: str) -> None:
         if not self._has_moved:
             raise UserError(
-                f"{observation}, so nothing is learned: check whether all texts, or all queries, of the data are equal"
+                f"{observation}, so nothing is learned: check whether all texts, or all queries, of the data "
+                "are equal"
             )
         if rank() == 0:
             log.warning("%s: check the loss, whether nothing is left to learn or all is lost", observation)
 
     def last_word(self) -> None:
-        """At the end of the run: warns where no step had a gradient, or where the loss is more than twice that
-        of the beginning."""
+        """At the end of the run: warns where no step had a gradient, or the loss has more than doubled."""
         if not self._has_moved and self._n_steps and rank() == 0:
             log.warning("no step has had a gradient, so nothing was learned: check the data")
         window = min(MANY_STEPS, max(1, self._n_steps // 4))

@@ -32,7 +32,13 @@ from llm2vec_ds.model.bidirectional import (
 from llm2vec_ds.model.cpu_linear import use_fast_products
 from llm2vec_ds.model.damage import damaged_file
 from llm2vec_ds.model.fused_layers import fuse_layers
-from llm2vec_ds.model.quantization import nf4_config, prepare_for_training
+from llm2vec_ds.model.quantization import (
+    adopt_nf4,
+    checkpoint_bits,
+    nf4_config,
+    prepare_for_training,
+    whole,
+)
 from llm2vec_ds.process.full_memory import full_memory
 
 log = logging.getLogger(__name__)
@@ -165,6 +171,7 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
                 f"model type {config.model_type!r} has no attention dropout: set attention_dropout: 0"
             )
         config.attention_dropout = options.attention_dropout
+    bits = checkpoint_bits(config, path, options.quantization)
     backend = _attention_backend(config, causal, options)
     log.info(
         "%s: %s%s attention by %s (%s), %s on %s",
@@ -177,7 +184,7 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
         options.device,
     )
     # In 4 bits a model is read whole by every rank, and split afterwards where ZeRO-3 asks for it.
-    with options.partition() if options.quantization is None else nullcontext():
+    with options.partition() if options.quantization is None and bits is None else nullcontext():
         model, info = _from_pretrained(
             auto_class,
             path,
@@ -186,8 +193,9 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
             attn_implementation=register(options.attention),
             output_loading_info=True,
             trust_remote_code=options.trust_remote_code,
-            **_quantized(options),
+            **_quantized(options, bits),
         )
+    model = _as_wanted(model, path, bits, options)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} lacks weights: {', '.join(missing[:5])}; start from the full language model")
     if not options.trust_remote_code:
@@ -195,11 +203,24 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> Any:
     return model
 
 
-def _quantized(options: TrunkOptions) -> dict[str, Any]:
+def _quantized(options: TrunkOptions, bits: int | None) -> dict[str, Any]:
     """Weights are quantised one by one as they are read: none but the largest is ever whole."""
-    if options.quantization is None:
-        return {}
-    return {"quantization_config": nf4_config(options.dtype), "device_map": {"": options.device}}
+    place = {"device_map": {"": options.device}}
+    if bits is not None:
+        return place
+    return {} if options.quantization is None else {"quantization_config": nf4_config(options.dtype), **place}
+
+
+def _as_wanted(model: Any, path: str, bits: int | None, options: TrunkOptions) -> Any:
+    """Weights that the checkpoint has in 4 or 8 bits, in those of the run."""
+    if bits is None:
+        return model
+    if options.quantization is not None:
+        log.info("%s: its weights are in nf4 already, and taken as they are", path)
+        adopt_nf4(model, options.dtype)
+        return model
+    log.info("%s: its weights are in %s bits, and made whole: %s", path, bits, options.dtype)
+    return whole(model, options.dtype)
 
 
 def _attention_backend(config: Any, causal: bool, options: TrunkOptions) -> AttentionBackend:

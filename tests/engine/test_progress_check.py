@@ -107,7 +107,9 @@ def equal_texts(model: Path, folder: Path) -> dict[str, Any]:
 
 
 def test_equal_texts_teach_nothing(tmp_path: Path, tiny_model_dir: Path) -> None:
-    with pytest.raises(UserError, match="gradient has been exactly zero.* all texts, or all queries, of the data"):
+    with pytest.raises(
+        UserError, match="gradient has been exactly zero.* all texts, or all queries, of the data"
+    ):
         train(parse_recipe(equal_texts(tiny_model_dir, tmp_path)))
     assert not (tmp_path / "run" / "encoder").exists()
 
