@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2vec_ds.data.prompts import Template
+from llm2vec_ds.data.prompts import Template, added_ids
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 
@@ -100,13 +100,6 @@ def _check(encoder: Encoder, template: Template, before: list[int], after: list[
         )
     if settings.pooling == "last" and after and settings.pooled_tokens == "text":
         raise UserError(f"pooling `last` under a tokenizer that adds tokens at the end: {fix}")
-
-
-def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Special tokens that the tokenizer puts before and after a text."""
-    whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
-    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    return list(whole[:start]), list(whole[start + len(bare) :])
 
 
 def write_config(folder: Path, tokenizer: Any) -> None:

@@ -82,8 +82,8 @@ def adopt_nf4(model: nn.Module, dtype: torch.dtype) -> None:
 def whole(model: Any, dtype: torch.dtype) -> Any:
     """A model whose weights bitsandbytes has quantised, as the matrices that they stand for."""
     for layer in quantized_layers(model):
-        state: Any = layer.weight.quant_state
-        state.dtype = dtype
+        weight: Any = layer.weight
+        weight.quant_state.dtype = dtype
     model = model.dequantize(dtype=dtype).to(dtype)
     vars(model).pop("_weight_conversions", None)  # from storage bytes; saving would look for the way back
     return model.requires_grad_(True)
