@@ -105,7 +105,7 @@ def _check(encoder: Encoder, template: Template, before: list[int], after: list[
 def write_config(folder: Path, tokenizer: Any) -> None:
     """Makes `config.json` say the same to every reader; `tokenizer`: the exported one."""
     file = folder / "config.json"
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     if "is_causal" in config:  # else the model's own flag says it, and a second would move its window
         config["use_bidirectional_attention"] = not config["is_causal"]
     if config.get("pad_token_id") is None:
@@ -113,7 +113,7 @@ def write_config(folder: Path, tokenizer: Any) -> None:
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def padded_tokenizer(tokenizer: Any) -> Any:
@@ -191,12 +191,12 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Under a class name that transformers 4 knows too."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     for key in ("is_local", "local_files_only"):  # of the place it was read from
         config.pop(key, None)
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_sentence_transformers(folder: Path, encoder: Encoder, plan: Plan) -> None:
@@ -252,4 +252,4 @@ def _word_weights(tokenizer: Any, silent_ids: tuple[int, ...]) -> dict[str, Any]
 
 def _write(file: Path, content: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

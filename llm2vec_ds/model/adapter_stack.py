@@ -151,7 +151,8 @@ def write_stack(stack: AdapterStack, state: dict[str, dict[str, torch.Tensor]], 
         save_file(state[name], folder / FOLDER / file)
         items.append({"file": file, "settings": own.model_dump(mode="json")})
     base = str(Path(stack.base).resolve()) if Path(stack.base).exists() else stack.base
-    (folder / FOLDER / INDEX).write_text(json.dumps({"base": base, "adapters": items}, indent=1) + "\n")
+    said = json.dumps({"base": base, "adapters": items}, indent=1) + "\n"
+    (folder / FOLDER / INDEX).write_text(said, encoding="utf-8")
 
 
 def _stacked(number: int) -> str:

@@ -79,7 +79,7 @@ class PairsConfig(Section):
     positive_column: str = "positive"
     """Column that holds the query's right document, or a list of them: an example for each."""
     negative_column: str = "negative"
-    """Column that holds a hard negative, or a list of them; or the first part of the names of several columns,
+    """Column that holds a hard negative, or a list of them; or several columns, with numbers after this name:
     `negative_1`, `negative_2` …"""
     max_negatives: Annotated[int, Field(ge=0)] = 1
     """Hard negatives of an example that are used, from the first on; 0: the column is not read."""
