@@ -36,7 +36,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def ours(query: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
     """The product's own call, on one rank and without hard negatives."""
     ids = torch.arange(len(query), device=query.device)
-    vectors = PairVectors(query, document, document[:0], ids, ids[:0])
+    vectors = PairVectors(query, document, document[:0], ids, ids, ids[:0])
     share, _ = ContrastiveLoss(SimcseConfig(scale=SCALE))(vectors, torch.tensor(SCALE, device=query.device))
     return share
 

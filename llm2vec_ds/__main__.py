@@ -7,9 +7,11 @@ import sys
 
 from llm2vec_ds.errors import NO_PLACE, NO_SPACE, Stopped, UserError, is_first_rank, reason, say
 from llm2vec_ds.process.interrupts import Interrupted, ignore_ending_signals, interruptible
+from llm2vec_ds.process.terminal import say_what_it_can
 
 
 def main() -> None:
+    say_what_it_can()
     with interruptible():
         sys.exit(_exit_code())
 

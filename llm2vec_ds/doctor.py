@@ -89,7 +89,7 @@ def training_check() -> Finding:
         if outcome.returncode:
             last = (outcome.stderr.strip().splitlines() or [f"exit code {outcome.returncode}"])[-1]
             return _failed(last.removeprefix("llm2vec-ds: error: "))
-        row = json.loads((Path(folder) / "run" / "metrics.jsonl").read_text())
+        row = json.loads((Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8"))
         return Finding("training check", f"one step, loss {row['loss']:.2f}, {row['step_ms']:.0f} ms")
 
 
@@ -193,5 +193,5 @@ def _tiny_run(folder: Path) -> Path:
         "mntp": {"mask_rate": 0.5},
     }
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path

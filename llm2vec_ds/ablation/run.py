@@ -106,14 +106,18 @@ class Ablation:
         file, text = folder.with_name(f"{run}.yaml"), yaml.safe_dump(recipe, sort_keys=False)
         key = result_key(text, weights_key(recipe["model"]["path"]))
         done = folder.with_name(f"{run}.done")
-        if done.exists() and done.read_text(errors="replace") == key:
+        if done.exists() and done.read_text(encoding="utf-8", errors="replace") == key:
             log.info("%s, seed %s: trained before", run, seed)
             return
         begun = folder.with_name(f"{run}.begun")
-        going_on = ["resume=true"] if begun.exists() and begun.read_text(errors="replace") == key else []
+        going_on = (
+            ["resume=true"]
+            if begun.exists() and begun.read_text(encoding="utf-8", errors="replace") == key
+            else []
+        )
         with writing(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
+            file.write_text(text, encoding="utf-8")
             replace_text(begun, key)
         log.info("llm2vec-ds train %s", " ".join([str(file), *going_on]))
         if run_command("train", str(file), *going_on):
@@ -258,7 +262,7 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     name = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         platform.machine(),

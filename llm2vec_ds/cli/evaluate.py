@@ -101,6 +101,12 @@ def mteb(
         Path,
         typer.Option(help="Folder for results; what it holds already is not run again.", callback=expanded),
     ] = Path("mteb-results"),
+    exclude_self: Annotated[
+        bool,
+        typer.Option(
+            "--exclude-self", help="Of retrieval:FOLDER: no document with the query's own id is ranked."
+        ),
+    ] = False,
     causal: Causal = False,
     instructions: InstructionsOfTasks = None,
     as_json: AsJson = False,
@@ -130,7 +136,7 @@ def mteb(
     from llm2vec_ds.process.full_memory import enough_memory
 
     given = read_instructions(instructions)
-    tasks = tasks_for(task or [], benchmark, subset)
+    tasks = tasks_for(task or [], benchmark, subset, exclude_self=exclude_self)
     with process_group() as device:
         loaded = Encoder.from_pretrained(
             model, causal=True if causal else None, attention=attention, precision=precision, device=device

@@ -73,6 +73,9 @@ def mine(
     document_instruction: DocumentInstruction = None,
     micro_batch_tokens: MicroBatchTokens = 4096,
     seed: Annotated[int, typer.Option(help="Fixes random sampling.", min=0)] = 42,
+    bad_rows: Annotated[
+        str, typer.Option(help="Rows that are not what their format says: raise (stop), or skip (count).")
+    ] = "raise",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
 ) -> None:
     """Find hard negatives: texts that the model takes for near a query, though they do not answer it.
@@ -102,5 +105,6 @@ def mine(
         document_instruction=document_instruction,
         micro_batch_tokens=micro_batch_tokens,
         seed=seed,
+        bad_rows=bad_rows,
     )
     run(options, output, overwrite=overwrite)

@@ -14,7 +14,8 @@ import numpy as np
 from llm2vec_ds.data.prepare import Instructions, PreparedTexts, load_prepared, prepare
 from llm2vec_ds.data.prepared_folder import QUERY
 from llm2vec_ds.data.prompts import TokenizedText
-from llm2vec_ds.data.sources import COMPRESSIONS, find_source
+from llm2vec_ds.data.row_files import COMPRESSIONS
+from llm2vec_ds.data.sources import find_source
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.recipe.sections import DataConfig

@@ -239,9 +239,12 @@ class _Preparation:
 
     def _stream(self, left_out: Counter[str]) -> Iterator[Item]:
         if self.data.pairs is not None:
-            return stream_pairs(self.source, self.data.pairs, left_out)
+            return stream_pairs(self.source, self.data.pairs, left_out, bad_rows=self.data.bad_rows)
         whole = self.data.long_texts == "split"
-        return ((t,) for t in stream_texts(self.source, self.data.text_column, left_out, whole=whole))
+        texts = stream_texts(
+            self.source, self.data.text_column, left_out, whole=whole, bad_rows=self.data.bad_rows
+        )
+        return ((text,) for text in texts)
 
     def _write_part(self, texts: Iterator[Item], progress: _Progress, bar: Any) -> int:
         """Tokenises the next texts into one Arrow file; returns how many were read."""
@@ -353,6 +356,7 @@ def _key(
             "held_out_path": True,
             "prepared_dir": True,
             "instruction": True,
+            "bad_rows": True,
             "pairs": {"instructions", "sampling_temperature"},
         }
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from llm2vec_ds.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PLAIN = "{instruction} {text}"
 CHAT = "chat"
@@ -66,7 +69,20 @@ def template_for(choice: str | None, tokenizer: Any) -> Template:
         raise UserError(
             "the tokenizer's chat template does not hold a user's message just once: write the form out"
         )
+    if any(added_ids(tokenizer)):
+        log.warning(
+            "data.template=chat: the template stands for the tokens that the tokenizer adds by itself, which "
+            "sentence-transformers cannot leave out, so that the encoder can be exported with --format "
+            "transformers only; a form written out in data.template can be exported"
+        )
     return Template(rendered.replace(_PROBE, PLAIN), special_tokens=False)
+
+
+def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Special tokens that the tokenizer puts before and after a text."""
+    whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return list(whole[:start]), list(whole[start + len(bare) :])
 
 
 def check_form(form: str, key: str) -> None:

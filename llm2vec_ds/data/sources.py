@@ -2,40 +2,34 @@
 
 What becomes of a bad line of a `.txt` file: blank lines, lines with NUL bytes (binary) and lines that are
 not UTF-8 are left out and counted. A text over `LONGEST_TEXT_CHARACTERS` comes in pieces of that size, cut
-at a blank. Duplicates stay. In the structured formats a row that cannot be read is an error with its place.
+at a blank. Duplicates stay. In the other formats a row that cannot be read is an error with its place, or
+left out and counted (`BadRows`).
 """
 
 from __future__ import annotations
 
-import io
 import logging
-import lzma
 import math
-import zlib
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from llm2vec_ds.data.prompts import is_text
+from llm2vec_ds.data.row_files import FORMATS, BadRows, Row, format_of, format_or_none, rows_of
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.sections import PairsConfig
-from llm2vec_ds.storage.reading import csv_rows, parse_json
 
 log = logging.getLogger(__name__)
 
-FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
-COMPRESSIONS = (".gz", ".bz2", ".xz")
 LONGEST_TEXT_CHARACTERS = 2**20
-LONGEST_LINE_BYTES = 2**26
 HUB_PREFIX = "hub:"
 PAIR_KEYS = tuple(f"data.pairs.{name}_column" for name in ("query", "positive", "negative"))
-
-Row = tuple[dict[str, Any], str]
-"""A row's columns, and where it stands, for error messages."""
 
 
 @dataclass(frozen=True)
@@ -67,26 +61,38 @@ def find_source(path: str | Sequence[str], key: str = "data.path") -> Source:
     files = [file for name in paths for file in _files(Path(name).expanduser())]
     if not files:
         raise UserError(f"{key} {path!r} names no file of a known format ({', '.join(FORMATS)})")
-    formats = sorted({_format(file) for file in files})
+    formats = sorted({format_of(file) for file in files})
     if len(formats) > 1:
         raise UserError(f"data files of several formats ({', '.join(formats)}): use one format a recipe")
     return Source(tuple(files))
 
 
 def stream_texts(
-    source: Source, text_column: str, counts: Counter[str], *, whole: bool, key: str = "data.text_column"
+    source: Source,
+    text_column: str,
+    counts: Counter[str],
+    *,
+    whole: bool,
+    key: str = "data.text_column",
+    bad_rows: str = "raise",
 ) -> Iterator[str]:
     """Texts in order, blank ones included; adds to `counts` what was left out and why.
 
     Args:
         whole: False keeps only the first piece of an oversized text (enough where texts are truncated).
         key: where the user names the column.
+        bad_rows: `raise`, or `skip`: count them and go on.
 
     Raises:
         UserError: the column is missing or a row cannot be read.
     """
-    for row, place in _rows(source, [text_column], counts):
-        text = _text(_value(row, text_column, place, key), text_column, place)
+    bad = BadRows(bad_rows, counts)
+    for row, place in _rows(source, [text_column], bad):
+        try:
+            text = _text(_value(row, text_column, place, key), text_column, place)
+        except UserError as error:
+            bad.found(str(error))
+            continue
         if not is_text(text):
             counts["not UTF-8"] += 1
             continue
@@ -98,12 +104,17 @@ def stream_texts(
 
 
 def stream_pairs(
-    source: Source, pairs: PairsConfig, counts: Counter[str], keys: Sequence[str] = PAIR_KEYS
+    source: Source,
+    pairs: PairsConfig,
+    counts: Counter[str],
+    keys: Sequence[str] = PAIR_KEYS,
+    bad_rows: str = "raise",
 ) -> Iterator[tuple[str, ...]]:
     """Query, positive and up to `max_negatives` hard negatives of each example, in order.
 
-    A negative column may hold one text or a list of them; blank negatives vanish. A row without the column
-    has none.
+    A positive column may hold one text or a list of them, each of which makes an example; a negative column
+    likewise, or there are columns `negative_1`, `negative_2` … In a list a text may stand with its score,
+    `[text, 0.9]`. Blank texts vanish from lists. A row without a negative column has none.
 
     Args:
         keys: where the user names the columns of query, positive and negative.
@@ -112,26 +123,32 @@ def stream_pairs(
         UserError: as `stream_texts`; the source is plain text, which has no columns; or the recipe names a
             negative column that no row has.
     """
-    if any(_format(file) == ".txt" for file in source.files):
-        raise UserError(f"{source}: pairs need columns: use .jsonl, .csv or .parquet")
+    if any(format_of(file) == ".txt" for file in source.files):
+        raise UserError(f"{source}: pairs need columns: use .jsonl, .json, .csv, .tsv or .parquet")
     columns = [pairs.query_column, pairs.positive_column]
     optional = [pairs.negative_column] if pairs.max_negatives else []
+    bad = BadRows(bad_rows, counts)
     n_rows = n_with_negatives = 0
-    for row, place in _rows(source, columns, counts, optional):
-        query, positive = (
-            _value(row, column, place, key) for column, key in zip(columns, keys, strict=False)
-        )
-        n_rows += 1
-        n_with_negatives += pairs.negative_column in row
-        value = row.get(pairs.negative_column) if optional else None
-        listed = value if isinstance(value, list) else [value]
-        negatives = [_text(negative, pairs.negative_column, place) for negative in listed]
-        given = [text for text in negatives if text.strip()][: pairs.max_negatives]
-        texts = (_text(query, columns[0], place), _text(positive, columns[1], place), *given)
-        if not all(map(is_text, texts)):
-            counts["not UTF-8"] += 1
+    for row, place in _rows(source, columns, bad, optional):
+        try:
+            query, positive = (
+                _value(row, column, place, key) for column, key in zip(columns, keys, strict=False)
+            )
+            query = _text(query, columns[0], place)
+            positives = _texts(positive, columns[1], place)
+            named = _negative_columns(row, pairs.negative_column) if optional else []
+            negatives = [text for name in named for text in _texts(row[name], name, place) if text.strip()]
+        except UserError as error:
+            bad.found(str(error))
             continue
-        yield tuple(text[:LONGEST_TEXT_CHARACTERS] for text in texts)
+        n_rows += 1
+        n_with_negatives += bool(named)
+        for positive in positives:
+            texts = (query, positive, *negatives[: pairs.max_negatives])
+            if not all(map(is_text, texts)):
+                counts["not UTF-8"] += 1
+                continue
+            yield tuple(text[:LONGEST_TEXT_CHARACTERS] for text in texts)
     if not optional or not n_rows or n_with_negatives:
         return
     if pairs.negative_column != PairsConfig().negative_column:
@@ -142,124 +159,69 @@ def stream_pairs(
     log.info("%s: no column %r, so no hard negatives", source, pairs.negative_column)
 
 
+def _negative_columns(row: dict[str, Any], column: str) -> list[str]:
+    """The column itself; or, numbered, `column_1`, `column_2` …"""
+    if column in row:
+        return [column]
+    numbered = {
+        int(found[1]): name for name in row if (found := re.fullmatch(rf"{re.escape(column)}_(\d+)", name))
+    }
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _texts(value: Any, column: str, place: str) -> list[str]:
+    """One text, or those of a list without blank ones (one blank text if no other is there)."""
+    if not isinstance(value, list):
+        return [_text(value, column, place)]
+    scored = (_without_score(item) for item in value)
+    return [text for item in scored if (text := _text(item, column, place)).strip()] or [""]
+
+
+def _without_score(item: Any) -> Any:
+    """`[text, score]` is the text."""
+    has_score = isinstance(item, list) and len(item) == 2 and isinstance(item[1], int | float)
+    return item[0] if has_score else item
+
+
 def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(f for f in path.rglob("*") if f.is_file() and _format_or_none(f) and f.name[0] != ".")
-    if not path.is_file():
-        raise UserError(f"data file {path} not found (relative paths start at {Path.cwd()})")
-    return [path]
-
-
-def _format_or_none(file: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes = suffixes[:-1]
-    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
-
-
-def _format(file: Path) -> str:
-    found = _format_or_none(file)
-    if found is None:
-        raise UserError(
-            f"data file {file}: unknown format {''.join(file.suffixes[-2:])!r}, "
-            f"use one of {', '.join(FORMATS)}, plain or with {', '.join(COMPRESSIONS)}"
-        )
-    return found
+    """The file, or those of a folder in a known format; what is left out of a folder stands in the log."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"data file {path} not found (relative paths start at {Path.cwd()})")
+        return [path]
+    taken: list[Path] = []
+    left_out: list[str] = []
+    seen: set[Path] = set()
+    for where, folders, names in os.walk(path, followlinks=True):
+        folder = Path(where)
+        if (real := folder.resolve()) in seen:  # a link back to a folder above, or a second way to one
+            left_out.append(f"{folder}/ (there already)")
+            folders.clear()
+            continue
+        seen.add(real)
+        left_out += [f"{folder / name}/" for name in folders if name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in (folder / name for name in names):
+            known = not file.name.startswith(".") and format_or_none(file) is not None and file.is_file()
+            if known:
+                taken.append(file)
+            else:
+                left_out.append(str(file))
+    if left_out:
+        shown = ", ".join(str(place) for place in left_out[:5]) + (", …" if len(left_out) > 5 else "")
+        log.info("%s: %s left out: %s", path, len(left_out), shown)
+    return sorted(taken)
 
 
 def _rows(
-    source: Source, columns: Sequence[str], counts: Counter[str], optional: Sequence[str] = ()
+    source: Source, columns: Sequence[str], bad: BadRows, optional: Sequence[str] = ()
 ) -> Iterator[Row]:
-    """Rows in order, of which `columns` and, where they are there, `optional` are read; a line of a `.txt`
-    file is the first of `columns`."""
+    """As `rows_of`, of all files; or of the hub."""
     if source.hub:
         yield from _hub(source.hub)
         return
-    readers = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
     for file in source.files:
-        try:
-            yield from readers[_format(file)](file, columns, counts, optional)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _open(file: Path) -> IO[bytes]:
-    import fsspec
-
-    opened: IO[bytes] = fsspec.open(str(file), "rb", compression="infer").open()
-    return opened
-
-
-def _text_lines(file: Path, columns: Sequence[str], counts: Counter[str], _: Sequence[str]) -> Iterator[Row]:
-    with _open(file) as opened:
-        for number, line in enumerate(_bounded_lines(opened)):
-            if number == 0:
-                if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise UserError(f"{file} is UTF-16: convert it first, iconv -f UTF-16 -t UTF-8")
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if b"\0" in line:
-                counts["binary"] += 1
-                continue
-            try:
-                yield {columns[0]: line.decode("utf-8").rstrip("\r\n")}, f"{file}, line {number + 1}"
-            except UnicodeDecodeError:
-                counts["not UTF-8"] += 1
-
-
-def _bounded_lines(opened: IO[bytes]) -> Iterator[bytes]:
-    """Lines; one over LONGEST_LINE_BYTES comes in parts cut at blanks, so that no line fills the memory."""
-    rest = b""
-    while chunk := opened.readline(LONGEST_LINE_BYTES):
-        line, rest = rest + chunk, b""
-        if len(chunk) == LONGEST_LINE_BYTES and not chunk.endswith(b"\n"):
-            cut = line.rfind(b" ") + 1 or len(line)
-            line, rest = line[:cut], line[cut:]
-        yield line
-    if rest:
-        yield rest
-
-
-def _json_lines(file: Path, *_: Any) -> Iterator[Row]:
-    with _open(file) as opened:
-        for number, line in enumerate(opened, 1):
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise UserError(f"{file}, line {number}: not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{file}, line {number}: expected a JSON object, one a line")
-            yield row, f"{file}, line {number}"
-
-
-def _csv_rows(file: Path, *_: Any) -> Iterator[Row]:
-    with _open(file) as opened:
-        try:
-            for row, line in csv_rows(io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")):
-                yield dict(row), f"{file}, line {line}"
-        except ValueError as error:
-            raise UserError(f"{file}, {error}") from None
-
-
-def _parquet_rows(
-    file: Path, columns: Sequence[str], _: Counter[str], optional: Sequence[str]
-) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as table:
-            found = table.schema_arrow.names
-            if not set(columns) <= set(found):
-                yield dict.fromkeys(found), str(file)  # whoever looks for a missing column names those there
-                return
-            read = [*columns, *(name for name in optional if name in found)]
-            for batch in table.iter_batches(1024, columns=read):
-                for row in batch.to_pylist():
-                    yield row, str(file)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a Parquet file: {' '.join(str(error).split())[:160]}") from None
+        yield from rows_of(file, columns, bad, optional)
 
 
 def _value(row: dict[str, Any], column: str, place: str, key: str) -> Any:
@@ -277,8 +239,8 @@ def _text(value: Any, column: str, place: str) -> str:
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if not isinstance(value, str | int | float | Decimal | date):
-        names: dict[type, str] = {list: "a list", dict: "an object", bytes: "bytes"}
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal | date):
+        names: dict[type, str] = {list: "a list", dict: "an object", bytes: "bytes", bool: "true or false"}
         kind = names.get(type(value), type(value).__name__)
         raise UserError(f"{place}: column {column!r} holds {kind}, no text: write one text in each row")
     return str(value)

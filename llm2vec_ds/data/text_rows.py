@@ -9,14 +9,15 @@ from itertools import islice
 
 from llm2vec_ds.data.sources import Source, stream_texts
 
-UNREADABLE = ("binary", "not UTF-8")
+UNREADABLE = ("binary", "not UTF-8", "bad rows")
 
 
 @dataclass(frozen=True)
 class TextRows:
     """Rows `start:stop` of a source, read anew by each iteration; None stands for an unreadable line.
 
-    `key`: where the user names the column, for messages.
+    `key`: where the user names the column, for messages. `bad_rows`: `raise`, or `skip` for None in the place
+    of a row that is not what its format says.
     """
 
     source: Source
@@ -24,24 +25,25 @@ class TextRows:
     start: int
     stop: int
     key: str = "--text-column"
+    bad_rows: str = "raise"
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[str | None]:
-        return islice(_rows(self.source, self.column, self.key), self.start, self.stop)
+        return islice(_rows(self.source, self.column, self.key, self.bad_rows), self.start, self.stop)
 
 
-def count_rows(source: Source, column: str, key: str = "--text-column") -> int:
+def count_rows(source: Source, column: str, key: str = "--text-column", bad_rows: str = "raise") -> int:
     """How many rows `source` has; reads it through.
 
     Raises:
         UserError: as `stream_texts`.
     """
-    return sum(1 for _ in _rows(source, column, key))
+    return sum(1 for _ in _rows(source, column, key, bad_rows))
 
 
-def _rows(source: Source, column: str, key: str) -> Iterator[str | None]:
+def _rows(source: Source, column: str, key: str, bad_rows: str) -> Iterator[str | None]:
     counts: Counter[str] = Counter()
     n_yielded = 0
 
@@ -51,7 +53,7 @@ def _rows(source: Source, column: str, key: str) -> Iterator[str | None]:
         yield from [None] * (n_found - n_yielded)
         n_yielded = n_found
 
-    for text in stream_texts(source, column, counts, whole=False, key=key):
+    for text in stream_texts(source, column, counts, whole=False, key=key, bad_rows=bad_rows):
         yield from unreadable()
         yield text
     yield from unreadable()

@@ -206,7 +206,7 @@ def _write_recipes(
         steps = max(1, round(tokens[stage] / tokens_per_step))
         recipe = {"stage": stage, "output_dir": str(output / stage), "max_steps": steps, **plan}
         paths[stage] = output / f"{stage}.yaml"
-        paths[stage].write_text(yaml.safe_dump(recipe, sort_keys=False))
+        paths[stage].write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return paths
 
 
@@ -225,7 +225,7 @@ def _train(recipe: Path) -> None:
 
 def _trained(folder: Path) -> dict[str, Any]:
     """What the run itself logged: tokens, speed, held-out figures at its start and end."""
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     n_tokens = sum(step["n_tokens"] for step in steps)
     result: dict[str, Any] = {
         "steps": len(steps),
@@ -234,6 +234,6 @@ def _trained(folder: Path) -> dict[str, Any]:
     }
     held_out = folder / "held_out.jsonl"
     if held_out.exists():
-        rows = [json.loads(line) for line in held_out.read_text().splitlines()]
+        rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
         result["held_out"] = {"before": rows[0], "after": rows[-1]}
     return result

@@ -37,7 +37,7 @@ from llm2vec_ds.model.attention import register_for
 from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.damage import check_ids, why_not_finite
 from llm2vec_ds.model.hidden_states import trunk_hidden_states
-from llm2vec_ds.model.imported import merge_adapters, resolve, upstream_settings
+from llm2vec_ds.model.imported import merge_adapters, resolve, tokenizer_place, upstream_settings
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.storage.output_folder import replaced_folder
@@ -113,8 +113,7 @@ class Encoder(nn.Module):
         merge_adapters(trunk, stack.adapters)
         last_source = stack.adapters[-1] if stack.adapters else Path(path)
         stored = {**upstream_settings(last_source), **stored_settings(Path(path)), **(settings or {})}
-        has_tokenizer = not stack.adapters or (Path(path) / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(path if has_tokenizer else stack.base)
+        tokenizer = load_tokenizer(tokenizer_place(path))
         encoder = cls(trunk, tokenizer, EncoderSettings.of(stored))
         encoder.devices = chosen
         return encoder.eval()

@@ -64,7 +64,8 @@ class EncoderSettings:
     def write(self, folder: Path) -> None:
         """Into the folder's settings file."""
         values = {**asdict(self), "llm2vec_ds_version": __version__}
-        (folder / SETTINGS_FILE).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        said = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        (folder / SETTINGS_FILE).write_text(said, encoding="utf-8")
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.damage import check_ids
+from llm2vec_ds.model.imported import merge_adapters, tokenizer_place
 from llm2vec_ds.model.loading import (
     Partition,
     TrunkOptions,
@@ -51,9 +52,10 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     tokenizer = tokenizer_of(recipe)
     prepared = prepared_groups(recipe, tokenizer)
     training, *held_out = (rows_of(recipe, groups) for groups in prepared)
-    stack = read_stack(recipe.model.path, recipe.model.quantization, recipe.adapter)
-    options = _trunk_options(recipe, device, partition)
-    trunk, language_head = agreed(lambda: _load(stack.base, options, head=objective.uses_language_head))
+    stack = agreed(lambda: read_stack(recipe.model.path, recipe.model.quantization, recipe.adapter))
+    # Adapters are merged into whole weights, which ZeRO-3 splits afterwards.
+    options = _trunk_options(recipe, device, nullcontext if stack.merged else partition)
+    trunk, language_head = agreed(lambda: _load(stack, options, head=objective.uses_language_head))
     check_ids(_largest_id(prepared), trunk)
     _make_trainable(recipe, trunk, stack)
     encoder = _encoder(recipe, trunk, tokenizer, stack)
@@ -61,7 +63,8 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
 
 
 def tokenizer_of(recipe: Recipe) -> Any:
-    return load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+    place = tokenizer_place(recipe.model.path)
+    return load_tokenizer(place, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def prepared_groups(recipe: Recipe, tokenizer: Any) -> list[Groups]:
@@ -77,8 +80,11 @@ def rows_of(recipe: Recipe, groups: Groups) -> PreparedTexts | PreparedPairs:
     return load_prepared(*groups["texts"])
 
 
-def _load(base: str, options: TrunkOptions, *, head: bool) -> tuple[Any, nn.Linear | None]:
-    return load_trunk_and_head(base, options) if head else (load_trunk(base, options), None)
+def _load(stack: AdapterStack, options: TrunkOptions, *, head: bool) -> tuple[Any, nn.Linear | None]:
+    base = stack.base
+    loaded = load_trunk_and_head(base, options) if head else (load_trunk(base, options), None)
+    merge_adapters(loaded[0], stack.merged)
+    return loaded
 
 
 def _largest_id(prepared: list[Groups]) -> int:

@@ -96,7 +96,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Rows written so far are on the disk when this returns: a checkpoint comes after its rows."""
         for path in filter(Path.exists, self._files if self._writes else ()):
-            with writing(path), path.open("a") as file:
+            with writing(path), path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
 
     def step(self, values: dict[str, Any]) -> None:

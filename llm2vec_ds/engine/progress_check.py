@@ -28,7 +28,7 @@ class ProgressCheck:
     """
 
     def __init__(self, n_steps: int, *, from_start: bool) -> None:
-        self._many_still = min(MANY_STEPS, n_steps)
+        self._many_still = min(MANY_STEPS, max(2, n_steps))  # one batch may have no negative
         # A rate that is far too high spoils the first step only: a short run is judged by its second half.
         self._many_alike = min(MANY_STEPS, max(2, n_steps // 2))
         self._has_moved = not from_start
@@ -60,13 +60,16 @@ class ProgressCheck:
     def _stands_still(self, observation: str) -> None:
         if not self._has_moved:
             raise UserError(
-                f"{observation}, so nothing is learned: check whether all texts of the data are equal"
+                f"{observation}, so nothing is learned: check whether all texts, or all queries, of the data "
+                "are equal"
             )
         if rank() == 0:
             log.warning("%s: check the loss, whether nothing is left to learn or all is lost", observation)
 
     def last_word(self) -> None:
-        """At the end of the run: warns where the loss is more than twice that of the beginning."""
+        """At the end of the run: warns where no step had a gradient, or the loss has more than doubled."""
+        if not self._has_moved and self._n_steps and rank() == 0:
+            log.warning("no step has had a gradient, so nothing was learned: check the data")
         window = min(MANY_STEPS, max(1, self._n_steps // 4))
         if self._n_steps < 2 or rank() != 0:
             return

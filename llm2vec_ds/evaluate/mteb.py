@@ -6,6 +6,7 @@ mteb is imported with this module: commands import it when they run.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,11 @@ def measure(encoder: MtebEncoder, task: Any, cache: Any | None) -> Score:
             "or fetch it into the Hugging Face cache first"
         ) from None
     value = round(float(results.task_results[0].get_score()), DIGITS)
+    if not math.isfinite(value):
+        raise UserError(
+            f"{task.metadata.name}: its score is not a number, as where all vectors or all scores are equal: "
+            "check the model and the data"
+        )
     return Score(task.metadata.name, task.metadata.type, task.metadata.main_score, value)
 
 

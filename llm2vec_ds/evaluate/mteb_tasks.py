@@ -6,7 +6,8 @@ mteb is imported with this module: commands import it when they run.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from llm2vec_ds.data.prompts import is_text
+from llm2vec_ds.data.row_files import BadRows, rows_of
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.evaluate.beir import FILES, read_beir
 from llm2vec_ds.evaluate.sts import load_graded_pairs
 from llm2vec_ds.storage.fingerprint import files_sha256
-from llm2vec_ds.storage.reading import csv_rows, parse_json
 
 SUBSETS = {
     "paper15": [
@@ -48,7 +51,13 @@ no public source of it was at hand."""
 LOCAL = ("sts", "retrieval", "clustering", "classification")
 
 
-def tasks_for(names: Sequence[str], benchmark: str | None = None, subset: str | None = None) -> list[Any]:
+def tasks_for(
+    names: Sequence[str],
+    benchmark: str | None = None,
+    subset: str | None = None,
+    *,
+    exclude_self: bool = False,
+) -> list[Any]:
     """The tasks asked for, in order.
 
     Args:
@@ -56,13 +65,14 @@ def tasks_for(names: Sequence[str], benchmark: str | None = None, subset: str | 
             task, or such a name with one of its subsets (`STS17:en-en`).
         benchmark: mteb's name of a benchmark.
         subset: a key of `SUBSETS`.
+        exclude_self: of `retrieval:FOLDER`: a document with the query's own id is not ranked.
 
     Raises:
         UserError: nothing asked for, an unknown name, unusable local data, or two tasks of one name.
     """
     if subset is not None and subset not in SUBSETS:
         raise UserError(f"--subset {subset!r} is unknown: choose {', '.join(SUBSETS)}")
-    tasks = [_task(name) for name in [*names, *SUBSETS.get(subset or "", [])]]
+    tasks = [_task(name, exclude_self) for name in [*names, *SUBSETS.get(subset or "", [])]]
     if benchmark is not None:
         tasks += _known(mteb.get_benchmark, "--benchmark", benchmark).tasks
     if not tasks:
@@ -81,10 +91,10 @@ def _known(get: Any, option: str, name: str) -> Any:
         raise UserError(f"{option} {message[:200]}") from None
 
 
-def _task(name: str) -> Any:
+def _task(name: str, exclude_self: bool) -> Any:
     kind, _, rest = name.partition(":")
     if kind in LOCAL:
-        return _local(kind, Path(rest).expanduser())
+        return _local(kind, Path(rest).expanduser(), exclude_self)
     task = _known(mteb.get_task, "--task", kind)
     if not rest:
         return task
@@ -94,15 +104,15 @@ def _task(name: str) -> Any:
     return mteb.get_task(kind, hf_subsets=[rest])
 
 
-def _local(kind: str, path: Path) -> Any:
+def _local(kind: str, path: Path, exclude_self: bool) -> Any:
     if not path.exists():
         raise UserError(f"--task {kind}:{path}: there is no such file or folder")
     if path.is_dir() != (kind == "retrieval"):
         expected = "a folder in BEIR's layout" if kind == "retrieval" else "a file"
         raise UserError(f"--task {kind}:{path}: {kind} needs {expected}")
-    make = {
+    make: dict[str, Any] = {
         "sts": _sts,
-        "retrieval": _retrieval,
+        "retrieval": partial(_retrieval, exclude_self=exclude_self),
         "clustering": _clustering,
         "classification": _classification,
     }
@@ -180,83 +190,34 @@ def _classification(path: Path) -> Any:
 
 
 def _labelled(path: Path) -> list[dict[str, str]]:
-    """Rows with `text` and `label` of a CSV or JSON-lines file."""
-    rows = list(_json_rows(path)) if path.suffix.lower() == ".jsonl" else _csv_rows(path)
-    for number, row in enumerate(rows, 1):
-        if not all(isinstance(row.get(name), (str, int)) for name in ("text", "label")):
-            raise UserError(f"{path}, data row {number}: expected the columns text and label")
-    rows = [{name: str(value) for name, value in row.items() if value is not None} for row in rows]
+    """Rows with `text` and `label`, of any format but .txt."""
+    rows = []
+    for row, place in rows_of(path, ["text", "label"], BadRows(), ["split"]):
+        if not all(_is_given(row.get(name)) for name in ("text", "label")):
+            raise UserError(f"{place}: expected the columns text and label, and a value in both")
+        rows.append({name: str(value) for name, value in row.items() if value is not None})
     if len({row["label"] for row in rows}) < 2:
         raise UserError(f"{path}: a task needs at least two different labels")
     return rows
 
 
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return [row for row, _ in csv_rows(file)]
-    except ValueError as error:
-        raise UserError(f"{path}, {error}") from None
+def _is_given(value: Any) -> bool:
+    """A label may be a number, or true and false."""
+    return isinstance(value, int) or (isinstance(value, str) and bool(value.strip()) and is_text(value))
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected an object")
-            yield row
-
-
-def _retrieval(folder: Path) -> Any:
-    """BEIR's layout (Thakur et al., 2021): corpus.jsonl, queries.jsonl, qrels/*.tsv."""
-    corpus_file, queries_file = folder / "corpus.jsonl", folder / "queries.jsonl"
-    qrels = folder / "qrels" / "test.tsv"
-    for file in (corpus_file, queries_file, qrels):
-        if not file.is_file():
-            raise UserError(
-                f"--task retrieval:{folder}: {file.relative_to(folder)} is missing (BEIR's layout)"
-            )
-    corpus = [(row.get("_id"), row.get("title") or "", row.get("text")) for row in _json_rows(corpus_file)]
-    queries = [(row.get("_id"), row.get("text")) for row in _json_rows(queries_file)]
-    for file, rows in ((corpus_file, corpus), (queries_file, queries)):
-        if not rows or not all(isinstance(value, str) for row in rows for value in row):
-            raise UserError(f"{file}: every line needs _id and text, and its title, if any, is text")
-    relevant = _relevant(qrels, {row[0] for row in queries}, {row[0] for row in corpus})
-    ids, titles, texts = zip(*corpus, strict=True)
-    query_ids, query_texts = zip(*queries, strict=True)
+def _retrieval(folder: Path, exclude_self: bool) -> Any:
+    """As mteb's tasks, whose `ignore_identical_ids` leaves out documents with the query's own id."""
+    data = read_beir(folder)
+    titles, texts = zip(*data.corpus.values(), strict=True)
     split = {
-        "corpus": Dataset.from_dict({"id": ids, "title": titles, "text": texts}),
-        "queries": Dataset.from_dict({"id": query_ids, "text": query_texts}),
-        "relevant_docs": relevant,
+        "corpus": Dataset.from_dict({"id": list(data.corpus), "title": titles, "text": texts}),
+        "queries": Dataset.from_dict({"id": list(data.queries), "text": list(data.queries.values())}),
+        "relevant_docs": data.relevant,
         "top_ranked": None,
     }
-    metadata = _metadata(folder, "Retrieval", "ndcg_at_10", [corpus_file, queries_file, qrels], "test")
-    return _made(AbsTaskRetrieval, metadata, {"default": {"test": split}})
-
-
-def _relevant(file: Path, queries: set[Any], corpus: set[Any]) -> dict[str, dict[str, int]]:
-    relevant: dict[str, dict[str, int]] = {}
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{file} is not UTF-8 text: make it again, or take it from its source again"
-        ) from None
-    for number, line in enumerate(lines[1:], 2):
-        try:
-            query, document, score = line.split("\t")
-            relevance = int(score)
-        except ValueError:
-            raise UserError(f"{file}, line {number}: expected query-id, corpus-id, score by tabs") from None
-        if query not in queries or document not in corpus:
-            raise UserError(f"{file}, line {number}: no such query or document")
-        relevant.setdefault(query, {})[document] = relevance
-    if not relevant:
-        raise UserError(f"{file} names no relevant document")
-    return relevant
+    files = [folder / name for name in FILES]
+    metadata = _metadata(folder, "Retrieval", "ndcg_at_10", files, "test")
+    if exclude_self:  # another score, so no stored one is taken for it
+        metadata.dataset["revision"] += "-exclude-self"
+    return _made(AbsTaskRetrieval, metadata, {"default": {"test": split}}, ignore_identical_ids=exclude_self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from importlib import resources
@@ -10,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from llm2vec_ds.data.row_files import BadRows, format_or_none, rows_of, table_rows
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
+
+COLUMNS = ("sentence1", "sentence2", "score")
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,19 @@ class GradedPairs:
 
 
 def load_graded_pairs(path: str | Path) -> GradedPairs:
-    """A CSV with sentence1, sentence2, score: named by a header, or the first three columns without one.
+    """A .csv or .tsv file with sentence1, sentence2, score: named by a header, or the first three columns
+    without one; or these columns of a .jsonl, .json or .parquet file.
 
     Raises:
         UserError: the file is missing, or a row does not hold two sentences and a number.
     """
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    path = Path(path)
+    if format_or_none(path) in (None, ".csv", ".tsv"):
+        rows, places = _table(path)
+    else:
+        found = list(rows_of(path, COLUMNS, BadRows()))
+        rows = [list(COLUMNS), *([_given(row.get(name)) for name in COLUMNS] for row, _ in found)]
+        places = ["", *(place for _, place in found)]
     columns = [0, 1, 2]
     names = [name.strip().lower() for name in rows[0]] if rows else []
     if "score" in names:
@@ -43,21 +46,31 @@ def load_graded_pairs(path: str | Path) -> GradedPairs:
             columns = [names.index(name) for name in ("sentence1", "sentence2", "score")]
         except ValueError:
             raise UserError(f"{path}: the header must name sentence1, sentence2 and score") from None
-        rows = rows[1:]
+        rows, places = rows[1:], places[1:]
     pairs = GradedPairs([], [], [])
-    for number, row in enumerate(rows, 1):
+    for place, row in zip(places, rows, strict=True):
         try:
             first, second, score = (row[column] for column in columns)
+            if not first.strip() or not second.strip():
+                raise ValueError
             pairs.scores.append(_number(score))
         except (IndexError, ValueError):
-            raise UserError(
-                f"{path}, data row {number}: expected sentence1, sentence2, score (a number)"
-            ) from None
+            raise UserError(f"{place}: expected sentence1, sentence2, score (a number)") from None
         pairs.first.append(first)
         pairs.second.append(second)
     if len(set(pairs.scores)) < 2:
         raise UserError(f"{path}: a rank correlation needs pairs with at least two different scores")
     return pairs
+
+
+def _table(path: Path) -> tuple[list[list[str]], list[str]]:
+    found = list(table_rows(path, BadRows()))
+    return [fields for fields, _ in found], [f"{path}, line {line}" for _, line in found]
+
+
+def _given(value: object) -> str:
+    """What is no text and no number is missing."""
+    return str(value) if isinstance(value, str | int | float) else ""
 
 
 def _number(text: str) -> float:

@@ -174,7 +174,7 @@ def _check(output: Path, what: str, sources: list[Path], options: ExportOptions)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype

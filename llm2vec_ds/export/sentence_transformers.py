@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2vec_ds.data.prompts import Template
+from llm2vec_ds.data.prompts import Template, added_ids
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.bidirectional import has_own_flag
@@ -103,19 +103,12 @@ def _check(encoder: Encoder, template: Template, before: list[int], after: list[
         raise UserError(f"pooling `last` under a tokenizer that adds tokens at the end: {fix}")
 
 
-def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Special tokens that the tokenizer puts before and after a text."""
-    whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
-    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    return list(whole[:start]), list(whole[start + len(bare) :])
-
-
 def write_config(folder: Path, tokenizer: Any) -> None:
     """Makes `config.json` say the same to every reader; `tokenizer`: the exported one."""
     from transformers import AutoConfig
 
     file = folder / "config.json"
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     own_flag = has_own_flag(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     if "is_causal" in config and not own_flag:  # a second flag would move the window of the first
         config["use_bidirectional_attention"] = not config["is_causal"]
@@ -124,7 +117,7 @@ def write_config(folder: Path, tokenizer: Any) -> None:
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def padded_tokenizer(tokenizer: Any) -> Any:
@@ -202,12 +195,12 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Under a class name that transformers 4 knows too."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     for key in ("is_local", "local_files_only"):  # of the place it was read from
         config.pop(key, None)
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_sentence_transformers(folder: Path, encoder: Encoder, plan: Plan) -> None:
@@ -263,4 +256,4 @@ def _word_weights(tokenizer: Any, silent_ids: tuple[int, ...]) -> dict[str, Any]
 
 def _write(file: Path, content: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -139,11 +139,19 @@ class _Mining:
         columns = PairsConfig(
             query_column=options.query_column, positive_column=options.positive_column, max_negatives=0
         )
-        pairs = stream_pairs(self.sources[0], columns, counts, ["--query-column", "--positive-column"])
+        keys = ["--query-column", "--positive-column"]
+        pairs = stream_pairs(self.sources[0], columns, counts, keys, options.bad_rows)
         texts = None
         if options.corpus is not None:
             key = "--corpus-column"
-            texts = stream_texts(self.sources[1], options.corpus_column, counts, whole=False, key=key)
+            texts = stream_texts(
+                self.sources[1],
+                options.corpus_column,
+                counts,
+                whole=False,
+                key=key,
+                bad_rows=options.bad_rows,
+            )
         log.info("reading %s", " and ".join(map(str, self.sources)))
         write_corpus(self.folder, pairs, texts, counts)
         corpus = load_corpus(self.folder)

@@ -36,6 +36,7 @@ class MiningOptions:
     document_instruction: str | None = None
     micro_batch_tokens: int = 4096
     seed: int = 42
+    bad_rows: str = "raise"
 
     def check(self) -> None:
         """Refuses options that contradict each other.
@@ -53,13 +54,16 @@ class MiningOptions:
                 f"--negatives {self.negatives} is over the {n_ranks} ranks from {self.first_rank} to "
                 f"{self.last_rank}: raise --last-rank"
             )
+        if self.bad_rows not in ("raise", "skip"):
+            raise UserError(f"--bad-rows {self.bad_rows!r} is unknown: choose raise or skip")
         if self.sampling not in SAMPLINGS:
             raise UserError(f"--sampling {self.sampling!r} is unknown: choose {' or '.join(SAMPLINGS)}")
 
     def key(self, sources: list[Source], *more: object) -> str:
         """Changes with all that the output depends on; of a model's files with their sizes and times."""
         values = asdict(self)
-        del values["micro_batch_tokens"]  # shapes nothing but speed and memory
+        for name in ("micro_batch_tokens", "bad_rows"):  # they shape nothing that is written
+            del values[name]
         identities = [source.identity() for source in sources]
         files, on_cuda = files_in(Path(self.model)), torch.cuda.is_available()
         return key_of(values, identities, files, on_cuda, *more, version=FORMAT_VERSION)

@@ -1,4 +1,6 @@
-"""Adapters of earlier stages over one quantised base: stacked, because a merge into 4 bits would round them.
+"""Adapters over a base model: those of earlier stages, and those that came from elsewhere.
+
+Over a quantised base they are stacked, because a merge into 4 bits would round them; else they are merged.
 
 An encoder folder that was trained over NF4 holds merged weights for use, and in `adapters/` the base's
 name and each stage's adapter, from which the next stage goes on.
@@ -7,6 +9,7 @@ name and each stage's adapter, from which the next stage goes on.
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +20,11 @@ from torch import nn
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import TRAINED, GatherParameters, adapter_names, add_lora, check_whole
+from llm2vec_ds.model.imported import WEIGHTS, lora_settings, resolve
 from llm2vec_ds.recipe.sections import AdapterConfig
 from llm2vec_ds.storage.reading import read_json
+
+log = logging.getLogger(__name__)
 
 FOLDER, INDEX = "adapters", "stack.json"
 
@@ -29,13 +35,15 @@ class AdapterStack:
 
     Attributes:
         base: folder or hub id.
-        earlier: each adapter's settings and its file.
+        earlier: each stacked adapter's settings and its file.
         trained: settings of the one that trains now, if any.
+        merged: folders of adapters in peft's format, to be added to the base's weights.
     """
 
     base: str
     earlier: tuple[tuple[AdapterConfig, Path], ...] = ()
     trained: AdapterConfig | None = None
+    merged: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,14 +62,19 @@ class _Index:
 
 def read_stack(path: str, quantization: str | None, trained: AdapterConfig | None) -> AdapterStack:
     """What to load for `model.path`: the base and adapters of an encoder folder that has them, if the run is
-    quantised; else the folder itself.
+    quantised; of an adapter in peft's format, its base and it; else the folder itself.
 
     Raises:
-        UserError: the folder's index is damaged.
+        UserError: the folder's index is damaged, or an adapter cannot be merged or stacked.
     """
     index = Path(path) / FOLDER / INDEX
     if quantization is None or not index.is_file():
-        return AdapterStack(path, trained=trained)
+        found = resolve(path)
+        if not found.adapters or quantization is None:
+            return AdapterStack(found.base, trained=trained, merged=found.adapters)
+        below = read_stack(found.base, quantization, None)
+        above = tuple((lora_settings(folder), folder / WEIGHTS) for folder in found.adapters)
+        return AdapterStack(below.base, (*below.earlier, *above), trained)
     stored = read_json(index, _Index, "take the encoder folder from its run again")
     earlier = [(item.settings, index.parent / item.file) for item in stored.adapters]
     return AdapterStack(stored.base, tuple(earlier), trained)
@@ -76,13 +89,21 @@ def put_stack_in(trunk: nn.Module, stack: AdapterStack) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    def short(key: str) -> str:
+        """Without what peft puts around a layer's name, and the trunk's name in a language model."""
+        within = key.removeprefix("base_model.model.").removeprefix(f"{trunk.base_model_prefix}.")
+        return within.removesuffix(".weight")
+
     for number, (settings, file) in enumerate(stack.earlier):
-        name = _stacked(number)
-        add_lora(
-            trunk, settings.model_copy(update={"dropout": 0.0, "variant": _without_start(settings)}), name
-        )
+        name, targets = _stacked(number), settings.target_modules
+        changes = {
+            "dropout": 0.0,
+            "variant": _without_start(settings),
+            "target_modules": targets if isinstance(targets, str) else [short(target) for target in targets],
+        }
+        add_lora(trunk, settings.model_copy(update=changes), name)
         try:
-            values = load_file(file)
+            values = {short(key): value for key, value in load_file(file).items()}
         except (OSError, SafetensorError) as error:
             raise UserError(f"adapter {file} cannot be read: {error}") from None
         own = _parameters(trunk, name)
@@ -91,6 +112,7 @@ def put_stack_in(trunk: nn.Module, stack: AdapterStack) -> None:
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(values[key])
+        log.info("%s: LoRA stacked on %s", file, stack.base)
     trunk.requires_grad_(False)
 
 
@@ -129,7 +151,8 @@ def write_stack(stack: AdapterStack, state: dict[str, dict[str, torch.Tensor]], 
         save_file(state[name], folder / FOLDER / file)
         items.append({"file": file, "settings": own.model_dump(mode="json")})
     base = str(Path(stack.base).resolve()) if Path(stack.base).exists() else stack.base
-    (folder / FOLDER / INDEX).write_text(json.dumps({"base": base, "adapters": items}, indent=1) + "\n")
+    said = json.dumps({"base": base, "adapters": items}, indent=1) + "\n"
+    (folder / FOLDER / INDEX).write_text(said, encoding="utf-8")
 
 
 def _stacked(number: int) -> str:

@@ -25,7 +25,7 @@ def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> li
     Adapters of other names that are there already stay, frozen, and go on adding their updates.
 
     Raises:
-        UserError: `target_modules` match no linear layer.
+        UserError: one of `target_modules` matches no linear layer, or something else.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -44,15 +44,16 @@ def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> li
     )
     lora._register_custom_module({nn.Linear: lora_linear_for})
     earlier = adapter_names(trunk)
+    if isinstance(targets, list):
+        _check_targets(trunk, targets)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # stacked on purpose
             inject_adapter_in_model(lora, trunk, name)
     except ValueError as error:
-        linear = sorted({n.rpartition(".")[2] for n, m in trunk.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(
             f"adapter.target_modules {targets}: {str(error).splitlines()[0][:120]}; "
-            f"linear layers here: {', '.join(linear)}"
+            f"linear layers here: {_linear_layers(trunk)}"
         ) from None
     layers = {where: module for where, module in trunk.named_modules() if isinstance(module, LoraLayer)}
     for layer in layers.values():
@@ -63,6 +64,37 @@ def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> li
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return [where for where, layer in layers.items() if name in layer.lora_A]
+
+
+def _check_targets(trunk: nn.Module, targets: list[str]) -> None:
+    """peft passes over a name that nothing has, and wraps embeddings, whose update has other names."""
+    for target in targets:
+        found = [(n, m) for n, m in trunk.named_modules() if n == target or n.endswith(f".{target}")]
+        what = f"adapter.target_modules: {target!r}"
+        if not found:
+            raise UserError(
+                f"{what} is nothing in this trunk (a language head is no part of it); linear layers here: "
+                f"{_linear_layers(trunk)}"
+            )
+        for name, module in found:
+            check_is_linear(name, getattr(module, "base_layer", module), what, _linear_layers(trunk))
+
+
+def check_is_linear(name: str, layer: Any, what: str, known: str = "") -> None:
+    """Refuses an adapter on an embedding or another layer that is no matrix product; `what` has it."""
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(layer, nn.Linear | Conv1D):
+        here = f"; linear layers here: {known}" if known else ": train it without that layer"
+        raise UserError(
+            f"{what} is on {name} ({type(layer).__name__}), but adapters are for linear layers{here}"
+        )
+
+
+def _linear_layers(trunk: nn.Module) -> str:
+    # Inside an adapter a layer's name is that of its place in it.
+    names = (n for n, m in trunk.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n)
+    return ", ".join(sorted({n.removesuffix(".base_layer").rpartition(".")[2] for n in names}))
 
 
 def n_fused(trunk: nn.Module) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from llm2vec_ds.model.imported import Stack, resolve
+
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 2**16
 
 
@@ -17,7 +19,8 @@ def model_fingerprint(path: str) -> str | None:
     as all bytes would, without reading a hundred gigabytes at each start.
     """
     digest = hashlib.sha256()
-    files = _model_files(path)
+    stack = resolve(path) if Path(path).is_dir() else Stack(path, ())
+    files = [file for place in (stack.base, *map(str, stack.adapters)) for file in _model_files(place)]
     if not any(file.suffix != ".json" for file in files) and not Path(path).is_dir():
         return None
     for file in files:

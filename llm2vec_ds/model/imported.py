@@ -13,11 +13,32 @@ from pydantic import Field
 from torch import nn
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.adapters import check_is_linear
+from llm2vec_ds.recipe.sections import AdapterConfig
 from llm2vec_ds.storage.reading import read_json
 
 log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OWN_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Files of a whole model."""
+KNOWN_SETTINGS = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+    *("lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+"""Keys of an adapter's settings with which its update is scale · B·A, or that only training reads (those in
+the last line belong to `init_lora_weights`)."""
+STARTS = (True, False, "gaussian", "orthogonal", "eva", "pissa", "olora")
+"""Values of `init_lora_weights` after which the update is known: `pissa` and `olora` move the base weights,
+and peft does so again when it puts the adapter on them. It writes True where it has converted another."""
 UPSTREAM_SETTINGS = "llm2vec_config.json"
 UPSTREAM_POOLINGS = {
     "mean": "mean",
@@ -46,14 +67,20 @@ class UpstreamSettings:
     skip_instruction: bool = True
 
 
-def resolve(path: str, adapters: Sequence[str | Path]) -> Stack:
+def resolve(path: str, adapters: Sequence[str | Path] = ()) -> Stack:
     """A folder or hub id that holds only an adapter stands for the model it names, with that adapter on it.
 
     Raises:
-        UserError: an adapter cannot be found, or names no base model.
+        UserError: an adapter cannot be found, or names no base model; or a folder holds a model as well.
     """
     stack, base = [_local(str(adapter)) for adapter in adapters], path
-    while (folder := Path(base)).is_dir() and (folder / CONFIG).is_file() and not _has_own_weights(folder):
+    while (config := _file(base, CONFIG)) is not None:
+        if own := next((name for name in OWN_WEIGHTS if _file(base, name)), None):
+            raise UserError(
+                f"model {base} holds a whole model ({own}) and an adapter ({CONFIG}), so that it is unclear "
+                "which is meant: give a folder that holds one of them"
+            )
+        folder = config.parent if Path(base).is_dir() else _local(base)
         stack.insert(0, folder)
         named = _config(folder).get("base_model_name_or_path")
         if not named or named == base:
@@ -62,8 +89,35 @@ def resolve(path: str, adapters: Sequence[str | Path]) -> Stack:
     return Stack(base, tuple(stack))
 
 
-def _has_own_weights(folder: Path) -> bool:
-    return any(file.name != WEIGHTS for file in folder.glob("*.safetensors"))
+def tokenizer_place(path: str) -> str:
+    """Where the tokenizer of a model lies: of an adapter without one, with its base.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    if _file(path, CONFIG) is None or _file(path, "tokenizer_config.json") is not None:
+        return path
+    return resolve(path).base
+
+
+def _file(place: str, name: str) -> Path | None:
+    """A file of a folder, or of a model of the hub (where the hub can be asked, or was)."""
+    if Path(place).is_dir():
+        file = Path(place) / name
+        return file if file.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(
+            place,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # no such model: whoever loads it says so
+        return None
+    return Path(found) if found else None
 
 
 def _local(adapter: str) -> Path:
@@ -99,19 +153,8 @@ def merge_adapters(trunk: nn.Module, adapters: Sequence[Path]) -> None:
 
 
 def _merge(trunk: nn.Module, folder: Path) -> int:
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-
-    _check(folder)
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-        config.inference_mode = True
-        inject_adapter_in_model(config, trunk)
-    except (ValueError, TypeError, AttributeError) as error:  # the latter two: values of wrong types
-        reason = str(error).splitlines()[0][:160]
-        raise UserError(f"adapter {folder} does not fit {type(trunk).__name__}: {reason}") from None
-    layers = {name: module for name, module in trunk.named_modules() if isinstance(module, LoraLayer)}
-    _load(trunk, folder)
+    trained = {name: parameter.requires_grad for name, parameter in trunk.named_parameters()}
+    layers = _put_on(trunk, folder)
     with torch.no_grad():
         for name, layer in layers.items():
             base: Any = layer.get_base_layer()
@@ -119,27 +162,73 @@ def _merge(trunk: nn.Module, folder: Path) -> int:
             base.weight.copy_((base.weight.float() + update).to(base.weight.dtype))
             parent, _, child = name.rpartition(".")
             setattr(trunk.get_submodule(parent), child, base)
-    del trunk.peft_config  # else the next adapter would be taken for a second one beside this
+    for name, parameter in trunk.named_parameters():
+        parameter.requires_grad_(trained[name])  # peft froze them
     return len(layers)
 
 
+def _put_on(trunk: nn.Module, folder: Path) -> dict[str, Any]:
+    """The trunk's layers that got the folder's adapter, with its weights, by name."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    _check(folder)
+    stored = _weights(folder)
+    # Names in the settings are those of the model that was trained: a language model, or a trunk alone.
+    place = f"{getattr(trunk, 'base_model_prefix', 'model')}."
+    inside = any(key.startswith(place) for key in stored)
+    model = _around(trunk, place[:-1]) if inside else trunk
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        inject_adapter_in_model(config, model)
+    except (ValueError, TypeError, AttributeError) as error:  # the latter two: values of wrong types
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"adapter {folder} does not fit {type(trunk).__name__}: {reason}") from None
+    layers = {name: module for name, module in trunk.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
+        check_is_linear(name, layer.get_base_layer(), f"adapter {folder}")
+    _load(trunk, folder, {key.removeprefix(place) if inside else key: v for key, v in stored.items()})
+    vars(model).pop("peft_config", None)  # else the next adapter would be taken for a second one beside this
+    return layers
+
+
+def _around(trunk: nn.Module, name: str) -> nn.Module:
+    """A module that has the trunk under the name that it has in a language model."""
+    model: Any = nn.Module()
+    model.add_module(name, trunk)
+    model.config = trunk.config
+    return model
+
+
 def _check(folder: Path) -> None:
+    """Refuses settings with which the update is another than scale · B·A, or not of a layer alone."""
+    from peft import LoraConfig
+
     config = _config(folder)
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"adapter {folder} is of the type {config.get('peft_type')!r}: only LORA can be merged"
         )
-    for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
-        if config.get(key, plain) not in (plain, []):
-            raise UserError(f"adapter {folder} has {key}={config[key]!r}, which cannot be merged here")
+    defaults = vars(LoraConfig())
+    for key, value in config.items():
+        usual: tuple[Any, ...] = (defaults.get(key), None, False, [], {}, "none")
+        if key not in KNOWN_SETTINGS and value not in usual:
+            raise UserError(f"adapter {folder} has {key}={value!r}, which cannot be merged here")
+    start = config.get("init_lora_weights", True)
+    if start not in STARTS and not str(start).startswith("pissa_niter_"):
+        raise UserError(
+            f"adapter {folder} has init_lora_weights={start!r}, whose base weights are not known here: "
+            "convert it by peft's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        )
     if not (folder / WEIGHTS).is_file():
         raise UserError(
             f"adapter {folder} has no {WEIGHTS}: pickled weights (.bin) are not read; save it anew with peft"
         )
 
 
-def _load(trunk: nn.Module, folder: Path) -> None:
-    """Weights under peft's names, `base_model.model.[model.]layers…`, on the trunk's `layers…`."""
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What the adapter holds, by peft's names without `base_model.model.`"""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -149,13 +238,15 @@ def _load(trunk: nn.Module, folder: Path) -> None:
         raise UserError(
             f"{folder / WEIGHTS} is damaged ({error}): take the adapter from its source again"
         ) from None
-    wanted = {name: p for name, p in trunk.named_parameters() if "lora_" in name}
-    found: dict[str, torch.Tensor] = {}
-    for key, value in stored.items():
-        name = key.removeprefix("base_model.model.").replace(".weight", ".default.weight")
-        found[name if name in wanted else name.removeprefix("model.")] = value
+    return {key.removeprefix("base_model.model."): value for key, value in stored.items()}
+
+
+def _load(trunk: nn.Module, folder: Path, stored: dict[str, torch.Tensor]) -> None:
+    wanted = {name: p for name, p in trunk.named_parameters() if ".lora_" in name}
+    found = {key.removesuffix(".weight") + ".default.weight": value for key, value in stored.items()}
     if strange := sorted(found.keys() - wanted.keys()):
-        raise UserError(f"adapter {folder} has weights for {strange[0]}, which {type(trunk).__name__} lacks")
+        where = strange[0].replace(".default.weight", "")
+        raise UserError(f"adapter {folder} has weights for {where}, which {type(trunk).__name__} lacks")
     if missing := sorted(wanted.keys() - found.keys()):
         raise UserError(f"adapter {folder} lacks the weights of {missing[0]}")
     for name, value in found.items():
@@ -163,6 +254,28 @@ def _load(trunk: nn.Module, folder: Path) -> None:
             here = tuple(wanted[name].shape)
             raise UserError(f"adapter {folder}: {name} has shape {tuple(value.shape)}, the model {here}")
         wanted[name].data.copy_(value)
+
+
+def lora_settings(folder: Path) -> AdapterConfig:
+    """The settings of a folder's adapter, on the layers of which it holds weights, by their full names.
+
+    Raises:
+        UserError: it cannot be merged either, or its layers differ in rank or scale.
+    """
+    _check(folder)
+    config = _config(folder)
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise UserError(
+            f"adapter {folder} has layers of several ranks or scales, which are not stacked over nf4: merge "
+            "it first, with Encoder.from_pretrained(…).save(…), or set model.quantization=null"
+        )
+    return AdapterConfig(
+        variant="rslora" if config.get("use_rslora") else "lora",
+        rank=config.get("r", 8),
+        alpha=config.get("lora_alpha", 8),
+        dropout=0.0,
+        target_modules=sorted({key.partition(".lora_")[0] for key in _weights(folder)}),
+    )
 
 
 def upstream_settings(folder: Path) -> dict[str, Any]:

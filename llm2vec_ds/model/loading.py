@@ -29,7 +29,13 @@ from llm2vec_ds.model.cpu_linear import use_fast_products
 from llm2vec_ds.model.damage import damaged_file
 from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.probe.probe import check_head, check_loaded
-from llm2vec_ds.model.quantization import nf4_config, prepare_for_training
+from llm2vec_ds.model.quantization import (
+    adopt_nf4,
+    checkpoint_bits,
+    nf4_config,
+    prepare_for_training,
+    whole,
+)
 from llm2vec_ds.model.rope import choose_rope_by_text
 from llm2vec_ds.model.text_part import class_of_whole, text_model_in, with_text_part
 from llm2vec_ds.process.full_memory import full_memory
@@ -155,9 +161,9 @@ def _fuse(trunk: nn.Module, options: TrunkOptions) -> None:
 def _load(auto_class: Any, path: str, options: TrunkOptions) -> _Loaded:
     from transformers import AutoConfig
 
-    whole = _from_pretrained(AutoConfig, path, trust_remote_code=options.trust_remote_code)
+    outer = _from_pretrained(AutoConfig, path, trust_remote_code=options.trust_remote_code)
     with loading(path):
-        found = accepted(whole, options.causal, trust_remote_code=options.trust_remote_code)
+        found = accepted(outer, options.causal, trust_remote_code=options.trust_remote_code)
     config, part, causal = found.config, found.part, found.causal
     if options.attention_dropout is not None:
         if not hasattr(config, "attention_dropout"):
@@ -165,6 +171,7 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> _Loaded:
                 f"model type {config.model_type!r} has no attention dropout: set attention_dropout: 0"
             )
         config.attention_dropout = options.attention_dropout
+    bits = checkpoint_bits(outer, path, options.quantization)
     backend = _attention_backend(config, causal, options)
     log.info(
         "%s: %s%s attention by %s (%s), %s on %s",
@@ -178,32 +185,46 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> _Loaded:
     )
     # In 4 bits a model is read whole by every rank, and split afterwards where ZeRO-3 asks for it.
     attention = register(options.attention)
-    with options.partition() if options.quantization is None else nullcontext():
+    with options.partition() if options.quantization is None and bits is None else nullcontext():
         model, info = _from_pretrained(
-            auto_class if part is None else class_of_whole(whole),
+            auto_class if part is None else class_of_whole(outer),
             path,
-            config=with_text_part(whole, part, config),
+            config=with_text_part(outer, part, config),
             dtype=options.dtype,
             attn_implementation=attention if part is None else {part: attention},
             output_loading_info=True,
             trust_remote_code=options.trust_remote_code,
-            **_quantized(options),
+            **_quantized(options, bits),
         )
+    model = _as_wanted(model, path, bits, options)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} lacks weights: {', '.join(missing[:5])}; start from the full language model")
     if not options.trust_remote_code:
         vars(model.config).pop(CODE, None)
     if part is None:
         return _Loaded(model, model.base_model, found.shown)
-    log.info("%s: of %s the text model %s alone is used", path, whole.model_type, config.model_type)
+    log.info("%s: of %s the text model %s alone is used", path, outer.model_type, config.model_type)
     return _Loaded(model, text_model_in(model, config), found.shown)
 
 
-def _quantized(options: TrunkOptions) -> dict[str, Any]:
+def _quantized(options: TrunkOptions, bits: int | None) -> dict[str, Any]:
     """Weights are quantised one by one as they are read: none but the largest is ever whole."""
-    if options.quantization is None:
-        return {}
-    return {"quantization_config": nf4_config(options.dtype), "device_map": {"": options.device}}
+    place = {"device_map": {"": options.device}}
+    if bits is not None:
+        return place
+    return {} if options.quantization is None else {"quantization_config": nf4_config(options.dtype), **place}
+
+
+def _as_wanted(model: Any, path: str, bits: int | None, options: TrunkOptions) -> Any:
+    """Weights that the checkpoint has in 4 or 8 bits, in those of the run."""
+    if bits is None:
+        return model
+    if options.quantization is not None:
+        log.info("%s: its weights are in nf4 already, and taken as they are", path)
+        adopt_nf4(model, options.dtype)
+        return model
+    log.info("%s: its weights are in %s bits, and made whole: %s", path, bits, options.dtype)
+    return whole(model, options.dtype)
 
 
 def _attention_backend(config: Any, causal: bool, options: TrunkOptions) -> AttentionBackend:

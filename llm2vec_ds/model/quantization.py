@@ -36,6 +36,59 @@ def nf4_config(dtype: torch.dtype) -> Any:
     )
 
 
+def checkpoint_bits(config: Any, path: str, wanted: str | None) -> int | None:
+    """In how many bits bitsandbytes has stored a checkpoint's weights, 4 or 8; None: they are whole.
+
+    Args:
+        wanted: `model.quantization` of the run.
+
+    Raises:
+        UserError: they are quantised by other means, or not as the run wants them.
+    """
+    stored = getattr(config, "quantization_config", None)
+    stored = stored or getattr(config.get_text_config(), "quantization_config", None)
+    if stored is None:
+        return None
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    four, eight = settings.get("load_in_4bit"), settings.get("load_in_8bit")
+    original = "take the model that was quantised, with model.quantization=nf4 where memory is short"
+    if not (four or eight):
+        method = str(settings.get("quant_method", "means that it does not name"))
+        raise UserError(
+            f"model {path!r}: its weights are quantised by {method}, which is not read: {original}"
+        )
+    check_bitsandbytes(f"model {path!r}, whose weights bitsandbytes has quantised,")
+    if wanted is not None and (eight or settings.get("bnb_4bit_quant_type") != "nf4"):
+        found = "8 bits" if eight else f"4 bits as {settings.get('bnb_4bit_quant_type')}"
+        raise UserError(
+            f"model {path!r} is in {found}, model.quantization={wanted} wants nf4: set "
+            f"model.quantization=null, or {original}"
+        )
+    return 4 if four else 8
+
+
+def adopt_nf4(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes a checkpoint in NF4 like what `nf4_config(dtype)` loads: the same bytes, as this dtype."""
+    for parameter in model.parameters():
+        if not is_quantized(parameter) and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for layer in quantized_layers(model):
+        weight: Any = layer.weight
+        weight.data = weight.data.flatten().view(dtype)[:, None]
+        weight.quant_storage, weight.quant_state.dtype = dtype, dtype
+        layer.quant_storage, layer.compute_dtype = dtype, dtype  # type: ignore[assignment]
+
+
+def whole(model: Any, dtype: torch.dtype) -> Any:
+    """A model whose weights bitsandbytes has quantised, as the matrices that they stand for."""
+    for layer in quantized_layers(model):
+        weight: Any = layer.weight
+        weight.quant_state.dtype = dtype
+    model = model.dequantize(dtype=dtype).to(dtype)
+    vars(model).pop("_weight_conversions", None)  # from storage bytes; saving would look for the way back
+    return model.requires_grad_(True)
+
+
 def check_bitsandbytes(what: str) -> None:
     """Raises UserError where the package that `what` needs is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -14,6 +14,7 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.accepted import accepted
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.fused_layers import fuse_layers
+from llm2vec_ds.model.imported import resolve
 from llm2vec_ds.model.loading import TrunkOptions, loading
 from llm2vec_ds.model.lora_linear import LoraLinear
 from llm2vec_ds.model.quantization import quantize_shapes
@@ -56,7 +57,7 @@ def model_config(recipe: Recipe, recipe_file: Path | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    path, trusted = recipe.model.path, recipe.model.trust_remote_code
+    path, trusted = _base(recipe), recipe.model.trust_remote_code
     found = _config_file(recipe, recipe_file)
     with loading(str(found or path)):
         try:
@@ -74,11 +75,17 @@ def model_config(recipe: Recipe, recipe_file: Path | None = None) -> Any:
 
 def _config_file(recipe: Recipe, recipe_file: Path | None) -> Path | None:
     beside = recipe_file.parent / "config.json" if recipe_file else None
-    own = Path(recipe.model.path) / "config.json"
+    own = Path(_base(recipe)) / "config.json"
     named = Path(recipe.model.config_file) if recipe.model.config_file else None
     if named is not None and not named.is_file():
         raise UserError(f"model.config_file {named} not found: give the path of the model's config.json")
     return next((path for path in (own, named, beside) if path is not None and path.is_file()), None)
+
+
+def _base(recipe: Recipe) -> str:
+    """The model under an adapter's folder. The hub is not asked whether an id is one."""
+    path = recipe.model.path
+    return resolve(path).base if Path(path).is_dir() else path
 
 
 def meta_model(recipe: Recipe, config: Any, options: TrunkOptions) -> MetaModel:

@@ -262,7 +262,8 @@ def shapes(recipe: Recipe, config: Any, device: torch.device, load: Workload) ->
     head_dim = head_dim_of(text_config) or (text_config.hidden_size // text_config.num_attention_heads)
     counted = sum(weight_storages(model.whole).values())
     # QLoRA's later stages hold the adapters of the earlier ones: those that are there, or that will be.
-    n_stacked = len(read_stack(recipe.model.path, recipe.model.quantization, None).earlier)
+    path = recipe.model.path  # a model of the hub is not looked for
+    n_stacked = len(read_stack(path, recipe.model.quantization, None).earlier) if Path(path).is_dir() else 0
     if recipe.model.quantization is not None and load.objective.follows_another:
         n_stacked = max(n_stacked, 1)
     counted += n_stacked * options.dtype.itemsize * sum(shape.numel() for shape in trainable)

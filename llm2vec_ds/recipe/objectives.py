@@ -50,7 +50,7 @@ class ContrastiveConfig(ObjectiveConfig):
     """The loss is the mean of one loss for each of these vector lengths (arXiv 2205.13147)."""
     false_negative_margin: Annotated[float, Field(ge=0)] | None = None
     """A document whose cosine with a query exceeds the positive's by more than this is no negative for
-    it. null: only documents with the positive's very text are left out."""
+    it. null: only texts that are a positive of the same query, in any row, are left out."""
     exchange: Literal["gather", "ring"] = "gather"
     """How ranks see each other's documents: all at once, or one rank's at a time (memory flat in the
     number of ranks). The numbers are the same."""

@@ -129,6 +129,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _warm_up_ends(self) -> Recipe:
+        warmup_steps = self.optimizer.warmup_steps
+        if warmup_steps > self.max_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={warmup_steps} is over max_steps={self.max_steps}, so that the "
+                "learning rate would never reach optimizer.lr: lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_is_measured(self) -> Recipe:
         if self.checkpoint.best_by and self.data.held_out_path is None and self.evaluation is None:
             raise ValueError(

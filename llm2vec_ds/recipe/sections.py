@@ -77,9 +77,10 @@ class PairsConfig(Section):
     query_column: str = "query"
     """Column that holds the query."""
     positive_column: str = "positive"
-    """Column that holds the query's right document."""
+    """Column that holds the query's right document, or a list of them: an example for each."""
     negative_column: str = "negative"
-    """Column that holds a hard negative, or a list of them."""
+    """Column that holds a hard negative, or a list of them; or several columns, with numbers after this name:
+    `negative_1`, `negative_2` …"""
     max_negatives: Annotated[int, Field(ge=0)] = 1
     """Hard negatives of an example that are used, from the first on; 0: the column is not read."""
     instructions: Place | None = None
@@ -94,10 +95,13 @@ class DataConfig(Section):
     """Where the training texts come from."""
 
     path: Place | list[Place]
-    """A file, several, or a folder of them: .txt (a text a line), .jsonl, .csv (these also .gz, .bz2, .xz) or
-    .parquet; or a hub data set, `hub:owner/name`, `hub:owner/name:config@split`."""
+    """A file, several, or a folder of them: .txt (a text a line), .jsonl, .json, .csv, .tsv (these also .gz,
+    .bz2, .xz) or .parquet; or a hub data set, `hub:owner/name`, `hub:owner/name:config@split`."""
     text_column: str = "text"
-    """Column that holds the text, in .jsonl, .csv and .parquet."""
+    """Column that holds the text, in all formats but .txt."""
+    bad_rows: Literal["raise", "skip"] = "raise"
+    """What becomes of a row that is not what its format says, or holds no text where one should be: `raise`
+    stops with its line, `skip` leaves it out and counts it."""
     max_tokens: Annotated[int, Field(ge=4)] = 128
     """A text's longest length in tokens, special tokens and instruction counted."""
     long_texts: Literal["truncate", "split"] = "truncate"

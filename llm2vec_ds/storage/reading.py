@@ -1,10 +1,9 @@
-"""JSON, YAML and CSV that may be damaged: what is wrong is an error with a cause, however it is wrong."""
+"""JSON and YAML that may be damaged: what is wrong is an error with a cause, however it is wrong."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,28 +65,6 @@ def _unique_keys() -> Any:
             return super().construct_mapping(node, deep)
 
     return UniqueKeys
-
-
-def csv_rows(lines: Iterable[str]) -> Iterator[tuple[dict[str, str], int]]:
-    """Rows of a CSV file with a header, by its names, and the line where each ends.
-
-    Raises:
-        ValueError: no UTF-8, a quote is not closed, or a row has more or fewer fields than the header (as a
-            rule a text with a comma stands outside quotes). Names the line.
-    """
-    csv.field_size_limit(2**30)
-    reader = csv.reader(lines, strict=True)
-    try:
-        header = next(reader, [])
-        for row in filter(None, reader):
-            if len(row) != len(header):
-                raise ValueError(
-                    f"line {reader.line_num}: {len(row)} fields, but the header has {len(header)}: put texts "
-                    "with commas in quotes"
-                )
-            yield dict(zip(header, row, strict=True)), reader.line_num
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"after line {reader.line_num}: not a CSV file in UTF-8: {error}") from None
 
 
 def read_json(file: Path, shape: type[T], remedy: str) -> T:

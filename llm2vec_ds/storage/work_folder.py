@@ -30,7 +30,7 @@ def work_folder(folder: Path, key: str) -> Iterator[None]:
 
 def _empty_unless_same(folder: Path, key: str) -> None:
     file = folder / KEY
-    left = file.read_text(errors="replace") if file.exists() else None
+    left = file.read_text(encoding="utf-8", errors="replace") if file.exists() else None
     if left == key:
         log.info("%s: going on with what an earlier run left", folder)
         return

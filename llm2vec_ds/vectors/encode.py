@@ -65,6 +65,11 @@ class EncodeOptions:
     bad_texts: BadTexts = "raise"
     micro_batch_tokens: int = 4096
 
+    @property
+    def bad_rows(self) -> str:
+        """A row that is not what its format says is a bad text."""
+        return "skip" if self.bad_texts == "nan" else "raise"
+
     def key(self, source: Source) -> str:
         """Changes with all that the vectors depend on; of a model's files with their sizes and times."""
         values = asdict(self)
@@ -197,9 +202,12 @@ class _Encoding:
         self.rows = folder / f"rows{target.suffix}"
         self.progress = folder / "progress.json"
 
+    def _rows(self, start: int, stop: int) -> TextRows:
+        return TextRows(self.source, self.options.text_column, start, stop, bad_rows=self.options.bad_rows)
+
     def run(self) -> None:
         options = self.options
-        n_rows = count_rows(self.source, options.text_column)
+        n_rows = count_rows(self.source, options.text_column, bad_rows=options.bad_rows)
         if not n_rows:
             raise UserError(f"--input {options.input} is empty")
         start, stop = self.target.shard.rows(n_rows)
@@ -220,7 +228,7 @@ class _Encoding:
             np.lib.format.open_memmap(self.vectors, mode="w+", dtype=np.float32, shape=shape)
         if load_vectors(self.vectors).shape != shape or not 0 <= n_done <= stop - start:
             raise UserError(f"{self.vectors} is damaged: remove {self.folder} to start again")
-        rows = TextRows(self.source, self.options.text_column, start + n_done, stop)
+        rows = self._rows(start + n_done, stop)
         for block in encoder.encode_blocks(
             rows,
             instruction=self.options.instruction,
@@ -247,7 +255,7 @@ class _Encoding:
 
     def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, list[str | None], np.ndarray]]:
         """First row, texts and vectors of each block."""
-        texts = iter(TextRows(self.source, self.options.text_column, start, stop))
+        texts = iter(self._rows(start, stop))
         for vectors in vector_blocks(self.vectors):
             yield start, list(islice(texts, len(vectors))), vectors
             start += len(vectors)

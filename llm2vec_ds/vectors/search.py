@@ -95,5 +95,5 @@ def _texts(files: list[Path], note: VectorNote, given: str | None, wanted: set[i
     if given is None and note.input == STDIN:
         raise UserError(f"{files[0]} was made from standard input: say where its texts are with --texts")
     source = find_source(given or note.input, "--texts")
-    texts = TextRows(source, note.text_column, 0, max(wanted) + 1)
+    texts = TextRows(source, note.text_column, 0, max(wanted) + 1, bad_rows="skip")
     return {row: text for row, text in enumerate(texts) if row in wanted}

@@ -89,9 +89,12 @@ def test_a_negative_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "kind"),
     [
-        ("positive", ["runs", "flows"], "a list"),
+        ("query", ["runs", "flows"], "a list"),
         ("query", {"text": "a"}, "an object"),
-        ("negative", [["bread", 0.5]], "a list"),
+        ("query", True, "true or false"),
+        ("positive", [["runs"]], "a list"),
+        ("positive", ["runs", {"text": "a"}], "an object"),
+        ("negative", [["bread", "baked"]], "a list"),
     ],
 )
 def test_what_is_no_text_is_refused(column: str, value: Any, kind: str, tmp_path: Path) -> None:
@@ -191,3 +194,55 @@ def test_mistakes_in_data(tmp_path: Path) -> None:
     data = DataConfig(path=[str(write(tmp_path / d / "a.jsonl", ROWS)) for d in "cd"], pairs={})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="two files have the same name"):
         prepare_pairs(data, data.path, TOKENIZER)
+
+
+def forms() -> dict[str, str]:
+    """The same two examples as FlagEmbedding and sentence-transformers write them."""
+    flag = [
+        {"query": "the river", "pos": ["runs", "flows"], "neg": ["bread", "rain"]},
+        {"query": "a train", "pos": ["leaves"], "neg": []},
+    ]
+    scored = [
+        {"query": row["query"], **{k: [[text, 0.5] for text in row[k]] for k in ("pos", "neg")}}
+        for row in flag
+    ]
+    return {
+        "flag.jsonl": "".join(json.dumps(row) + "\n" for row in flag),
+        "scored.jsonl": "".join(json.dumps(row) + "\n" for row in scored),
+        "array.json": json.dumps(flag, indent=1),
+        "lines.json": "".join(json.dumps(row) + "\n" for row in flag),
+        "lists.jsonl": '["the river", "runs", "bread", "rain"]\n["the river", "flows", "bread", "rain"]\n'
+        '["a train", "leaves"]\n',
+        "lists.json": '[["the river", "runs", "bread", "rain"], ["the river", "flows", "bread", "rain"],\n'
+        '["a train", "leaves"]]\n',
+        "numbered.tsv": "query\tpos\tneg_1\tneg_2\nthe river\truns\tbread\train\nthe river\tflows\tbread\train\n"
+        "a train\tleaves\t\t\n",
+    }
+
+
+@pytest.mark.parametrize("name", [*forms(), "numbered.parquet"])
+def test_forms_of_other_libraries(name: str, tmp_path: Path) -> None:
+    if name == "numbered.parquet":
+        header, *rows = (line.split("\t") for line in forms()["numbered.tsv"].splitlines())
+        pq.write_table(
+            pa.Table.from_pylist([dict(zip(header, row, strict=True)) for row in rows]), tmp_path / name
+        )
+    else:
+        (tmp_path / name).write_text(forms()[name])
+    pairs = load(tmp_path / name, positive_column="pos", negative_column="neg", max_negatives=2)
+    assert [words(example) for example in pairs[range(len(pairs))]] == [
+        ["the river", "runs", "bread", "rain"],
+        ["the river", "flows", "bread", "rain"],
+        ["a train", "leaves"],
+    ]
+
+
+def test_bad_rows_may_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [*map(json.dumps, ROWS[:2]), "{broken", '{"query": "a"}', '{"query": "a", "positive": {"b": 1}}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    data = DataConfig(path=str(tmp_path / "a.jsonl"), pairs={}, bad_rows="skip")  # type: ignore[arg-type]
+    (folders,) = prepare_pairs(data, data.path, TOKENIZER).values()
+    assert len(load_prepared_pairs({"a": folders})) == 2
+    assert json.loads((folders[0] / "manifest.json").read_text())["counts"]["bad rows"] == 3
+    for number in (3, 4, 5):
+        assert f"left out: {tmp_path}/a.jsonl, line {number}: " in caplog.text

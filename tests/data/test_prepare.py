@@ -127,7 +127,7 @@ def test_bad_lines_are_left_out_and_counted(tmp_path: Path) -> None:
 def test_an_enormous_line_is_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_texts: str
 ) -> None:
-    monkeypatch.setattr("llm2vec_ds.data.sources.LONGEST_LINE_BYTES", 2000)
+    monkeypatch.setattr("llm2vec_ds.data.row_files.LONGEST_LINE_BYTES", 2000)
     monkeypatch.setattr("llm2vec_ds.data.sources.LONGEST_TEXT_CHARACTERS", 500)
     words = [f"w{i}" for i in range(2000)]
     texts = prepared(
@@ -210,7 +210,7 @@ def test_unreadable_sources(tmp_path: Path) -> None:
     for name, content, message in (
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', "line 2: not valid JSON"),
         ("b.jsonl", b'["one"]\n', "expected a JSON object"),
-        ("c.csv", b"text\ncaf\xe9\n", "not a CSV file in UTF-8"),
+        ("c.csv", b"text\ncaf\xe9\n", "not text in UTF-8"),
         ("d.parquet", b"PAR1 nothing", "not a Parquet file"),
         ("e.txt.gz", b"not gzip", "cannot be read"),
         ("f.txt", "the river".encode("utf-16"), "is UTF-16: convert it first"),

@@ -53,8 +53,9 @@ def test_a_dead_run_is_stopped(n_steps: int, still: str, alike: str, words: str)
         (6, "xxxxx.", ""),
         (100, ("x" * 19 + ".") * 5, ("x" * 19 + ".") * 5),
         (1, ".", "x"),
+        (1, "x", ""),
     ],
-    ids=["a gradient at last", "now and then", "one step"],
+    ids=["a gradient at last", "now and then", "one step", "one step without a gradient"],
 )
 def test_a_run_that_may_learn_goes_on(n_steps: int, still: str, alike: str) -> None:
     look(ProgressCheck(n_steps, from_start=True), still=still, alike=alike)
@@ -84,6 +85,13 @@ def test_the_last_word(losses: list[float], said: list[str], caplog: pytest.LogC
     assert [record.message.partition(",")[0] for record in caplog.records] == said
 
 
+def test_one_step_without_a_gradient_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    check = ProgressCheck(1, from_start=True)
+    look(check, still="x")
+    check.last_word()
+    assert "no step has had a gradient" in caplog.text
+
+
 def test_distance_tells_rounding_from_a_difference() -> None:
     torch.manual_seed(0)
     one = torch.randn(4096)
@@ -99,7 +107,9 @@ def equal_texts(model: Path, folder: Path) -> dict[str, Any]:
 
 
 def test_equal_texts_teach_nothing(tmp_path: Path, tiny_model_dir: Path) -> None:
-    with pytest.raises(UserError, match="gradient has been exactly zero.* all texts of the data are equal"):
+    with pytest.raises(
+        UserError, match="gradient has been exactly zero.* all texts, or all queries, of the data"
+    ):
         train(parse_recipe(equal_texts(tiny_model_dir, tmp_path)))
     assert not (tmp_path / "run" / "encoder").exists()
 

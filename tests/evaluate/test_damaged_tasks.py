@@ -118,10 +118,10 @@ GOOD = {
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("corpus.jsonl", RANDOM, "corpus.jsonl, line 1 is not JSON: "),
+        ("corpus.jsonl", RANDOM, "corpus.jsonl, line 1: not valid JSON: "),
         ("corpus.jsonl", b'{"_id": "d", "title": [1], "text": "trout"}\n', "its title, if any, is text"),
-        ("queries.jsonl", DEEP, "queries.jsonl, line 1 is not JSON: it is nested too deep"),
-        ("qrels/test.tsv", RANDOM, "test.tsv is not UTF-8 text: make it again"),
+        ("queries.jsonl", DEEP, "queries.jsonl, line 1: not valid JSON: it is nested too deep"),
+        ("qrels/test.tsv", RANDOM, "test.tsv: not text in UTF-8"),
     ],
 )
 def test_damaged_retrieval_data_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def test_csv_with_and_without_header(tmp_path: Path, content: str) -> None:
     [
         ("", "at least two different scores"),
         ("one,two,3\n", "at least two different scores"),
-        ("one,two,3\none,two\n", "data row 2: expected sentence1, sentence2, score"),
-        ("one,two,3\none,two,high\n", "data row 2"),
+        ("one,two,3\none,two\n", "line 2: expected sentence1, sentence2, score"),
+        ("one,two,3\none,two,high\n", "line 2"),
         ("text,score\none,3\n", "header must name"),
     ],
 )

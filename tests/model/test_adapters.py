@@ -49,3 +49,21 @@ def test_merged_weights_give_the_vectors_of_the_adapted_model(tmp_path: Path) ->
 def test_unknown_targets_name_the_layers_there_are() -> None:
     with pytest.raises(UserError, match="linear layers here: down_proj, gate_proj"):
         add_lora(trunk(), AdapterConfig(target_modules=["query_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("embed_tokens", r"is on embed_tokens \(Embedding\), but adapters are for linear layers"),
+        ("lm_head", "is nothing in this trunk"),
+        ("norm", r"is on norm \(\w*RMSNorm\)"),
+        ("q_prj", "is nothing in this trunk"),
+    ],
+)
+@pytest.mark.parametrize("beside", [[], ["q_proj"]])
+def test_each_target_is_a_linear_layer(target: str, said: str, beside: list[str]) -> None:
+    """peft passes over a name that nothing has."""
+    with pytest.raises(
+        UserError, match=f"adapter.target_modules: '{target}' {said}.*linear layers here: down_proj"
+    ):
+        add_lora(trunk(), AdapterConfig(target_modules=[*beside, target]))

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
+from llm2vec_ds.objectives.contrastive.known_positives import KnownPositives
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
 from tests.support.ranks import run_ranks
 
 N_QUERIES, WIDTH = 7, 6
+QUERY_IDS = [21, 22, 23, 24, 21, 23, 27]  # 0 and 4, 2 and 5 are the same query, with two positives
 IDS = [1, 2, 3, 2, 5, 6, 1]  # of positives: queries 0 and 6, 1 and 3 have the same
+KNOWN = set(zip(QUERY_IDS, IDS, strict=True))
 NEGATIVE_OF = [0, 0, 1, 3, 4]  # which query each hard negative came with
-NEGATIVE_IDS = [11, 12, 5, 14, 15]  # the third is the positive of query 4
+NEGATIVE_IDS = [11, 5, 5, 14, 15]  # the second and third are the positive of query 4, so one of query 0, too
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -47,15 +50,15 @@ def spelt_out(
     def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a @ b / (a.norm() * b.norm())
 
-    def one_way(queries: Any, documents: Any, ids: list[int]) -> torch.Tensor:
+    def one_way(queries: Any, documents: Any, known: Any) -> torch.Tensor:
         losses = []
         for i, q in enumerate(queries):
             own = cosine(q, documents[i])
-            counted = [own]
+            counted = []
             for j, document in enumerate(documents):
                 value = cosine(q, document)
                 too_near = false_negative_margin is not None and value > own + false_negative_margin
-                if j != i and ids[j] != IDS[i] and not too_near:
+                if j == i or not (known(i, j) or too_near):
                     counted.append(value)
             losses.append(torch.logsumexp(scale * torch.stack(counted), 0) - scale * own)
         return torch.stack(losses).mean()
@@ -64,9 +67,9 @@ def spelt_out(
     dims = matryoshka_dims or [WIDTH]
     for dim in dims:
         q, p, n = (x[:, :dim] for x in (query, positive, negative))
-        part = one_way(q, [*p, *n], IDS + NEGATIVE_IDS)
+        part = one_way(q, [*p, *n], lambda i, j: (QUERY_IDS[i], (IDS + NEGATIVE_IDS)[j]) in KNOWN)
         if symmetric:
-            part = (part + one_way(p, q, IDS)) / 2
+            part = (part + one_way(p, q, lambda i, j: (QUERY_IDS[j], IDS[i]) in KNOWN)) / 2
         total = total + part / len(dims)
     return total
 
@@ -79,6 +82,7 @@ def share_and_gradients(
         query[queries],
         positive[queries],
         negative[negatives],
+        torch.tensor(QUERY_IDS[queries], dtype=torch.int64),
         torch.tensor(IDS[queries], dtype=torch.int64),
         torch.tensor(NEGATIVE_IDS[negatives], dtype=torch.int64),
     )
@@ -162,7 +166,41 @@ def test_rounding_on_the_wire_does_not_depend_on_ranks_or_way() -> None:
 
 def test_alike_documents_give_the_log_of_their_number() -> None:
     ones = torch.ones(8, 4)
-    pairs = PairVectors(ones, ones, ones[:0], torch.arange(8), torch.arange(0))
+    pairs = PairVectors(ones, ones, ones[:0], *[torch.arange(8)] * 2, torch.arange(0))
     share, hits = ContrastiveLoss(ContrastiveConfig())(pairs, torch.tensor(20.0))
     torch.testing.assert_close(share, torch.tensor(math.log(8)))
     assert hits == 0
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_positives_of_one_query_are_no_negatives(exchange: Any) -> None:
+    query, positive, _, scale = vectors()
+    nobody, one_query = query[:0], torch.full((N_QUERIES,), 3)
+    loss = ContrastiveLoss(ContrastiveConfig(exchange=exchange, symmetric=True))
+    pairs = PairVectors(query, positive, nobody, one_query, torch.arange(N_QUERIES), one_query[:0])
+    share, hits = loss(pairs, scale)
+    assert share == 0
+    assert hits == N_QUERIES
+    gradients = torch.autograd.grad(share, [query, positive])
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_pairs_that_are_known_and_groups_that_are_not_complete() -> None:
+    known = KnownPositives.of(torch.tensor([7, 7, 8, 9, 9]), torch.tensor([1, 2, 2, 4, 3]))
+    assert known.groups(torch.tensor([1, 2, 3, 4, 5, 7])).tolist() == [1, 1, 3, 3, 5, 7]
+    assert known.incomplete.tolist() == [1]  # 8 and 1 are no known pair
+    queries, positives = torch.tensor([[7], [8], [9], [0]]), torch.tensor([[1, 2, 3, 4, 5]])
+    assert known.are_known(queries, positives).int().tolist() == [
+        [1, 1, 0, 0, 0],
+        [0, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0],
+    ]
+    assert len(KnownPositives.of(torch.arange(0), torch.arange(0)).incomplete) == 0
+
+
+def test_a_chain_of_queries_is_one_group() -> None:
+    numbers = torch.arange(40)
+    known = KnownPositives.of(torch.cat([numbers, numbers]), torch.cat([numbers, (numbers + 1) % 40]))
+    assert known.groups(numbers).unique().tolist() == [0]
+    assert known.incomplete.tolist() == [0]

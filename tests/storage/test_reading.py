@@ -1,10 +1,10 @@
-"""YAML and CSV that people write."""
+"""YAML that people write."""
 
 from __future__ import annotations
 
 import pytest
 
-from llm2vec_ds.storage.reading import csv_rows, parse_yaml
+from llm2vec_ds.storage.reading import parse_yaml
 
 
 def test_equal_keys_are_refused() -> None:
@@ -28,23 +28,3 @@ def test_merged_keys_may_be_replaced() -> None:
 def test_a_merge_of_a_merge() -> None:
     text = "a: &a {x: 1}\nb: &b\n  <<: *a\n  x: 2\nc:\n  <<: *b\n  y: 3\nd: *b\n"
     assert parse_yaml(text) == {"a": {"x": 1}, "b": {"x": 2}, "c": {"x": 2, "y": 3}, "d": {"x": 2}}
-
-
-def test_rows_of_a_csv_file() -> None:
-    lines = ["text,label\n", '"hello, my name is Ann",1\n', "\n", '"two\n', 'lines",2\n']
-    rows = [({"text": "hello, my name is Ann", "label": "1"}, 2), ({"text": "two\nlines", "label": "2"}, 5)]
-    assert list(csv_rows(lines)) == rows
-
-
-@pytest.mark.parametrize(
-    ("lines", "mistake"),
-    [
-        (["text\n", "plain\n", "hello, my name is Ann\n"], "line 3: 2 fields, but the header has 1"),
-        (["a,b\n", "1\n"], "line 2: 1 fields, but the header has 2"),
-        (["a\n", '"never closed\n'], "after line 2: not a CSV file in UTF-8: unexpected end of data"),
-        (["a\n", '"x" y\n'], "after line 2: not a CSV file"),
-    ],
-)
-def test_rows_that_do_not_fit_the_header_are_refused(lines: list[str], mistake: str) -> None:
-    with pytest.raises(ValueError, match=mistake):
-        list(csv_rows(lines))

@@ -37,7 +37,7 @@ def recipe(stage: str, model: Path, texts: Path, output: Path, **changes: Any) -
         "output_dir": str(output),
         "max_steps": 6,
         "batch": {"global_batch_size": 16, "micro_batch_tokens": 160},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+        "optimizer": {"lr": 1e-3, "warmup_steps": min(2, changes.get("max_steps", 6))},
         stage: own,
         **changes,
     }

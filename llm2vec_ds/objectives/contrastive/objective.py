@@ -172,8 +172,7 @@ class PackedExamples:
         place = torch.from_numpy(np.argsort(self.order)).to(vectors.device)
         query, positive, negative = vectors[place].tensor_split([self.n_queries, 2 * self.n_queries])
         ids = self.ids.to(vectors.device)
-        _, positive_id, negative_id = ids.tensor_split([self.n_queries, 2 * self.n_queries])
-        return PairVectors(query, positive, negative, positive_id, negative_id)
+        return PairVectors(query, positive, negative, *ids.tensor_split([self.n_queries, 2 * self.n_queries]))
 
     def rows(self, rows: np.ndarray, group: int) -> list[int]:
         """Which of `rows` have a text in a micro-batch."""
