@@ -65,8 +65,17 @@ def tokenizer_of(recipe: Recipe) -> Any:
 
 
 def prepared_groups(recipe: Recipe, tokenizer: Any) -> list[Groups]:
-    """Of training and, where there are some, held-out texts. Rank 0 prepares while the others wait."""
-    folders = agreed(lambda: prepare_all(recipe, tokenizer) if rank() == 0 else [])
+    """Of training and, where there are some, held-out texts. Rank 0 prepares while the others wait, also
+    what else the objective needs."""
+
+    def prepare() -> list[Groups]:
+        if rank() > 0:
+            return []
+        folders = prepare_all(recipe, tokenizer)
+        objective_of(recipe).prepare(recipe)
+        return folders
+
+    folders = agreed(prepare)
     return all_gather_object(folders)[0]
 
 

@@ -6,7 +6,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llm2vec_ds.recipe.sections import BatchConfig, DataConfig, Positive, PositiveShare, Section, Share
+from llm2vec_ds.recipe.sections import (
+    BatchConfig,
+    DataConfig,
+    Place,
+    Positive,
+    PositiveShare,
+    Section,
+    Share,
+)
 
 
 class ObjectiveConfig(Section):
@@ -17,6 +25,9 @@ class ObjectiveConfig(Section):
 
     attention_dropout: Share = 0.0
     """Dropout on attention weights."""
+
+    places: ClassVar[tuple[str, ...]] = ()
+    """Keys that say where something lies. They may differ on resume: it is known by what it holds."""
 
     def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
         """What in these sections makes the objective useless; None: nothing."""
@@ -81,9 +92,51 @@ class SupervisedConfig(ContrastiveConfig):
     """Factor on cosine similarities, the inverse of the temperature (LLM2Vec: 50)."""
 
 
+Weight = Annotated[float, Field(ge=0)]
+
+
+class DistilConfig(ObjectiveConfig):
+    """Distillation: the encoder learns from another one's vectors of the same texts, without labels."""
+
+    places: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    teacher: Place
+    """A sentence-transformers model or an encoder of this toolkit (folder or hub id), or vectors that
+    `llm2vec-ds encode` wrote: a .npy file, or a folder of .npy shards."""
+    teacher_prompt: str | None = None
+    """Put before each text, for the teacher only (of an encoder of this toolkit: its instruction)."""
+    vector_loss: Literal["cosine", "mse"] = "cosine"
+    """Of a text's vector and the teacher's: 1 − cosine, or the mean squared difference of components."""
+    vector_weight: Weight = 1.0
+    """Factor on that loss; 0: none."""
+    projection: Literal["linear", "none"] = "linear"
+    """`linear` maps the vector to the teacher's length for that loss, and is not part of the encoder;
+    `none` compares the vector itself, whose components beyond the teacher's length should be 0."""
+    similarity_loss: Literal["kl", "mse"] = "kl"
+    """Of a text's cosines with all others of the global batch, and the teacher's: `kl`, the divergence of
+    their softmax (the teacher's is the target), or `mse`, the mean squared difference."""
+    similarity_weight: Weight = 1.0
+    """Factor on that loss; 0: none."""
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    """Cosines are divided by it before the softmax of `kl`."""
+
+    def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
+        if not self.vector_weight and not self.similarity_weight:
+            return f"{stage}.vector_weight and {stage}.similarity_weight are both 0: raise one"
+        if self.similarity_weight and batch.global_batch_size == 1:
+            return (
+                "batch.global_batch_size=1 leaves the similarity loss without other texts: raise it, or set "
+                f"{stage}.similarity_weight=0"
+            )
+        if data.long_texts == "split":
+            return "data.long_texts: split gives blocks that the teacher has no vector of: use truncate"
+        return None
+
+
 SECTIONS: dict[str, type[ObjectiveConfig]] = {
     "mntp": MntpConfig,
     "simcse": SimcseConfig,
     "supervised": SupervisedConfig,
+    "distil": DistilConfig,
 }
 """By stage; `objectives.registry.register` adds to it."""
