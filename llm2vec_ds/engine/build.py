@@ -60,6 +60,18 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     return objective.build(Parts(recipe, encoder, language_head, training, held_out[0] if held_out else None))
 
 
+def encoder_before_training(recipe: Recipe, device: torch.device) -> Encoder:
+    """The encoder with its adapters as they are before the first step; reads no data.
+
+    Raises:
+        UserError: the model cannot be used.
+    """
+    stack = read_stack(recipe.model.path, recipe.model.quantization, recipe.adapter)
+    trunk, _ = _load(stack.base, _trunk_options(recipe, device, nullcontext), head=False)
+    _make_trainable(recipe, trunk, stack)
+    return _encoder(recipe, trunk, tokenizer_of(recipe), stack)
+
+
 def tokenizer_of(recipe: Recipe) -> Any:
     return load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
 

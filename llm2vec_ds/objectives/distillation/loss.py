@@ -20,9 +20,9 @@ class DistillationLoss:
     """w_v · mean_i v(W s_i, t_i) + w_s · mean_i r(row i of the student's cosines, of the teacher's).
 
     v is 1 − cosine or the mean squared difference. r compares the cosines of text i with all texts j ≠ i of
-    the global batch: KL(softmax(teacher / τ) ‖ softmax(student / τ)) (cf. Fang et al., 2021, arXiv 2101.04731),
-    or the mean squared difference (cf. Tung and Mori, 2019, arXiv 1907.09682). The means run over all ranks' texts, so neither value nor gradient depends on how ranks
-    share the batch.
+    the global batch: KL(softmax(teacher / τ) ‖ softmax(student / τ)) (cf. Fang et al., 2021, arXiv
+    2101.04731), or the mean squared difference (cf. Tung and Mori, 2019, arXiv 1907.09682). The means run
+    over all ranks' texts, so neither value nor gradient depends on how ranks share the batch.
     """
 
     def __init__(self, config: DistilConfig) -> None:

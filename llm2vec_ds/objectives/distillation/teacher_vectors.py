@@ -2,8 +2,8 @@
 
     texts ─► hashes.npy ─► vectors.npy grows block by block, a note says how far ─► the folder's name
 
-A folder is keyed by teacher, prompt, and the texts with their instruction. Of vectors that `encode` wrote only
-the hashes are made; they are mapped where they lie.
+A folder is keyed by teacher, prompt, and the texts with their instruction. Of vectors that `encode` wrote
+only the hashes are made; they are mapped where they lie.
 """
 
 from __future__ import annotations
