@@ -64,7 +64,9 @@ def mix(
     if not chosen and measure is not None:
         chosen = [[1 - i / (n_points - 1), i / (n_points - 1)] for i in range(n_points)]
     points = []
-    for own in chosen if measure is not None else ():
+    for own in chosen:
+        if measure is None:
+            break
         encoder.trunk.load_state_dict(mixed(states, own, method))
         points.append(Point(own, measure(encoder)))
         log.info("weights %s: %.4f", ", ".join(f"{w:.2f}" for w in own), points[-1].score)

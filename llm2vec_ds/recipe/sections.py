@@ -144,6 +144,9 @@ class OptimizerConfig(Section):
     """Gradients are scaled down to this global norm; 0 leaves them."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """The learning rate rises linearly over these steps."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the trainable weights, such as 0.999, which measurements during training
+    and the encoder take (docs/merging.md); null: none."""
     schedule: Literal["constant", "linear"] = "linear"
     """After warm-up: stay, or fall linearly to zero at `max_steps`."""
 
