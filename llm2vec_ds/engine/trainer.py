@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -48,12 +49,18 @@ Evaluation = Callable[[Encoder], dict[str, float]]
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """Rate of step `step` (from 0): linear warm-up, then constant or linear decay towards zero."""
+    """Rate of step `step` (from 0): linear warm-up, then what `schedule` says, with zero at `max_steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
+    n_falling = max(max_steps - config.warmup_steps, 1)
+    if config.schedule == "wsd":
+        n_falling = max(round(config.decay_share * max_steps), 1)
+    left = min((max_steps - step) / n_falling, 1.0)
     if config.schedule == "constant":
         return config.lr
-    return config.lr * (max_steps - step) / max(max_steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        return config.lr * (1 - math.cos(math.pi * left)) / 2
+    return config.lr * left
 
 
 class Trainer:

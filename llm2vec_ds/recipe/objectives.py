@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from llm2vec_ds.recipe.sections import (
     BatchConfig,
     DataConfig,
     Place,
     Positive,
-    PositiveShare,
     Section,
     Share,
 )
@@ -34,18 +33,37 @@ class ObjectiveConfig(Section):
         return None
 
 
+def _rates(value: Any) -> Any:
+    """Checks here, so that a mistake is one and not one for each form."""
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    rates = list(value) if pair else [value]
+    if not all(isinstance(rate, int | float) and 0 < rate < 1 for rate in rates) or rates != sorted(rates):
+        raise ValueError("must be a share between 0 and 1, or two of them, [lowest, highest]")
+    return value
+
+
+MaskRate = Annotated[float | tuple[float, float], BeforeValidator(_rates)]
+
+
 class MntpConfig(ObjectiveConfig):
     """Masked next token prediction (BehnamGhader et al., 2024, arXiv 2404.05961, section 2)."""
 
     mask_token: str = "_"
     """What replaces a masked token; must be one token of the tokenizer."""
-    mask_rate: PositiveShare = 0.2
-    """Share of a text's ordinary tokens that are predicted."""
+    mask_rate: MaskRate = 0.2
+    """Share of a text's ordinary tokens that are predicted; or two, `[0.1, 0.7]`: each text's own share is
+    drawn between them in each step (as masked diffusion does, arXiv 2406.07524)."""
     masking: Literal["bert", "all"] = "bert"
     """`bert`: of the predicted tokens 80 % become the mask token, 10 % a random one, 10 % stay.
     `all`: every one becomes the mask token."""
     head_chunk_tokens: Positive = 1024
     """Masked tokens whose logits are held at once."""
+
+    @property
+    def mask_rates(self) -> tuple[float, float]:
+        """Lowest and highest."""
+        rate = self.mask_rate
+        return rate if isinstance(rate, tuple) else (rate, rate)
 
 
 class ContrastiveConfig(ObjectiveConfig):
@@ -107,8 +125,8 @@ class DistilConfig(ObjectiveConfig):
     """Put before each text, for the teacher only (of an encoder of this toolkit: its instruction)."""
     vector_loss: Literal["cosine", "mse"] = "cosine"
     """Of a text's vector and the teacher's: 1 − cosine, or the mean squared difference of components."""
-    vector_weight: Weight = 1.0
-    """Factor on that loss; 0: none."""
+    vector_weight: Weight = 0.0
+    """Factor on that loss; 0: none, for the similarity loss alone gave the better encoder (docs/log.md)."""
     projection: Literal["linear", "none"] = "linear"
     """`linear` maps the vector to the teacher's length for that loss, and is not part of the encoder;
     `none` compares the vector itself, whose components beyond the teacher's length should be 0."""

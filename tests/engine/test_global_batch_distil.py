@@ -16,8 +16,14 @@ from tests.support.teachers import save_teacher
 
 TEXTS = 20
 LOSSES: dict[str, dict[str, Any]] = {
-    "kl": {"temperature": 0.2},
-    "mse": {"vector_loss": "mse", "similarity_loss": "mse", "projection": "none", "similarity_weight": 3.0},
+    "kl": {"temperature": 0.2, "vector_weight": 1.0},
+    "mse": {
+        "vector_loss": "mse",
+        "similarity_loss": "mse",
+        "projection": "none",
+        "vector_weight": 1.0,
+        "similarity_weight": 3.0,
+    },
 }
 Case = tuple[int, int, int, str, str]
 """World size, ZeRO stage, micro-batches a rank at least, losses, what trains."""

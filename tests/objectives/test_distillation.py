@@ -45,7 +45,7 @@ def values(tiny_model_dir: Path, texts_file: Path, tmp_path: Path, teacher: Path
         "batch": {"global_batch_size": 16, "micro_batch_tokens": 160},
         "optimizer": {"lr": 1e-2},
         "checkpoint": {"every_steps": 3},
-        "distil": {"teacher": str(teacher), "temperature": 0.2},
+        "distil": {"teacher": str(teacher), "temperature": 0.2, "vector_weight": 1.0},
     }
 
 
@@ -200,7 +200,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "0): encode these texts with the teacher, or name a model as distil.teacher",
     ),
     "a narrow student": (
-        {"distil": {"teacher": "TMP/few.npy", "projection": "none"}, "data": "TMP/few.txt"},
+        {
+            "distil": {"teacher": "TMP/few.npy", "projection": "none", "vector_weight": 1},
+            "data": "TMP/few.txt",
+        },
         "distil.projection: none cannot compare 32 components with the teacher's 40: use linear",
     ),
     "nothing to learn": (

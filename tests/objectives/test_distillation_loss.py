@@ -15,10 +15,10 @@ from llm2vec_ds.recipe.objectives import DistilConfig
 from tests.support.ranks import run_ranks
 
 KINDS = [
-    {"vector_loss": "cosine", "similarity_loss": "kl", "temperature": 0.2},
+    {"vector_weight": 1.0, "similarity_loss": "kl", "temperature": 0.2},
     {"vector_loss": "mse", "similarity_loss": "mse", "vector_weight": 0.3, "similarity_weight": 2.0},
     {"vector_weight": 0.0, "similarity_loss": "kl"},
-    {"similarity_weight": 0.0},
+    {"vector_weight": 1.5, "similarity_weight": 0.0},
 ]
 TEXTS, WIDTH, TEACHER_WIDTH = 11, 6, 4
 
