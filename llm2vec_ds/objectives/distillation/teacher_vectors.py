@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,34 +24,21 @@ from llm2vec_ds.data.prepare import cache_root
 from llm2vec_ds.data.prompts import Prompt
 from llm2vec_ds.data.sources import Source, find_source, stream_texts
 from llm2vec_ds.data.text_rows import TextRows
-from llm2vec_ds.errors import UserError, reason
+from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.distillation.teacher_model import Encode, load_teacher
 from llm2vec_ds.recipe.objectives import DistilConfig
 from llm2vec_ds.recipe.recipe import Recipe
-from llm2vec_ds.storage.durable import put_folder, replace_json, write_at
-from llm2vec_ds.storage.fingerprint import files_sha256, key_of
-from llm2vec_ds.storage.lock import held
+from llm2vec_ds.storage.durable import replace_json, write_at
+from llm2vec_ds.storage.fingerprint import key_of
+from llm2vec_ds.storage.kept_folder import keep, read_kept
 from llm2vec_ds.storage.reading import read_json
 from llm2vec_ds.vectors.files import VECTOR_FORMATS, VectorNote, load_vectors, vector_files
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+HASHES = "hashes.npy"
 FORMAT_VERSION = 1
 TEXTS_PER_BLOCK = 1024
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a kept folder holds.
-
-    Attributes:
-        files: of vectors, in order: in the folder, or where the user's lie.
-        fingerprint: SHA-256 over hashes and vectors.
-    """
-
-    files: list[str]
-    fingerprint: str
 
 
 class TeacherVectors:
@@ -61,16 +46,13 @@ class TeacherVectors:
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError where a file is damaged or gone."""
-        manifest = _read_manifest(folder)
-        self.fingerprint = manifest.fingerprint
-        self._parts = [load_vectors(folder / name) for name in manifest.files]
+        kept = read_kept(folder)
+        self.fingerprint = kept.fingerprint
+        self._parts = [load_vectors(folder / name) for name in kept.files if name != HASHES]
         self._starts = np.cumsum([0, *map(len, self._parts)])
-        hashes = np.load(folder / "hashes.npy")
+        hashes = np.load(folder / HASHES)
         self._hashes, self._rows = np.unique(hashes, return_index=True)
         self.width = int(self._parts[0].shape[1])
-
-    def __contains__(self, text_hash: int) -> bool:
-        return bool(self.known(np.asarray([text_hash])).all())
 
     def known(self, hashes: np.ndarray) -> np.ndarray:
         """Which of `hashes [N]` have a vector, bool."""
@@ -94,17 +76,7 @@ def prepare_teacher(recipe: Recipe, path: str | list[str]) -> Path:
         UserError: the teacher cannot be loaded, or its vectors cannot be read or written.
     """
     folder = teacher_folder(recipe, path)
-    root = folder.parent
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with held(root / f".{folder.name}.lock", f"the teacher's vectors in {root}", wait=True):
-            if folder.is_dir() and (damage := _damage_of(folder)):
-                log.warning("the teacher's vectors in %s are damaged (%s): making them again", folder, damage)
-                shutil.rmtree(folder)
-            if not folder.is_dir():
-                _Making(recipe, path, folder).run()
-    except OSError as error:
-        raise UserError(f"the teacher's vectors in {root} cannot be written: {reason(error)}") from None
+    keep(folder, "the teacher's vectors", lambda unfinished: _Making(recipe, path, unfinished).run())
     return folder
 
 
@@ -138,44 +110,20 @@ def _files_below(folder: str) -> list[Any]:
     return [[str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
-def _read_manifest(folder: Path) -> Manifest:
-    return read_json(folder / MANIFEST, Manifest, f"remove {folder}, then prepare again")
-
-
-def _damage_of(folder: Path) -> str | None:
-    """What is wrong with a kept folder; None: nothing. Reads all of it."""
-    try:
-        manifest = _read_manifest(folder)
-        if _fingerprint(folder, manifest.files) != manifest.fingerprint:
-            return "its files are not those that were written"
-    except (UserError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _fingerprint(folder: Path, files: list[str]) -> str:
-    named = tqdm(["hashes.npy", *files], desc="check the teacher's vectors", disable=None, delay=2)
-    return files_sha256(folder / name for name in named)
-
-
 class _Making:
     """One folder in the making."""
 
-    def __init__(self, recipe: Recipe, path: str | list[str], folder: Path) -> None:
-        self.recipe, self.path, self.folder = recipe, path, folder
+    def __init__(self, recipe: Recipe, path: str | list[str], unfinished: Path) -> None:
+        self.recipe, self.path, self.unfinished = recipe, path, unfinished
         self.config = section_of(recipe)
-        self.unfinished = folder.with_name(f".{folder.name}.unfinished")
-        self.hashes = self.unfinished / "hashes.npy"
-        self.vectors = self.unfinished / "vectors.npy"
-        self.progress = self.unfinished / "progress.json"
+        self.hashes = unfinished / HASHES
+        self.vectors = unfinished / "vectors.npy"
+        self.progress = unfinished / "progress.json"
 
-    def run(self) -> None:
-        self.unfinished.mkdir(exist_ok=True)
+    def run(self) -> list[str]:
         files = self._of_vectors() if _are_vectors(self.config.teacher) else self._of_model()
         self.progress.unlink(missing_ok=True)
-        manifest = Manifest(files, _fingerprint(self.unfinished, files))
-        replace_json(self.unfinished / MANIFEST, asdict(manifest))
-        put_folder(self.unfinished, self.folder)
+        return [HASHES, *files]
 
     def _hash(self, text: str | None) -> int:
         return -1 if text is None else Prompt(self.recipe.data.instruction, text).hash()
