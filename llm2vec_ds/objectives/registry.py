@@ -7,6 +7,7 @@ from llm2vec_ds.objectives.contrastive.simcse import Simcse
 from llm2vec_ds.objectives.contrastive.supervised import Supervised
 from llm2vec_ds.objectives.distillation.objective import Distillation
 from llm2vec_ds.objectives.mntp.objective import Mntp
+from llm2vec_ds.objectives.score_distillation.objective import ScoreDistillation
 from llm2vec_ds.recipe.objectives import SECTIONS
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -15,6 +16,7 @@ OBJECTIVES: dict[str, Objective] = {
     "simcse": Simcse(),
     "supervised": Supervised(),
     "distil": Distillation(),
+    "distil_scores": ScoreDistillation(),
 }
 
 

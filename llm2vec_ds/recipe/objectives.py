@@ -151,10 +151,33 @@ class DistilConfig(ObjectiveConfig):
         return None
 
 
+class DistilScoresConfig(ObjectiveConfig):
+    """Distillation from scores: a judge, such as a reranker, has scored each query's documents."""
+
+    reads_pairs: ClassVar[bool] = True
+
+    score_column: str = "scores"
+    """Column of the pairs with a list of scores, the positive's first, then the negatives'; `llm2vec-ds score`
+    writes it."""
+    loss: Literal["kl", "margin_mse"] = "kl"
+    """`kl`: softmax over a query's documents, the judge's is the target. `margin_mse`: the squared difference
+    between both margins of the positive over each negative."""
+    scale: Annotated[float, Field(gt=0)] = 20.0
+    """Factor on the encoder's cosines."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of `kl`: the judge's scores are divided by it."""
+
+    def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
+        if data.pairs is None or data.pairs.max_negatives:
+            return None
+        return f"data.pairs.max_negatives=0 leaves the {stage} loss nothing to compare with: raise it"
+
+
 SECTIONS: dict[str, type[ObjectiveConfig]] = {
     "mntp": MntpConfig,
     "simcse": SimcseConfig,
     "supervised": SupervisedConfig,
     "distil": DistilConfig,
+    "distil_scores": DistilScoresConfig,
 }
 """By stage; `objectives.registry.register` adds to it."""
