@@ -52,7 +52,7 @@ def score(
     ] = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
 ) -> None:
-    """Let a reranker judge each query's documents: writes the pairs with `scores`, a list, the positive's first.
+    """Let a reranker judge each query's documents: writes the pairs with a list `scores`, the positive first.
 
     The scores are the model's own numbers, without a sigmoid. Killed, it goes on where it stopped. The output
     is data for the stage distil_scores.

@@ -157,8 +157,8 @@ class DistilScoresConfig(ObjectiveConfig):
     reads_pairs: ClassVar[bool] = True
 
     score_column: str = "scores"
-    """Column of the pairs with a list of scores, the positive's first, then the negatives'; `llm2vec-ds score`
-    writes it."""
+    """Column of the pairs with a list of scores, the positive's first, then the negatives'; `llm2vec-ds
+    score` writes it."""
     loss: Literal["kl", "margin_mse"] = "kl"
     """`kl`: softmax over a query's documents, the judge's is the target. `margin_mse`: the squared difference
     between both margins of the positive over each negative."""
