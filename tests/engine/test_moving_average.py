@@ -83,6 +83,15 @@ def test_it_is_that_of_all_steps_and_the_encoder_takes_it(
         assert all(torch.equal(ones[name], others[name]) for name in others)
 
 
+def test_it_is_that_of_all_steps_in_parts(tiny_model_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+    cases = [(2, "full"), (3, "lora")]
+    recipes = [recipe_of(*case, tiny_model_dir, texts_file, tmp_path / f"{case[0]}") for case in cases]
+    run_ranks(partial(_train_all, recipes=recipes), 2)
+    for zero, _ in cases:
+        check_averages(tmp_path / f"{zero}")
+
+
+@pytest.mark.slow
 def test_the_same_in_parts(tiny_model_dir: Path, texts_file: Path, tmp_path: Path) -> None:
     """ZeRO 1 to 3 on two ranks, and gone on with on them from a checkpoint of one process."""
     cases = [(1, "lora"), (2, "full"), (3, "lora"), (0, "lora")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -100,23 +99,26 @@ def test_a_curve_over_a_task(
 def test_mean_of_the_last_checkpoints(
     trains: str, tiny_model_dir: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that ends at each of the steps has that checkpoint's encoder."""
-    changes: dict[str, Any] = {} if trains == "lora" else {"adapter": None}
-    values = recipe("simcse", tiny_model_dir, texts_file, tmp_path / "run", **changes)
-    values |= {
-        "checkpoint": {"every_steps": 2, "keep_last": 9},
-        "optimizer": {"lr": 1e-2, "schedule": "constant"},
-    }
+    """From the tensors of each checkpoint: W, or W + α / r · B·A."""
+    adapter = {"rank": 4, "alpha": 8} if trains == "lora" else None
+    values = recipe("simcse", tiny_model_dir, texts_file, tmp_path / "run", adapter=adapter)
+    values |= {"checkpoint": {"every_steps": 1, "keep_last": 9}, "max_steps": 4}
+    values["optimizer"] = {"lr": 1e-2, "schedule": "constant"}
     train(parse_recipe(values))
-    ends = []
-    for steps in (2, 4, 6):
-        own = {**values, "max_steps": steps, "output_dir": str(tmp_path / str(steps))}
-        ends.append(weights_of(train(parse_recipe(own)) / "encoder"))
     assert run(monkeypatch, "merge", tmp_path / "run", "--last", 3, "--output", tmp_path / "soup") == 0
-    for name, tensor in weights_of(tmp_path / "soup").items():
-        torch.testing.assert_close(tensor, sum(end[name] for end in ends) / 3, rtol=1e-5, atol=1e-7)
-    name = "layers.0.mlp.up_proj.weight"
-    assert (ends[0][name] - ends[2][name]).abs().max() > 1e-3
+    found, start = weights_of(tmp_path / "soup"), weights_of(tiny_model_dir)
+    for name in ("layers.0.mlp.up_proj", "layers.1.self_attn.q_proj"):
+        parts = []
+        for step in (2, 3, 4):
+            file = tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "part-00000.safetensors"
+            tensors, place = load_file(file), f"encoder.trunk.{name}"
+            if trains == "full":
+                parts.append(tensors[f"{place}.weight/value"].double())
+                continue
+            a, b = (tensors[f"{place}.lora_{x}.default.weight/value"].double() for x in "AB")
+            parts.append(start[f"{name}.weight"] + 2 * b @ a)
+        torch.testing.assert_close(found[f"{name}.weight"], sum(parts) / 3, rtol=1e-5, atol=1e-7)
+        assert (parts[0] - parts[2]).abs().max() > 1e-3
 
 
 MISTAKES = {
