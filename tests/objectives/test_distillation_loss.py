@@ -69,7 +69,7 @@ def test_value_and_gradients_in_double_precision(
     student, mapped, teacher = vectors()
     leaves = [x.clone().requires_grad_() for x in (student, mapped)]
     loss = DistillationLoss(config)
-    value = loss.weighted(loss(leaves[0], leaves[1], teacher, float(TEXTS)))
+    value = loss.weighted(*loss(leaves[0], leaves[1], teacher, torch.tensor(float(TEXTS))))
     found = torch.autograd.grad(value, leaves, materialize_grads=True)
     double = [x.double().requires_grad_() for x in (student, mapped)]
     reference = expected(double[0], double[1], teacher.double(), config)
@@ -86,7 +86,7 @@ def _on_ranks(rank: int, world: int, kind: dict[str, object]) -> list[torch.Tens
     student, mapped, teacher = (x[start:stop] for x in vectors())
     leaves = [x.clone().requires_grad_() for x in (student, mapped)]
     loss = DistillationLoss(DistilConfig(teacher="t", **kind))  # type: ignore[arg-type]
-    share = loss.weighted(loss(leaves[0], leaves[1], teacher, float(TEXTS)))
+    share = loss.weighted(*loss(leaves[0], leaves[1], teacher, torch.tensor(float(TEXTS))))
     return [all_reduce_sum(share), *torch.autograd.grad(share, leaves, materialize_grads=True)]
 
 
@@ -94,7 +94,7 @@ def test_shares_of_ranks_add_up() -> None:
     student, mapped, teacher = vectors()
     leaves = [x.clone().requires_grad_() for x in (student, mapped)]
     loss = DistillationLoss(DistilConfig(teacher="t", **KINDS[0]))  # type: ignore[arg-type]
-    value = loss.weighted(loss(leaves[0], leaves[1], teacher, float(TEXTS)))
+    value = loss.weighted(*loss(leaves[0], leaves[1], teacher, torch.tensor(float(TEXTS))))
     whole = torch.autograd.grad(value, leaves)
     outcomes = run_ranks(partial(_on_ranks, kind=KINDS[0]), 2)
     for total, *_ in outcomes:

@@ -5,12 +5,16 @@ Shape legend: Q this rank's texts, N all ranks', D the student's width, T the te
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llm2vec_ds.distributed import all_gather_counts, gather_rows, rank
 from llm2vec_ds.recipe.objectives import DistilConfig
+
+Number = TypeVar("Number", float, torch.Tensor)
 
 ROWS_PER_BLOCK = 1024
 """Rows of scores that are held at once; backward computes them again."""
@@ -29,7 +33,11 @@ class DistillationLoss:
         self.config = config
 
     def __call__(
-        self, student_QD: torch.Tensor, mapped_QT: torch.Tensor, teacher_QT: torch.Tensor, n_global: float
+        self,
+        student_QD: torch.Tensor,
+        mapped_QT: torch.Tensor,
+        teacher_QT: torch.Tensor,
+        n_global: torch.Tensor,
     ) -> torch.Tensor:
         """This rank's share of both losses (shares add up), `[2]`, without weights; 0 where the weight is.
 
@@ -42,9 +50,9 @@ class DistillationLoss:
         similar = self._similarities(student_QD, teacher_QT).sum() if self.config.similarity_weight else none
         return torch.stack([vector, similar]) / n_global
 
-    def weighted(self, shares: torch.Tensor) -> torch.Tensor:
+    def weighted(self, vector: Number, similarity: Number) -> Number:
         """The sum of both with their weights."""
-        return shares[0] * self.config.vector_weight + shares[1] * self.config.similarity_weight
+        return vector * self.config.vector_weight + similarity * self.config.similarity_weight
 
     def _vectors(self, mapped_QT: torch.Tensor, teacher_QT: torch.Tensor) -> torch.Tensor:
         if self.config.vector_loss == "mse":

@@ -143,10 +143,10 @@ class PackedTexts:
         teacher: `[texts, T]` in that order.
     """
 
-    def __init__(self, source: TaughtTexts, rows: np.ndarray, max_tokens: int) -> None:
+    def __init__(self, source: TaughtTexts, rows: np.ndarray, max_tokens: int, device: torch.device) -> None:
         texts = source.texts[rows]
         self.groups = plan_micro_batches([len(text) for text in texts], max_tokens)
-        self.batches = [pack([texts[i] for i in group]) for group in self.groups]
+        self.batches = [pack([texts[i] for i in group]).ready_for(device) for group in self.groups]
         self.order = np.concatenate(self.groups)
         hashes = np.array([text.text_hash for text in texts], dtype=np.int64)[self.order]
         self.teacher = source.teacher[hashes]
@@ -178,7 +178,7 @@ class DistillationStage:
         return text
 
     def batches(self, step: int, rows: np.ndarray) -> PackedTexts:
-        return PackedTexts(self.training, rows, self.micro_batch_tokens)
+        return PackedTexts(self.training, rows, self.micro_batch_tokens, self.encoder.device)
 
     def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
         return pack(texts)
@@ -193,7 +193,8 @@ class DistillationStage:
         def loss_share(found: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
             shares = self._shares(found, packed, n_global)
             parts.copy_(shares.detach())
-            return self.loss.weighted(shares)
+            share: torch.Tensor = self.loss.weighted(*shares.unbind())
+            return share
 
         found, _ = vectors_loss_backward(
             forward,
@@ -207,13 +208,18 @@ class DistillationStage:
         can_differ = torch.tensor(float(packed.n_distinct > 1), device=device)
         differ = can_differ * distance_from_first(vectors)
         sums = all_reduce_sum(torch.cat([parts, torch.stack([can_differ, differ])]))
-        n_can_differ, distance = sums[2:].tolist()
-        bad = ~vectors.isfinite().all(-1).cpu().numpy()
+        vector, similarity, n_can_differ, distance = sums.tolist()
+
+        def bad_rows() -> list[int]:
+            bad = ~vectors.isfinite().all(-1).cpu().numpy()
+            found_rows: list[int] = rows[packed.order[bad]].tolist()
+            return found_rows
+
         return StepResult(
-            loss=float(self.loss.weighted(sums)),
+            loss=self.loss.weighted(vector, similarity),
             n_tokens=sum(batch.n_tokens for batch in packed.batches),
-            metrics=_named(sums),
-            bad_rows=rows[packed.order[bad]].tolist(),
+            metrics={"vector_loss": vector, "similarity_loss": similarity},
+            bad_rows=bad_rows,
             vectors_alike=n_can_differ > 0 and distance < ALIKE,
         )
 
@@ -223,27 +229,24 @@ class DistillationStage:
         if self.held_out_texts is None:
             return None
         rows = rank_slice(np.arange(len(self.held_out_texts)), rank(), world_size())
-        packed = PackedTexts(self.held_out_texts, rows, self.micro_batch_tokens)
+        packed = PackedTexts(self.held_out_texts, rows, self.micro_batch_tokens, self.encoder.device)
         device, found = self.encoder.device, []
         for index in range(equal_count(packed.groups, device)):
             own = index < len(packed.groups)
             vectors, _ = forward(packed.batches[index if own else 0].to(device))
             found += [vectors] if own else []
-        shares = all_reduce_sum(self._shares(torch.cat(found), packed, self._n_global(packed)))
-        return {"loss": float(self.loss.weighted(shares)), **_named(shares)}
+        shares = self._shares(torch.cat(found), packed, self._n_global(packed))
+        vector, similarity = all_reduce_sum(shares).tolist()
+        loss = self.loss.weighted(vector, similarity)
+        return {"loss": loss, "vector_loss": vector, "similarity_loss": similarity}
 
-    def _n_global(self, packed: PackedTexts) -> float:
-        return float(all_reduce_sum(torch.tensor(float(len(packed.order)), device=self.encoder.device)))
+    def _n_global(self, packed: PackedTexts) -> torch.Tensor:
+        return all_reduce_sum(torch.tensor(float(len(packed.order)), device=self.encoder.device))
 
-    def _shares(self, found: torch.Tensor, packed: PackedTexts, n_global: float) -> torch.Tensor:
+    def _shares(self, found: torch.Tensor, packed: PackedTexts, n_global: torch.Tensor) -> torch.Tensor:
         """Of the model's outcome for all micro-batches in their order."""
         width, teacher = self.encoder.dimensions, packed.teacher.to(found.device)
         if self.model.projection is not None:
             return self.loss(found[:, :width], found[:, width:], teacher, n_global)
         missing = max(0, width - teacher.shape[1])
         return self.loss(found, found, F.pad(teacher, (0, missing)), n_global)
-
-
-def _named(shares: torch.Tensor) -> dict[str, float]:
-    vector, similarity = shares[:2].tolist()
-    return {"vector_loss": vector, "similarity_loss": similarity}

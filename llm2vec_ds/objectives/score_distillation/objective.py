@@ -71,8 +71,14 @@ class ScoreDistillation(Objective):
 class ScoredExamples:
     """A rank's examples as packed micro-batches, with the judge's scores of their documents, on the CPU."""
 
-    def __init__(self, examples: list[list[TokenizedText]], table: ScoreTable, max_tokens: int) -> None:
-        self.packed = PackedExamples(examples, max_tokens)
+    def __init__(
+        self,
+        examples: list[list[TokenizedText]],
+        table: ScoreTable,
+        max_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self.packed = PackedExamples(examples, max_tokens, device)
         n = self.packed.n_queries
         ids = self.packed.ids.numpy()
         self.query_of_R = torch.from_numpy(self.packed.example_of[n:].copy())
@@ -113,7 +119,7 @@ class ScoreStage:
         return example[0]
 
     def batches(self, step: int, rows: np.ndarray) -> ScoredExamples:
-        return ScoredExamples(self.pairs[rows], self.table, self.micro_batch_tokens)
+        return ScoredExamples(self.pairs[rows], self.table, self.micro_batch_tokens, self.encoder.device)
 
     def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
         return pack(texts)
@@ -123,7 +129,7 @@ class ScoreStage:
     ) -> StepResult:
         device, packed = self.encoder.device, batches.packed
         n_passes = equal_count(packed.groups, device)
-        n_global = float(all_reduce_sum(torch.tensor(float(len(rows)), device=device)))
+        n_global = all_reduce_sum(torch.tensor(float(len(rows)), device=device))
         n_hits = torch.zeros((), device=device)
 
         def loss_share(vectors: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -141,13 +147,13 @@ class ScoreStage:
         )
         can_differ = torch.tensor(float(packed.n_distinct > 1), device=device)
         differ = can_differ * distance_from_first(vectors)
-        sums = all_reduce_sum(torch.stack([share, n_hits, can_differ, differ]))
-        loss, hits, n_can_differ, distance = sums.tolist()
+        sums = all_reduce_sum(torch.stack([share, n_hits / n_global, can_differ, differ]))
+        loss, accuracy, n_can_differ, distance = sums.tolist()
         return StepResult(
             loss=loss,
             n_tokens=sum(batch.n_tokens for batch in packed.batches),
-            metrics={"accuracy": hits / n_global},
-            bad_rows=packed.not_finite(rows, vectors),
+            metrics={"accuracy": accuracy},
+            bad_rows=lambda: packed.not_finite(rows, vectors),
             vectors_alike=n_can_differ > 0 and distance < ALIKE,
         )
 
@@ -157,8 +163,9 @@ class ScoreStage:
         if self.held_out_pairs is None or self.held_out_table is None:
             return None
         rows = rank_slice(np.arange(len(self.held_out_pairs)), rank(), world_size())
-        examples = ScoredExamples(self.held_out_pairs[rows], self.held_out_table, self.micro_batch_tokens)
-        batches, device, cached = examples.packed.batches, self.encoder.device, []
+        pairs, table, device = self.held_out_pairs[rows], self.held_out_table, self.encoder.device
+        examples = ScoredExamples(pairs, table, self.micro_batch_tokens, device)
+        batches, cached = examples.packed.batches, []
         for index in range(equal_count(examples.packed.groups, device)):
             vectors, _ = forward(batches[min(index, len(batches) - 1)].to(device))
             cached += [vectors] if index < len(batches) else []
