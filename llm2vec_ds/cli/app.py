@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llm2vec_ds import __version__
-from llm2vec_ds.cli import ablate, demo, doctor, evaluate, export, mining, plan, train, vectors
+from llm2vec_ds.cli import ablate, demo, doctor, evaluate, export, mining, plan, score, train, vectors
 from llm2vec_ds.cli.common import examples
 from llm2vec_ds.errors import is_first_rank
 
@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 
 
-for _commands in (doctor, demo, train, plan, evaluate, vectors, mining, export, ablate):
+for _commands in (doctor, demo, train, plan, evaluate, vectors, mining, score, export, ablate):
     _commands.register(app)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llm2vec_ds.cli.common import examples, expanded, quiet_libraries
+from llm2vec_ds.cli.evaluate import evaluation_of
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.process.interrupts import kept
+from llm2vec_ds.recipe.sections import EvaluationConfig
+
+if TYPE_CHECKING:
+    from llm2vec_ds.encoder.encoder import Encoder
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +26,14 @@ def register(app: typer.Typer) -> None:
             "export runs/my_run --output exported --prompt 'query=Find passages that answer'",
         )
     )(export)
-    app.command(epilog=examples("merge runs/qlora_7b_24gb/mntp/encoder --output merged"))(merge)
+    app.command(
+        epilog=examples(
+            "merge runs/qlora_7b_24gb/mntp/encoder --output merged",
+            "merge runs/distil runs/supervised --output merged --weights 0.6,0.4",
+            "merge runs/distil my/llm --output merged --evaluate sts:dev.csv",
+            "merge runs/distil --last 3 --output soup",
+        )
+    )(merge)
 
 
 def export(
@@ -75,22 +87,84 @@ def export(
 
 @kept("nothing is left behind, run the same command again")
 def merge(
-    encoder: Annotated[Path, typer.Argument(help="The encoder/ of a run over NF4.", callback=expanded)],
+    encoders: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ENCODER…",
+            help="The encoder/ of a run over NF4; or several encoders, runs or LLMs of one shape; or with "
+            "--last a run.",
+            callback=expanded,
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Folder of the new encoder.", callback=expanded)],
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W…", help="Of each encoder, 1 together; default: equal.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="linear, or slerp: along the arc between two encoders.")
+    ] = "linear",
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="Measure mixtures of two encoders, from the first alone to the second alone, and keep the "
+            "best; as evaluate mteb --task takes it, e.g. sts:dev.csv.",
+        ),
+    ] = None,
+    last: Annotated[
+        int | None, typer.Option(metavar="N", help="The mean of a run's last N checkpoints.", min=1)
+    ] = None,
     original: Annotated[
         str | None,
-        typer.Option(help="The original model, folder or hub id; default: training's.", callback=expanded),
+        typer.Option(
+            help="Of a run over NF4: the original model, folder or hub id; default: training's.",
+            callback=expanded,
+        ),
     ] = None,
 ) -> None:
-    """Put the adapters of a run over NF4 into the original weights, and say how much vectors move by it.
+    """Put several encoders of one shape, or a run's last checkpoints, into one.
 
-    `encoder/` itself holds the dequantised NF4 weights that the adapters were trained on.
+    Of a single encoder of a run over NF4: put its adapters into the original weights, and say how much
+    vectors move by it. Its `encoder/` itself holds the dequantised NF4 weights that they were trained on.
     """
     quiet_libraries()
-    from llm2vec_ds.export.merge import merge_into_original
+    several = len(encoders) > 1
+    given = {"--weights": weights, "--evaluate": evaluate, "--last": last, "--original": original}
+    allowed = {"--weights", "--evaluate"} if several else {"--last"} if last else {"--original"}
+    if wrong := [name for name, value in given.items() if value is not None and name not in allowed]:
+        raise UserError(f"{wrong[0]} has no effect here: see llm2vec-ds merge --help")
+    if several:
+        _mix(encoders, output, weights, method, evaluate)
+    elif last:
+        from llm2vec_ds.export.soup import soup
 
-    difference = merge_into_original(encoder, output, original)
-    print(
-        f"{output}: against {encoder}, cosine of a text's vectors {difference.mean_cosine:.4f} on average, "
-        f"{difference.least_cosine:.4f} at least ({difference.n_texts} texts)"
-    )
+        steps = ", ".join(map(str, soup(Path(encoders[0]), last, output)))
+        print(f"{output}: the mean of the checkpoints of steps {steps}")
+    else:
+        from llm2vec_ds.export.merge import merge_into_original
+
+        difference = merge_into_original(Path(encoders[0]), output, original)
+        print(
+            f"{output}: against {encoders[0]}, cosine of a text's vectors {difference.mean_cosine:.4f} on "
+            f"average, {difference.least_cosine:.4f} at least ({difference.n_texts} texts)"
+        )
+
+
+def _mix(sources: list[str], output: Path, weights: str | None, method: str, evaluate: str | None) -> None:
+    from llm2vec_ds.export.mix import mix
+
+    try:
+        parsed = [float(weight) for weight in weights.split(",")] if weights else None
+    except ValueError:
+        raise UserError(f"--weights {weights!r} must be numbers with commas, such as 0.6,0.4") from None
+    measured = evaluation_of(EvaluationConfig(tasks=[evaluate])) if evaluate else None
+
+    def measure(encoder: Encoder) -> float:
+        assert measured is not None
+        (score,) = measured(encoder).values()
+        return score
+
+    points = mix(sources, output, weights=parsed, method=method, measure=measure if measured else None)
+    for point in points:
+        print(f"{'  '.join(f'{weight:.2f}' for weight in point.weights)}  {point.score:.4f}")
+    print(f"{output}: {method} mixture, weights and curve in {output / 'merge.json'}")

@@ -68,6 +68,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from llm2vec_ds.data.prepared_folder import read_manifest
     from llm2vec_ds.model.imported import tokenizer_place
     from llm2vec_ds.model.loading import load_tokenizer
+    from llm2vec_ds.objectives.registry import objective_of
 
     # Later stages go on with the first one's tokenizer, which is there before their model is.
     model = stages[0].model
@@ -77,3 +78,5 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
             for folder in folders:
                 counts = read_manifest(folder).counts
                 print(f"{name}: {counts['rows']} rows, {counts['tokens']} tokens in {folder}")
+    for stage in stages:
+        objective_of(stage).prepare(stage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -18,6 +18,9 @@ from llm2vec_ds.cli.common import (
 )
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.process.interrupts import kept
+
+if TYPE_CHECKING:
+    from llm2vec_ds.vectors.quantized import Stored
 
 Input = Annotated[
     str,
@@ -53,6 +56,7 @@ def register(app: typer.Typer) -> None:
             "encode --model Qwen/Qwen3-0.6B --input a.parquet --output a.jsonl --normalize",
             "encode --model my/encoder --input big.parquet --output vectors --shard 3/16",
             "encode --model my/encoder --input - --output a.npy < a.txt",
+            "encode --model my/encoder --input a.txt --output a.npy --store binary",
         )
     )(encode)
     app.command(
@@ -80,6 +84,10 @@ def encode(
     truncate_dim: Annotated[
         int | None, typer.Option(metavar="N", help="Keep the first N dimensions (Matryoshka).", min=1)
     ] = None,
+    store: Annotated[
+        str,
+        typer.Option(help="float32; int8: a quarter of the bytes; binary: signs alone, a 32nd of them."),
+    ] = "float32",
     bad_texts: BadTextsOption = "raise",
     attention: Attention = "auto",
     precision: Precision = "auto",
@@ -111,6 +119,7 @@ def encode(
         precision=precision,
         bad_texts="nan" if bad_texts == "nan" else "raise",
         micro_batch_tokens=micro_batch_tokens,
+        stored=cast("Stored", store),
     )
     from_stdin = "nothing is kept of standard input, give it again"
     with kept(from_stdin if input == "-" else "finished blocks are kept, run the same command to go on"):

@@ -62,14 +62,35 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     return objective.build(Parts(recipe, encoder, language_head, training, held_out[0] if held_out else None))
 
 
+def encoder_before_training(recipe: Recipe, device: torch.device) -> Encoder:
+    """The encoder with its adapters as they are before the first step; reads no data.
+
+    Raises:
+        UserError: the model cannot be used.
+    """
+    stack = read_stack(recipe.model.path, recipe.model.quantization, recipe.adapter)
+    trunk, _ = _load(stack.base, _trunk_options(recipe, device, nullcontext), head=False)
+    _make_trainable(recipe, trunk, stack)
+    return _encoder(recipe, trunk, tokenizer_of(recipe), stack)
+
+
 def tokenizer_of(recipe: Recipe) -> Any:
     place = tokenizer_place(recipe.model.path)
     return load_tokenizer(place, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def prepared_groups(recipe: Recipe, tokenizer: Any) -> list[Groups]:
-    """Of training and, where there are some, held-out texts. Rank 0 prepares while the others wait."""
-    folders = agreed(lambda: prepare_all(recipe, tokenizer) if rank() == 0 else [])
+    """Of training and, where there are some, held-out texts. Rank 0 prepares while the others wait, also
+    what else the objective needs."""
+
+    def prepare() -> list[Groups]:
+        if rank() > 0:
+            return []
+        folders = prepare_all(recipe, tokenizer)
+        objective_of(recipe).prepare(recipe)
+        return folders
+
+    folders = agreed(prepare)
     return all_gather_object(folders)[0]
 
 

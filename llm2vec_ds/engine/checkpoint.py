@@ -171,6 +171,18 @@ class CheckpointStore:
             )
         return None
 
+    def newest(self, n: int) -> list[Checkpoint]:
+        """The newest valid ones, newest first, `n` at most; invalid ones are named in the log."""
+        found: list[Checkpoint] = []
+        for _, folder in self._folders():
+            if len(found) == n:
+                break
+            try:
+                found.append(self.check(folder))
+            except ValueError as error:
+                log.warning("%s; looking for an older checkpoint", error)
+        return found
+
     def best(self) -> Checkpoint | None:
         """The valid checkpoint with the best score, the earliest of equals; None if none has one."""
         for _, folder in sorted(self._scored()):

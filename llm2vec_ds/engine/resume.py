@@ -12,6 +12,7 @@ from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore
 from llm2vec_ds.engine.identity import changes, identity_of, made_by
 from llm2vec_ds.engine.run_folder import another_run, changes_of_run, is_finished
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.objectives.registry import objective_of
 from llm2vec_ds.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -25,10 +26,14 @@ def is_done(recipe: Recipe, folder: Path) -> bool:
     """
     if not all_gather_object(bool(recipe.resume) and is_finished(folder))[0]:
         return False
+    objective = objective_of(recipe)
     data = rows_of(recipe, prepared_groups(recipe, tokenizer_of(recipe))[0])
 
     def differences() -> list[str]:
-        return changes_of_run(folder, identity_of(recipe, data.fingerprint)) if rank() == 0 else []
+        if rank() > 0:
+            return []
+        fingerprint = objective.data_fingerprint(recipe, data)
+        return changes_of_run(folder, identity_of(recipe, fingerprint))
 
     changed = all_gather_object(agreed(differences))[0]
     if changed and recipe.resume != "force":

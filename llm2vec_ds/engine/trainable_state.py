@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from llm2vec_ds.storage.durable import write_file
 log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STEM = "part"
 PART_BYTES = 2**30
 
 Tensors = dict[str, torch.Tensor]
@@ -61,37 +62,70 @@ class TrainableState:
         """Writes this rank's parts; size and SHA-256 of each."""
         if not self._moments:
             log.warning("this optimizer's moments are in no checkpoint: on resume they begin anew")
+        return self._write_files(folder, STEM, self._read)
+
+    def write_values(self, folder: Path, stem: str) -> Hashes:
+        """Values alone, as the optimizer holds them now, in files of another name."""
+        return self._write_files(folder, stem, lambda parameter: {"value": self._read_value(parameter)})
+
+    def _write_files(self, folder: Path, stem: str, read: Callable[[nn.Parameter], Tensors]) -> Hashes:
         hashes: Hashes = {}
-        flat = None if self._flat is None else self._read(self._flat.whole)
+        flat = None if self._flat is None else read(self._flat.whole)
         for number, names in enumerate(self._parts()):
             tensors: Tensors = {}
             for name in names:
-                whole = self._read(self._parameters[name]) if flat is None else self._part_of(flat, name)
+                whole = read(self._parameters[name]) if flat is None else self._part_of(flat, name)
                 if number % world_size() == rank():
                     tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in whole.items()}
             if tensors:
                 content = save(tensors)
-                file = f"part-{number:05d}.safetensors"
+                file = f"{stem}-{number:05d}.safetensors"
                 write_file(folder / file, content)
                 hashes[file] = (len(content), hashlib.sha256(content).hexdigest())
         return hashes
 
     def load(self, folder: Path, files: Iterable[str]) -> None:
-        """Sets values and moments to what `files` hold.
+        """Sets values and moments to what those of `files` hold that `write` wrote.
 
         The optimizer must have taken a step, for its moments to be there.
 
         Raises:
             ValueError: the parameters are not those of this model.
         """
+        own = [file for file in files if file.startswith(f"{STEM}-")]
+        self._load_files(folder, own, ("value", "step", *self._moments), self._read, self._write)
+        if not self._moments:
+            self._base_optimizer.state.clear()
+
+    def load_values(self, folder: Path, files: Iterable[str]) -> None:
+        """Sets what the optimizer holds to what `write_values` wrote, and leaves all else.
+
+        Raises:
+            ValueError: the parameters are not those of this model.
+        """
+        self._load_files(
+            folder,
+            files,
+            ("value",),
+            lambda parameter: {"value": self._read_value(parameter)},
+            lambda parameter, whole: self._write_value(parameter, whole["value"]),
+        )
+
+    def _load_files(
+        self,
+        folder: Path,
+        files: Iterable[str],
+        keys: Sequence[str],
+        read: Callable[[nn.Parameter], Tensors],
+        write: Callable[[nn.Parameter, Tensors], None],
+    ) -> None:
         missing = set(self._shapes)
-        flat = None if self._flat is None else self._read(self._flat.whole)
+        flat = None if self._flat is None else read(self._flat.whole)
         for file in sorted(files):
             with safe_open(folder / file, framework="pt") as tensors:
                 for name in sorted({key.rpartition("/")[0] for key in tensors.keys()}):  # noqa: SIM118
                     if name not in self._shapes:
                         raise ValueError(f"{folder}: this model has no trainable parameter {name}")
-                    keys = ("value", "step", *self._moments)
                     whole = {key: tensors.get_tensor(f"{name}/{key}") for key in keys}
                     if whole["value"].shape != self._shapes[name]:
                         raise ValueError(
@@ -99,26 +133,23 @@ class TrainableState:
                             f"this model's is {tuple(self._shapes[name])}"
                         )
                     if flat is None:
-                        self._write(self._parameters[name], whole)
+                        write(self._parameters[name], whole)
                     else:
                         for key, value in self._part_of(flat, name).items():
                             value.copy_(whole[key])
-                        flat["step"] = whole["step"]
+                        flat |= {key: value for key, value in whole.items() if key == "step"}
                     missing.discard(name)
-        if not self._moments:
-            self._base_optimizer.state.clear()
         if missing:
             raise ValueError(f"{folder}: the trainable parameter {min(missing)} is not in it")
         if self._flat is not None and flat is not None:
-            self._write(self._flat.whole, flat)
+            write(self._flat.whole, flat)
             self._flat.link()
 
     def _part_of(self, flat: Tensors, name: str) -> Tensors:
         """One parameter's part of the flat one's state; the count of steps, one for all, is a copy."""
         assert self._flat is not None
         place = self._flat.places[name]
-        part = {key: place.view(value) for key, value in flat.items() if key != "step"}
-        return {**part, "step": flat["step"].clone()}
+        return {k: value.clone() if k == "step" else place.view(value) for k, value in flat.items()}
 
     def _parts(self) -> Iterator[list[str]]:
         part: list[str] = []
@@ -132,38 +163,71 @@ class TrainableState:
         if part:
             yield part
 
+    def stepped(self) -> list[torch.Tensor]:
+        """The fp32 tensors that this rank's optimizer steps on, in a fixed order; none before its first
+        step."""
+        return list(self._base_optimizer.state)
+
+    def renew_working_copies(self) -> None:
+        """What forward passes read, from what the optimizer holds."""
+        if not self._is_plain:
+            for parameter in [self._flat.whole] if self._flat is not None else self._parameters.values():
+                self._write_working_copy(parameter, self._read_value(parameter))
+
+    def _read_value(self, parameter: nn.Parameter) -> torch.Tensor:
+        if self._is_plain:
+            return parameter.detach()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole: torch.Tensor = safe_get_full_fp32_param(parameter)
+        return whole
+
     def _read(self, parameter: nn.Parameter) -> Tensors:
         if self._is_plain:
             state = self._base_optimizer.state[parameter]
             moments = {key: state.get(key, torch.zeros_like(parameter)) for key in self._moments}
             step = torch.tensor(float(state.get("step", 0.0)))
-            return {"value": parameter.detach(), **moments, "step": step}
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+            return {"value": self._read_value(parameter), **moments, "step": step}
+        from deepspeed.utils import safe_get_full_optimizer_state
 
         moments = {key: safe_get_full_optimizer_state(parameter, key) for key in self._moments}
         step = torch.tensor(float(next(self._flat_states())["step"]))
-        return {"value": safe_get_full_fp32_param(parameter), **moments, "step": step}
+        return {"value": self._read_value(parameter), **moments, "step": step}
 
     def _write(self, parameter: nn.Parameter, whole: Tensors) -> None:
         if self._is_plain:
-            parameter.data.copy_(whole["value"])
             state = self._base_optimizer.state[parameter]
             state["step"] = whole["step"].clone()
             for key in self._moments:
                 state[key] = whole[key].to(parameter.device, copy=True)
-            return
-        for state in self._flat_states():
-            n_steps = float(whole["step"])
-            state["step"] = torch.tensor(n_steps) if torch.is_tensor(state["step"]) else int(n_steps)
-        self._write_working_copy(parameter, whole["value"])
-        if self._zero_stage == 3:
-            self._write_own_part(parameter, whole)
-            return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        else:
+            for state in self._flat_states():
+                n_steps = float(whole["step"])
+                state["step"] = torch.tensor(n_steps) if torch.is_tensor(state["step"]) else int(n_steps)
+            self._write_working_copy(parameter, whole["value"])
+            self._write_moments(parameter, whole)
+        self._write_value(parameter, whole["value"])
 
-        safe_set_full_fp32_param(parameter, whole["value"].to(parameter.device))
+    def _write_value(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """What the optimizer steps on."""
+        if self._is_plain:
+            parameter.data.copy_(value)
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        if self._zero_stage == 3:
+            safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+        else:
+            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+
+    def _write_moments(self, parameter: nn.Parameter, whole: Tensors) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
         for key in self._moments:
-            safe_set_full_optimizer_state(parameter, whole[key].to(parameter.device), key)
+            if self._zero_stage == 3:
+                safe_set_local_optimizer_state(parameter, self._own_part(parameter, whole[key]), key)
+            else:
+                safe_set_full_optimizer_state(parameter, whole[key].to(parameter.device), key)
 
     def _write_working_copy(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """What forward passes read, in the model's own dtype; the optimizer's fp32 copy is another."""
@@ -176,21 +240,12 @@ class TrainableState:
             if self._zero_stage < 3 or rank() == 0:
                 parameter.data.copy_(value)
 
-    def _write_own_part(self, parameter: nn.Parameter, whole: Tensors) -> None:
-        """Padded to equal parts first: DeepSpeed's own setter of whole tensors fails where the ranks do not
-        divide a tensor."""
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        n_own = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-
-        def own_part(tensor: torch.Tensor) -> torch.Tensor:
-            flat = tensor.flatten()
-            padded = nn.functional.pad(flat, (0, n_own * world_size() - flat.numel()))
-            return padded[rank() * n_own :][:n_own]
-
-        safe_set_local_fp32_param(parameter, own_part(whole["value"]))
-        for key in self._moments:
-            safe_set_local_optimizer_state(parameter, own_part(whole[key]), key)
+    def _own_part(self, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+        """Of ZeRO-3; padded to equal parts first: DeepSpeed's own setter of whole tensors fails where the
+        ranks do not divide a tensor."""
+        n_own, flat = parameter.ds_tensor.numel(), whole.flatten()  # type: ignore[attr-defined]
+        padded = nn.functional.pad(flat, (0, n_own * world_size() - flat.numel()))
+        return padded[rank() * n_own :][:n_own]
 
     def _flat_states(self) -> Iterator[dict[str, Any]]:
         """Adam's states of DeepSpeed's flat tensors; one count of steps in all."""

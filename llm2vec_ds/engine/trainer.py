@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from llm2vec_ds.distributed import (
     world_size,
 )
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore, Manifest
+from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore, Hashes, Manifest
 from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.finite_check import FiniteCheck
 from llm2vec_ds.engine.identity import made_by
 from llm2vec_ds.engine.metrics import MetricsLog, step_metrics
+from llm2vec_ds.engine.moving_average import MovingAverage
 from llm2vec_ds.engine.progress_check import ProgressCheck
 from llm2vec_ds.engine.run_folder import ENCODER, mark_finished
 from llm2vec_ds.engine.watchdog import Watchdog
@@ -46,12 +49,18 @@ Evaluation = Callable[[Encoder], dict[str, float]]
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """Rate of step `step` (from 0): linear warm-up, then constant or linear decay towards zero."""
+    """Rate of step `step` (from 0): linear warm-up, then what `schedule` says, with zero at `max_steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
+    n_falling = max(max_steps - config.warmup_steps, 1)
+    if config.schedule == "wsd":
+        n_falling = max(round(config.decay_share * max_steps), 1)
+    left = min((max_steps - step) / n_falling, 1.0)
     if config.schedule == "constant":
         return config.lr
-    return config.lr * (max_steps - step) / max(max_steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        return config.lr * (1 - math.cos(math.pi * left)) / 2
+    return config.lr * left
 
 
 class Trainer:
@@ -86,6 +95,8 @@ class Trainer:
         self.stop = stop
         self.evaluation = evaluation
         self.device = stage.encoder.device
+        decay = recipe.optimizer.ema
+        self.average = None if decay is None else MovingAverage(engine.state, decay)
         self.check = FiniteCheck(engine.trainable)
         self.watchdog = Watchdog(recipe.step_timeout_s, folder)
         self.prefetch = Prefetch(self._rows_and_batches, recipe.max_steps)
@@ -153,6 +164,8 @@ class Trainer:
         self.check.stop_if_not_finite(step + 1, result.bad_rows, self._describe)
         lr = learning_rate(step, recipe.max_steps, recipe.optimizer)
         grad_norm = self.engine.step(lr)
+        if self.average is not None:
+            self.average.update(step)
         still = grad_norm == 0.0 and self.engine.measures_gradients
         self.progress.look(step + 1, loss=result.loss, still=still, vectors_alike=result.vectors_alike)
         asked = self.stop.seen(look_for_file=rank() == 0)
@@ -197,7 +210,8 @@ class Trainer:
         evaluation = self.recipe.evaluation
         evaluation_due = evaluation is not None and self._is_due(step, evaluation.every_steps)
         metrics: dict[str, float] = {}
-        with contact("the measurement"):
+        averaged = self.average.in_place() if self.average is not None else nullcontext()
+        with contact("the measurement"), averaged if held_out_due or evaluation_due else nullcontext():
             self.engine.train(False)
             if held_out_due:
                 metrics |= self.stage.held_out(self.engine.forward) or {}
@@ -221,16 +235,22 @@ class Trainer:
         manifest = Manifest(step, self.identity, self.made_by, score)
         started = time.perf_counter()
         with contact(f"the checkpoint of step {step}"):
-            folder = self.store.save(manifest, self.engine.state.write)
+            folder = self.store.save(manifest, self._write_state)
         if self._is_best(score):
             self._best_score = score
         log.info("%s saved in %.1f s", folder, time.perf_counter() - started)
+
+    def _write_state(self, folder: Path) -> Hashes:
+        average = self.average.write(folder) if self.average is not None else {}
+        return self.engine.state.write(folder) | average
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.watchdog.begin("loading the checkpoint")
         with contact("loading the checkpoint"):
             self._make_moments()
             try:
+                if self.average is not None:
+                    self.average.load(checkpoint.folder, checkpoint.manifest.files)
                 self.engine.state.load(checkpoint.folder, checkpoint.manifest.files)
             except ValueError as error:
                 raise UserError(f"{error}: use the recipe and model of the checkpoint") from None
@@ -252,6 +272,8 @@ class Trainer:
             log.info("the encoder is that of step %s, %s", best.step, self.recipe.checkpoint.best_by)
             self._load(best)
         self.watchdog.begin("writing the encoder")
+        if self.average is not None:
+            self.average.swap()  # for good: the weights are of no further use
         encoder = self.stage.encoder
         in_place = self.engine.zero_stage < 3 and self.recipe.model.quantization is None
         state_dict = merged_state_dict(encoder.trunk, self.engine.gather(), in_place=in_place)

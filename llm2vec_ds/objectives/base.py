@@ -136,6 +136,19 @@ class Objective(ABC):
     section: ClassVar[type[ObjectiveConfig]]
     uses_language_head: ClassVar[bool] = False
 
+    def prepare(self, recipe: Recipe) -> None:
+        """Makes what it needs beside the texts, and keeps it on the disk where `build` finds it. The
+        `prepare` command calls it, and rank 0 of a run while the others wait.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        return None
+
+    def data_fingerprint(self, recipe: Recipe, training: Rows) -> str:
+        """The same for the same training texts, tokenised alike, and what was prepared for them."""
+        return training.fingerprint
+
     @abstractmethod
     def build(self, parts: Parts) -> Stage:
         """Model, batches, loss and metrics together.

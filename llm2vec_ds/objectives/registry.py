@@ -5,11 +5,19 @@ from __future__ import annotations
 from llm2vec_ds.objectives.base import Objective
 from llm2vec_ds.objectives.contrastive.simcse import Simcse
 from llm2vec_ds.objectives.contrastive.supervised import Supervised
+from llm2vec_ds.objectives.distillation.objective import Distillation
 from llm2vec_ds.objectives.mntp.objective import Mntp
+from llm2vec_ds.objectives.score_distillation.objective import ScoreDistillation
 from llm2vec_ds.recipe.objectives import SECTIONS
 from llm2vec_ds.recipe.recipe import Recipe
 
-OBJECTIVES: dict[str, Objective] = {"mntp": Mntp(), "simcse": Simcse(), "supervised": Supervised()}
+OBJECTIVES: dict[str, Objective] = {
+    "mntp": Mntp(),
+    "simcse": Simcse(),
+    "supervised": Supervised(),
+    "distil": Distillation(),
+    "distil_scores": ScoreDistillation(),
+}
 
 
 def register(stage: str, objective: Objective) -> None:

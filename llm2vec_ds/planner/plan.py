@@ -118,6 +118,7 @@ class Planner:
             self.zero(deepspeed),
             self.world_size,
             eight_bit=self.recipe.optimizer.name == "paged_adamw_8bit",
+            averaged=self.recipe.optimizer.ema is not None,
         )
 
     def bank(self, load: Workload | None = None) -> Bank:

@@ -53,6 +53,7 @@ def states(
     world_size: int,
     *,
     eight_bit: bool = False,
+    averaged: bool = False,
 ) -> States:
     """The states under `zero`, a DeepSpeed JSON's `zero_optimization`.
 
@@ -60,20 +61,24 @@ def states(
         frozen_bytes: of the weights as one process without ZeRO holds them, scales of NF4 included.
         dtype: of trainable weights on the device; bf16 has an fp32 copy in the optimizer.
         eight_bit: 8-bit moments instead of fp32.
+        averaged: a moving average in fp32 beside the optimizer's own copy.
     """
     stage = int(zero.get("stage", 0))
     sizes = [shape.numel() for shape in trainable]
     whole = sum(sizes)
     if stage == 3:
-        return _zero3(frozen_bytes, frozen_shapes, sizes, dtype, zero, world_size, eight_bit)
+        return _zero3(frozen_bytes, frozen_shapes, sizes, dtype, zero, world_size, eight_bit, averaged)
     if stage == 0:
         copy = FP32 * whole if dtype != torch.float32 else 0
         moments = sum(_moments(size, eight_bit) for size in ([whole] if copy else sizes))
-        return States(frozen_bytes, dtype.itemsize * whole, dtype.itemsize * whole, copy + moments, 0)
+        average = FP32 * whole * averaged
+        return States(
+            frozen_bytes, dtype.itemsize * whole, dtype.itemsize * whole, copy + moments + average, 0
+        )
     unit = ALIGNMENT * world_size
     padded = -(-whole // unit) * unit
     part = padded // world_size
-    own = FP32 * part + _moments(part, eight_bit)
+    own = FP32 * part * (1 + averaged) + _moments(part, eight_bit)
     gradients = dtype.itemsize * (whole if stage == 1 else part)
     n_buckets = 2 if zero.get("overlap_comm") else 1
     bucket = min(int(zero.get("reduce_bucket_size", 5e8)), padded)
@@ -99,6 +104,7 @@ def _zero3(
     zero: Mapping[str, Any],
     world_size: int,
     eight_bit: bool,
+    averaged: bool,
 ) -> States:
     """Every parameter is cut into equal parts, small ones stay whole beside; a step gathers the others."""
     frozen = [shape.numel() for shape in frozen_shapes]
@@ -114,7 +120,7 @@ def _zero3(
     group = min(int(zero.get("zero_hpz_partition_size", 1)), world_size)
     second = sum(-(-size // group) for size in (*frozen, *sizes)) if group > 1 else 0
     bucket = int(zero.get("reduce_bucket_size", 5e8))
-    own = FP32 * part + _moments(part, eight_bit)
+    own = FP32 * part * (1 + averaged) + _moments(part, eight_bit)
     optimizer_away, parameters_away = (
         _is_offloaded(zero, f"offload_{what}") for what in ("optimizer", "param")
     )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from llm2vec_ds.recipe.sections import BatchConfig, DataConfig, Positive, PositiveShare, Section, Share
+from llm2vec_ds.recipe.sections import (
+    BatchConfig,
+    DataConfig,
+    Place,
+    Positive,
+    Section,
+    Share,
+)
 
 
 class ObjectiveConfig(Section):
@@ -18,9 +25,24 @@ class ObjectiveConfig(Section):
     attention_dropout: Share = 0.0
     """Dropout on attention weights."""
 
+    places: ClassVar[tuple[str, ...]] = ()
+    """Keys that say where something lies. They may differ on resume: it is known by what it holds."""
+
     def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
         """What in these sections makes the objective useless; None: nothing."""
         return None
+
+
+def _rates(value: Any) -> Any:
+    """Checks here, so that a mistake is one and not one for each form."""
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    rates = list(value) if pair else [value]
+    if not all(isinstance(rate, int | float) and 0 < rate < 1 for rate in rates) or rates != sorted(rates):
+        raise ValueError("must be a share between 0 and 1, or two of them, [lowest, highest]")
+    return value
+
+
+MaskRate = Annotated[float | tuple[float, float], BeforeValidator(_rates)]
 
 
 class MntpConfig(ObjectiveConfig):
@@ -28,13 +50,20 @@ class MntpConfig(ObjectiveConfig):
 
     mask_token: str = "_"
     """What replaces a masked token; must be one token of the tokenizer."""
-    mask_rate: PositiveShare = 0.2
-    """Share of a text's ordinary tokens that are predicted."""
+    mask_rate: MaskRate = 0.2
+    """Share of a text's ordinary tokens that are predicted; or two, `[0.1, 0.7]`: each text's own share is
+    drawn between them in each step (as masked diffusion does, arXiv 2406.07524)."""
     masking: Literal["bert", "all"] = "bert"
     """`bert`: of the predicted tokens 80 % become the mask token, 10 % a random one, 10 % stay.
     `all`: every one becomes the mask token."""
     head_chunk_tokens: Positive = 1024
     """Masked tokens whose logits are held at once."""
+
+    @property
+    def mask_rates(self) -> tuple[float, float]:
+        """Lowest and highest."""
+        rate = self.mask_rate
+        return rate if isinstance(rate, tuple) else (rate, rate)
 
 
 class ContrastiveConfig(ObjectiveConfig):
@@ -81,9 +110,74 @@ class SupervisedConfig(ContrastiveConfig):
     """Factor on cosine similarities, the inverse of the temperature (LLM2Vec: 50)."""
 
 
+Weight = Annotated[float, Field(ge=0)]
+
+
+class DistilConfig(ObjectiveConfig):
+    """Distillation: the encoder learns from another one's vectors of the same texts, without labels."""
+
+    places: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    teacher: Place
+    """A sentence-transformers model or an encoder of this toolkit (folder or hub id), or vectors that
+    `llm2vec-ds encode` wrote: a .npy file, or a folder of .npy shards."""
+    teacher_prompt: str | None = None
+    """Put before each text, for the teacher only (of an encoder of this toolkit: its instruction)."""
+    vector_loss: Literal["cosine", "mse"] = "cosine"
+    """Of a text's vector and the teacher's: 1 − cosine, or the mean squared difference of components."""
+    vector_weight: Weight = 0.0
+    """Factor on that loss; 0: none, for the similarity loss alone gave the better encoder (docs/log.md)."""
+    projection: Literal["linear", "none"] = "linear"
+    """`linear` maps the vector to the teacher's length for that loss, and is not part of the encoder;
+    `none` compares the vector itself, whose components beyond the teacher's length should be 0."""
+    similarity_loss: Literal["kl", "mse"] = "kl"
+    """Of a text's cosines with all others of the global batch, and the teacher's: `kl`, the divergence of
+    their softmax (the teacher's is the target), or `mse`, the mean squared difference."""
+    similarity_weight: Weight = 1.0
+    """Factor on that loss; 0: none."""
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    """Cosines are divided by it before the softmax of `kl`."""
+
+    def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
+        if not self.vector_weight and not self.similarity_weight:
+            return f"{stage}.vector_weight and {stage}.similarity_weight are both 0: raise one"
+        if self.similarity_weight and batch.global_batch_size == 1:
+            return (
+                "batch.global_batch_size=1 leaves the similarity loss without other texts: raise it, or set "
+                f"{stage}.similarity_weight=0"
+            )
+        if data.long_texts == "split":
+            return "data.long_texts: split gives blocks that the teacher has no vector of: use truncate"
+        return None
+
+
+class DistilScoresConfig(ObjectiveConfig):
+    """Distillation from scores: a judge, such as a reranker, has scored each query's documents."""
+
+    reads_pairs: ClassVar[bool] = True
+
+    score_column: str = "scores"
+    """Column of the pairs with a list of scores, the positive's first, then the negatives'; `llm2vec-ds
+    score` writes it."""
+    loss: Literal["kl", "margin_mse"] = "kl"
+    """`kl`: softmax over a query's documents, the judge's is the target. `margin_mse`: the squared difference
+    between both margins of the positive over each negative."""
+    scale: Annotated[float, Field(gt=0)] = 20.0
+    """Factor on the encoder's cosines."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of `kl`: the judge's scores are divided by it."""
+
+    def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
+        if data.pairs is None or data.pairs.max_negatives:
+            return None
+        return f"data.pairs.max_negatives=0 leaves the {stage} loss nothing to compare with: raise it"
+
+
 SECTIONS: dict[str, type[ObjectiveConfig]] = {
     "mntp": MntpConfig,
     "simcse": SimcseConfig,
     "supervised": SupervisedConfig,
+    "distil": DistilConfig,
+    "distil_scores": DistilScoresConfig,
 }
 """By stage; `objectives.registry.register` adds to it."""

@@ -131,7 +131,7 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with linear warm-up, then constant or linear decay to zero."""
+    """AdamW with linear warm-up, then a constant or falling rate."""
 
     name: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     """`paged_adamw_8bit` (bitsandbytes, CUDA only) keeps its moments in 8 bits (arXiv 2110.02861), in
@@ -148,8 +148,14 @@ class OptimizerConfig(Section):
     """Gradients are scaled down to this global norm; 0 leaves them."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """The learning rate rises linearly over these steps."""
-    schedule: Literal["constant", "linear"] = "linear"
-    """After warm-up: stay, or fall linearly to zero at `max_steps`."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the trainable weights, such as 0.999, which measurements during training
+    and the encoder take (docs/merging.md); null: none."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    """After warm-up: stay, fall to zero at `max_steps` linearly or as a cosine (arXiv 1608.03983), or stay
+    and fall linearly at the end (warm-up, stable, decay: arXiv 2404.06395)."""
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Of `wsd`: the share of `max_steps` in which the rate falls."""
 
 
 class CheckpointConfig(Section):

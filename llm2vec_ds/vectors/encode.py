@@ -36,11 +36,11 @@ from llm2vec_ds.vectors.files import (
     VECTOR_FORMATS,
     Shard,
     VectorNote,
-    load_vectors,
     note_of,
     vector_blocks,
     write_rows,
 )
+from llm2vec_ds.vectors.quantized import DTYPES, STORED, Stored, quantize, stored_width
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class EncodeOptions:
     precision: str = "auto"
     bad_texts: BadTexts = "raise"
     micro_batch_tokens: int = 4096
+    stored: Stored = "float32"
 
     @property
     def bad_rows(self) -> str:
@@ -74,6 +75,8 @@ class EncodeOptions:
         """Changes with all that the vectors depend on; of a model's files with their sizes and times."""
         values = asdict(self)
         del values["micro_batch_tokens"]
+        if self.stored == "float32":  # which it always was, before there was a choice
+            del values["stored"]
         files, on_cuda = files_in(Path(self.model)), torch.cuda.is_available()
         return key_of(values, source.identity(), files, on_cuda, version=FORMAT_VERSION)
 
@@ -81,6 +84,7 @@ class EncodeOptions:
         """That of a version `toolkit` whose keys had no version."""
         values = asdict(self)
         values["batch_tokens"] = values.pop("micro_batch_tokens")  # its name then
+        del values["stored"]
         parts = [toolkit, values, source.identity(), files_in(Path(self.model)), torch.cuda.is_available()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
@@ -119,6 +123,7 @@ def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = Fal
     Raises:
         UserError: a wrong option or input, an output of other options, or one that cannot be written.
     """
+    _check_stored(options, target)
     file = target.path
     folder = file.with_name(f".{file.name}.encoding")
     with writing(f"--output {file}"):
@@ -138,6 +143,15 @@ def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = Fal
         with work_folder(folder, f"{key} {target.shard}"):
             _run(_Encoding(options, source, target, folder, key))
     return file
+
+
+def _check_stored(options: EncodeOptions, target: Target) -> None:
+    if options.stored not in STORED:
+        raise UserError(f"--store {options.stored!r} is unknown: choose {', '.join(STORED)}")
+    if options.stored != "float32" and target.suffix != ".npy":
+        raise UserError(f"--store {options.stored} is for .npy files, not for {target.suffix}: use .npy")
+    if options.stored == "binary" and options.bad_texts == "nan":
+        raise UserError("--store binary cannot say that a text has no vector: use int8, or --bad-texts raise")
 
 
 def _key(options: EncodeOptions, source: Source, target: Target) -> str:
@@ -222,11 +236,13 @@ class _Encoding:
         self._finish(start, stop, n_rows, dimensions)
 
     def _encode(self, encoder: Encoder, start: int, stop: int, dimensions: int) -> None:
-        n_done, shape = self._n_done(), (stop - start, dimensions)
+        stored = self.options.stored
+        width = stored_width(dimensions, stored)
+        n_done, shape = self._n_done(), (stop - start, width)
         if not n_done or not self.vectors.exists():  # it was moved to the output, which is to be made again
             n_done = 0
-            np.lib.format.open_memmap(self.vectors, mode="w+", dtype=np.float32, shape=shape)
-        if load_vectors(self.vectors).shape != shape or not 0 <= n_done <= stop - start:
+            np.lib.format.open_memmap(self.vectors, mode="w+", dtype=DTYPES[stored], shape=shape)
+        if self._stored_shape() != (shape, np.dtype(DTYPES[stored])) or not 0 <= n_done <= stop - start:
             raise UserError(f"{self.vectors} is damaged: remove {self.folder} to start again")
         rows = self._rows(start + n_done, stop)
         for block in encoder.encode_blocks(
@@ -241,12 +257,22 @@ class _Encoding:
             show_progress=True,
         ):
             n_after = stop - start - n_done
+            rows_in_bytes = quantize(block, stored)
+            place = -n_after * width * rows_in_bytes.itemsize
             # Written, not assigned through the map: there a full disk would be a bus error.
-            write_at(self.vectors, block.tobytes(), -n_after * dimensions * block.itemsize, os.SEEK_END)
+            write_at(self.vectors, rows_in_bytes.tobytes(), place, os.SEEK_END)
             n_done += len(block)
             replace_json(self.progress, n_done)
         if n_done != stop - start:
             raise UserError(f"--input {self.options.input} became shorter while it was read: start again")
+
+    def _stored_shape(self) -> tuple[tuple[int, ...], np.dtype] | None:
+        """None: the file is damaged."""
+        try:
+            mapped = np.load(self.vectors, mmap_mode="r")
+        except (OSError, EOFError, ValueError):
+            return None
+        return mapped.shape, mapped.dtype
 
     def _n_done(self) -> int:
         if not self.progress.exists():
@@ -275,6 +301,7 @@ class _Encoding:
             n_rows_here=stop - start,
             dimensions=dimensions,
             llm2vec_ds_version=__version__,
+            stored=options.stored,
         )
         # An old note first: it must not speak for the new file.
         note_of(file).unlink(missing_ok=True)

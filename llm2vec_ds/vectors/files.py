@@ -1,6 +1,7 @@
 """Vectors on disk: one file, or the shards of a folder, each with a note beside it that says what it holds.
 
-vectors.npy            [rows, dimensions] float32; NaN rows stand for texts without a vector
+vectors.npy            [rows, dimensions] float32; NaN rows stand for texts without a vector; or in fewer
+                       bytes (quantized.py), as the note says
 vectors.jsonl          a line a row: {"row": 0, "text": "…", "vector": […] or null}
 vectors.parquet        the same as columns
 <any of these>.json    the note: model, input, options, rows, dimensions
@@ -22,6 +23,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.storage.durable import replace_json
 from llm2vec_ds.storage.reading import checked_json, explain, read_json
+from llm2vec_ds.vectors.quantized import DTYPES, Stored, dequantize, stored_width
 
 VECTOR_FORMATS = (".npy", ".jsonl", ".parquet")
 ROWS_PER_BLOCK = 4096
@@ -72,6 +74,7 @@ class VectorNote:
     n_rows_here: Count
     dimensions: Count
     llm2vec_ds_version: str
+    stored: Stored = "float32"
 
     def write(self, file: Path) -> None:
         replace_json(note_of(file), asdict(self))
@@ -95,14 +98,17 @@ def note_of(file: Path) -> Path:
 def load_vectors(path: str | Path) -> np.ndarray:
     """Vectors of a file or of a folder of shards, `[rows, dimensions]` fp32 in the order of the input.
 
-    One `.npy` file comes memory-mapped; several parts are joined in memory (`vector_blocks` avoids that).
+    One `.npy` file of float32 comes memory-mapped; several parts are joined in memory, and int8 and binary
+    vectors made fp32 again (`vector_blocks` does it by the block).
 
     Raises:
         UserError: as `vector_blocks`.
     """
     files = vector_files(path)
     if len(files) == 1 and files[0].suffix == ".npy":
-        return _mapped(files[0])
+        mapped, stored, _ = stored_rows(files[0])
+        if stored == "float32":
+            return mapped
     return np.concatenate(list(vector_blocks(path)))
 
 
@@ -155,13 +161,14 @@ def _kind(file: Path) -> tuple[Any, ...]:
     note = VectorNote.read(file)
     if note is None:
         raise UserError(f"{file} has no note {note_of(file).name}: encode it anew")
-    return note.key, note.n_rows, note.dimensions
+    return note.key, note.n_rows, note.dimensions, note.stored
 
 
 def _read_blocks(file: Path) -> Iterator[np.ndarray]:
     if file.suffix == ".npy":
-        mapped = _mapped(file)
-        yield from (mapped[i : i + ROWS_PER_BLOCK] for i in range(0, max(1, len(mapped)), ROWS_PER_BLOCK))
+        mapped, stored, dimensions = stored_rows(file)
+        for start in range(0, max(1, len(mapped)), ROWS_PER_BLOCK):
+            yield dequantize(mapped[start : start + ROWS_PER_BLOCK], stored, dimensions)
         return
     note = VectorNote.read(file)
     width = note.dimensions if note else None
@@ -178,20 +185,25 @@ def _read_blocks(file: Path) -> Iterator[np.ndarray]:
     _check_rows(file, note, n_rows)
 
 
-def _mapped(file: Path) -> np.ndarray:
-    """`[rows, dimensions]` fp32, memory-mapped, as its note says where it has one."""
+def stored_rows(file: Path) -> tuple[np.ndarray, Stored, int]:
+    """Rows of a .npy file as they are stored, memory-mapped, in which form, and their dimensions.
+
+    Raises:
+        UserError: it is damaged, or not what its note says.
+    """
+    note = VectorNote.read(file)
+    stored: Stored = note.stored if note else "float32"
     try:
         mapped: np.ndarray = np.load(file, mmap_mode="r")
     except (OSError, EOFError, ValueError) as error:
         raise _damaged(file, " ".join(str(error).split())[:160]) from None
-    if not isinstance(mapped, np.ndarray) or mapped.dtype != np.float32 or mapped.ndim != 2:
-        raise _damaged(file, "it holds no float32 vectors, a row each")
-    if (note := VectorNote.read(file)) and mapped.shape[1] != note.dimensions:
-        raise _damaged(
-            file, f"its vectors have {mapped.shape[1]} dimensions, its note says {note.dimensions}"
-        )
+    if not isinstance(mapped, np.ndarray) or mapped.dtype != DTYPES[stored] or mapped.ndim != 2:
+        raise _damaged(file, f"it holds no {stored} vectors, a row each")
+    width = note.dimensions if note else int(mapped.shape[1])
+    if mapped.shape[1] != stored_width(width, stored):
+        raise _damaged(file, f"its vectors have {mapped.shape[1]} dimensions, its note says {width}")
     _check_rows(file, note, len(mapped))
-    return mapped
+    return mapped, stored, width
 
 
 def _check_rows(file: Path, note: VectorNote | None, n_rows: int) -> None:

@@ -12,7 +12,19 @@ from llm2vec_ds.data.text_rows import TextRows
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.vectors.encode import STDIN
-from llm2vec_ds.vectors.files import VectorNote, note_of, read_rows, vector_blocks, vector_files
+from llm2vec_ds.vectors.files import (
+    ROWS_PER_BLOCK,
+    VectorNote,
+    note_of,
+    read_rows,
+    stored_rows,
+    vector_blocks,
+    vector_files,
+)
+from llm2vec_ds.vectors.quantized import dequantize, hamming, quantize
+
+RESCORED = 16
+"""Of binary vectors so many times `top` are nearest by their signs and compared with the query itself."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ def search(
         truncate_dim=note.dimensions,
         normalize=True,
     )
-    rows, cosines = _nearest(index, vector, top)
+    rows, cosines = (_nearest_by_signs if note.stored == "binary" else _nearest)(index, vector, top)
     found = _texts(files, note, texts, {note.first_row + int(row) for row in rows})
     return [
         Hit(note.first_row + int(row), float(cosine), found.get(note.first_row + int(row)) or "")
@@ -83,6 +95,28 @@ def _nearest(index: str | Path, vector_D: np.ndarray, top: int) -> tuple[np.ndar
         start += len(block_ND)
     good = np.isfinite(cosines)
     return rows[good], cosines[good]
+
+
+def _nearest_by_signs(index: str | Path, vector_D: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and cosines, best first: a short list by Hamming distance, its order by the cosines between the
+    query's own vector and the signs (cf. Yamada et al., 2021, arXiv 2106.00882)."""
+    bits = quantize(vector_D[None], "binary")[0]
+    rows, distances = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    signs = np.empty((0, len(bits)), dtype=np.uint8)
+    start = 0
+    for file in vector_files(index):
+        mapped, _, _ = stored_rows(file)
+        for begin in range(0, len(mapped), ROWS_PER_BLOCK):
+            block = np.asarray(mapped[begin : begin + ROWS_PER_BLOCK])
+            rows = np.concatenate([rows, np.arange(start, start + len(block))])
+            distances = np.concatenate([distances, hamming(block, bits)])
+            signs = np.concatenate([signs, block])
+            best = np.argsort(distances, kind="stable")[: RESCORED * top]
+            rows, distances, signs = rows[best], distances[best], signs[best]
+            start += len(block)
+    cosines = dequantize(signs, "binary", len(vector_D)) @ vector_D / np.sqrt(len(vector_D))
+    best = np.argsort(-cosines, kind="stable")[:top]
+    return rows[best], cosines[best]
 
 
 def _texts(files: list[Path], note: VectorNote, given: str | None, wanted: set[int]) -> dict[int, str | None]:

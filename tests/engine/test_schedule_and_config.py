@@ -28,6 +28,18 @@ def test_warm_up_then_constant() -> None:
     assert [learning_rate(step, 4, config) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
 
 
+def test_warm_up_then_half_a_cosine() -> None:
+    config = OptimizerConfig(lr=2.0, warmup_steps=2, schedule="cosine")
+    expected = [1.0, 2.0, 2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5]
+    assert [learning_rate(step, 6, config) for step in range(6)] == pytest.approx(expected)
+
+
+def test_warm_up_then_constant_then_decay() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=2, schedule="wsd", decay_share=0.4)
+    expected = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [learning_rate(step, 10, config) for step in range(10)] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_configs_hold_zero_and_communication_only(path: Path) -> None:
     shipped = json.loads(path.read_text())

@@ -41,6 +41,27 @@ def test_all_mask_hides_every_predicted_token() -> None:
     assert (masked[predicted] == UNDERSCORE).all()
 
 
+def test_each_text_has_its_own_share_in_each_step() -> None:
+    """Drawn evenly between the two, keyed like the rest."""
+    mask, ids = masking(mask_rate=[0.1, 0.7]), np.tile(np.arange(3, 390), 5)
+
+    def share(step: int, row: int) -> float:
+        return float((mask(ids, seed=0, step=step, row=row)[1] != NOT_PREDICTED).mean())
+
+    shares = np.array([share(step, row) for step in range(10) for row in range(20)])
+    assert 0.1 - 0.03 < shares.min() < 0.15
+    assert 0.65 < shares.max() < 0.7 + 0.03
+    assert np.histogram(shares, 4, (0.1, 0.7))[0].min() > 30
+    assert share(3, 4) == share(3, 4)
+    assert len({share(3, 4), share(3, 5), share(4, 4)}) == 3
+
+
+@pytest.mark.parametrize("rate", [0, 1.0, [0.7, 0.1], [0.1], [0.1, 0.2, 0.3], [0.1, 1.2], "half", None])
+def test_shares_that_are_none(rate: object) -> None:
+    with pytest.raises(ValueError, match="must be a share between 0 and 1, or two of them"):
+        masking(mask_rate=rate)
+
+
 def test_specials_and_the_first_token_are_never_masked() -> None:
     ids = np.array([0, 1, 2, 50, 0, 60, 2] * 20)
     for row in range(20):

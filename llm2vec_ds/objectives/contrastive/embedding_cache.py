@@ -83,7 +83,7 @@ def vectors_loss_backward(
                 cached.append(vectors)
     leaf, scale_leaf = torch.cat(cached).requires_grad_(), scale.clone().requires_grad_()
     share = loss_share(leaf, scale_leaf)
-    gradient, scale_gradient = torch.autograd.grad(share, [leaf, scale_leaf])
+    gradient, scale_gradient = torch.autograd.grad(share, [leaf, scale_leaf], materialize_grads=True)
     gradients = gradient.split([len(vectors) for vectors in cached])
     for index in range(n_passes):
         torch.manual_seed(seeds[index])

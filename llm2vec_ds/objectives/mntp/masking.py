@@ -52,7 +52,9 @@ class Masking:
         """
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step, row])))
         input_ids = np.asarray(input_ids, dtype=np.int64)
-        chosen = random.random(len(input_ids)) < self.config.mask_rate
+        lowest, highest = self.config.mask_rates
+        rate = lowest if lowest == highest else random.uniform(lowest, highest)
+        chosen = random.random(len(input_ids)) < rate
         chosen[0] = False
         chosen &= ~np.isin(input_ids, self.special_ids)
         labels = np.where(chosen, input_ids, NOT_PREDICTED)

@@ -68,7 +68,7 @@ class Mntp(Objective):
         )
 
     def planned_work(self, recipe: Recipe) -> PlannedWork:
-        return PlannedWork(head_rows_per_token=_section(recipe).mask_rate)
+        return PlannedWork(head_rows_per_token=sum(_section(recipe).mask_rates) / 2)
 
     def planned_head(self, language_head: nn.Linear | None, config: Any, recipe: Recipe) -> nn.Module:
         assert language_head is not None
@@ -78,7 +78,7 @@ class Mntp(Objective):
         self, hidden_TD: torch.Tensor, batch: PackedBatch, head: nn.Module | None, recipe: Recipe
     ) -> torch.Tensor:
         assert head is not None
-        n_masked = max(1, round(_section(recipe).mask_rate * len(hidden_TD)))
+        n_masked = max(1, round(max(_section(recipe).mask_rates) * len(hidden_TD)))
         index_M = torch.empty(n_masked, dtype=torch.int64, device=hidden_TD.device)
         loss_M: torch.Tensor = head(hidden_TD[index_M], index_M)[0]
         return loss_M

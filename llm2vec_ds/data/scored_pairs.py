@@ -1,0 +1,79 @@
+"""Pairs with a score for each document of a query: how well it answers, by whoever judged it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llm2vec_ds.data.sources import LONGEST_TEXT_CHARACTERS, Source, _rows, _text, _value
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe.sections import PairsConfig
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A row of pairs as it stands in its file. `scores`: of the positive and each negative, where read."""
+
+    query: str
+    positive: str
+    negatives: list[str]
+    scores: list[float] | None
+    place: str
+
+    @property
+    def documents(self) -> list[str]:
+        return [self.positive, *self.negatives]
+
+
+def stream_scored_rows(
+    source: Source, pairs: PairsConfig, score_column: str | None, key: str
+) -> Iterator[ScoredRow]:
+    """All rows in order, blank texts included.
+
+    Args:
+        score_column: a list of numbers, one a document; None: scores are not read.
+        key: where the user names that column.
+
+    Raises:
+        UserError: a column is missing, or scores are no numbers, or not one for each document.
+    """
+    columns = [pairs.query_column, pairs.positive_column, *([score_column] if score_column else [])]
+    for row, place in _rows(source, columns, Counter(), [pairs.negative_column]):
+        negative = row.get(pairs.negative_column)
+        listed = negative if isinstance(negative, list) else [] if negative is None else [negative]
+        query, positive, *negatives = (
+            _text(value, column, place)[:LONGEST_TEXT_CHARACTERS]
+            for column, value in (
+                (columns[0], _value(row, columns[0], place, "the column of queries")),
+                (columns[1], _value(row, columns[1], place, "the column of positives")),
+                *((pairs.negative_column, value) for value in listed),
+            )
+        )
+        found = _scores(row, score_column, place, key) if score_column else None
+        if found is not None and len(found) != 1 + len(negatives):
+            raise UserError(
+                f"{place}: column {score_column!r} has {len(found)} scores for {1 + len(negatives)} "
+                "documents (the positive, then the negatives): give one each"
+            )
+        yield ScoredRow(query, positive, negatives, found, place)
+
+
+def _scores(row: dict[str, Any], column: str, place: str, key: str) -> list[float]:
+    value = _value(row, column, place, key)
+    if isinstance(value, str):  # a .csv file
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, list) or not all(
+        isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+        for score in value
+    ):
+        raise UserError(
+            f"{place}: column {column!r} is no list of finite numbers: let llm2vec-ds score write it"
+        )
+    return [float(score) for score in value]

@@ -1,0 +1,87 @@
+"""A run's last checkpoints → one encoder: the mean of their weights (Izmailov et al., 2018, arXiv
+1803.05407)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.engine.build import encoder_before_training
+from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore
+from llm2vec_ds.engine.run_folder import CHECKPOINTS
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.adapters import merged_state_dict
+from llm2vec_ds.recipe.files import load_recipe
+from llm2vec_ds.recipe.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+ENCODER_PREFIX = "encoder.trunk."
+"""Of the trunk's parameters in the model of every objective."""
+
+
+def soup(run: Path, n_last: int, output: Path) -> list[int]:
+    """Writes `output`: the encoder whose weights are the mean over the newest `n_last` valid checkpoints.
+
+    Adapters are merged first: the mean of products is not the product of means.
+
+    Returns:
+        Their steps, newest first.
+
+    Raises:
+        UserError: no run, or fewer valid checkpoints; it trains over NF4; or `output` is there.
+    """
+    if output.exists():
+        raise UserError(f"{output} is there already: choose another --output")
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} holds no run (recipe.yaml): name the folder of a run")
+    recipe = load_recipe(run / "recipe.yaml")
+    if recipe.model.quantization is not None:
+        raise UserError(f"{run} trains over NF4: merge its adapters first (one encoder, without --last)")
+    checkpoints = _newest(run, n_last)
+    encoder, total = encoder_before_training(recipe, torch.device("cpu")), None
+    for checkpoint in checkpoints:
+        _set(encoder.trunk, checkpoint)
+        state = {name: tensor.double() for name, tensor in merged_state_dict(encoder.trunk).items()}
+        total = state if total is None else {name: total[name] + state[name] for name in state}
+    assert total is not None
+    _save(recipe, encoder, {name: tensor / n_last for name, tensor in total.items()}, output)
+    return [checkpoint.step for checkpoint in checkpoints]
+
+
+def _newest(run: Path, n_last: int) -> list[Checkpoint]:
+    store = CheckpointStore(run / CHECKPOINTS, keep_last=n_last)
+    found = store.newest(n_last)
+    if len(found) < n_last:
+        raise UserError(
+            f"{run} has {len(found)} valid checkpoints, not {n_last}: lower --last, or train with a larger "
+            "checkpoint.keep_last"
+        )
+    return found
+
+
+def _set(trunk: nn.Module, checkpoint: Checkpoint) -> None:
+    """Trainable parameters of the trunk, from a checkpoint that was checked."""
+    parameters = {name: p for name, p in trunk.named_parameters() if p.requires_grad}
+    missing = set(parameters)
+    for file in checkpoint.manifest.files:
+        with safe_open(checkpoint.folder / file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                name, _, part = key.rpartition("/")
+                name = name.removeprefix(ENCODER_PREFIX)
+                if part == "value" and name in parameters:
+                    parameters[name].data.copy_(tensors.get_tensor(key))
+                    missing.discard(name)
+    if missing:
+        raise UserError(f"{checkpoint.folder} lacks {min(missing)}: its run trained another model")
+
+
+def _save(recipe: Recipe, encoder: Encoder, state: dict[str, torch.Tensor], output: Path) -> None:
+    like = merged_state_dict(encoder.trunk)
+    encoder.save(output, {name: tensor.to(like[name].dtype) for name, tensor in state.items()})
+    log.info("%s: the mean of checkpoints of %s", output, recipe.stage)

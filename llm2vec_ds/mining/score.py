@@ -1,0 +1,156 @@
+"""A reranker's scores for the documents of each query, beside them in a new file of pairs.
+
+Rows are read, scored and appended block by block, and a note says how far, so that a killed run goes on
+where it stopped, and nothing needs to fit in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from llm2vec_ds.data.scored_pairs import ScoredRow, stream_scored_rows
+from llm2vec_ds.data.sources import Source, find_source
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.model.from_sentence_transformers import load_cross_encoder
+from llm2vec_ds.process.full_memory import enough_memory
+from llm2vec_ds.recipe.sections import PairsConfig
+from llm2vec_ds.storage.durable import move_file, replace_json, write_at
+from llm2vec_ds.storage.fingerprint import files_in, key_of
+from llm2vec_ds.storage.output_folder import check_reads_no_output
+from llm2vec_ds.storage.reading import read_json
+from llm2vec_ds.storage.work_folder import work_folder
+from llm2vec_ds.vectors.files import Shard
+
+log = logging.getLogger(__name__)
+
+ROWS_PER_BLOCK = 256
+SCORES = "scores"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What is scored: see `llm2vec-ds score --help`."""
+
+    reranker: str
+    pairs: str
+    query_column: str = "query"
+    positive_column: str = "positive"
+    negative_column: str = "negative"
+    max_tokens: int = 512
+    batch_size: int = 32
+
+    def key(self, source: Source, shard: Shard) -> str:
+        values = asdict(self)
+        del values["batch_size"]  # shapes nothing but speed and memory
+        return key_of(
+            values, source.identity(), files_in(Path(self.reranker)), asdict(shard), version=FORMAT_VERSION
+        )
+
+
+@dataclass(frozen=True)
+class _Progress:
+    n_rows: int = 0
+    n_bytes: int = 0
+
+
+def score(options: ScoreOptions, output: Path, shard: Shard | None = None, *, overwrite: bool = False) -> int:
+    """Writes `output`, a JSON line for each row of pairs: its texts, and `scores`, of the positive first.
+
+    Args:
+        shard: only this part of the rows.
+
+    Returns:
+        How many rows it holds.
+
+    Raises:
+        UserError: a wrong option, source or reranker, or an output that is there or cannot be written.
+    """
+    shard = shard or Shard()
+    if output.suffix != ".jsonl":
+        raise UserError(f"--output {output} must end in .jsonl")
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise UserError(f"--output {output} exists: choose another, or give --overwrite")
+    source = find_source(options.pairs, "PAIRS")
+    check_reads_no_output([output], source.files, f"--output {output}")
+    folder = output.with_name(f".{output.name}.scoring")
+    with writing(f"--output {output}"), work_folder(folder, options.key(source, shard)):
+        n_rows = _Scoring(options, source, folder).run(shard)
+        move_file(folder / "rows.jsonl", output)
+        shutil.rmtree(folder)
+    log.info("%s: %s rows", output, n_rows)
+    return n_rows
+
+
+class _Scoring:
+    """One work folder: does what is not done yet."""
+
+    def __init__(self, options: ScoreOptions, source: Source, folder: Path) -> None:
+        self.options, self.source = options, source
+        self.rows, self.note = folder / "rows.jsonl", folder / "progress.json"
+        self.progress = _Progress()
+        if self.note.exists() and self.rows.exists():
+            self.progress = read_json(self.note, _Progress, f"remove {folder} to start again")
+        self.rows.touch()
+
+    def run(self, shard: Shard) -> int:
+        n_all = sum(1 for _ in self._stream())
+        if not n_all:
+            raise UserError(f"{self.options.pairs} is empty")
+        start, stop = shard.rows(n_all)
+        n_rows = stop - start
+        rows = islice(self._stream(), start + self.progress.n_rows, stop)
+        if self.progress.n_rows < n_rows:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            model = load_cross_encoder(self.options.reranker, "--reranker", device, self.options.max_tokens)
+            remedy = f"lower --batch-size (now {self.options.batch_size})"
+            with (
+                enough_memory(remedy),
+                tqdm(
+                    total=n_rows, initial=self.progress.n_rows, desc="score", unit="row", disable=None
+                ) as bar,
+            ):
+                while block := list(islice(rows, ROWS_PER_BLOCK)):
+                    self._append(block, self._scores(model, block))
+                    bar.update(len(block))
+        return n_rows
+
+    def _stream(self) -> Iterator[ScoredRow]:
+        options = self.options
+        columns = PairsConfig(
+            query_column=options.query_column,
+            positive_column=options.positive_column,
+            negative_column=options.negative_column,
+        )
+        return stream_scored_rows(self.source, columns, None, "")
+
+    def _scores(self, model: Any, block: list[ScoredRow]) -> list[list[float]]:
+        pairs = [(row.query, document) for row in block for document in row.documents]
+        found = model.predict(pairs, batch_size=self.options.batch_size, show_progress_bar=False)
+        scores = iter(float(score) for score in found)
+        listed = [list(islice(scores, len(row.documents))) for row in block]
+        for row, own in zip(block, listed, strict=True):
+            if not all(torch.tensor(own).isfinite()):
+                raise UserError(f"{row.place}: --reranker {self.options.reranker} gives no finite score")
+        return listed
+
+    def _append(self, block: list[ScoredRow], scores: list[list[float]]) -> None:
+        options = self.options
+        lines = []
+        for row, own in zip(block, scores, strict=True):
+            texts = {options.query_column: row.query, options.positive_column: row.positive}
+            values = {**texts, options.negative_column: row.negatives, SCORES: own}
+            lines.append(json.dumps(values, ensure_ascii=False) + "\n")
+        end = write_at(self.rows, "".join(lines).encode(), self.progress.n_bytes)
+        self.progress = _Progress(self.progress.n_rows + len(block), end)
+        replace_json(self.note, asdict(self.progress))

@@ -1,0 +1,252 @@
+"""Distillation: a text's vector, and its cosines with other texts, become those that a teacher has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llm2vec_ds.batch import PackedBatch
+from llm2vec_ds.data.batches import EpochBatches, rank_slice
+from llm2vec_ds.data.packing import pack, plan_micro_batches
+from llm2vec_ds.data.pairs import PreparedPairs
+from llm2vec_ds.data.prepare import PreparedTexts
+from llm2vec_ds.data.prompts import TokenizedText
+from llm2vec_ds.distributed import all_reduce_sum, rank, world_size
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.objectives.base import (
+    Backward,
+    Forward,
+    Objective,
+    Parts,
+    PlannedWork,
+    Rows,
+    StepResult,
+    dropout_seed,
+    equal_count,
+)
+from llm2vec_ds.objectives.contrastive.embedding_cache import vectors_loss_backward
+from llm2vec_ds.objectives.contrastive.objective import ALIKE, distance_from_first
+from llm2vec_ds.objectives.distillation.loss import DistillationLoss
+from llm2vec_ds.objectives.distillation.teacher_vectors import (
+    TeacherVectors,
+    prepare_teacher,
+    section_of,
+    teacher_folder,
+)
+from llm2vec_ds.recipe.objectives import DistilConfig
+from llm2vec_ds.recipe.recipe import Recipe
+
+
+class Distillation(Objective):
+    """The encoder learns from another one's vectors of the same texts."""
+
+    section = DistilConfig
+
+    def prepare(self, recipe: Recipe) -> None:
+        for path in (recipe.data.path, recipe.data.held_out_path):
+            if path is not None:
+                prepare_teacher(recipe, path)
+
+    def data_fingerprint(self, recipe: Recipe, training: Rows) -> str:
+        teacher = TeacherVectors(teacher_folder(recipe, recipe.data.path))
+        return f"{training.fingerprint}-{teacher.fingerprint[:16]}"
+
+    def build(self, parts: Parts) -> DistillationStage:
+        """As `Objective.build`.
+
+        Raises:
+            UserError: also where a text has no vector of the teacher, or the widths do not suit.
+        """
+        recipe, data = parts.recipe, parts.recipe.data
+        assert isinstance(parts.training, PreparedTexts)
+        assert not isinstance(parts.held_out, PreparedPairs)
+        training = TaughtTexts(parts.training, TeacherVectors(teacher_folder(recipe, data.path)), "data.path")
+        held_out = None
+        if parts.held_out is not None and data.held_out_path is not None:
+            teacher = TeacherVectors(teacher_folder(recipe, data.held_out_path))
+            held_out = TaughtTexts(parts.held_out, teacher, "data.held_out_path")
+        model = DistillationModel(parts.encoder, section_of(recipe), training.teacher.width, recipe.seed)
+        return DistillationStage(
+            model, training, held_out, recipe, self.data_fingerprint(recipe, parts.training)
+        )
+
+    def planned_work(self, recipe: Recipe) -> PlannedWork:
+        """The projection is left out: the teacher's width is not known before its vectors are."""
+        return PlannedWork(documents_per_row=1)
+
+
+class DistillationModel(nn.Module):
+    """Encoder and projection as one module, as the engine trains them."""
+
+    def __init__(self, encoder: Encoder, config: DistilConfig, teacher_width: int, seed: int) -> None:
+        """Raises UserError where vectors are compared as they are, and are too short."""
+        super().__init__()
+        self.encoder = encoder
+        self.projection: nn.Linear | None = None
+        if config.vector_weight and config.projection == "linear":
+            self.projection = nn.Linear(encoder.dimensions, teacher_width, bias=False, device=encoder.device)
+            # From the seed, so that ranks agree; a rotation keeps the cosines of the start.
+            start = torch.empty(self.projection.weight.shape)
+            nn.init.orthogonal_(start, generator=torch.Generator().manual_seed(seed))
+            self.projection.weight.data.copy_(start)
+        elif config.vector_weight and encoder.dimensions < teacher_width:
+            raise UserError(
+                f"distil.projection: none cannot compare {encoder.dimensions} components with the teacher's "
+                f"{teacher_width}: use linear"
+            )
+
+    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[S, D + T]` fp32, a text's vector and its projection (`[S, D]` without one); and the number 1,
+        where contrastive models have their scale."""
+        vectors = self.encoder(batch)
+        one = torch.ones((), device=vectors.device)
+        if self.projection is None:
+            return vectors, one
+        projected = self.projection(vectors.to(self.projection.weight.dtype))
+        return torch.cat([vectors, projected.float()], dim=-1), one
+
+
+@dataclass(frozen=True)
+class TaughtTexts:
+    """Texts with the teacher's vectors. `key`: what names the texts in the recipe."""
+
+    texts: PreparedTexts
+    teacher: TeacherVectors
+    key: str
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a text has no vector."""
+        hashes = self.texts.rows.data.column("text_hash").to_numpy()
+        known = self.teacher.known(hashes)
+        if not known.all():
+            raise UserError(
+                f"distil.teacher has no vector of {np.count_nonzero(~known)} of the {len(known)} texts of "
+                f"{self.key} (the first is text {int(np.argmin(known))}, counted from 0): encode these texts "
+                "with the teacher, or name a model as distil.teacher"
+            )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+class PackedTexts:
+    """Some texts as packed micro-batches on the CPU, with the teacher's vectors.
+
+    Attributes:
+        groups: places of the texts in each micro-batch; `order`: of all, one micro-batch after the other.
+        teacher: `[texts, T]` in that order.
+    """
+
+    def __init__(self, source: TaughtTexts, rows: np.ndarray, max_tokens: int, device: torch.device) -> None:
+        texts = source.texts[rows]
+        self.groups = plan_micro_batches([len(text) for text in texts], max_tokens)
+        self.batches = [pack([texts[i] for i in group]).ready_for(device) for group in self.groups]
+        self.order = np.concatenate(self.groups)
+        hashes = np.array([text.text_hash for text in texts], dtype=np.int64)[self.order]
+        self.teacher = source.teacher[hashes]
+        self.n_distinct = len(np.unique(hashes))
+        if not bool(self.teacher.isfinite().all()):
+            raise UserError("distil.teacher has vectors that are not finite: encode its texts again")
+
+
+class DistillationStage:
+    """Loss: `DistillationLoss` of the global batch."""
+
+    def __init__(
+        self,
+        model: DistillationModel,
+        training: TaughtTexts,
+        held_out_texts: TaughtTexts | None,
+        recipe: Recipe,
+        data_fingerprint: str,
+    ) -> None:
+        self.model, self.encoder = model, model.encoder
+        self.training, self.held_out_texts = training, held_out_texts
+        self.data_fingerprint = data_fingerprint
+        self.seed, self.micro_batch_tokens = recipe.seed, recipe.batch.micro_batch_tokens
+        self.global_batch = EpochBatches(len(training), recipe.batch.global_batch_size, recipe.seed)
+        self.loss = DistillationLoss(section_of(recipe))
+
+    def text(self, row: int) -> TokenizedText:
+        (text,) = self.training.texts[[row]]
+        return text
+
+    def batches(self, step: int, rows: np.ndarray) -> PackedTexts:
+        return PackedTexts(self.training, rows, self.micro_batch_tokens, self.encoder.device)
+
+    def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
+        return pack(texts)
+
+    def step(
+        self, step: int, rows: np.ndarray, batches: PackedTexts, forward: Forward, backward: Backward
+    ) -> StepResult:
+        device, packed = self.encoder.device, batches
+        n_passes, n_global = equal_count(packed.groups, device), self._n_global(packed)
+        parts = torch.zeros(2, device=device)
+
+        def loss_share(found: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            shares = self._shares(found, packed, n_global)
+            parts.copy_(shares.detach())
+            share: torch.Tensor = self.loss.weighted(*shares.unbind())
+            return share
+
+        found, _ = vectors_loss_backward(
+            forward,
+            [batch.to(device) for batch in packed.batches],
+            [dropout_seed(self.seed, step, rank(), index) for index in range(n_passes)],
+            loss_share,
+            lambda scalar, index, last: backward(scalar, rows=rows[packed.groups[index]].tolist(), last=last),
+            n_passes=n_passes,
+        )
+        vectors = found[:, : self.encoder.dimensions]
+        can_differ = torch.tensor(float(packed.n_distinct > 1), device=device)
+        differ = can_differ * distance_from_first(vectors)
+        sums = all_reduce_sum(torch.cat([parts, torch.stack([can_differ, differ])]))
+        vector, similarity, n_can_differ, distance = sums.tolist()
+
+        def bad_rows() -> list[int]:
+            bad = ~vectors.isfinite().all(-1).cpu().numpy()
+            found_rows: list[int] = rows[packed.order[bad]].tolist()
+            return found_rows
+
+        return StepResult(
+            loss=self.loss.weighted(vector, similarity),
+            n_tokens=sum(batch.n_tokens for batch in packed.batches),
+            metrics={"vector_loss": vector, "similarity_loss": similarity},
+            bad_rows=bad_rows,
+            vectors_alike=n_can_differ > 0 and distance < ALIKE,
+        )
+
+    @torch.no_grad()
+    def held_out(self, forward: Forward) -> dict[str, float] | None:
+        """The losses of the held-out texts, as one batch of all of them."""
+        if self.held_out_texts is None:
+            return None
+        rows = rank_slice(np.arange(len(self.held_out_texts)), rank(), world_size())
+        packed = PackedTexts(self.held_out_texts, rows, self.micro_batch_tokens, self.encoder.device)
+        device, found = self.encoder.device, []
+        for index in range(equal_count(packed.groups, device)):
+            own = index < len(packed.groups)
+            vectors, _ = forward(packed.batches[index if own else 0].to(device))
+            found += [vectors] if own else []
+        shares = self._shares(torch.cat(found), packed, self._n_global(packed))
+        vector, similarity = all_reduce_sum(shares).tolist()
+        loss = self.loss.weighted(vector, similarity)
+        return {"loss": loss, "vector_loss": vector, "similarity_loss": similarity}
+
+    def _n_global(self, packed: PackedTexts) -> torch.Tensor:
+        return all_reduce_sum(torch.tensor(float(len(packed.order)), device=self.encoder.device))
+
+    def _shares(self, found: torch.Tensor, packed: PackedTexts, n_global: torch.Tensor) -> torch.Tensor:
+        """Of the model's outcome for all micro-batches in their order."""
+        width, teacher = self.encoder.dimensions, packed.teacher.to(found.device)
+        if self.model.projection is not None:
+            return self.loss(found[:, :width], found[:, width:], teacher, n_global)
+        missing = max(0, width - teacher.shape[1])
+        return self.loss(found, found, F.pad(teacher, (0, missing)), n_global)

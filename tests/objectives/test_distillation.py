@@ -1,0 +1,259 @@
+"""Distillation: the teacher's vectors are made once, and an encoder learns them; mistakes cost one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from llm2vec_ds.data.prompts import Prompt
+from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.settings import EncoderSettings
+from llm2vec_ds.engine.run import train
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.objectives.distillation import teacher_vectors
+from llm2vec_ds.objectives.distillation.teacher_vectors import TeacherVectors, prepare_teacher
+from llm2vec_ds.recipe.recipe import parse_recipe
+from tests.support.in_process import assert_reads, error_line, run
+from tests.support.runs import write_recipe
+from tests.support.teachers import save_teacher
+
+LOAD = teacher_vectors.load_teacher
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def values(tiny_model_dir: Path, texts_file: Path, tmp_path: Path, teacher: Path) -> dict[str, Any]:
+    return {
+        "stage": "distil",
+        "model": {"path": str(tiny_model_dir)},
+        "data": {"path": str(texts_file), "max_tokens": 64, "held_out_path": str(texts_file)},
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 6,
+        "batch": {"global_batch_size": 16, "micro_batch_tokens": 160},
+        "optimizer": {"lr": 1e-2},
+        "checkpoint": {"every_steps": 3},
+        "distil": {"teacher": str(teacher), "temperature": 0.2, "vector_weight": 1.0},
+    }
+
+
+def vectors_of(values: dict[str, Any]) -> TeacherVectors:
+    recipe = parse_recipe(values)
+    return TeacherVectors(prepare_teacher(recipe, recipe.data.path))
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, fails_at: int = 10**9) -> list[int]:
+    """How many texts each call of the teacher gets; the call number `fails_at` fails."""
+    calls: list[int] = []
+
+    def counting(*arguments: Any) -> Callable[[list[str]], np.ndarray]:
+        encode = LOAD(*arguments)
+
+        def one(texts: list[str]) -> np.ndarray:
+            if len(calls) == fails_at:
+                raise KeyboardInterrupt
+            calls.append(len(texts))
+            return encode(texts)
+
+        return one
+
+    monkeypatch.setattr(teacher_vectors, "load_teacher", counting)
+    monkeypatch.setattr(teacher_vectors, "TEXTS_PER_BLOCK", 20)
+    return calls
+
+
+def test_vectors_are_the_teachers_and_found_by_text(
+    values: dict[str, Any], texts_file: Path, teacher: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    values["data"]["instruction"] = "Read this:"
+    values["distil"]["teacher_prompt"] = "the "
+    texts = texts_file.read_text().splitlines()[::-7]
+    hashes = np.array([Prompt("Read this:", text).hash() for text in texts])
+    found = vectors_of(values)
+    assert found.width == 24
+    expected = SentenceTransformer(str(teacher), device="cpu").encode([f"the {text}" for text in texts])
+    np.testing.assert_allclose(found[hashes].numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert not found.known(np.array([Prompt(None, texts[0]).hash()])).any()
+
+
+def test_made_once_and_gone_on_with(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch, fails_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        vectors_of(values)
+    assert calls == [20, 20]
+    calls = counted(monkeypatch)
+    whole = vectors_of(values)
+    assert calls == [20, 4]
+    assert vectors_of(values).fingerprint == whole.fingerprint
+    assert calls == [20, 4]
+    recipe = parse_recipe(values)
+    folder = teacher_vectors.teacher_folder(recipe, recipe.data.path)
+    content = (folder / "vectors.npy").read_bytes()
+    (folder / "vectors.npy").write_bytes(content[:-8] + bytes(8))
+    assert vectors_of(values).fingerprint == whole.fingerprint
+    assert calls == [20, 4, 20, 20, 20, 4]
+    assert (folder / "vectors.npy").read_bytes() == content
+
+
+def test_an_encoder_of_this_toolkit_and_its_vectors_teach_the_same(
+    values: dict[str, Any], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model itself, what `encode` wrote, and shards of it."""
+    encoder = Encoder.from_pretrained(tiny_model_dir, settings={"pooling": "last"})
+    encoder.save(tmp_path / "own")
+    assert EncoderSettings.of({}).pooling == "mean"
+    texts = values["data"]["path"]
+    encode = ("encode", "--model", tmp_path / "own", "--input", texts, "--instruction", "Say:", "--output")
+    assert run(monkeypatch, *encode, tmp_path / "v.npy") == 0
+    for shard in ("0/3", "1/3", "2/3"):
+        assert run(monkeypatch, *encode, tmp_path / "shards", "--shard", shard) == 0
+    hashes = np.array([Prompt(None, text).hash() for text in Path(texts).read_text().splitlines()[:64:5]])
+    of_model = {"teacher": str(tmp_path / "own"), "teacher_prompt": "Say:"}
+    sources = [of_model, {"teacher": str(tmp_path / "v.npy")}, {"teacher": str(tmp_path / "shards")}]
+    found = [vectors_of({**values, "distil": source})[hashes] for source in sources]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[2], found[1], rtol=0, atol=0)
+
+
+def test_it_learns_and_goes_on(
+    values: dict[str, Any], tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the teacher lies elsewhere meanwhile; another teacher is refused."""
+    file = write_recipe({**values, "max_steps": 24}, tmp_path / "r.yaml")
+    folder = tmp_path / "run"
+    assert run(monkeypatch, "prepare", file) == 0
+    assert run(monkeypatch, "train", file) == 0
+    held_out = lines(folder / "held_out.jsonl")
+    assert held_out[-1]["loss"] < 0.7 * held_out[0]["loss"]
+    assert held_out[-1]["loss"] == pytest.approx(
+        held_out[-1]["vector_loss"] + held_out[-1]["similarity_loss"], rel=1e-6
+    )
+    rows, weights = lines(folder / "metrics.jsonl"), load_file(folder / "encoder" / "model.safetensors")
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["distil"]["vector_loss"] == "cosine"
+    shutil.copytree(teacher, tmp_path / "moved")
+    moved = f"distil.teacher={tmp_path / 'moved'}"
+    assert run(monkeypatch, "train", file, "resume=true", moved) == 0  # finished already
+    (folder / "finished").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000024")
+    assert run(monkeypatch, "train", file, "resume=true", moved) == 0
+    assert [row["loss"] for row in lines(folder / "metrics.jsonl")] == [row["loss"] for row in rows]
+    for name, weight in load_file(folder / "encoder" / "model.safetensors").items():
+        assert torch.equal(weight, weights[name])
+    other = save_teacher(tmp_path / "other", width=16)
+    changed = parse_recipe({**values, "max_steps": 24, "resume": True, "distil": {"teacher": str(other)}})
+    with pytest.raises(UserError, match="the training data have changed"):
+        train(changed)
+
+
+def test_it_is_planned(
+    values: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, "plan", write_recipe(values, tmp_path / "r.yaml"), "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["stage"] == "distil"
+    assert plan["largest_global_batch"] >= 16
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no teacher": (
+        {"distil": {"teacher": "TMP/none"}},
+        "distil.teacher TMP/none: there is no such folder",
+    ),
+    "no sentence-transformers folder": (
+        {"distil": {"teacher": "MODEL"}},
+        "distil.teacher MODEL has no modules.json: name a sentence-transformers folder, an encoder of this "
+        "toolkit, or vectors that llm2vec-ds encode wrote",
+    ),
+    "own code": (
+        {"distil": {"teacher": "TMP/code"}},
+        "model 'TMP/code' cannot be loaded: it needs its own code…",
+    ),
+    "texts unknown": (
+        {"distil": {"teacher": "TMP/bare.npy"}},
+        "distil.teacher TMP/bare.npy: the texts of these vectors are not known: write .npy files with "
+        "llm2vec-ds encode, from a file of texts",
+    ),
+    "other texts": (
+        {"distil": {"teacher": "TMP/few.npy"}},
+        "distil.teacher has no vector of 60 of the 64 texts of data.path (the first is text 4, counted from "
+        "0): encode these texts with the teacher, or name a model as distil.teacher",
+    ),
+    "a narrow student": (
+        {
+            "distil": {"teacher": "TMP/few.npy", "projection": "none", "vector_weight": 1},
+            "data": "TMP/few.txt",
+        },
+        "distil.projection: none cannot compare 32 components with the teacher's 40: use linear",
+    ),
+    "nothing to learn": (
+        {"distil": {"teacher": "t", "vector_weight": 0, "similarity_weight": 0}},
+        "TMP/r.yaml: distil.vector_weight and distil.similarity_weight are both 0: raise one",
+    ),
+    "a batch of one": (
+        {"batch": {"global_batch_size": 1}},
+        "TMP/r.yaml: batch.global_batch_size=1 leaves the similarity loss without other texts: raise it, or "
+        "set distil.similarity_weight=0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_cost_one_line(
+    name: str,
+    values: dict[str, Any],
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    teacher: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changes, line = MISTAKES[name]
+    texts = Path(values["data"]["path"]).read_text().splitlines()[:4]
+    (tmp_path / "few.txt").write_text("\n".join(texts) + "\n")
+    few = np.random.default_rng(0).normal(size=(4, 40)).astype(np.float32)
+    np.save(tmp_path / "bare.npy", few)
+    np.save(tmp_path / "few.npy", few)
+    note = teacher_vectors.VectorNote(
+        "k", "m", str(tmp_path / "few.txt"), "text", None, False, 0, 4, 4, 40, "0.2"
+    )
+    note.write(tmp_path / "few.npy")
+    shutil.copytree(teacher, tmp_path / "code")
+    modules = json.loads((tmp_path / "code" / "modules.json").read_text())
+    modules[1]["type"] = "planted.Pooling"
+    (tmp_path / "code" / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "code" / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+
+    def filled(text: str) -> str:
+        return text.replace("TMP", str(tmp_path)).replace("MODEL", str(tiny_model_dir))
+
+    changes = json.loads(filled(json.dumps(changes)))
+    if "data" in changes:
+        values["batch"]["global_batch_size"] = 4
+        changes["data"] = {"path": changes["data"]}
+    else:
+        values["data"].pop("held_out_path")
+    file = write_recipe({**values, **changes}, tmp_path / "r.yaml")
+    assert run(monkeypatch, "train", file) == 2
+    assert_reads(error_line(capsys), filled(line))
+    assert not (tmp_path / "ran").exists()
