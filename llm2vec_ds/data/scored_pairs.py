@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llm2vec_ds.data.row_files import BadRows
 from llm2vec_ds.data.sources import LONGEST_TEXT_CHARACTERS, Source, _rows, _text, _value
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.sections import PairsConfig
@@ -42,7 +42,7 @@ def stream_scored_rows(
         UserError: a column is missing, or scores are no numbers, or not one for each document.
     """
     columns = [pairs.query_column, pairs.positive_column, *([score_column] if score_column else [])]
-    for row, place in _rows(source, columns, Counter(), [pairs.negative_column]):
+    for row, place in _rows(source, columns, BadRows(), [pairs.negative_column]):
         negative = row.get(pairs.negative_column)
         listed = negative if isinstance(negative, list) else [] if negative is None else [negative]
         query, positive, *negatives = (

@@ -69,7 +69,7 @@ def encoder_before_training(recipe: Recipe, device: torch.device) -> Encoder:
         UserError: the model cannot be used.
     """
     stack = read_stack(recipe.model.path, recipe.model.quantization, recipe.adapter)
-    trunk, _ = _load(stack.base, _trunk_options(recipe, device, nullcontext), head=False)
+    trunk, _ = _load(stack, _trunk_options(recipe, device, nullcontext), head=False)
     _make_trainable(recipe, trunk, stack)
     return _encoder(recipe, trunk, tokenizer_of(recipe), stack)
 
