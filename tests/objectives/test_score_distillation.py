@@ -7,11 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from llm2vec_ds.data.prompts import Prompt
+from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.score_distillation.loss import ScoreLoss
+from llm2vec_ds.objectives.score_distillation.score_table import ScoreTable, prepare_scores
 from llm2vec_ds.recipe.objectives import DistilScoresConfig
+from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.global_batch import outcome, train_cases
 from tests.support.in_process import assert_reads, error_line, run
 from tests.support.ranks import run_ranks
@@ -106,6 +111,18 @@ def test_the_same_on_ranks_stages_and_micro_batches(values: dict[str, Any], tmp_
             assert other["accuracy"] == pytest.approx(row["accuracy"])
         for name, weight in other_weights.items():
             torch.testing.assert_close(weight, weights[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_pair_without_a_score_is_named(values: dict[str, Any]) -> None:
+    """And is not given another pair's."""
+    recipe = parse_recipe(values)
+    table = ScoreTable(prepare_scores(recipe, recipe.data.path))
+    row = json.loads(Path(values["data"]["path"]).read_text().splitlines()[5])
+    query, first, second = (Prompt(None, text).hash() for text in (row["query"], *row["negative"]))
+    found = table(np.array([query, query]), np.array([first, second]))
+    torch.testing.assert_close(found, torch.tensor(row["scores"][1:]))
+    with pytest.raises(UserError, match="1 of 2 documents of a batch have no score"):
+        table(np.array([query, query]), np.array([first, query]))
 
 
 @pytest.mark.parametrize("loss", ["kl", "margin_mse"])

@@ -12,6 +12,7 @@ from llm2vec_ds.data.prepare import cache_root
 from llm2vec_ds.data.prompts import Prompt, is_text
 from llm2vec_ds.data.scored_pairs import stream_scored_rows
 from llm2vec_ds.data.sources import find_source
+from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.objectives import DistilScoresConfig
 from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.storage.fingerprint import key_of
@@ -31,9 +32,19 @@ class ScoreTable:
         self._scores: np.ndarray = np.load(folder / SCORES, mmap_mode="r")
 
     def __call__(self, queries: np.ndarray, documents: np.ndarray) -> torch.Tensor:
-        """Scores `[N]` of pairs of text hashes `[N]`, all of which are in the table."""
+        """Scores `[N]` of pairs of text hashes `[N]`.
+
+        Raises:
+            UserError: a pair has none.
+        """
         keys = pair_keys(queries, documents)
-        return torch.from_numpy(np.asarray(self._scores[np.searchsorted(self._keys, keys)]))
+        places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        if (missing := int(np.count_nonzero(self._keys[places] != keys))) > 0:
+            raise UserError(
+                f"{missing} of {len(keys)} documents of a batch have no score: give a row one positive, its "
+                "negatives as a list in one column, and a score for each"
+            )
+        return torch.from_numpy(np.asarray(self._scores[places]))
 
 
 def pair_keys(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
