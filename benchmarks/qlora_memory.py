@@ -62,6 +62,7 @@ def measure(
     changes = [
         f"stage={stage}",
         f"max_steps={steps}",
+        "optimizer.warmup_steps=0",
         f"data.path={texts}",
         f"data.prepared_dir={scratch}/prepared",
     ]

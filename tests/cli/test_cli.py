@@ -168,7 +168,7 @@ def test_home_is_a_tilde_in_recipes_and_no_folder_is_called_so(
     values["data"]["prepared_dir"] = "~/prepared"
     write_recipe(values, tmp_path / "r.yaml")
     assert run(monkeypatch, "prepare", "~/r.yaml") == 0
-    assert run(monkeypatch, "train", "~/r.yaml", "max_steps=1", "output_dir=~/other") == 0
+    assert run(monkeypatch, "train", "~/r.yaml", "output_dir=~/other", "max_steps=2") == 0
     assert {"prepared", "other"} <= {path.name for path in tmp_path.iterdir()}
     assert not list(tmp_path.rglob("~*"))
 

@@ -120,7 +120,7 @@ def test_training_refuses_the_tokenizer_of_another_model(
 
 def test_a_score_that_is_nan_has_no_rank(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("a,b,1\nc,d,2\ne,f,nan\n")
-    with pytest.raises(UserError, match=r"data row 3: expected sentence1, sentence2, score \(a number\)"):
+    with pytest.raises(UserError, match=r"line 3: expected sentence1, sentence2, score \(a number\)"):
         load_graded_pairs(tmp_path / "p.csv")
 
 
@@ -137,7 +137,7 @@ COMMANDS: dict[str, tuple[str, list[str], bytes]] = {
     ),
     "random jsonl": ("a.jsonl, line 1: not valid JSON: …", ["prepare", "R"], RANDOM),
     "random text": ("a.txt: no text in it (…)", ["prepare", "R"], RANDOM),
-    "random csv": ("a.csv, after line 0: not a CSV file in UTF-8: …", ["prepare", "R"], RANDOM),
+    "random csv": ("a.csv: not text in UTF-8, or as its byte order mark says: …", ["prepare", "R"], RANDOM),
     "random pairs": ("a.jsonl, line 1: not valid JSON: …", ["mine", "--pairs", "F"], RANDOM),
     "random corpus": ("a.parquet: not a Parquet file: …", ["encode", "--input", "F"], RANDOM),
     "bytes as text": (

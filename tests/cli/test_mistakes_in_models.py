@@ -52,14 +52,12 @@ MISTAKES = {
         files={"llama/pytorch_model.bin": b""},
     ),
     "quantised weights without their package": Mistake(
-        "model 'TMP/llama' cannot be loaded: Loading a GPTQ quantized model requires optimum (`pip install "
-        "optimum`)",
+        "model 'TMP/llama': its weights are quantised by gptq, which is not read: take the model that …",
         changes={"model": {"path": "TMP/llama"}},
         files={"llama/config.json": quantised_config("gptq")},
     ),
     "quantised weights of another package": Mistake(
-        "model 'TMP/llama' cannot be loaded: … requires gptqmodel. Please install it with `pip install "
-        "gptqmodel`",
+        "model 'TMP/llama': its weights are quantised by awq, which is not read: take the model that …",
         changes={"model": {"path": "TMP/llama"}},
         files={"llama/config.json": quantised_config("awq")},
     ),
@@ -87,8 +85,8 @@ MISTAKES = {
         stage="mntp",
     ),
     "layers without adapters": Mistake(
-        "adapter.target_modules ['query']: …; linear layers here: down_proj, gate_proj, k_proj, o_proj, "
-        "q_proj, up_proj, v_proj",
+        "adapter.target_modules: 'query' is nothing in this trunk …; linear layers here: down_proj, gate_proj, "
+        "k_proj, o_proj, q_proj, up_proj, v_proj",
         changes={"adapter": {"target_modules": ["query"]}},
     ),
 }

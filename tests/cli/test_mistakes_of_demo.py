@@ -14,10 +14,11 @@ MISTAKES = {
         ("demo", "--output", "TMP/demo", "--budget", "huge"),
     ),
     "no graded pairs": Mistake(
-        "TMP/p.csv: No such file or directory", ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv")
+        "TMP/p.csv: cannot be read: …No such file or directory…",
+        ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv"),
     ),
     "pairs without score": Mistake(
-        "TMP/p.csv, data row 1: expected sentence1, sentence2, score (a number)",
+        "TMP/p.csv, line 1: expected sentence1, sentence2, score (a number)",
         ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv"),
         files={"p.csv": b"one,two\n"},
     ),

@@ -16,7 +16,8 @@ def mine(*more: str, pairs: str = "p.jsonl", output: str = "m.jsonl") -> tuple[s
 MISTAKES = {
     "no pairs to mine": Mistake("data file TMP/p.jsonl not found (relative paths start at ROOT)", mine()),
     "pairs without columns": Mistake(
-        "TMP/texts.txt: pairs need columns: use .jsonl, .csv or .parquet", mine(pairs="texts.txt")
+        "TMP/texts.txt: pairs need columns: use .jsonl, .json, .csv, .tsv or .parquet",
+        mine(pairs="texts.txt"),
     ),
     "no such column of pairs": Mistake(
         "TMP/p.jsonl, line 1: no column 'question'; set --query-column to one of: query, positive",

@@ -25,14 +25,14 @@ MISTAKES = {
         "data file TMP/none.txt not found (relative paths start at ROOT)", PREPARE, data("none.txt")
     ),
     "empty folder": Mistake(
-        "data.path 'TMP/empty' names no file of a known format (.txt, .jsonl, .csv, .parquet)",
+        "data.path 'TMP/empty' names no file of a known format (.txt, .jsonl, .json, .csv, .tsv, .parquet)",
         PREPARE,
         data("empty"),
         files={"empty/notes.md": b"x"},
     ),
     "unknown format": Mistake(
-        "data file TMP/a.docx: unknown format '.docx', use one of .txt, .jsonl, .csv, .parquet, plain or "
-        "with .gz, .bz2, .xz",
+        "data file TMP/a.docx: unknown format '.docx', use one of .txt, .jsonl, .json, .csv, .tsv, .parquet, "
+        "plain or with .gz, .bz2, .xz",
         PREPARE,
         data("a.docx"),
         files={"a.docx": b"x"},
@@ -50,7 +50,7 @@ MISTAKES = {
         files={"a.jsonl": b'{"text": "one"}\n{"text": \n'},
     ),
     "broken CSV": Mistake(
-        "TMP/a.csv, after line 0: not a CSV file in UTF-8: …",
+        "TMP/a.csv: not text in UTF-8, or as its byte order mark says: …",
         PREPARE,
         data("a.csv"),
         files={"a.csv": b"text\ncaf\xe9\n"},
@@ -67,11 +67,11 @@ MISTAKES = {
     "not xz": Mistake(
         "TMP/a.txt.xz: cannot be read: …", PREPARE, data("a.txt.xz"), files={"a.txt.xz": b"plain text"}
     ),
-    "UTF-16": Mistake(
-        "TMP/a.txt is UTF-16: convert it first, iconv -f UTF-16 -t UTF-8",
+    "half of UTF-16": Mistake(
+        "TMP/a.txt: not text in UTF-8, or as its byte order mark says: …",
         PREPARE,
         data("a.txt"),
-        files={"a.txt": "the river".encode("utf-16")},
+        files={"a.txt": "the river".encode("utf-16")[:-1]},
     ),
     "no text": Mistake(
         "TMP/a.txt: no text in it (2 blank, 1 binary)",

@@ -215,8 +215,9 @@ def forms() -> dict[str, str]:
         '["a train", "leaves"]\n',
         "lists.json": '[["the river", "runs", "bread", "rain"], ["the river", "flows", "bread", "rain"],\n'
         '["a train", "leaves"]]\n',
-        "numbered.tsv": "query\tpos\tneg_1\tneg_2\nthe river\truns\tbread\train\n"
-        "the river\tflows\tbread\train\na train\tleaves\t\t\n",
+        "numbered.tsv": "query\tpos\tneg_1\tneg_2\n"
+        "the river\truns\tbread\train\nthe river\tflows\tbread\train\n"
+        "a train\tleaves\t\t\n",
     }
 
 

@@ -219,10 +219,10 @@ def test_names_subsets_and_benchmarks() -> None:
         ({"names": ["retrieval:{here}/a.csv"]}, "needs a folder"),
         ({"names": ["sts:{here}"]}, "needs a file"),
         ({"names": ["retrieval:{here}"]}, "corpus.jsonl is missing"),
-        ({"names": ["clustering:{here}/a.csv"]}, "data row 1: expected the columns text and label"),
+        ({"names": ["clustering:{here}/a.csv"]}, "line 2: expected the columns text and label"),
         ({"names": ["clustering:{here}/one.csv"]}, "two different labels"),
         ({"names": ["classification:{here}/split.csv"]}, "no row has 'test'"),
-        ({"names": ["clustering:{here}/bad.jsonl"]}, "line 1 is not JSON"),
+        ({"names": ["clustering:{here}/bad.jsonl"]}, "line 1: not valid JSON"),
     ],
     ids=lambda value: str(value)[:40],
 )
