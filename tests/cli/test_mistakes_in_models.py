@@ -85,8 +85,8 @@ MISTAKES = {
         stage="mntp",
     ),
     "layers without adapters": Mistake(
-        "adapter.target_modules: 'query' is nothing in this trunk …; linear layers here: down_proj, gate_proj, k_proj, o_proj, "
-        "q_proj, up_proj, v_proj",
+        "adapter.target_modules: 'query' is nothing in this trunk …; linear layers here: down_proj, "
+        "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         changes={"adapter": {"target_modules": ["query"]}},
     ),
 }

@@ -31,7 +31,8 @@ MISTAKES = {
         files={"empty/notes.md": b"x"},
     ),
     "unknown format": Mistake(
-        "data file TMP/a.docx: unknown format '.docx', use one of .txt, .jsonl, .json, .csv, .tsv, .parquet, plain or "
+        "data file TMP/a.docx: unknown format '.docx', use one of .txt, .jsonl, .json, .csv, .tsv, .parquet, "
+        "plain or "
         "with .gz, .bz2, .xz",
         PREPARE,
         data("a.docx"),
