@@ -31,7 +31,6 @@ from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.bidirectional import with_causal
 from llm2vec_ds.model.fused_layers import fuse_layers
-from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.objectives.mntp.head import MaskedTokenHead
 from llm2vec_ds.recipe.sections import AdapterConfig
 
@@ -84,6 +83,8 @@ def random_model(options: argparse.Namespace, device: torch.device) -> tuple[Any
 def measure(options: argparse.Namespace, recomputation: str, peak: float) -> dict[str, Any]:
     device = torch.device("cpu" if options.cpu else "cuda")
     trunk, head = random_model(options, device)
+    from llm2vec_ds.model.recomputation import recompute_activations  # here: peft's imports may print a line
+
     recompute_activations(trunk, recomputation)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW([p for p in trunk.parameters() if p.requires_grad], lr=1e-4)
     batch = packed_batch(options.vocab, options.texts, options.length).to(device)

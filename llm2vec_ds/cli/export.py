@@ -90,7 +90,7 @@ def merge(
     encoders: Annotated[
         list[str],
         typer.Argument(
-            metavar="ENCODER…",
+            metavar="ENCODER",
             help="The encoder/ of a run over NF4; or several encoders, runs or LLMs of one shape; or with "
             "--last a run.",
             callback=expanded,
@@ -98,7 +98,7 @@ def merge(
     ],
     output: Annotated[Path, typer.Option(help="Folder of the new encoder.", callback=expanded)],
     weights: Annotated[
-        str | None, typer.Option(metavar="W,W…", help="Of each encoder, 1 together; default: equal.")
+        str | None, typer.Option(metavar="W,W", help="Of each encoder, 1 together; default: equal.")
     ] = None,
     method: Annotated[
         str, typer.Option(help="linear, or slerp: along the arc between two encoders.")

@@ -307,8 +307,7 @@ class Encoder(nn.Module):
         lengths = [len(text) for text in texts]
         groups = plan_micro_batches(lengths, max(micro_batch_tokens, *lengths, 0))
         was_training = self.training
-        if was_training:  # a walk over hundreds of modules
-            self.eval()
+        self.eval()  # always: a part that was added since may be in training mode
         if len(self.devices) > 1 and len(groups) > 1 and self._replicas is None:
             self._replicas = Replicas(self.trunk, self.devices)
 

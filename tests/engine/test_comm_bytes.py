@@ -69,9 +69,10 @@ def exchange_bytes(exchange: str) -> dict[str, int]:
     documents_per_rank = EXAMPLES * (TEXTS_AN_EXAMPLE - 1) // WORLD
     vectors = documents_per_rank * WIDTH * FP32_BYTES
     ids = documents_per_rank * ID_BYTES
+    pairs = (WORLD - 1) * EXAMPLES // WORLD * 2 * ID_BYTES  # which text is a positive of which query
     if exchange == "ring":
-        return {"send": 2 * (WORLD - 1) * (vectors + ids) + WORLD * vectors}
-    return {"all_gather": (WORLD - 1) * (vectors + ids), "reduce_scatter": (WORLD - 1) * vectors}
+        return {"send": 2 * (WORLD - 1) * (vectors + ids) + WORLD * vectors, "all_gather": pairs}
+    return {"all_gather": (WORLD - 1) * (vectors + ids) + pairs, "reduce_scatter": (WORLD - 1) * vectors}
 
 
 def engine_bytes(zero_stage: int, micro_batches: int) -> dict[str, int]:

@@ -65,6 +65,11 @@ class Case:
         pairs.write_text('{"query": "fish", "positive": "trout"}\n' * 2)
         yield ["mine", "--model", self.model, "--pairs", pairs, "--output", self.folder / "m.jsonl"]
 
+    def score(self) -> Iterator[Line]:
+        pairs = self.folder / "pairs.jsonl"
+        pairs.write_text('{"query": "fish", "positive": "trout"}\n')
+        yield ["score", pairs, "--reranker", self.model, "--output", self.folder / "s.jsonl"]
+
     def export(self) -> Iterator[Line]:
         for kind in ("sentence-transformers", "transformers"):
             yield ["export", self.model, "--output", self.folder / kind, "--format", kind]
@@ -112,6 +117,7 @@ CASES: dict[str, Callable[[Case], Iterator[Line]]] = {
     "encode": Case.encode,
     "search": Case.search,
     "mine": Case.mine,
+    "score": Case.score,
     "export": Case.export,
     "merge": Case.merge,
     "demo": Case.demo,
