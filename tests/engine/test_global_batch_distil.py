@@ -61,7 +61,8 @@ def recipe_of(case: Case, model: Path, texts: Path, teacher: Path, output: Path)
     }
 
 
-@pytest.mark.parametrize("largest_world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("largest_world", [2, 4])
 def test_all_train_the_same(
     largest_world: int, tmp_path: Path, tiny_model_dir: Path, texts_file: Path
 ) -> None:

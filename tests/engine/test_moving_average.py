@@ -83,6 +83,7 @@ def test_it_is_that_of_all_steps_and_the_encoder_takes_it(
         assert all(torch.equal(ones[name], others[name]) for name in others)
 
 
+@pytest.mark.slow
 def test_it_is_that_of_all_steps_in_parts(tiny_model_dir: Path, texts_file: Path, tmp_path: Path) -> None:
     cases = [(2, "full"), (3, "lora")]
     recipes = [recipe_of(*case, tiny_model_dir, texts_file, tmp_path / f"{case[0]}") for case in cases]

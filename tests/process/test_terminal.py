@@ -30,6 +30,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(line, env={**os.environ, **ASCII}, capture_output=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_commands_on_an_ascii_terminal(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "grüne Hügel"}, ensure_ascii=False) + "\n", "utf-8")
     output = tmp_path / "v.jsonl"
