@@ -84,6 +84,12 @@ def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, 
     return in_training_evaluation(config)
 
 
+ExcludeSelf = Annotated[
+    bool,
+    typer.Option("--exclude-self", help="Of retrieval:FOLDER: a query's own document is not ranked."),
+]
+
+
 @evaluate.command(
     epilog=examples(
         "evaluate mteb --model runs/simcse/encoder --task sts:pairs.csv",
@@ -101,12 +107,7 @@ def mteb(
         Path,
         typer.Option(help="Folder for results; what it holds already is not run again.", callback=expanded),
     ] = Path("mteb-results"),
-    exclude_self: Annotated[
-        bool,
-        typer.Option(
-            "--exclude-self", help="Of retrieval:FOLDER: no document with the query's own id is ranked."
-        ),
-    ] = False,
+    exclude_self: ExcludeSelf = False,
     causal: Causal = False,
     instructions: InstructionsOfTasks = None,
     as_json: AsJson = False,

@@ -141,13 +141,17 @@ def merge(
         steps = ", ".join(map(str, soup(Path(encoders[0]), last, output)))
         print(f"{output}: the mean of the checkpoints of steps {steps}")
     else:
-        from llm2vec_ds.export.merge import merge_into_original
+        _into_original(encoders[0], output, original)
 
-        difference = merge_into_original(Path(encoders[0]), output, original)
-        print(
-            f"{output}: against {encoders[0]}, cosine of a text's vectors {difference.mean_cosine:.4f} on "
-            f"average, {difference.least_cosine:.4f} at least ({difference.n_texts} texts)"
-        )
+
+def _into_original(encoder: str, output: Path, original: str | None) -> None:
+    from llm2vec_ds.export.merge import merge_into_original
+
+    difference = merge_into_original(Path(encoder), output, original)
+    print(
+        f"{output}: against {encoder}, cosine of a text's vectors {difference.mean_cosine:.4f} on average, "
+        f"{difference.least_cosine:.4f} at least ({difference.n_texts} texts)"
+    )
 
 
 def _mix(sources: list[str], output: Path, weights: str | None, method: str, evaluate: str | None) -> None:

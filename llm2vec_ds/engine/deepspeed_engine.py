@@ -205,21 +205,22 @@ def _gather_for_adapted_layers(model: nn.Module) -> None:
 
 
 def _can_be_flat(named: dict[str, nn.Parameter], config: dict[str, Any], optimizer: Any) -> bool:
-    """Do adapters alone train, whole on every rank, by an optimizer that looks at each number alone?
+    """Do adapters train (with few others: a scale, a projection), whole on every rank, by an optimizer that
+    looks at each number alone?
 
     bitsandbytes' looks at blocks of each tensor, and keeps small tensors' moments in 32 bits.
     """
     return (
         optimizer is None
         and config.get("zero_optimization", {}).get("stage", 0) < 3
-        and all(".lora_" in name for name in named)
+        and any(".lora_" in name for name in named)
     )
 
 
 class Engine:
     """A model under DeepSpeed: forward, backward with a chosen boundary, step, whole parameters.
 
-    Below ZeRO-3 adapters train as one flat parameter, and DeepSpeed sees nothing else of the model.
+    Below ZeRO-3 adapters, and what trains beside them, are one flat parameter. DeepSpeed sees nothing else.
 
     Attributes:
         trainable: the parameters that DeepSpeed sees and steps.
@@ -253,7 +254,7 @@ class Engine:
             _gather_for_adapted_layers(model)
         if self._flat is not None:
             self._flat.link()
-            log.info("%s adapter tensors train as one of %s elements", len(named), self._flat.whole.numel())
+            log.info("%s tensors train as one of %s elements", len(named), self._flat.whole.numel())
         # bitsandbytes packs its moments in blocks that are no tensors of a parameter's shape.
         self.state = TrainableState(self._engine, flat=self._flat, has_moments=optimizer is None)
 

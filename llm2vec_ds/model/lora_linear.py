@@ -105,14 +105,19 @@ lora_linear = Operation("llm2vec_ds::lora_linear", _lora_linear, _shapes).with_g
 
 
 class _Plain(NamedTuple):
-    """The one adapter of a layer that is one operation with it, as long as `settings` are the layer's."""
+    """The one adapter of a layer that is one operation with it, as long as the layer has these settings and
+    modules."""
 
     settings: tuple[Any, ...]
     adapter: str
     base: nn.Module
     a: nn.Module
     b: nn.Module
-    dropout_p: float
+    dropout: nn.Module
+
+    @property
+    def dropout_p(self) -> float:
+        return self.dropout.p if isinstance(self.dropout, nn.Dropout) else 0.0
 
     def tensors(self) -> tuple[Any, ...]:
         """Weight, bias, A and B. A module's own look-up takes ten times as long."""
@@ -133,11 +138,12 @@ class LoraLinear(PeftLoraLinear):
         plain = self._plain_adapter(x.dtype)
         if plain is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
+        dropout_p = plain.dropout_p if self.training else 0.0
         out: torch.Tensor = lora_linear(
             x,
             *plain.tensors(),
             self.scaling[plain.adapter],
-            *(self.dropouts.of(x, plain.dropout_p) if self.training and plain.dropout_p else ()),
+            *(self.dropouts.of(x, dropout_p) if dropout_p else ()),
         )[0]
         return out
 
@@ -155,10 +161,10 @@ class LoraLinear(PeftLoraLinear):
         return self._find_plain_adapter(()) is not None
 
     def _plain_adapter(self, dtype: torch.dtype) -> _Plain | None:
-        """Looked for when peft's settings of the layer have changed; a model has hundreds of such layers."""
+        """Looked for when peft has changed the layer; a model has hundreds of such layers."""
         plain = self._plain
         settings = (self._active_adapter, self._disable_adapters, *self.merged_adapters)
-        if plain is None or plain.settings != settings:
+        if plain is None or plain.settings != settings or not self._still_has(plain):
             self._plain = plain = self._find_plain_adapter(settings)
         if plain is None:
             return None
@@ -172,16 +178,21 @@ class LoraLinear(PeftLoraLinear):
             return None
         return plain
 
+    def _still_has(self, plain: _Plain) -> bool:
+        """False where an adapter was deleted and another of the same name put in its place."""
+        a, b, dropout = (
+            self._modules[part]._modules.get(plain.adapter) for part in ("lora_A", "lora_B", "lora_dropout")
+        )
+        return a is plain.a and b is plain.b and dropout is plain.dropout
+
     def _find_plain_adapter(self, settings: tuple[Any, ...]) -> _Plain | None:
         if self.merged or self.disable_adapters or len(self.active_adapters) != 1:
             return None
         (adapter,) = self.active_adapters
         if adapter not in self.lora_A or adapter in self.lora_variant or self.lora_bias[adapter]:
             return None
-        dropout = self.lora_dropout[adapter]
-        dropout_p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-        base, a, b = self.get_base_layer(), self.lora_A[adapter], self.lora_B[adapter]
-        return _Plain(settings, adapter, base, a, b, dropout_p)
+        a, b, dropout = self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter]
+        return _Plain(settings, adapter, self.get_base_layer(), a, b, dropout)
 
 
 def lora_linear_for(target: nn.Module, adapter_name: str, **options: Any) -> LoraLinear | None:

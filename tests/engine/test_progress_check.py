@@ -13,7 +13,7 @@ import torch
 from llm2vec_ds.engine.progress_check import MANY_STEPS, ProgressCheck
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.objectives.contrastive.objective import ALIKE, distance_from_first
+from llm2vec_ds.objectives.spread import ALIKE, distance_from_first
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.ranks import run_ranks
 from tests.support.runs import NO_DROPOUT, recipe

@@ -176,6 +176,32 @@ def test_a_plain_adapter_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> No
     assert calls(with_adapters(), monkeypatch) == n_fused(with_adapters()) == 2
 
 
+def test_another_adapter_of_the_same_name_is_seen() -> None:
+    model = with_adapters()
+    x = torch.randn(4, 12, dtype=torch.float64)
+    first = model(x)
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            layer.delete_adapter("default")
+    del model.peft_config
+    add_lora(model, AdapterConfig(rank=5, zero_init=False, dropout=0.0))
+    model.double()
+    again = model(x)
+    assert not torch.equal(again, first)
+    torch.testing.assert_close(again, as_peft_does(model)(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_changed_dropout_is_seen() -> None:
+    model = with_adapters(dropout=0.4)
+    x = torch.randn(400, 12, dtype=torch.float64)
+    dropped = model(x)
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            layer.lora_dropout["default"].p = 0.0
+    assert not torch.equal(model(x), dropped)
+    assert torch.equal(model(x), model.eval()(x))
+
+
 def _stacked(model: nn.Module) -> None:
     add_lora(model, AdapterConfig(rank=2, zero_init=False), name="second")
     model.double()

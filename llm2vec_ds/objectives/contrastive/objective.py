@@ -26,11 +26,9 @@ from llm2vec_ds.objectives.base import (
 )
 from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel, vectors_loss_backward
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors, check_widths
+from llm2vec_ds.objectives.spread import are_alike, spread
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
 from llm2vec_ds.recipe.recipe import Recipe
-
-ALIKE = 1e-6
-"""1 − cosine of vectors that differ by rounding only."""
 
 Examples = Callable[[Sequence[int] | np.ndarray], list[list[TokenizedText]]]
 """Rows → the texts of each: query, positive, hard negatives."""
@@ -120,16 +118,16 @@ class ContrastiveStage:
             lambda scalar, index, last: backward(scalar, rows=packed.rows(rows, index), last=last),
             n_passes=n_passes,
         )
-        n_queries, can_differ = torch.tensor([float(len(rows)), float(packed.n_distinct > 1)], device=device)
-        differ = can_differ * distance_from_first(vectors)
-        sums = all_reduce_sum(torch.stack([share, n_hits, n_queries, can_differ, differ]))
-        loss, hits, n_global, n_can_differ, distance = sums.tolist()
+        n_queries = torch.tensor(float(len(rows)), device=device)
+        own = torch.stack([share, n_hits, n_queries])
+        sums = all_reduce_sum(torch.cat([own, spread(vectors, packed.n_distinct)]))
+        loss, hits, n_global, *distance = sums.tolist()
         return StepResult(
             loss=loss,
             n_tokens=sum(batch.n_tokens for batch in packed.batches),
             metrics={"accuracy": hits / n_global, "scale": float(last_scale)},
             bad_rows=lambda: packed.not_finite(rows, vectors),
-            vectors_alike=n_can_differ > 0 and distance < ALIKE,
+            vectors_alike=are_alike(*distance),
         )
 
     def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
@@ -143,12 +141,6 @@ class ContrastiveStage:
         return held_out_metrics(
             self.held_out_pairs, self.loss, forward, self.micro_batch_tokens, self.encoder.device
         )
-
-
-def distance_from_first(vectors: torch.Tensor) -> torch.Tensor:
-    """Largest 1 − cosine between the first of `vectors [N, D]` and another, a scalar in fp32."""
-    unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
-    return (unit - unit[0]).square().sum(-1).max() / 2
 
 
 class PackedExamples:

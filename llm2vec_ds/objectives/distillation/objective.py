@@ -31,7 +31,6 @@ from llm2vec_ds.objectives.base import (
     equal_count,
 )
 from llm2vec_ds.objectives.contrastive.embedding_cache import vectors_loss_backward
-from llm2vec_ds.objectives.contrastive.objective import ALIKE, distance_from_first
 from llm2vec_ds.objectives.distillation.loss import DistillationLoss
 from llm2vec_ds.objectives.distillation.teacher_vectors import (
     TeacherVectors,
@@ -39,6 +38,7 @@ from llm2vec_ds.objectives.distillation.teacher_vectors import (
     section_of,
     teacher_folder,
 )
+from llm2vec_ds.objectives.spread import are_alike, spread
 from llm2vec_ds.recipe.objectives import DistilConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -205,10 +205,8 @@ class DistillationStage:
             n_passes=n_passes,
         )
         vectors = found[:, : self.encoder.dimensions]
-        can_differ = torch.tensor(float(packed.n_distinct > 1), device=device)
-        differ = can_differ * distance_from_first(vectors)
-        sums = all_reduce_sum(torch.cat([parts, torch.stack([can_differ, differ])]))
-        vector, similarity, n_can_differ, distance = sums.tolist()
+        sums = all_reduce_sum(torch.cat([parts, spread(vectors, packed.n_distinct)]))
+        vector, similarity, *distance = sums.tolist()
 
         def bad_rows() -> list[int]:
             bad = ~vectors.isfinite().all(-1).cpu().numpy()
@@ -220,7 +218,7 @@ class DistillationStage:
             n_tokens=sum(batch.n_tokens for batch in packed.batches),
             metrics={"vector_loss": vector, "similarity_loss": similarity},
             bad_rows=bad_rows,
-            vectors_alike=n_can_differ > 0 and distance < ALIKE,
+            vectors_alike=are_alike(*distance),
         )
 
     @torch.no_grad()

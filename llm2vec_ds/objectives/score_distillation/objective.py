@@ -27,7 +27,7 @@ from llm2vec_ds.objectives.base import (
     equal_count,
 )
 from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel, vectors_loss_backward
-from llm2vec_ds.objectives.contrastive.objective import ALIKE, PackedExamples, distance_from_first
+from llm2vec_ds.objectives.contrastive.objective import PackedExamples
 from llm2vec_ds.objectives.score_distillation.loss import ScoreLoss
 from llm2vec_ds.objectives.score_distillation.score_table import (
     ScoreTable,
@@ -35,6 +35,7 @@ from llm2vec_ds.objectives.score_distillation.score_table import (
     score_folder,
     section_of,
 )
+from llm2vec_ds.objectives.spread import are_alike, spread
 from llm2vec_ds.recipe.objectives import ContrastiveConfig, DistilScoresConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -145,16 +146,15 @@ class ScoreStage:
             lambda scalar, index, last: backward(scalar, rows=packed.rows(rows, index), last=last),
             n_passes=n_passes,
         )
-        can_differ = torch.tensor(float(packed.n_distinct > 1), device=device)
-        differ = can_differ * distance_from_first(vectors)
-        sums = all_reduce_sum(torch.stack([share, n_hits / n_global, can_differ, differ]))
-        loss, accuracy, n_can_differ, distance = sums.tolist()
+        own = torch.stack([share, n_hits / n_global])
+        sums = all_reduce_sum(torch.cat([own, spread(vectors, packed.n_distinct)]))
+        loss, accuracy, *distance = sums.tolist()
         return StepResult(
             loss=loss,
             n_tokens=sum(batch.n_tokens for batch in packed.batches),
             metrics={"accuracy": accuracy},
             bad_rows=lambda: packed.not_finite(rows, vectors),
-            vectors_alike=n_can_differ > 0 and distance < ALIKE,
+            vectors_alike=are_alike(*distance),
         )
 
     @torch.no_grad()
