@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -17,6 +18,7 @@ from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.cpu_linear import use_fast_products
 from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.lora_linear import LoraLinear
+from llm2vec_ds.model.origins import how_to_keep, note_origin
 from llm2vec_ds.model.recomputation import Recomputation, _keep_and_replay, recompute_activations
 from llm2vec_ds.recipe.sections import AdapterConfig
 from tests.support.small_texts import texts
@@ -78,6 +80,25 @@ def test_known_layers_are_made_again_without_dispatch_modes(monkeypatch: pytest.
     found = gradients(encoder)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_tensor_is_made_once_and_then_let_go() -> None:
+    n_made = 0
+
+    def make(x: torch.Tensor) -> torch.Tensor:
+        nonlocal n_made
+        n_made += 1
+        return x + 1
+
+    x = torch.ones(3)
+    out = note_origin(x + 1, make, x)
+    readers = [how_to_keep(out) for _ in range(3)]
+    made = [again(*kept) for again, kept in readers]
+    assert all(torch.equal(value, out) for value in made)
+    assert n_made == 1
+    left = weakref.ref(made[0])
+    del made
+    assert left() is None
 
 
 def kept_bytes(which: Recomputation) -> int:
