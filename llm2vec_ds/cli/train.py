@@ -47,7 +47,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     with kept("checkpoints and prepared texts are kept, run the same command with resume=true to go on"):
         try:
             folder = train_stages(resolved, evaluation_of)
-        except Stopped:  # every rank stops; after an error some may wait in vain for this one
+        except Stopped:  # every rank stops here; after an error only some do, and leaving could hang
             leave()
             raise
     leave()

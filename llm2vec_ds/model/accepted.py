@@ -1,4 +1,4 @@
-"""Which configs become a trunk, told before any weight is read."""
+"""Which configs become a trunk. The answer comes before any weight is read."""
 
 from __future__ import annotations
 

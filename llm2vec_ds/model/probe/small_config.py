@@ -1,7 +1,7 @@
 """A model's config with small numbers: the same kind of model, in a thousandth of the size.
 
 A config says in one dictionary what a model is made of (layer types, gates, scaling) and how large it is.
-The first stays; of the second each kind is told by its key's words, as transformers' configs use them.
+The first stays. The words in a key say which kind of size it is, as transformers' configs use them.
 """
 
 from __future__ import annotations
