@@ -196,6 +196,8 @@ class EvaluationConfig(Section):
 
     tasks: list[str] = []
     """As `llm2vec-ds evaluate mteb --task` takes them, e.g. `sts:pairs.csv`, measured as `STS-pairs`."""
+    exclude_self: bool = False
+    """Of `retrieval:FOLDER`: a document with the query's own id is not ranked."""
     words: WordsConfig | None = None
     """A word-level task, measured as `words_same_token` and `words_next_token`."""
     every_steps: Annotated[int, Field(ge=0)] = 0

@@ -55,6 +55,20 @@ def test_words_and_sentences_of_an_encoder(tiny_model_dir: Path, tmp_path: Path)
     assert scores["STS-pairs"] == pytest.approx(sts_spearman(encoder, load_graded_pairs(pairs)), abs=1e-4)
 
 
+def test_a_recipe_leaves_out_a_querys_own_document(tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = [{"_id": str(i), "text": f"river number {i} runs"} for i in range(3)]
+    for name in ("corpus", "queries"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n0\t0\t1\n")
+    encoder = Encoder.from_pretrained(tiny_model_dir)
+    found = []
+    for exclude_self in (False, True):
+        config = EvaluationConfig(tasks=[f"retrieval:{tmp_path}"], exclude_self=exclude_self)
+        found += in_training_evaluation(config)(encoder).values()
+    assert found == [1.0, 0.0]  # the only right document is the query's own
+
+
 def test_mistakes(tiny_model_dir: Path, texts_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="evaluation measures nothing"):
         in_training_evaluation(EvaluationConfig())
