@@ -12,21 +12,26 @@ from llm2vec_ds.cli.evaluate import evaluation_of
 from llm2vec_ds.errors import Stopped
 from llm2vec_ds.process.interrupts import kept
 
+OF_KEYS = {"ignore_unknown_options": True}
+"""`--learning_rate 1e-4` reaches the recipe, which answers with its key."""
+
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
     app.command(
+        context_settings=OF_KEYS,
         epilog=examples(
             "train recipes/smoke_mntp.yaml",
             "train recipes/smoke_mntp.yaml max_steps=5 optimizer.lr=1e-4",
             "train recipes/llama2_7b_chat/simcse.yaml deepspeed=ds_configs/zero3.json",
-        )
+        ),
     )(train)
     app.command(
+        context_settings=OF_KEYS,
         epilog=examples(
             "prepare recipes/smoke_mntp.yaml data.prepared_dir=prepared",
             "prepare recipes/smoke_mntp.yaml data.path=hub:owner/name@train",
-        )
+        ),
     )(prepare)
 
 

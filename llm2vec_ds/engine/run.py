@@ -102,6 +102,7 @@ def _train(
     dtype = TrunkOptions(precision=recipe.model.precision, device=device).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     stage = build_stage(recipe, device, partition_for(config))
+    recipe = _with_steps(recipe, stage.global_batch.steps_per_epoch)
     identity = agreed(lambda: identity_of(recipe, stage.data_fingerprint) if rank() == 0 else {})
     store = CheckpointStore(
         folder / CHECKPOINTS,
@@ -134,6 +135,14 @@ def _train(
     heap = freed_memory_is_kept() if device.type == "cpu" else nullcontext()
     with heap, watched(recipe, stage, engine, folder), stop.stepping():
         return trainer.run(checkpoint)
+
+
+def _with_steps(recipe: Recipe, steps_per_epoch: int) -> Recipe:
+    """`max_steps` in place of `epochs`, where it is given."""
+    counted = recipe.with_steps_of_epochs(steps_per_epoch)
+    if recipe.epochs is not None:
+        log.info("epochs %g: %s steps, %s an epoch", recipe.epochs, counted.max_steps, steps_per_epoch)
+    return counted
 
 
 def _use_deterministic_algorithms() -> None:
