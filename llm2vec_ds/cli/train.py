@@ -71,11 +71,13 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     quiet_libraries()
     from llm2vec_ds.data.pairs import prepare_all
     from llm2vec_ds.data.prepared_folder import read_manifest
+    from llm2vec_ds.encoder.of_run import with_encoders_of_runs
     from llm2vec_ds.model.imported import tokenizer_place
     from llm2vec_ds.model.loading import load_tokenizer
     from llm2vec_ds.objectives.registry import objective_of
 
     # Later stages go on with the first one's tokenizer, which is there before their model is.
+    stages[0] = with_encoders_of_runs(stages[0])
     model = stages[0].model
     tokenizer = load_tokenizer(tokenizer_place(model.path), trust_remote_code=model.trust_remote_code)
     for groups in itertools.chain(*(prepare_all(stage, tokenizer) for stage in stages)):

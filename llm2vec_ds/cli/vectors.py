@@ -12,6 +12,7 @@ from llm2vec_ds.cli.common import (
     MicroBatchTokens,
     Model,
     Precision,
+    encoder_place,
     examples,
     expanded,
     quiet_libraries,
@@ -133,7 +134,8 @@ def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     top: Annotated[int, typer.Option(metavar="N", help="How many texts.", min=1)] = 10,
     model: Annotated[
-        str | None, typer.Option(help="Encoder; default: the one that the index names.", callback=expanded)
+        str | None,
+        typer.Option(help="Encoder or run; default: the one that the index names.", callback=encoder_place),
     ] = None,
     texts: Annotated[
         str | None,

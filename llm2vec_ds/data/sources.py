@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_TEXT_CHARACTERS = 2**20
 HUB_PREFIX = "hub:"
+LIKE_A_HUB_NAME = r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?"
 PAIR_KEYS = tuple(f"data.pairs.{name}_column" for name in ("query", "positive", "negative"))
 
 
@@ -187,7 +188,10 @@ def _files(path: Path) -> list[Path]:
     """The file, or those of a folder in a known format; what is left out of a folder stands in the log."""
     if not path.is_dir():
         if not path.is_file():
-            raise UserError(f"data file {path} not found (relative paths start at {Path.cwd()})")
+            hint = ""
+            if re.fullmatch(LIKE_A_HUB_NAME, str(path)) and format_or_none(path) is None:
+                hint = f"; a data set of the hub is {HUB_PREFIX}{path}"
+            raise UserError(f"data file {path} not found (relative paths start at {Path.cwd()}){hint}")
         return [path]
     taken: list[Path] = []
     left_out: list[str] = []

@@ -29,6 +29,7 @@ from llm2vec_ds.data.prompts import (
     truncate,
 )
 from llm2vec_ds.encoder.inference import device_of, has_part_in_training, no_graph
+from llm2vec_ds.encoder.of_run import encoder_of
 from llm2vec_ds.encoder.replicas import Replicas, devices, text_blocks
 from llm2vec_ds.encoder.settings import EncoderSettings, stored_settings
 from llm2vec_ds.errors import UserError, writing
@@ -89,7 +90,7 @@ class Encoder(nn.Module):
         """Loads an encoder folder, or any decoder-only LLM (untrained, bidirectional unless `causal`).
 
         Args:
-            path: a folder that `save` wrote, a transformers folder, or a hub id.
+            path: a folder that `save` wrote, that of a finished run, a transformers folder, or a hub id.
             adapters: folders or hub ids of LoRA adapters (as peft and upstream `llm2vec` save them), merged
                 in this order; a `path` that holds an adapter alone stands for the model it names, and that
                 adapter comes first.
@@ -106,7 +107,7 @@ class Encoder(nn.Module):
                 fit, or unknown settings.
         """
         chosen = devices(device)
-        path = os.path.expanduser(path)  # noqa: PTH111  (a hub id stays as it is)
+        path = encoder_of(os.path.expanduser(path))  # noqa: PTH111  (a hub id stays as it is)
         stack = resolve(path, adapters)
         trunk = load_trunk(
             stack.base,

@@ -18,6 +18,7 @@ from llm2vec_ds.distributed import (
     rank,
     ranks_from_environment,
 )
+from llm2vec_ds.encoder.of_run import with_encoders_of_runs
 from llm2vec_ds.engine.build import build_stage
 from llm2vec_ds.engine.checkpoint import CheckpointStore
 from llm2vec_ds.engine.deepspeed_engine import (
@@ -56,6 +57,7 @@ def train(recipe: Recipe, evaluation: Evaluation | None = None, *, more_follow: 
         Stopped: a signal or the file STOP asked for it; everything is saved.
     """
     ranks = ranks_from_environment()
+    recipe = with_encoders_of_runs(recipe)
     check_batch(recipe, ranks)
     folder = Path(recipe.output_dir)
     # On every rank, before any waits for another: rank 0 alone would leave the others waiting.

@@ -27,7 +27,7 @@ class ModelConfig(Section):
     """The decoder-only LLM to start from, and how its trunk is run."""
 
     path: Place
-    """Folder or hub id of the model: the LLM itself, or the `encoder/` of an earlier stage."""
+    """Folder or hub id of the model: the LLM itself, or the run of an earlier stage (or its `encoder/`)."""
     causal: bool = False
     """True keeps the decoder's causal attention (a baseline); False makes it bidirectional."""
     attention: Literal["auto", "triton", "flash_attn", "varlen", "torch"] = "auto"
