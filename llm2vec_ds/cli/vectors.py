@@ -81,7 +81,7 @@ def encode(
     prompt_name: Annotated[
         str | None, typer.Option(help="Instead of it: an instruction that the encoder's folder names.")
     ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
+    normalize: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = False,
     truncate_dim: Annotated[
         int | None, typer.Option(metavar="N", help="Keep the first N dimensions (Matryoshka).", min=1)
     ] = None,

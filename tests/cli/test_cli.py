@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import typer
 
+from llm2vec_ds import __version__
 from llm2vec_ds.cli.app import app
 from llm2vec_ds.encoder.encoder import Encoder
 from tests.support.in_process import run
@@ -38,6 +39,42 @@ def test_help_shows_examples_and_whole_words(
     assert max(map(len, shown.splitlines())) <= columns
     if not name:
         assert all(f"│ {command} " in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["", "evaluate", "evaluate mteb", "demo"])
+def test_short_help_is_the_same_and_shows_flags_as_flags(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = []
+    for option in ("-h", "--help"):
+        assert run(monkeypatch, *name.split(), option) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert "<bool>" not in shown[0]
+    if name == "evaluate mteb":
+        assert "--causal / --no-causal " in shown[0]
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"llm2vec-ds {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], False), (["--normalize"], True), (["--no-normalize"], False)]
+)
+def test_a_flag_can_be_negated(
+    given: list[str],
+    expected: bool,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "a.txt").write_text("a trout\n")
+    files = ["--input", tmp_path / "a.txt", "--output", tmp_path / "v.npy", "--model", tiny_model_dir]
+    assert run(monkeypatch, "encode", *files, *given) == 0
+    assert (abs(np.linalg.norm(np.load(tmp_path / "v.npy")) - 1) < 1e-5) == expected
 
 
 def test_an_error_is_one_write() -> None:
@@ -80,6 +117,7 @@ def test_what_should_be_quick_loads_nothing_heavy(words: list[str] | None) -> No
     ("typed", "offered"),
     [
         ("llm2vec-ds pre", {"prepare"}),
+        ("llm2vec-ds encode --no-", {"--no-normalize"}),
         ("llm2vec-ds encode --inst", {"--instruction"}),
         ("llm2vec-ds train r.yaml optimizer.w", {"optimizer.weight_decay=", "optimizer.warmup_steps="}),
     ],
