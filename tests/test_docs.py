@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_the_readme_starts_with_the_two_commands() -> None:
     first = blocks(ROOT / "README.md", "bash")[0]
     assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
+
+
+def test_the_readme_explains_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    _, _, table = (ROOT / "README.md").read_text().partition("| extra: ")
+    explained = re.findall(r"^\| `(\w+)` \|", table.partition("\n\n")[0], re.MULTILINE)
+    assert sorted(explained) == sorted(project["optional-dependencies"])
 
 
 @pytest.mark.slow

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from llm2vec_ds import __version__
-from llm2vec_ds.cli import ablate, demo, doctor, evaluate, export, mining, plan, score, train, vectors
+from llm2vec_ds.cli import (
+    ablate,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    mining,
+    plan,
+    score,
+    start,
+    train,
+    vectors,
+)
 from llm2vec_ds.cli.common import examples
 from llm2vec_ds.cli.help import Group, show_flags
 from llm2vec_ds.errors import is_first_rank
@@ -31,7 +43,7 @@ app = typer.Typer(
 
 
 # Their subcommands take `-h` from the app.
-for _commands in (doctor, demo, train, plan, evaluate, vectors, mining, score, export, ablate):
+for _commands in (doctor, demo, start, train, plan, evaluate, vectors, mining, score, export, ablate):
     _commands.register(app)
 show_flags(app)
 

@@ -20,7 +20,19 @@ from tests.support.in_process import run
 from tests.support.runs import ROOT, command, recipe, write_recipe
 from tests.support.tiny import sentences
 
-COMMANDS = ["train", "prepare", "encode", "search", "export", "mine", "score", "merge", "doctor", "demo"]
+COMMANDS = [
+    "init",
+    "train",
+    "prepare",
+    "encode",
+    "search",
+    "export",
+    "mine",
+    "score",
+    "merge",
+    "doctor",
+    "demo",
+]
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "datasets", "mteb", "bitsandbytes", "numpy", "pyarrow")
 
 
