@@ -29,6 +29,7 @@ from llm2vec_ds.engine.deepspeed_engine import (
 )
 from llm2vec_ds.engine.identity import identity_of
 from llm2vec_ds.engine.memory import explains_full_memory, watched
+from llm2vec_ds.engine.monitors import wandb_run
 from llm2vec_ds.engine.resume import checkpoint_to_resume, is_done
 from llm2vec_ds.engine.run_folder import CHECKPOINTS, LOCK, begin, check_run_folder, clear_unfinished
 from llm2vec_ds.engine.trainer import Evaluation, Trainer
@@ -122,21 +123,22 @@ def _train(
         recipe.max_steps,
         ranks.world_size,
     )
-    engine = Engine(stage.model, config)
-    log.info("linear layers that are one operation with their adapter: %s", n_fused(stage.model))
-    trainer = Trainer(
-        recipe,
-        stage,
-        engine,
-        folder,
-        store=store,
-        identity=identity,
-        stop=stop,
-        evaluation=evaluation,
-    )
-    heap = freed_memory_is_kept() if device.type == "cpu" else nullcontext()
-    with heap, watched(recipe, stage, engine, folder), stop.stepping():
-        return trainer.run(checkpoint)
+    with wandb_run(recipe, folder):
+        engine = Engine(stage.model, config)
+        log.info("linear layers that are one operation with their adapter: %s", n_fused(stage.model))
+        trainer = Trainer(
+            recipe,
+            stage,
+            engine,
+            folder,
+            store=store,
+            identity=identity,
+            stop=stop,
+            evaluation=evaluation,
+        )
+        heap = freed_memory_is_kept() if device.type == "cpu" else nullcontext()
+        with heap, watched(recipe, stage, engine, folder), stop.stepping():
+            return trainer.run(checkpoint)
 
 
 def _with_steps(recipe: Recipe, steps_per_epoch: int) -> Recipe:

@@ -41,10 +41,11 @@ from llm2vec_ds.storage.fingerprint import json_sha256
 from llm2vec_ds.storage.output_folder import check_replaceable, resolved
 
 HELD_OUT, MONITOR, LOCK = "held_out.jsonl", "monitor", "lock"
+WANDB_RUN_ID = "wandb_run_id"
 FORMAT_VERSION = 1
 WRITTEN = (RUN, RECIPE, METRICS, HELD_OUT, "memory.json", FINISHED, CHECKPOINTS, MONITOR, ENCODER)
 CHECKPOINT_FOLDERS = ("step-*", ".unfinished-*", ".removed-*")
-MONITOR_FILES = ("csv/train_*.csv", "csv/held_out_*.csv", "tensorboard/events.out.tfevents.*")
+MONITOR_FILES = ("csv/train_*.csv", "csv/held_out_*.csv", "tensorboard/events.out.tfevents.*", WANDB_RUN_ID)
 
 
 def check_run_folder(recipe: Recipe, folder: Path) -> None:

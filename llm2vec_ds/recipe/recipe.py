@@ -10,7 +10,7 @@ import math
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.keys import keys_of, section_given_a_value, unknown_key
@@ -29,6 +29,13 @@ from llm2vec_ds.recipe.sections import (
     Positive,
     Section,
 )
+
+
+def _as_list(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+Monitors = Annotated[list[Literal["tensorboard", "wandb", "csv"]], BeforeValidator(_as_list)]
 
 
 class Recipe(Section):
@@ -62,8 +69,9 @@ class Recipe(Section):
     undisturbed one exactly; slower. On a CPU they always do, the number of threads being the same."""
     held_out_every_steps: Annotated[int, Field(ge=0)] = 0
     """Measure on `data.held_out_path` this often; 0: at the start and at the end only."""
-    monitor: list[Literal["tensorboard", "wandb", "csv"]] = []  # noqa: RUF012  (pydantic copies it)
-    """Where metrics go beside metrics.jsonl, by DeepSpeed's monitor; files under `monitor/` of the run."""
+    monitor: Monitors = []  # noqa: RUF012  (pydantic copies it)
+    """Where metrics go beside metrics.jsonl, a word or a list: `tensorboard`, `wandb` or `csv`; files under
+    `monitor/` of the run."""
     pooling: Literal["mean", "weighted_mean", "last", "eos", "bos"] = "mean"
     """How token vectors become the text's vector: mean of its tokens (weighted: by position), its last
     token, or the end or beginning of the sequence (`eos` is added to each text)."""

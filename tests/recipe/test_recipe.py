@@ -194,6 +194,15 @@ def test_epochs_say_how_many_steps_there_are() -> None:
             parse_recipe({**values, "epochs": wrong})
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [("csv", ["csv"]), (["csv", "wandb"], ["csv", "wandb"]), (None, [])]
+)
+def test_monitor_is_a_word_or_a_list(given: Any, expected: list[str]) -> None:
+    assert parse_recipe({**MINIMAL, "monitor": given}).monitor == expected
+    with pytest.raises(UserError, match="`monitor"):
+        parse_recipe({**MINIMAL, "monitor": "mlflow"})
+
+
 def test_one_pair_a_batch_is_fine_with_hard_negatives() -> None:
     values = {**MINIMAL, "stage": "supervised", "batch": {"global_batch_size": 1}}
     assert parse_recipe(values).batch.global_batch_size == 1
