@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,16 +19,19 @@ def examples(*commands: str) -> str:
 
 def quiet_libraries() -> None:
     """transformers' advice and its bar over weights that load (downloads from the hub keep theirs),
-    bitsandbytes' about its kernels, and DeepSpeed's warning that a machine without GPU has none. Called
-    late: --help needs none of it.
+    bitsandbytes' about its kernels, DeepSpeed's warning that a machine without GPU has none, and what
+    libraries say to those who program with them (`python -W default` shows that). The hub is not asked again
+    and again. Called late: --help needs none of it.
     """
     from huggingface_hub import utils as hub
+    from transformers.utils import logging as transformers_logging
 
     from llm2vec_ds.network import give_up_on_unreachable_hub
 
     give_up_on_unreachable_hub()
-    from transformers.utils import logging as transformers_logging
-
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
     downloads_shown = not hub.are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -54,11 +54,15 @@ def find_source(path: str | Sequence[str], key: str = "data.path") -> Source:
     """What a recipe's `data.path` (or another `key`) names: a file, several, a folder, or a hub data set.
 
     Raises:
-        UserError: a file is missing, or they are not all of one known format.
+        UserError: a file is missing, they are not all of one known format, or one of several is of the hub.
     """
     paths = [path] if isinstance(path, str) else list(path)
     if len(paths) == 1 and paths[0].startswith(HUB_PREFIX):
         return Source(hub=paths[0])
+    if beside := [name for name in paths if name.startswith(HUB_PREFIX)]:
+        raise UserError(
+            f"{key}: {beside[0]} stands beside others: a recipe takes one data set of the hub, or files"
+        )
     files = [file for name in paths for file in _files(Path(name).expanduser())]
     if not files:
         raise UserError(f"{key} {path!r} names no file of a known format ({', '.join(FORMATS)})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -15,9 +16,10 @@ import typer
 
 from llm2vec_ds import __version__
 from llm2vec_ds.cli.app import app
+from llm2vec_ds.cli.common import quiet_libraries
 from llm2vec_ds.encoder.encoder import Encoder
 from tests.support.in_process import run
-from tests.support.runs import ROOT, command, recipe, write_recipe
+from tests.support.runs import ROOT, command, noise_in, recipe, write_recipe
 from tests.support.tiny import sentences
 
 COMMANDS = [
@@ -66,6 +68,19 @@ def test_short_help_is_the_same_and_shows_flags_as_flags(
     assert "<bool>" not in shown[0]
     if name == "evaluate mteb":
         assert "--causal / --no-causal " in shown[0]
+
+
+@pytest.mark.parametrize(("options", "shown"), [([], []), (["default"], ["of tomorrow", "old"])])
+def test_what_libraries_tell_programmers_is_for_those_who_ask(
+    options: list[str], shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "warnoptions", options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        quiet_libraries()
+        warnings.warn("of tomorrow", FutureWarning, stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    assert [str(warning.message) for warning in said] == shown
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +176,8 @@ def test_encode_writes_the_vectors_of_the_encoder(tmp_path: Path, tiny_model_dir
     files = ["--input", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "out" / "v.npy")]
     outcome = command(["encode", "--model", str(tiny_model_dir), *files, "--instruction", "bread"])
     assert outcome.returncode == 0, outcome.stderr
+    assert not noise_in(outcome.stderr)
+    assert "bidirectional attention by" in outcome.stderr
     expected = Encoder.from_pretrained(tiny_model_dir).encode(texts, instruction="bread")
     np.testing.assert_allclose(np.load(tmp_path / "out" / "v.npy"), expected, atol=1e-5)
 

@@ -15,7 +15,7 @@ from llm2vec_ds.evaluate.sts import load_graded_pairs, sts_spearman
 from llm2vec_ds.recipe.recipe import parse_recipe
 from llm2vec_ds.recipe.sections import EvaluationConfig
 from tests.support.evaluation_files import conllu, pairs_file
-from tests.support.runs import command, recipe, write_recipe
+from tests.support.runs import command, noise_in, recipe, write_recipe
 
 
 def held_out(output: Path) -> list[dict[str, Any]]:
@@ -36,6 +36,7 @@ def test_the_best_step_is_kept(tiny_model_dir: Path, texts_file: Path, tmp_path:
         **({"deepspeed": "ds_configs/zero3.json"} if ranks == 2 else {}),
     )
     outcome = command(["train", str(write_recipe(values, tmp_path / "recipe.yaml"))], ranks)
+    assert not noise_in(outcome.stderr)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     rows = held_out(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 2, 4, 6]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,12 @@ def command(arguments: list[str], ranks: int = 1, timeout_s: int = 300) -> subpr
     )
 
 
+def noise_in(log: str) -> list[str]:
+    """Lines of a log that say nothing of the run: warnings of libraries, bars, devices that are not there."""
+    words = re.compile(r"Warning|\[WARNING\]|it/s\]|s/it\]|%\||Setting accelerator|deprecated", re.IGNORECASE)
+    return [line for line in log.splitlines() if words.search(line)]
+
+
 def trained(values: dict[str, Any], ranks: int = 1, *, as_users_do: bool = False) -> list[dict[str, Any]]:
     """Runs the recipe in processes of its own, which must succeed; the rows of its metrics.jsonl.
 
@@ -88,6 +95,7 @@ def trained(values: dict[str, Any], ranks: int = 1, *, as_users_do: bool = False
     if as_users_do:
         outcome = command(["train", str(path)], ranks)
         assert outcome.returncode == 0, outcome.stderr[-3000:] + outcome.stdout[-3000:]
+        assert not noise_in(outcome.stderr)
     else:
         codes = forked_command(["train", str(path)], ranks, log)
         assert codes == [0] * ranks, [Path(f"{log}.{rank}").read_text()[-3000:] for rank in range(ranks)]
