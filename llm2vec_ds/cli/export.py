@@ -52,8 +52,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="sentence-transformers (vLLM and TEI read it too), transformers, or gguf (for llama.cpp, Ollama, "
-            "LM Studio)."
+            help="sentence-transformers (vLLM and TEI read it too), transformers, or gguf (for llama.cpp, "
+            "Ollama, LM Studio)."
         ),
     ] = "sentence-transformers",
     dtype: Annotated[
@@ -79,8 +79,8 @@ def export(
     """Write an encoder as a folder or file that other tools load without this package's code, and check it.
 
     Flags, pooling, prompts, model card and licence are written beside the merged weights; then the folder is
-    loaded afresh by transformers and sentence-transformers (a GGUF file by llama.cpp) and must give the encoder's
-    vectors. What a reader cannot express is said here.
+    loaded afresh by transformers and sentence-transformers (a GGUF file by llama.cpp) and must give the
+    encoder's vectors. What a reader cannot express is said here.
     """
     pairs = [text.partition("=") for text in prompt or []]
     if wrong := [name for name, equals, text in pairs if not (name and equals and text)]:

@@ -31,7 +31,7 @@ from tests.support.tiny import sentences, tiny_tokenizer
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 TEXTS = ["bread", *sentences(5, 1), " ".join(sentences(30, 3))[:1500]]
-SAME, SAME_WITH_GELU = 5e-6, 5e-4
+SAME, SAME_WITH_GELU = 5e-6, 1e-3
 """Largest difference of vectors of length 1; llama.cpp looks Gemma's GELU up in a table of fp16."""
 
 
@@ -50,7 +50,7 @@ def test_a_file_gives_the_vectors(kind: str, largest: float, tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.gguf", "encoder"]
 
 
-@pytest.mark.parametrize("blank_before", [True, False])
+@pytest.mark.parametrize("blank_before", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_tokens_of_a_sentence_piece_are_the_same(blank_before: bool, tmp_path: Path) -> None:
     tokenizer = sentence_piece_tokenizer(blank_before)
     source = save(tmp_path / "encoder", tokenizer=tokenizer, pooled_tokens="all")
@@ -74,7 +74,12 @@ QUICK_CUTS = ["llama-bpe", "smollm"]
 def test_tokens_are_the_same_however_texts_are_cut(cut: Cut, name: str, tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(cut)
     file = written(Encoder(trunk("llama"), tokenizer), tmp_path)
-    texts = [*TEXTS, *TOKENS_OF_ALL_KINDS, "<s> said </s>", *([] if name in CUT_AT_MARKS else ["हिन्दी ภาษาไทย"])]
+    texts = [
+        *TEXTS,
+        *TOKENS_OF_ALL_KINDS,
+        "<s> said </s>",
+        *([] if name in CUT_AT_MARKS else ["हिन्दी ภาษาไทย"]),
+    ]
     assert ask(file, texts, 512).ids == tokenizer(texts)["input_ids"]
 
 
@@ -103,7 +108,9 @@ def test_the_file_says_what_the_encoder_is(tmp_path: Path) -> None:
         "tokenizer.ggml.eos_token_id": 1,
     }.items():
         assert said[key] == value, key
-    assert len(said["tokenizer.ggml.tokens"]) == 600  # rows of the embedding, more than the tokenizer's tokens
+    assert (
+        len(said["tokenizer.ggml.tokens"]) == 600
+    )  # rows of the embedding, more than the tokenizer's tokens
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert kinds["blk.0.attn_q.weight"] == "F16"
     assert kinds["blk.0.attn_norm.weight"] == "F32"
@@ -118,7 +125,14 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], bool, str]] = [
     ("gemma2", {"sliding_window": 64}, {}, False, "allows texts of 64 tokens, this encoder takes 512"),
     ("mistral", {"sliding_window": 64}, {}, False, "allows texts of 64 tokens"),
     ("llama", {"max_position_embeddings": 100}, {}, False, "max_position_embeddings allows texts of 100"),
-    ("gemma3_text", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2}, {}, False, "no period"),
+    (
+        "gemma3_text",
+        {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2},
+        {},
+        False,
+        "at each place of a period",
+    ),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 4}, {}, False, "at each place of a period"),
     ("qwen2", {"rope_parameters": YARN}, {}, False, "no factors of RoPE's frequencies for qwen2"),
     ("llama", {}, {"pooling": "weighted_mean"}, False, "no pooling 'weighted_mean'"),
     ("llama", {}, {"text_span": "upstream"}, False, "no text span"),
@@ -128,7 +142,9 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], bool, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "changes", "settings", "bos", "said"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("kind", "changes", "settings", "bos", "said"), REFUSED, ids=lambda value: str(value)[:40]
+)
 def test_what_llama_cpp_cannot_express_is_refused(
     kind: str, changes: dict[str, Any], settings: dict[str, Any], bos: bool, said: str
 ) -> None:
@@ -139,7 +155,7 @@ def test_what_llama_cpp_cannot_express_is_refused(
 
 def test_a_causal_encoder_and_rows_that_do_not_fit_are_refused() -> None:
     encoder = Encoder(trunk("llama", intermediate_size=80), tiny_tokenizer(False))
-    with pytest.raises(UserError, match="rows of layers.0.mlp.down_proj.weight have 80 numbers"):
+    with pytest.raises(UserError, match=r"rows of layers.0.mlp.down_proj.weight have 80 numbers"):
         plan(encoder, STORAGES["q8_0"])
     encoder.trunk.config.is_causal = True
     with pytest.raises(UserError, match="this one is causal"):
@@ -165,7 +181,9 @@ def test_an_unknown_way_of_cutting_is_refused(pre_tokenizer: dict[str, Any]) -> 
 
 def test_merges_that_no_scores_can_say_are_refused() -> None:
     said = json.loads(sentence_piece_tokenizer(True).backend_tokenizer.to_str())
-    said["model"]["merges"] = [pair for pair in said["model"]["merges"] if len("".join(pair)) < 4 or len(pair[0]) == 1]
+    said["model"]["merges"] = [
+        pair for pair in said["model"]["merges"] if len("".join(pair)) < 4 or len(pair[0]) == 1
+    ]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(said)))
     with pytest.raises(UserError, match="llama.cpp would make token .* which this tokenizer does not"):
         vocabulary_of(tokenizer, 600, special_tokens=False, end_with_eos=False)
@@ -174,9 +192,13 @@ def test_merges_that_no_scores_can_say_are_refused() -> None:
 @pytest.mark.parametrize(
     ("place", "wrong", "said"),
     [
-        ("llm2vec_ds.export.gguf.tensors._reordered", lambda value, *_: value, "does not give the encoder's vectors"),
-        ("llm2vec_ds.export.gguf.tokenizer.pre_tokenizer_name", lambda _: "smollm", "makes other tokens of"),
-        ("llm2vec_ds.export.gguf.file.head_dim", lambda _: 8, "llama.cpp does not take .e.gguf.new"),
+        (
+            "tensors._reordered",
+            lambda value, *_: value,
+            "does not give the encoder's vectors",
+        ),
+        ("tokenizer.pre_tokenizer_name", lambda _: "smollm", "makes other tokens of"),
+        ("file.head_dim", lambda _: 8, "llama.cpp does not take .e.gguf.new"),
     ],
     ids=["rows not reordered", "another way of cutting", "a shape that does not fit"],
 )
@@ -184,7 +206,7 @@ def test_a_wrong_file_is_not_exported(
     place: str, wrong: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save(tmp_path / "encoder", tokenizer=byte_level_tokenizer(Cut((GPT2,), False)))
-    monkeypatch.setattr(place, wrong)
+    monkeypatch.setattr(f"llm2vec_ds.export.gguf.{place}", wrong)
     with pytest.raises(UserError, match=said):
         export_gguf(source, tmp_path / "e.gguf", GgufOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]

@@ -34,7 +34,12 @@ SIZES: dict[str, Any] = {
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 CHANGES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
-    "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "sliding_window": 512, **ALTERNATING},
+    "gemma2": {
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 5.0,
+        "sliding_window": 512,
+        **ALTERNATING,
+    },
     "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 16, **ALTERNATING},
     "phi3": {"sliding_window": None},
 }
@@ -62,11 +67,13 @@ def trunk(kind: str, **changes: Any) -> Any:
     return found
 
 
-def save(folder: Path, kind: str = "llama", tokenizer: Any = None, changes: Any = None, **settings: Any) -> Path:
+def save(
+    folder: Path, kind: str = "llama", tokenizer: Any = None, changes: Any = None, **settings: Any
+) -> Path:
     """An encoder folder."""
-    Encoder(trunk(kind, **(changes or {})), tokenizer or tiny_tokenizer(False), EncoderSettings(**settings)).save(
-        folder
-    )
+    Encoder(
+        trunk(kind, **(changes or {})), tokenizer or tiny_tokenizer(False), EncoderSettings(**settings)
+    ).save(folder)
     return folder
 
 
@@ -91,7 +98,7 @@ def byte_level_tokenizer(cut: Cut) -> PreTrainedTokenizerFast:
 
 
 def sentence_piece_tokenizer(blank_before: bool) -> PreTrainedTokenizerFast:
-    """What becomes of a SentencePiece model in tokenizer.json: Llama 2's (with a blank before a text) or Gemma's."""
+    """What a SentencePiece model is in tokenizer.json: Llama 2's (with a blank before a text) or Gemma's."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", *SPECIAL], show_progress=False)

@@ -1,7 +1,7 @@
 """A trunk's type → the architecture of llama.cpp that computes the same, and its numbers.
 
-What llama.cpp does with each architecture was read in its `src/models/*.cpp` (November 2026). A config that asks for
-something else is refused by name.
+What llama.cpp does with each architecture was read in its `src/models/*.cpp` (November 2026). A config that
+asks for something else is refused by name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from llm2vec_ds.errors import UserError
 class Architecture:
     """How llama.cpp knows a type of trunk.
 
-    `name`: of `gguf.MODEL_ARCH`. `pairs_side_by_side`: RoPE turns dimensions 2i and 2i+1, where transformers turns i
-    and i+d/2, so that the rows of q and k stand in another order. `norm_offset`: what its RMSNorm leaves out of the
-    weight. `window`: what its sliding window masks; `past` does not mask what is too far ahead. `rope_tensors`: where it reads a factor for each frequency.
+    `name`: of `gguf.MODEL_ARCH`. `pairs_side_by_side`: RoPE turns dimensions 2i and 2i+1, where transformers
+    turns i and i+d/2, so that the rows of q and k stand in another order. `norm_offset`: what its RMSNorm
+    leaves out of the weight. `window`: what its sliding window masks; `past` does not mask what is too far
+    ahead. `rope_tensors`: where it reads a factor for each frequency.
     """
 
     name: str
@@ -54,8 +55,8 @@ def architecture_of(config: Any) -> Architecture:
     kind = config.model_type
     if kind not in TYPES:
         raise UserError(
-            f"--format gguf: model type {kind!r} is not known to be right in llama.cpp without causal attention; "
-            f"known are {', '.join(TYPES)}. Use --format sentence-transformers"
+            f"--format gguf: model type {kind!r} is not known to be right in llama.cpp without causal "
+            f"attention; known are {', '.join(TYPES)}. Use --format sentence-transformers"
         )
     found = TYPES[kind]
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -102,13 +103,13 @@ def window_period(config: Any) -> int:
     """Every how many layers one sees all: llama.cpp takes a period.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or all layers are of one kind, with which it ends its process.
     """
     is_full = [kind == "full_attention" for kind in config.layer_types]
-    period = is_full.index(True) + 1 if True in is_full else len(is_full) + 1
-    if is_full != [(i + 1) % period == 0 for i in range(len(is_full))]:
+    period = is_full.index(True) + 1 if True in is_full else 0
+    if period < 2 or is_full != [(i + 1) % period == 0 for i in range(len(is_full))]:
         raise UserError(
-            "--format gguf: layers with a window and without follow each other in no period: "
+            "--format gguf: llama.cpp wants layers with a window, and one without at each place of a period: "
             "use --format sentence-transformers"
         )
     return period

@@ -2,7 +2,7 @@
 
     run, demo or encoder folder ─► plan (or a refusal) ─► .NAME.new ─► asked through llama.cpp ─► NAME
 
-The file appears only when what was written gives the encoder's tokens and vectors, where `xllamacpp` is installed.
+Where `xllamacpp` is there, the file appears only when llama.cpp makes the encoder's tokens and vectors of it.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def export_gguf(source: Path, output: Path, options: GgufOptions) -> list[str]:
     """Writes `output` and returns what one has to know beside llama.cpp, each as a sentence.
 
     Raises:
-        UserError: nothing to export there, an encoder that llama.cpp cannot express, an output that exists or cannot
-            be written, or one that does not give the encoder's vectors.
+        UserError: nothing to export there, an encoder that llama.cpp cannot express, an output that exists or
+            cannot be written, or one that does not give the encoder's vectors.
     """
     folder = find_encoder(source)
     what = f"--output {output}"

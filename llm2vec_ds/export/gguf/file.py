@@ -28,8 +28,11 @@ from llm2vec_ds.export.gguf.tokenizer import Vocabulary, vocabulary_of
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the file says, before anything is written. `local_rope`, `period`: of layers with a window, where
-    llama.cpp has it to both sides. `longest`: tokens of a text up to which the file is exact."""
+    """All that the file says, before anything is written.
+
+    `local_rope`, `period`: of layers with a window, where llama.cpp has it to both sides. `longest`: tokens
+    of a text up to which the file is exact.
+    """
 
     architecture: Architecture
     rope: Rope
@@ -53,10 +56,11 @@ def plan(encoder: Encoder, storage: Storage) -> Plan:
     architecture = architecture_of(config)
     if encoder.causal:
         raise UserError(
-            "--format gguf is for bidirectional encoders, and this one is causal: use --format transformers and "
-            "llama.cpp's own converter"
+            "--format gguf is for bidirectional encoders, and this one is causal: use --format transformers "
+            "and llama.cpp's own converter"
         )
     check_can_be_said(encoder)
+    period = window_period(config) if architecture.window == "both" else None
     rope, local_rope = _ropes(trunk, architecture)
     longest = _longest(config, architecture, rope, settings.max_tokens)
     vocabulary = vocabulary_of(
@@ -67,7 +71,6 @@ def plan(encoder: Encoder, storage: Storage) -> Plan:
     )
     tensors = tensors_of(trunk, architecture, rope, storage)
     notes = [*notes_of(encoder, settings.max_tokens), *vocabulary.notes]
-    period = window_period(config) if architecture.window == "both" else None
     return Plan(architecture, rope, local_rope, period, vocabulary, tensors, storage, longest, notes)
 
 
@@ -78,12 +81,9 @@ def _ropes(trunk: Any, architecture: Architecture) -> tuple[Rope, Rope | None]:
         rope = rope_of(trunk)
         check_can_hold(rope, architecture.rope_tensors, kind)
         return rope, None
-    by_layers = {layers: rope_of(trunk, layers) for layers in sorted(set(trunk.config.layer_types))}
-    local = by_layers.get("sliding_attention")
-    full = by_layers.get("full_attention", local)
+    full, local = rope_of(trunk, "full_attention"), rope_of(trunk, "sliding_attention")
     check_can_hold(full, architecture.rope_tensors, kind)
-    if local is not None:
-        check_is_plain(local, kind)
+    check_is_plain(local, kind)
     return full, local
 
 
@@ -97,7 +97,8 @@ def _longest(config: Any, architecture: Architecture, rope: Rope, max_tokens: in
     if max_tokens > longest:
         raise UserError(
             f"--format gguf: {reason} allows texts of {longest} tokens, this encoder takes {max_tokens}: "
-            f"Encoder.from_pretrained(FOLDER, settings={{'max_tokens': {longest}}}).save(OTHER), then export OTHER"
+            f"Encoder.from_pretrained(FOLDER, settings={{'max_tokens': {longest}}}).save(OTHER), then export "
+            "OTHER"
         )
     return longest
 
@@ -120,8 +121,8 @@ def write(file: Path, encoder: Encoder, plan: Plan, about: dict[str, str]) -> No
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for value in values_of(encoder.trunk, plan.architecture, plan.rope, plan.tensors):
-            writer.write_tensor_data(value)
+        for values in values_of(encoder.trunk, plan.architecture, plan.rope, plan.tensors):
+            writer.write_tensor_data(values)
     finally:
         writer.close()
 
@@ -156,12 +157,12 @@ def _add_numbers(writer: GGUFWriter, encoder: Encoder, plan: Plan) -> None:
 
 
 def _add_window(writer: GGUFWriter, plan: Plan, config: Any) -> None:
-    """A window to both sides is said by its width; transformers counts it to one side, with the token itself."""
+    """A window to both sides is said by its width; transformers counts one side and the token itself."""
     window = window_of(config)
     if plan.architecture.window == "past" and window is not None:
         writer.add_sliding_window(window)
-    if plan.period is not None:
-        writer.add_sliding_window(2 * (window - 1) if window is not None else 2 * plan.longest)
+    if plan.period is not None and window is not None:
+        writer.add_sliding_window(2 * (window - 1))
         writer.add_sliding_window_pattern(plan.period)
 
 

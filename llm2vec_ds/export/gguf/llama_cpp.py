@@ -1,4 +1,4 @@
-"""What llama.cpp makes of a GGUF file, asked in a process of its own: it ends its process where something is wrong."""
+"""What llama.cpp makes of a GGUF file, asked in another process, which its errors end."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ def ask(file: Path, texts: list[str], n_tokens: int) -> Answer:
     outcome = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
     if outcome.returncode:
         said = [line for line in outcome.stderr.splitlines() if line.strip()]
-        raise UserError(f"llama.cpp does not take {file.name}: {said[-1] if said else 'it ended without a word'}")
+        raise UserError(
+            f"llama.cpp does not take {file.name}: {said[-1] if said else 'it ended without a word'}"
+        )
     answer = json.loads(outcome.stdout)
     return Answer(answer["ids"], np.array(answer["vectors"], dtype=np.float32))

@@ -1,4 +1,4 @@
-"""`python -m … FILE N_TOKENS`: texts as JSON on standard input, their tokens and vectors as JSON on standard output."""
+"""`python -m … FILE N_TOKENS`: JSON texts on standard input; their tokens and vectors on standard output."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How a byte-level tokenizer cuts a text before it merges → the name that llama.cpp has for it.
 
-llama.cpp knows ways of cutting by names (`tokenizer.ggml.pre`) that stand in its code, `src/llama-vocab.cpp`. Its own
-converter finds the name by the token ids of one text, in a table of known models. Here it is found in
+llama.cpp knows ways of cutting by names (`tokenizer.ggml.pre`) that stand in its code, `src/llama-vocab.cpp`.
+Its own converter finds the name by the token ids of one text, in a table of known models. Here it is found in
 tokenizer.json: what cuts there and what cuts under the name must be the same expressions. Others are refused.
 """
 
@@ -24,14 +24,16 @@ def _words(digits: str) -> str:
 
 def _cased(endings: str, digits: str) -> str:
     """The expression of GPT-4o's `o200k` and its relatives: a word ends where its case changes."""
-    first = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{endings}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{endings}"
+    first = (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{endings}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{endings}"
+    )
     return rf"{first}|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{REST}"
 
 
 @dataclass(frozen=True)
 class Cut:
-    """`regexes`: in their order, `gpt2` being the one built into the byte level. `whole_words`: a word that is a token
-    is taken whole, without merges (`ignore_merges`)."""
+    """`regexes`: in their order, `gpt2` being the one built into the byte level. `whole_words`: a word that
+    is a token is taken whole, without merges (`ignore_merges`)."""
 
     regexes: tuple[str, ...]
     whole_words: bool
@@ -55,7 +57,10 @@ def pre_tokenizer_notes(name: str) -> list[str]:
     """What llama.cpp does otherwise under a name."""
     if name not in CUT_AT_MARKS:
         return []
-    return ["llama.cpp cuts words at combining marks (in Hindi, Thai …), this tokenizer does not: vectors of such texts differ."]
+    return [
+        "llama.cpp cuts words at combining marks (in Hindi, Thai …), this tokenizer does not: vectors of "
+        "such texts differ."
+    ]
 
 
 def pre_tokenizer_name(tokenizer: dict[str, Any]) -> str:
@@ -81,6 +86,11 @@ def _regexes(part: dict[str, Any]) -> list[str]:
         return [GPT2] if part.get("use_regex", True) else []
     if kind == "Digits" and part["individual_digits"]:
         return [DIGIT]
-    if kind == "Split" and part["behavior"] == "Isolated" and not part["invert"] and "Regex" in part["pattern"]:
+    if (
+        kind == "Split"
+        and part["behavior"] == "Isolated"
+        and not part["invert"]
+        and "Regex" in part["pattern"]
+    ):
         return [str(part["pattern"]["Regex"])]
-    return [f"a {kind} that is {({k: v for k, v in part.items() if k != 'type'})}"]
+    return [f"a {kind} that is { ({k: v for k, v in part.items() if k != 'type'}) }"]

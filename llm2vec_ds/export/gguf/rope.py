@@ -1,7 +1,7 @@
-"""The frequencies of a trunk's rotary embedding, as llama.cpp takes them: read from the trunk, whatever its recipe.
+"""The frequencies of a trunk's rotary embedding, as llama.cpp takes them: read from the trunk, however made.
 
-llama.cpp computes base^(-2i/d) by itself. Where the trunk's frequencies are these over one number, that is a linear
-scaling; where each has a number of its own (Llama 3, YaRN, LongRoPE), a tensor of factors.
+llama.cpp computes base^(-2i/d) by itself. Where the trunk's frequencies are these over one number, that is a
+linear scaling; where each has another number (Llama 3, YaRN, LongRoPE), a tensor of factors.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ SAME = 1e-5
 
 @dataclass(frozen=True)
 class Rope:
-    """`n_dims`: dimensions of a head that are turned. `scale`: all frequencies are divided by it. `factors`: each by
-    its own `[n_dims/2]`. `attention`: what cosines and sines are multiplied with. `longest`: tokens of a text beyond
-    which the frequencies change; None: never."""
+    """`n_dims`: dimensions of a head that are turned. `scale`: all frequencies are divided by it. `factors`:
+    each by one of these, `[n_dims/2]`. `attention`: what cosines and sines are multiplied with. `longest`:
+    tokens of a text beyond which the frequencies change; None: never."""
 
     base: float
     n_dims: int

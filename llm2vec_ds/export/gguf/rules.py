@@ -71,6 +71,7 @@ def notes_of(encoder: Encoder, n_tokens: int) -> list[str]:
             notes.append(f"llama.cpp knows no prompts: for {name!r} send {head!r} + text + {tail!r}.")
         else:
             notes.append(
-                f"llama.cpp pools an instruction too, which this encoder leaves out: do not use {name!r} there."
+                f"llama.cpp pools an instruction too, which this encoder leaves out: do not use {name!r} "
+                "there."
             )
     return notes

@@ -64,7 +64,8 @@ def tensors_of(trunk: Any, architecture: Architecture, rope: Rope, storage: Stor
         kind = storage.kind if len(shape) > 1 else GGMLQuantizationType.F32
         if kind == GGMLQuantizationType.Q8_0 and shape[-1] % ROW_OF_Q8_0:
             raise UserError(
-                f"--dtype q8_0: rows of {name} have {shape[-1]} numbers, no multiple of {ROW_OF_Q8_0}: choose f16"
+                f"--dtype q8_0: rows of {name} have {shape[-1]} numbers, no multiple of {ROW_OF_Q8_0}: use "
+                "f16"
             )
         found.append(Tensor(given, shape, kind, name))
     if rope.factors is not None:
@@ -73,7 +74,9 @@ def tensors_of(trunk: Any, architecture: Architecture, rope: Rope, storage: Stor
     return found
 
 
-def values_of(trunk: Any, architecture: Architecture, rope: Rope, tensors: list[Tensor]) -> Iterator[np.ndarray]:
+def values_of(
+    trunk: Any, architecture: Architecture, rope: Rope, tensors: list[Tensor]
+) -> Iterator[np.ndarray]:
     """The bytes of each tensor in their order; one is made at a time."""
     state = trunk.state_dict()
     for tensor in tensors:

@@ -1,8 +1,8 @@
 """A fast tokenizer → the vocabulary that llama.cpp reads.
 
-Two kinds: BPE over bytes (GPT-2's, "gpt2" there), and the BPE with a fallback to bytes that a SentencePiece model
-becomes in tokenizer.json ("llama" there). llama.cpp merges the second by scores, not by a list of merges: two
-neighbours merge when their union is a token, the best score first.
+Two kinds: BPE over bytes (GPT-2's, "gpt2" there), and the BPE with a fallback to bytes that a SentencePiece
+model becomes in tokenizer.json ("llama" there). llama.cpp merges the second by scores, not by a list of
+merges: two neighbours merge when their union is a token, the best score first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NO_TOKEN = "[unused_{}]"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`keys`: of GGUF, under `tokenizer.ggml.`, ready to be written. `notes`: what llama.cpp does otherwise."""
+    """`keys`: of GGUF, under `tokenizer.ggml.`. `notes`: what llama.cpp does otherwise."""
 
     keys: dict[str, Any]
     notes: tuple[str, ...] = ()
@@ -57,7 +57,9 @@ def _tokens(tokenizer: Any, said: dict[str, Any], n_rows: int) -> tuple[list[str
     """Name and type of every id."""
     names = {i: token for token, i in tokenizer.get_vocab().items()}
     if (highest := max(names)) >= n_rows:
-        raise UserError(f"--format gguf: token {names[highest]!r} has id {highest}, the embedding {n_rows} rows")
+        raise UserError(
+            f"--format gguf: token {names[highest]!r} has id {highest}, the embedding {n_rows} rows"
+        )
     names |= {i: NO_TOKEN.format(i) for i in range(n_rows) if i not in names}
     types = dict.fromkeys(range(n_rows), TokenType.NORMAL)
     types |= {i: TokenType.UNUSED for i in range(n_rows) if names[i] == NO_TOKEN.format(i)}
@@ -126,8 +128,8 @@ def _check_all_ways(made: Any, pairs: set[tuple[str, str]], vocab: dict[str, int
             pair = (token[:cut], token[cut:])
             if pair not in pairs and pair[0] in vocab and pair[1] in vocab:
                 raise UserError(
-                    f"--format gguf: llama.cpp would make token {token!r} of {pair[0]!r} and {pair[1]!r}, which "
-                    f"this tokenizer does not: {FIX}"
+                    f"--format gguf: llama.cpp would make token {token!r} of {pair[0]!r} and {pair[1]!r}, "
+                    f"which this tokenizer does not: {FIX}"
                 )
 
 
@@ -150,11 +152,17 @@ def _blank_before(said: dict[str, Any]) -> bool:
         elif kind == "Split" and step["pattern"] == {"String": " "}:
             pass  # Gemma's: no blank is left to split at
         else:
-            raise UserError(f"--format gguf: llama.cpp does not know a tokenizer's {kind} of this kind: {FIX}")
+            raise UserError(
+                f"--format gguf: llama.cpp does not know a tokenizer's {kind} of this kind: {FIX}"
+            )
     return before
 
 
 def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     if part is None:
         return []
-    return [step for inner in part[name] for step in _steps(inner, name)] if part["type"] == "Sequence" else [part]
+    return (
+        [step for inner in part[name] for step in _steps(inner, name)]
+        if part["type"] == "Sequence"
+        else [part]
+    )
