@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 MAGIC = b"GGUF"
 NAMES_OF_TORCH = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 OTHER_NAMES = {"fp32": "f32", "fp16": "f16"}
-LOWEST_COSINE = {"f32": 0.99999, "f16": 0.999, "bf16": 0.99, "q8_0": 0.9}
-"""What rounding the weights may cost a vector; a wrong file costs far more."""
+LOWEST_COSINE = {"f32": 0.9999, "f16": 0.99, "bf16": 0.9, "q8_0": 0.8}
+"""What rounding may cost a vector: of weights, and in llama.cpp of a product's input too. It costs most in an
+LLM that is not trained yet; a wrong file costs far more."""
 TOKENS_OF_ALL_KINDS = [
     "It's 9 o'clock; they'll pay $1,234.50 for 12345678 items (we've said so)!",
     "two  blanks,\ttabs,\n\nempty lines  \r\n and   an end ",
@@ -60,9 +61,9 @@ def export_gguf(source: Path, output: Path, options: GgufOptions) -> list[str]:
         UserError: nothing to export there, an encoder that llama.cpp cannot express, an output that exists or
             cannot be written, or one that does not give the encoder's vectors.
     """
-    folder = find_encoder(source)
     what = f"--output {output}"
     place = _place(output, what, options)
+    folder = find_encoder(source)
     name = _storage_name(folder, options.dtype)
     # On the CPU and in fp32, so that the comparison afterwards is of like with like.
     encoder = Encoder.from_pretrained(folder, precision="fp32", device="cpu")
@@ -85,6 +86,8 @@ def export_gguf(source: Path, output: Path, options: GgufOptions) -> list[str]:
     log.info("%s: gguf, %s, texts of up to %s tokens", output, name, planned.longest)
     if said is None:
         log.warning("licence: none found for %s: look it up and give it with --licence", found.base_name)
+    else:
+        log.info("licence: %s", said)
     for note in planned.notes:
         log.warning("limit: %s", note)
     return planned.notes
