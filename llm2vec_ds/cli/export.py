@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "export runs/smoke_simcse --output exported",
             "export demo-output --output exported --dtype bf16 --push owner/name",
+            "export demo-output --output encoder.gguf --format gguf --dtype q8_0",
             "export runs/my_run --output exported --prompt 'query=Find passages that answer'",
         )
     )(export)
@@ -41,12 +43,22 @@ def export(
         Path, typer.Argument(help="Folder of a run, of a demo, or an encoder folder.", callback=expanded)
     ],
     output: Annotated[
-        Path, typer.Option(help="The folder to write; it appears when it is checked.", callback=expanded)
+        Path,
+        typer.Option(
+            help="The folder, or for gguf the file, to write; it appears when it is checked.",
+            callback=expanded,
+        ),
     ],
     format: Annotated[
-        str, typer.Option(help="sentence-transformers (vLLM and TEI read it too), or transformers.")
+        str,
+        typer.Option(
+            help="sentence-transformers (vLLM and TEI read it too), transformers, or gguf (for llama.cpp, "
+            "Ollama, LM Studio)."
+        ),
     ] = "sentence-transformers",
-    dtype: Annotated[str, typer.Option(help="auto (as the encoder is stored), fp32, bf16 or fp16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (as the encoder is stored), fp32, bf16 or fp16; gguf has q8_0 too.")
+    ] = "auto",
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -64,25 +76,41 @@ def export(
         bool, typer.Option("--overwrite", help="Replace an earlier export; what others put beside it stays.")
     ] = False,
 ) -> None:
-    """Write an encoder as a folder that other tools load without this package's code, and check it.
+    """Write an encoder as a folder or file that other tools load without this package's code, and check it.
 
     Flags, pooling, prompts, model card and licence are written beside the merged weights; then the folder is
-    loaded afresh by transformers and sentence-transformers and must give the encoder's vectors. What a reader
-    cannot express is said here.
+    loaded afresh by transformers and sentence-transformers (a GGUF file by llama.cpp) and must give the
+    encoder's vectors. What a reader cannot express is said here.
     """
     pairs = [text.partition("=") for text in prompt or []]
     if wrong := [name for name, equals, text in pairs if not (name and equals and text)]:
         raise UserError(f"--prompt {wrong[0]!r} is not NAME=TEXT, such as query=Find passages that answer")
     quiet_libraries()
+    prompts = {name: text for name, _, text in pairs}
+    if format == "gguf":
+        if push is not None:
+            raise UserError(f"--push takes a folder: upload the file with `hf upload {push} {output}`")
+        return _export_gguf(source, output, dtype, licence, prompts, overwrite)
     from llm2vec_ds.export.export import ExportOptions, push_folder
     from llm2vec_ds.export.export import export as run
 
-    options = ExportOptions(format, dtype, licence, {name: text for name, _, text in pairs}, overwrite)
+    options = ExportOptions(format, dtype, licence, prompts, overwrite)
     with kept("nothing is left behind, run the same command again"):
         run(source, output, options)
     if push is not None:
         with kept(f"{output} is written but not uploaded, run the same command with --overwrite"):
             print(push_folder(output, push))
+
+
+@kept("nothing is left behind, run the same command again")
+def _export_gguf(
+    source: Path, output: Path, dtype: str, licence: str | None, prompts: dict[str, str], overwrite: bool
+) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("gguf is not installed: pip install 'llm2vec-ds[gguf]'")
+    from llm2vec_ds.export.gguf.export import GgufOptions, export_gguf
+
+    export_gguf(source, output, GgufOptions(dtype, licence, prompts, overwrite))
 
 
 @kept("nothing is left behind, run the same command again")

@@ -24,8 +24,8 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.engine.run_folder import ENCODER, check_is_of_finished_run
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.export.card import copy_licence_files, licence, origin, write_card
+from llm2vec_ds.export.checked import checked_texts, compare
 from llm2vec_ds.export.sentence_transformers import (
     Plan,
     padded_tokenizer,
@@ -44,7 +44,6 @@ FORMATS = ("sentence-transformers", "transformers")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOWEST_COSINE = {torch.float32: 0.99999, torch.float16: 0.999, torch.bfloat16: 0.99}
 """What rounding the weights may cost a vector; a wrong file costs far more."""
-N_CHECKED_TEXTS = 24
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     notes = limits(encoder, as_modules)
     expected = _expected(encoder)
     with writing(what), replaced_folder(output, what, [source, folder]) as unfinished:
-        dtype = _stored_dtype(folder) if options.dtype == "auto" else DTYPES[options.dtype]
+        dtype = stored_dtype(folder) if options.dtype == "auto" else DTYPES[options.dtype]
         _write(unfinished, encoder, as_modules, dtype)
         write_card(unfinished, encoder, found, licence_name, notes, options.format)
         copied = copy_licence_files(found.base, unfinished)
@@ -165,7 +164,7 @@ def push_folder(folder: Path, repository: str) -> str:
 
 def _check(output: Path, what: str, sources: list[Path], options: ExportOptions) -> None:
     if options.format not in FORMATS:
-        raise UserError(f"--format {options.format!r} is unknown: choose {' or '.join(FORMATS)}")
+        raise UserError(f"--format {options.format!r} is unknown: choose {', '.join(FORMATS)} or gguf")
     if options.dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {options.dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
     place = check_replaceable(output, what, sources)
@@ -173,7 +172,8 @@ def _check(output: Path, what: str, sources: list[Path], options: ExportOptions)
         raise UserError(f"{what} exists: choose another, or give --overwrite")
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Of an encoder folder's weights."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype: torch.dtype = getattr(torch, name)
@@ -193,16 +193,9 @@ def _write(folder: Path, encoder: Encoder, as_modules: Plan | None, dtype: torch
         write_sentence_transformers(folder, encoder, as_modules)
 
 
-def _checked_texts() -> list[str]:
-    """Mixed lengths: single words, sentences, and some as long as several."""
-    pairs = own_graded_pairs()
-    sentences = list(dict.fromkeys(pairs.first + pairs.second))[:N_CHECKED_TEXTS]
-    return ["word", *sentences, " ".join(sentences), " ".join(sentences[:5])]
-
-
 def _expected(encoder: Encoder) -> dict[str | None, np.ndarray]:
     """The encoder's own vectors of the checked texts, plain and with each prompt."""
-    texts = _checked_texts()
+    texts = checked_texts()
     return {name: encoder.encode(texts, prompt_name=name) for name in (None, *encoder.settings.prompts)}
 
 
@@ -218,7 +211,7 @@ def _verify(
     gc.collect()
     stock = _auto_model(folder, encoder.settings)
     for name, vectors in expected.items():
-        _compare("transformers' AutoModel", name, stock[name], vectors, lowest)
+        compare("transformers' AutoModel", name, stock[name], vectors, lowest)
     if as_modules is None:
         return
     if importlib.util.find_spec("sentence_transformers") is None:
@@ -233,7 +226,7 @@ def _verify(
     )
     for name, vectors in expected.items():
         prompt = name or as_modules.default_prompt
-        found = model.encode(_checked_texts(), prompt_name=prompt, batch_size=8)
+        found = model.encode(checked_texts(), prompt_name=prompt, batch_size=8)
         same = _same_span(model.tokenizer, encoder.settings, as_modules, prompt)
         if not same.all():
             log.warning(
@@ -243,14 +236,14 @@ def _verify(
                 np.count_nonzero(~same),
                 len(same),
             )
-        _compare("SentenceTransformer", name, found[same], vectors[same], lowest)
+        compare("SentenceTransformer", name, found[same], vectors[same], lowest)
 
 
 def _same_span(tokenizer: Any, settings: EncoderSettings, as_modules: Plan, prompt: str | None) -> np.ndarray:
     """Of the checked texts: does the prompt tokenised alone, by which sentence-transformers finds the text's
     first token, have as many tokens as stand before the text? `[texts]` bool.
     """
-    texts = _checked_texts()
+    texts = checked_texts()
     if prompt is None or as_modules.include_prompt:
         return np.ones(len(texts), dtype=bool)
     alone = tokenizer(as_modules.prompts[prompt])["input_ids"]
@@ -272,7 +265,7 @@ def _auto_model(folder: Path, settings: EncoderSettings) -> dict[str | None, np.
         instruction = settings.prompts[name] if name else None
         texts = tokenize(
             tokenizer,
-            [Prompt(instruction, text) for text in _checked_texts()],
+            [Prompt(instruction, text) for text in checked_texts()],
             template,
             end_with_eos=settings.pooling == "eos",
             text_span=settings.text_span,
@@ -290,16 +283,3 @@ def _vector(model: Any, text: TokenizedText, settings: EncoderSettings) -> np.nd
     hidden = model(batch.input_ids[None], use_cache=False).last_hidden_state[0]
     vector: np.ndarray = POOLINGS[settings.pooling](hidden, batch)[0].numpy()
     return vector
-
-
-def _compare(reader: str, prompt: str | None, found: np.ndarray, expected: np.ndarray, lowest: float) -> None:
-    """Raises UserError where a cosine is under `lowest`, or there is nothing to compare."""
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (np.float64(found), np.float64(expected)))
-    cosine = float((a * b).sum(axis=1).min(initial=1.0 if len(a) else 0.0))
-    words = f" with prompt {prompt!r}" if prompt else ""
-    log.info("checked: %s%s gives the encoder's vectors, lowest cosine %.6f", reader, words, cosine)
-    if not cosine >= lowest:
-        raise UserError(
-            f"{reader}{words} does not give the encoder's vectors (lowest cosine {cosine:.4f}, expected "
-            f"{lowest}): nothing was exported"
-        )

@@ -17,6 +17,14 @@ MISTAKES = {
         "--prompt 'query' is not NAME=TEXT, such as query=Find passages that answer",
         ("export", "TMP/none", "--output", "TMP/out", "--prompt", "query"),
     ),
+    "a GGUF under the name of a folder": Mistake(
+        "--output TMP/out: a GGUF is one file: name it out.gguf",
+        ("export", "TMP/encoder", "--output", "TMP/out", "--format", "gguf"),
+    ),
+    "a GGUF to be pushed": Mistake(
+        "--push takes a folder: upload the file with `hf upload owner/name TMP/e.gguf`",
+        ("export", "TMP/none", "--output", "TMP/e.gguf", "--format", "gguf", "--push", "owner/name"),
+    ),
 }
 
 
