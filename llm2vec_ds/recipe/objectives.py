@@ -106,8 +106,36 @@ class SupervisedConfig(ContrastiveConfig):
     """Supervised contrastive learning (arXiv 2404.05961, section 4) on queries, positives and negatives."""
 
     reads_pairs: ClassVar[bool] = True
+    places: ClassVar[tuple[str, ...]] = ("guide",)
+
     scale: Annotated[float, Field(gt=0)] = 50.0
     """Factor on cosine similarities, the inverse of the temperature (LLM2Vec: 50)."""
+    guide: Place | None = None
+    """Another encoder that decides which negatives count (GISTEmbed, arXiv 2402.16829), in the forms that
+    `distil.teacher` takes; null: all. A document is no negative for a query where the guide's cosine of both
+    is above `guide_ratio` times that of the query and its positive, minus `guide_margin`."""
+    guide_query_prompt: str | None = None
+    """Put before each query, for the guide only (of an encoder of this toolkit: its instruction)."""
+    guide_document_prompt: str | None = None
+    """The same before each document."""
+    guide_margin: Annotated[float, Field(ge=0)] = 0.0
+    """Absolute margin of the guide: larger leaves out more."""
+    guide_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Relative margin of the guide, such as 0.95: smaller leaves out more."""
+
+    def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
+        given = self.model_fields_set & {
+            "guide_query_prompt",
+            "guide_document_prompt",
+            "guide_margin",
+            "guide_ratio",
+        }
+        idle = [
+            name for name in sorted(given) if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if self.guide is None and idle:
+            return f"{stage}.{idle[0]} does nothing without {stage}.guide: name a guide, or leave it out"
+        return super().mistake_with(stage, batch, data)
 
 
 Weight = Annotated[float, Field(ge=0)]

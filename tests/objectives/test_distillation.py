@@ -19,8 +19,9 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.objectives.distillation import teacher_vectors
-from llm2vec_ds.objectives.distillation.teacher_vectors import TeacherVectors, prepare_teacher
+from llm2vec_ds.objectives import teacher_vectors
+from llm2vec_ds.objectives.distillation.teacher import prepare_teacher, teacher_folder
+from llm2vec_ds.objectives.teacher_vectors import TeacherVectors
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.in_process import assert_reads, error_line, run
 from tests.support.runs import write_recipe
@@ -105,7 +106,7 @@ def test_made_once_and_gone_on_with(values: dict[str, Any], monkeypatch: pytest.
     assert vectors_of(values).fingerprint == whole.fingerprint
     assert calls == [20, 4]
     recipe = parse_recipe(values)
-    folder = teacher_vectors.teacher_folder(recipe, recipe.data.path)
+    folder = teacher_folder(recipe, recipe.data.path)
     content = (folder / "vectors.npy").read_bytes()
     (folder / "vectors.npy").write_bytes(content[:-8] + bytes(8))
     assert vectors_of(values).fingerprint == whole.fingerprint
