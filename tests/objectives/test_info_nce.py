@@ -86,7 +86,7 @@ def share_and_gradients(
         torch.tensor(IDS[queries], dtype=torch.int64),
         torch.tensor(NEGATIVE_IDS[negatives], dtype=torch.int64),
     )
-    share, hits = ContrastiveLoss(config)(pairs, scale)
+    share, hits, _ = ContrastiveLoss(config)(pairs, scale)
     gradients = torch.autograd.grad(share, [query, positive, negative, scale])
     return torch.stack([share.detach(), hits]), list(gradients)
 
@@ -167,7 +167,7 @@ def test_rounding_on_the_wire_does_not_depend_on_ranks_or_way() -> None:
 def test_alike_documents_give_the_log_of_their_number() -> None:
     ones = torch.ones(8, 4)
     pairs = PairVectors(ones, ones, ones[:0], *[torch.arange(8)] * 2, torch.arange(0))
-    share, hits = ContrastiveLoss(ContrastiveConfig())(pairs, torch.tensor(20.0))
+    share, hits, _ = ContrastiveLoss(ContrastiveConfig())(pairs, torch.tensor(20.0))
     torch.testing.assert_close(share, torch.tensor(math.log(8)))
     assert hits == 0
 
@@ -178,7 +178,7 @@ def test_positives_of_one_query_are_no_negatives(exchange: Any) -> None:
     nobody, one_query = query[:0], torch.full((N_QUERIES,), 3)
     loss = ContrastiveLoss(ContrastiveConfig(exchange=exchange, symmetric=True))
     pairs = PairVectors(query, positive, nobody, one_query, torch.arange(N_QUERIES), one_query[:0])
-    share, hits = loss(pairs, scale)
+    share, hits, _ = loss(pairs, scale)
     assert share == 0
     assert hits == N_QUERIES
     gradients = torch.autograd.grad(share, [query, positive])

@@ -97,7 +97,7 @@ def block_log_sum_exp(
         ValueError: shapes or dtypes do not fit together.
     """
     others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
-    block = Block(query_QD, document_ND, float(scale), *others, guide)
+    block = Block(query_QD, document_ND, float(scale), *others, guide=guide)
     with full_precision(allow_tf32):
         return _statistics(block, tile_mib)
 
@@ -136,7 +136,7 @@ def block_gradients(
     The others are those of `block_log_sum_exp`. Sums over blocks give the gradients of the whole.
     """
     others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
-    block = Block(query_QD, document_ND, float(scale), *others, guide)
+    block = Block(query_QD, document_ND, float(scale), *others, guide=guide)
     with full_precision(allow_tf32):
         return _block_gradients(block, lse_Q, weight_Q, tile_mib)
 
@@ -169,7 +169,7 @@ def info_nce(
     others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
     if torch.is_grad_enabled():
         return InfoNce(*_InfoNce.apply(query_QD, document_ND, scale, others, guide, tile_mib, allow_tf32))
-    block = Block(query_QD, document_ND, float(scale), *others, guide)
+    block = Block(query_QD, document_ND, float(scale), *others, guide=guide)
     with full_precision(allow_tf32):
         return _outcome(_statistics(block, tile_mib))
 
@@ -299,7 +299,7 @@ class _InfoNce(torch.autograd.Function):
         tile_mib: float,
         allow_tf32: bool,
     ) -> tuple[torch.Tensor, ...]:
-        block = Block(query_QD, document_ND, float(scale), *others, guide)  # type: ignore[arg-type]
+        block = Block(query_QD, document_ND, float(scale), *others, guide=guide)  # type: ignore[arg-type, misc]
         needs_query, needs_document, needs_scale = ctx.needs_input_grad[:3]
         with full_precision(allow_tf32):
             sums = _Sums(
@@ -319,7 +319,7 @@ class _InfoNce(torch.autograd.Function):
     def backward(ctx: Any, weight_Q: torch.Tensor, *unused: None) -> tuple[torch.Tensor | None, ...]:
         query_QD, document_ND, lse_Q, *others = ctx.saved_tensors
         guide = Guide(*others[4:]) if others[4:] else None
-        block = Block(query_QD, document_ND, float(ctx.scale), *others[:4], guide)
+        block = Block(query_QD, document_ND, float(ctx.scale), *others[:4], guide=guide)  # type: ignore[misc]
         gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
         tile_mib, allow_tf32 = ctx.options
         with full_precision(allow_tf32):

@@ -86,17 +86,11 @@ class Block:
             if value is not None and value.shape != (size,):
                 raise ValueError(f"{name} must be [{size}], not {tuple(value.shape)}")
         if self.guide is not None:
-            query_QG, document_NG, limit_Q = (tuple(x.shape) for x in self.guide)
-            width = query_QG[-1:]
-            if (query_QG, document_NG, limit_Q) != (
-                (n_queries, *width),
-                (n_documents, *width),
-                (n_queries,),
-            ):
-                raise ValueError(
-                    f"a guide must be [{n_queries}, G], [{n_documents}, G] and [{n_queries}], not {query_QG}, "
-                    f"{document_NG} and {limit_Q}"
-                )
+            given = [list(x.shape) for x in self.guide]
+            width = given[0][-1]
+            if given != [[n_queries, width], [n_documents, width], [n_queries]]:
+                fitting = f"[{n_queries}, G], [{n_documents}, G] and [{n_queries}]"
+                raise ValueError(f"a guide must be {fitting}, not {given}")
 
     @property
     def score_dtype(self) -> torch.dtype:
