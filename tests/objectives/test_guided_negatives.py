@@ -184,7 +184,7 @@ def test_ranks_together_equal_one_process(world: int) -> None:
 
 
 def test_what_the_guide_cannot_tell_from_the_positive_is_left_out() -> None:
-    """As texts that differ in capitals are for many a model; rounding, which differs by tile, decides nothing."""
+    """As texts that differ in capitals are for some models; how a tile rounds decides nothing."""
     generator = torch.Generator().manual_seed(3)
     query, positive, negative = torch.randn(3, 64, 8, generator=generator)
     guide = F.normalize(torch.randn(2, 64, 32, generator=generator), dim=-1)
