@@ -148,15 +148,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
     "margin without guide": (
         {"guide": None, "guide_margin": 0.1},
         INSTRUCTIONS,
-        "TMP/r.yaml: supervised.guide_margin does nothing without supervised.guide: name a guide, or leave it "
-        "out",
+        "TMP/r.yaml: supervised.guide_margin does nothing without supervised.guide: name a guide, or leave "
+        "it out",
     ),
     "no guide": ({"guide": "TMP/none"}, INSTRUCTIONS, "supervised.guide TMP/none: there is no such folder"),
     "texts missing": (
         {"guide": "TMP/few.npy"},
         INSTRUCTIONS,
-        "supervised.guide has no vector of 14 of the 18 queries of data.path: encode these texts with the guide, "
-        "or name a model as supervised.guide",
+        "supervised.guide has no vector of 14 of the 18 queries of data.path: encode these texts with the "
+        "guide, or name a model as supervised.guide",
     ),
     "prompt for vectors": (
         {"guide": "TMP/few.npy", "guide_query_prompt": "query: "},
