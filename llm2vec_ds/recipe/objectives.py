@@ -80,6 +80,9 @@ class ContrastiveConfig(ObjectiveConfig):
     false_negative_margin: Annotated[float, Field(ge=0)] | None = None
     """A document whose cosine with a query exceeds the positive's by more than this is no negative for
     it. null: only texts that are a positive of the same query, in any row, are left out."""
+    hardness: Annotated[float, Field(ge=0)] = 0.0
+    """A negative counts exp(hardness · its cosine with the query) times, a factor without gradient: hard
+    negatives weigh more (cf. arXiv 2010.04592); 0: each once."""
     exchange: Literal["gather", "ring"] = "gather"
     """How ranks see each other's documents: all at once, or one rank's at a time (memory flat in the
     number of ranks). The numbers are the same."""

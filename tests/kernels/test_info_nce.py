@@ -35,11 +35,12 @@ ROOT = Path(__file__).resolve().parents[2]
         {"limits": True},
         {"guide": True},
         {"ids": True, "limits": True},
-        {"ids": True, "limits": True, "guide": True},
+        {"hardness": 4.0},
+        {"ids": True, "limits": True, "guide": True, "hardness": 4.0},
     ],
 )
 @pytest.mark.parametrize("equal_weights", [True, False])
-def test_equals_the_full_matrix(shape: tuple[int, int], masks: dict[str, bool], equal_weights: bool) -> None:
+def test_equals_the_full_matrix(shape: tuple[int, int], masks: dict[str, Any], equal_weights: bool) -> None:
     case = example(*shape, **masks)
     weight = torch.full((shape[0],), 0.3) if equal_weights else torch.linspace(-1.0, 2.0, shape[0])
     assert_equals_reference(case, weight.double(), torch.float64, 1e-10)
@@ -135,12 +136,13 @@ def in_blocks(case: Example, cuts: list[int], weight: torch.Tensor) -> tuple[tup
     ids=st.booleans(),
     limits=st.booleans(),
     guide=st.booleans(),
+    hardness=st.sampled_from([0.0, 4.0]),
     seed=st.integers(0, 99),
 )
 def test_blocks_together_equal_the_whole(
-    cuts: list[int], ids: bool, limits: bool, guide: bool, seed: int
+    cuts: list[int], ids: bool, limits: bool, guide: bool, hardness: float, seed: int
 ) -> None:
-    case = example(70, 60, ids=ids, limits=limits, guide=guide, seed=seed)
+    case = example(70, 60, ids=ids, limits=limits, guide=guide, hardness=hardness, seed=seed)
     weight = torch.linspace(-1.0, 2.0, 70, dtype=torch.float64)
     statistics, gradients = in_blocks(case, [0, *sorted(cuts), 60], weight)
     exact = case.leaves(torch.float64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -97,9 +98,11 @@ def test_a_tile_is_treated_as_in_pytorch(
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 4)
 
 
-@pytest.mark.parametrize("masks", [{}, {"ids": True, "limits": True}, {"ids": True, "guide": True}])
+@pytest.mark.parametrize(
+    "masks", [{}, {"ids": True, "limits": True}, {"ids": True, "guide": True, "hardness": 4.0}]
+)
 @pytest.mark.parametrize("equal_weights", [True, False])
-def test_equals_the_full_matrix(masks: dict[str, bool], equal_weights: bool) -> None:
+def test_equals_the_full_matrix(masks: dict[str, Any], equal_weights: bool) -> None:
     case = on_device(example(130, 83, **masks))
     weight = torch.full((130,), 0.3) if equal_weights else torch.linspace(-1.0, 2.0, 130)
     assert_equals_reference(case, weight.to(DEVICE, FP64), FP64, 1e-9)
@@ -165,7 +168,7 @@ def test_low_precision(
     monkeypatch.setattr(
         info_nce, "HELD_ELEMENTS", held_elements
     )  # a product of documents in one part, or two
-    case = on_device(example(150, 260, guide=True))
+    case = on_device(example(150, 260, guide=True, hardness=4.0))
     weight = torch.ones(150) if equal_weights else torch.linspace(0.1, 2.0, 150)
     ours = case.leaves(dtype)
     exact = [x.detach().to(FP64).requires_grad_() for x in ours]
@@ -192,4 +195,4 @@ def on_device(case: Example) -> Example:
     }
     ids = {name: x.to(DEVICE) for name, x in case.ids.items()}
     guide = None if case.guide is None else Guide(*(x.to(DEVICE) for x in case.guide))
-    return Example(**fields, ids=ids, guide=guide)  # type: ignore[arg-type]
+    return Example(**fields, ids=ids, guide=guide, hardness=case.hardness)  # type: ignore[arg-type]

@@ -31,7 +31,9 @@ CASES: dict[str, dict[str, Any]] = {
         "symmetric": True,
         "matryoshka_dims": [3, 6],
         "false_negative_margin": 0.3,
+        "hardness": 2.0,
     },
+    "hard": {"alone": None, "hardness": 3.0},
     "alone": {"alone": ALONE},
     "alone, all": {
         "alone": ALONE,
@@ -40,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
         "symmetric": True,
         "matryoshka_dims": [3, 6],
         "false_negative_margin": 0.3,
+        "hardness": 2.0,
     },
     "all alone": {"alone": [True] * N_QUERIES, "guide": "g"},
 }
@@ -92,14 +95,15 @@ def spelt_out(case: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor
         q, p, n = (F.normalize(x[:, :dim], dim=-1) for x in (query, positive, negative))
         cosine = q @ torch.cat([p, n]).T
         for i in range(N_QUERIES):
-            counted = [cosine[i, i]]
+            counted, hardness = [scale * cosine[i, i]], options.get("hardness", 0)
             for j in range(N_QUERIES + len(NEGATIVE_OF)):
                 is_negative, out = counts(i, j, alone, options, cosine, guides)
-                counted += [cosine[i, j]] if is_negative and not out else []
+                weighted = scale * cosine[i, j] + hardness * cosine[i, j].detach()
+                counted += [weighted] if is_negative and not out else []
                 n_out[i] += out and dim == dims[-1]
-            loss = torch.logsumexp(scale * torch.stack(counted), 0) - scale * cosine[i, i]
+            loss = torch.logsumexp(torch.stack(counted), 0) - scale * cosine[i, i]
             if options.get("symmetric") and not (alone and alone[i]):
-                back = [cosine[i, i]]
+                back = [scale * cosine[i, i]]
                 for k in range(N_QUERIES):
                     limit = guides[i, i] - (
                         (1 - options.get("guide_ratio", 1)) * abs(guides[i, i])
@@ -107,8 +111,8 @@ def spelt_out(case: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor
                     )
                     near = cosine[k, i] > cosine[i, i] + options["false_negative_margin"]
                     if k != i and (QUERY_IDS[k], IDS[i]) not in KNOWN and not near and guides[k, i] <= limit:
-                        back.append(cosine[k, i])
-                loss = (loss + torch.logsumexp(scale * torch.stack(back), 0) - scale * cosine[i, i]) / 2
+                        back.append(scale * cosine[k, i] + hardness * cosine[k, i].detach())
+                loss = (loss + torch.logsumexp(torch.stack(back), 0) - scale * cosine[i, i]) / 2
             total = total + loss / (N_QUERIES * len(dims))
     gradients = torch.autograd.grad(total, [query, positive, negative, scale])
     return total.detach(), list(gradients), n_out

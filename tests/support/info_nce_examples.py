@@ -23,6 +23,7 @@ class Example:
     ids: dict[str, torch.Tensor]
     limit: torch.Tensor | None
     guide: Guide | None = None
+    hardness: float = 0.0
 
     def leaves(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Query, document and scale of their own."""
@@ -33,7 +34,8 @@ class Example:
         ]
 
     def options(self) -> dict[str, Any]:
-        return {**self.ids, "score_limit_Q": self.limit, "guide": self.guide}
+        others = {"score_limit_Q": self.limit, "guide": self.guide, "hardness": self.hardness}
+        return {**self.ids, **others}
 
     def guided(self) -> torch.Tensor:
         """How many documents of each query the guide alone leaves out."""
@@ -54,6 +56,7 @@ def example(
     ids: bool = False,
     limits: bool = False,
     guide: bool = False,
+    hardness: float = 0.0,
     seed: int = 0,
 ) -> Example:
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +73,7 @@ def example(
         torch.rand(n_queries, generator=generator, dtype=torch.float64) * 2,
     )
     scale = torch.tensor(12.0, dtype=torch.float64)
-    return Example(query, document, positive, scale, given_ids, limit, guides if guide else None)
+    return Example(query, document, positive, scale, given_ids, limit, guides if guide else None, hardness)
 
 
 def assert_equals_reference(

@@ -23,6 +23,7 @@ Shape legend: Q queries, N documents, D width, B queries of one tile.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ def block_log_sum_exp(
     document_id_N: torch.Tensor | None = None,
     score_limit_Q: torch.Tensor | None = None,
     guide: Guide | None = None,
+    hardness: float = 0.0,
     tile_mib: float = TILE_MIB,
     allow_tf32: bool = False,
 ) -> BlockStatistics:
@@ -90,6 +92,8 @@ def block_log_sum_exp(
         score_limit_Q: a document other than the positive counts for nothing where its scaled score is
             above this.
         guide: what another model says of the same texts; its products are in its vectors' dtype.
+        hardness: a negative counts exp(hardness · q·d) times in the sum, a constant for the gradient (cf.
+            Robinson et al., 2021, arXiv 2010.04592).
         tile_mib: size of the score tile in MiB; it holds at least 64 rows.
         allow_tf32: lets fp32 products on a GPU round their operands to TF32.
 
@@ -97,7 +101,7 @@ def block_log_sum_exp(
         ValueError: shapes or dtypes do not fit together.
     """
     others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
-    block = Block(query_QD, document_ND, float(scale), *others, guide=guide)
+    block = Block(query_QD, document_ND, float(scale), *others, guide=guide, hardness=hardness)
     with full_precision(allow_tf32):
         return _statistics(block, tile_mib)
 
@@ -124,6 +128,7 @@ def block_gradients(
     document_id_N: torch.Tensor | None = None,
     score_limit_Q: torch.Tensor | None = None,
     guide: Guide | None = None,
+    hardness: float = 0.0,
     tile_mib: float = TILE_MIB,
     allow_tf32: bool = False,
 ) -> BlockGradients:
@@ -136,7 +141,7 @@ def block_gradients(
     The others are those of `block_log_sum_exp`. Sums over blocks give the gradients of the whole.
     """
     others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
-    block = Block(query_QD, document_ND, float(scale), *others, guide=guide)
+    block = Block(query_QD, document_ND, float(scale), *others, guide=guide, hardness=hardness)
     with full_precision(allow_tf32):
         return _block_gradients(block, lse_Q, weight_Q, tile_mib)
 
@@ -151,6 +156,7 @@ def info_nce(
     document_id_N: torch.Tensor | None = None,
     score_limit_Q: torch.Tensor | None = None,
     guide: Guide | None = None,
+    hardness: float = 0.0,
     tile_mib: float = TILE_MIB,
     allow_tf32: bool = False,
 ) -> InfoNce:
@@ -168,8 +174,9 @@ def info_nce(
         raise ValueError(f"positive_Q must be rows of document_ND, 0 to {len(document_ND) - 1}")
     others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
     if torch.is_grad_enabled():
-        return InfoNce(*_InfoNce.apply(query_QD, document_ND, scale, others, guide, tile_mib, allow_tf32))
-    block = Block(query_QD, document_ND, float(scale), *others, guide=guide)
+        options = (hardness, tile_mib, allow_tf32)
+        return InfoNce(*_InfoNce.apply(query_QD, document_ND, scale, others, guide, options))
+    block = Block(query_QD, document_ND, float(scale), *others, guide=guide, hardness=hardness)
     with full_precision(allow_tf32):
         return _outcome(_statistics(block, tile_mib))
 
@@ -187,7 +194,10 @@ def _tiles(block: Block, tile_mib: float) -> Iterator[tuple[slice, Epilogue, tor
 
         epilogue = TritonEpilogue
     for rows, score_BN, guided_B in score_tiles(block, tile_mib):
-        yield rows, epilogue(block.part(rows), score_BN), guided_B
+        own = block.part(rows)
+        if own.score_limit_Q is not None:  # which is of scores that are not lifted
+            own = replace(own, score_limit_Q=own.score_limit_Q * block.lift)
+        yield rows, epilogue(own, score_BN), guided_B
 
 
 def _statistics(block: Block, tile_mib: float, sums: _Sums | None = None) -> BlockStatistics:
@@ -199,6 +209,7 @@ def _statistics(block: Block, tile_mib: float, sums: _Sums | None = None) -> Blo
             whole[rows] = part
         if guided_B is not None:
             out.guided_Q[rows] = guided_B
+        out.best_negative_Q[rows] /= block.lift
         if sums is not None:
             sums.add(rows, tile.coefficients(own.lse_Q, sums.factor))
     return out
@@ -296,10 +307,17 @@ class _InfoNce(torch.autograd.Function):
         scale: float | torch.Tensor,
         others: tuple[torch.Tensor | None, ...],
         guide: Guide | None,
-        tile_mib: float,
-        allow_tf32: bool,
+        options: tuple[float, float, bool],
     ) -> tuple[torch.Tensor, ...]:
-        block = Block(query_QD, document_ND, float(scale), *others, guide=guide)  # type: ignore[arg-type, misc]
+        hardness, tile_mib, allow_tf32 = options
+        block = Block(
+            query_QD,
+            document_ND,
+            float(scale),
+            *others,  # type: ignore[arg-type, misc]
+            guide=guide,
+            hardness=hardness,
+        )
         needs_query, needs_document, needs_scale = ctx.needs_input_grad[:3]
         with full_precision(allow_tf32):
             sums = _Sums(
@@ -310,7 +328,7 @@ class _InfoNce(torch.autograd.Function):
             )
             outcome = _outcome(_statistics(block, tile_mib, sums if any(ctx.needs_input_grad) else None))
         ctx.save_for_backward(query_QD, document_ND, outcome.lse_Q, *others, *(guide or ()))
-        ctx.sums, ctx.scale, ctx.options = sums, scale, (tile_mib, allow_tf32)
+        ctx.sums, ctx.scale, ctx.options = sums, scale, options
         ctx.mark_non_differentiable(outcome.hit_Q, outcome.lse_Q, outcome.guided_Q)
         return tuple(outcome)
 
@@ -319,9 +337,16 @@ class _InfoNce(torch.autograd.Function):
     def backward(ctx: Any, weight_Q: torch.Tensor, *unused: None) -> tuple[torch.Tensor | None, ...]:
         query_QD, document_ND, lse_Q, *others = ctx.saved_tensors
         guide = Guide(*others[4:]) if others[4:] else None
-        block = Block(query_QD, document_ND, float(ctx.scale), *others[:4], guide=guide)  # type: ignore[misc]
+        hardness, tile_mib, allow_tf32 = ctx.options
+        block = Block(
+            query_QD,
+            document_ND,
+            float(ctx.scale),
+            *others[:4],
+            guide=guide,  # type: ignore[misc]
+            hardness=hardness,
+        )
         gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-        tile_mib, allow_tf32 = ctx.options
         with full_precision(allow_tf32):
             sums, ctx.sums = ctx.sums, None
             if sums is None:  # a second backward through one graph: the first has overwritten the sums
@@ -334,7 +359,7 @@ class _InfoNce(torch.autograd.Function):
             d_scale = d_scale.to(ctx.scale).view_as(ctx.scale)
         else:
             d_scale = None
-        return d_query_QD, d_document_ND, d_scale, None, None, None, None
+        return d_query_QD, d_document_ND, d_scale, None, None, None
 
 
 def _finish(

@@ -63,6 +63,7 @@ class Block:
     document_id_N: torch.Tensor | None = None
     score_limit_Q: torch.Tensor | None = None
     guide: Guide | None = None
+    hardness: float = 0.0
 
     def __post_init__(self) -> None:
         n_queries, n_documents = len(self.query_QD), len(self.document_ND)
@@ -101,6 +102,11 @@ class Block:
     def operand_dtype(self) -> torch.dtype:
         """What matrix products read: tensor cores take fp16 and bf16 as they are, a CPU is slow at them."""
         return self.query_QD.dtype if self.query_QD.is_cuda else self.score_dtype
+
+    @property
+    def lift(self) -> float:
+        """What hardness multiplies a negative's score by: (scale + hardness) · q·d is `lift` times it."""
+        return 1.0 + self.hardness / self.scale if self.hardness else 1.0
 
     @property
     def needs_scale(self) -> bool:
@@ -163,7 +169,8 @@ def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 class Tile(NamedTuple):
     """Some queries of a block with their products with all documents.
 
-    The products are scores already, unless `block.needs_scale`; −inf where a guide leaves a document out.
+    The products are scores already, unless `block.needs_scale`; negatives' are lifted by hardness; −inf where
+    a guide leaves a document out.
     `guided_B`: how often, see `BlockStatistics`; None without a guide.
     """
 
@@ -184,7 +191,19 @@ def score_tiles(block: Block, tile_mib: float) -> Iterator[Tile]:
         for documents, document_CD in document_chunks(block):
             scaled_BD = query_BD if block.needs_scale else query_BD * block.scale
             product(scaled_BD, document_CD.T, score_BN[:, documents])
-        yield Tile(rows, score_BN, _leave_out(score_BN, block.part(rows)))
+        own = block.part(rows)
+        _lift_negatives(score_BN, own)
+        yield Tile(rows, score_BN, _leave_out(score_BN, own))
+
+
+def _lift_negatives(score_BN: torch.Tensor, block: Block) -> None:
+    """In place; a positive stays what it is."""
+    if block.lift == 1.0:
+        return
+    index_B1, here_B1 = block.positive_Q.clamp(min=0)[:, None], block.positive_Q[:, None] >= 0
+    positive_B1 = score_BN.gather(1, index_B1)
+    score_BN *= block.lift
+    score_BN.scatter_(1, index_B1, torch.where(here_B1, positive_B1, positive_B1 * block.lift))
 
 
 def _leave_out(score_BN: torch.Tensor, block: Block) -> torch.Tensor | None:

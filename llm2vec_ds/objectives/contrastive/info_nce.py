@@ -142,6 +142,7 @@ class ContrastiveLoss:
             known,
             scale,
             Limits.of(queries[alone], positives[alone], scale, self.config),
+            self.config.hardness,
         )
         together = (torch.cat(column)[place] for column in zip(*parts, second, strict=True))
         return total + second.loss_Q.sum(), Outcome(*together)
@@ -175,7 +176,7 @@ class ContrastiveLoss:
         if not len(known.incomplete):
             return outcome
         return with_pairs_not_known(
-            outcome, queries, documents, group_R, known, scale, limits, self.wire_dtype
+            outcome, queries, documents, group_R, known, scale, limits, self.config.hardness, self.wire_dtype
         )
 
     def _without_groups(
@@ -195,6 +196,7 @@ class ContrastiveLoss:
                 query_id_Q=query_group_Q,
                 score_limit_Q=limits.score_Q,
                 guide=guide,
+                hardness=self.config.hardness,
                 wire_dtype=self.wire_dtype,
             )
         counts = all_gather_counts(len(document_RD), query_QD.device)
@@ -207,6 +209,7 @@ class ContrastiveLoss:
             document_id_N=gather_rows(group_R),
             score_limit_Q=limits.score_Q,
             guide=guide._replace(document_NG=gather_rows(guide.document_NG)) if guide else None,
+            hardness=self.config.hardness,
         )
         return Outcome(result.loss_Q, result.hit_Q, result.guided_Q)
 

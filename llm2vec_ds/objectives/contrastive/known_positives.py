@@ -80,11 +80,13 @@ def with_pairs_not_known(
     known: KnownPositives,
     scale: torch.Tensor,
     limits: Limits,
+    hardness: float,
     wire_dtype: torch.dtype,
 ) -> Outcome:
     """The outcome with the negatives that groups left out although their pair is not known.
 
-    With positive's score s: log(exp(loss) + Σ exp(score − s)) over them. All ranks call this together.
+    With positive's score s: log(exp(loss) + Σ exp(score − s)) over them, weighted by hardness. All ranks call
+    this together.
 
     Args:
         outcome: without any other document of a query's group.
@@ -109,8 +111,9 @@ def with_pairs_not_known(
         counts_BC &= ~(score_BC > limits.score_Q[here_Q, None])
     above_BC = score_BC - scale * (near.vector_ND * own_BD).sum(1, keepdim=True)
     above_BC = above_BC.masked_fill(~counts_BC, float("-inf"))
+    weighted_BC = above_BC + hardness * (near.vector_ND @ document_CD.T).detach()
     loss_Q, hit_Q, guided_Q = outcome
-    loss_B = torch.cat([loss_Q[here_Q, None], above_BC], 1).logsumexp(1)
+    loss_B = torch.cat([loss_Q[here_Q, None], weighted_BC], 1).logsumexp(1)
     hit_B = hit_Q[here_Q] & (above_BC < 0).all(1)
     return Outcome(
         loss_Q.index_copy(0, here_Q, loss_B),

@@ -22,8 +22,10 @@ def against_own_negatives(
     known: KnownPositives,
     scale: torch.Tensor,
     limits: Limits,
+    hardness: float,
 ) -> Outcome:
-    """log Σ exp(score − positive's score) over a query's positive and its negatives that count.
+    """log Σ exp(score − positive's score) over a query's positive and its negatives that count, which hardness
+    weights.
 
     Args:
         positives: of the queries, one each.
@@ -47,6 +49,8 @@ def against_own_negatives(
     above_OK = score_M.new_full((len(queries), n_most), float("-inf")).index_put(
         (query_of_M, slot_M), above_M
     )
-    loss_O = torch.cat([torch.zeros_like(positive_O)[:, None], above_OK], 1).logsumexp(1)
+    weight_M = hardness * (of_M.vector_ND * negatives.vector_ND).sum(-1).detach()
+    weight_OK = torch.zeros_like(above_OK.detach()).index_put((query_of_M, slot_M), weight_M)
+    loss_O = torch.cat([torch.zeros_like(positive_O)[:, None], above_OK + weight_OK], 1).logsumexp(1)
     guided_O = torch.zeros_like(positive_O.detach()).index_add(0, query_of_M, guided_M.to(positive_O.dtype))
     return Outcome(loss_O, (above_OK < 0).all(1), guided_O)

@@ -34,6 +34,7 @@ def ring_info_nce(
     query_id_Q: torch.Tensor,
     score_limit_Q: torch.Tensor | None,
     guide: Guide | None,
+    hardness: float,
     wire_dtype: torch.dtype,
 ) -> Outcome:
     """This rank's queries against all ranks' documents.
@@ -45,7 +46,7 @@ def ring_info_nce(
     Args:
         guide: of this rank's queries and documents.
     """
-    others = (document_id_R, query_id_Q, score_limit_Q, guide, wire_dtype)
+    others = (document_id_R, query_id_Q, score_limit_Q, guide, hardness, wire_dtype)
     return Outcome(*_RingInfoNce.apply(query_QD, document_RD, scale, others))
 
 
@@ -71,7 +72,7 @@ class _RingInfoNce(torch.autograd.Function):
     def forward(
         ctx: Any, query_QD: torch.Tensor, document_RD: torch.Tensor, scale: torch.Tensor, others: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        document_id_R, query_id_Q, limit_Q, guide, wire_dtype = others
+        document_id_R, query_id_Q, limit_Q, guide, ctx.hardness, wire_dtype = others
         ctx.scale, ctx.counts = float(scale), all_gather_counts(len(document_RD), document_RD.device)
         of_documents = [document_RD.to(wire_dtype), document_id_R]
         of_queries = [query_id_Q, limit_Q]
@@ -128,6 +129,7 @@ def _options(
     row_Q = torch.arange(len(query_id_Q), device=query_id_Q.device)
     return {
         "scale": ctx.scale,
+        "hardness": ctx.hardness,
         "positive_Q": row_Q if owner == rank() else torch.full_like(row_Q, NOT_HERE),
         "query_id_Q": query_id_Q,
         "document_id_N": document_id_N,
