@@ -66,6 +66,9 @@ class MntpConfig(ObjectiveConfig):
         return rate if isinstance(rate, tuple) else (rate, rate)
 
 
+Rounding = Literal["int8", "binary"]
+
+
 class ContrastiveConfig(ObjectiveConfig):
     """InfoNCE over the global batch: all ranks' queries against all ranks' documents."""
 
@@ -77,6 +80,9 @@ class ContrastiveConfig(ObjectiveConfig):
     """Adds the loss of each positive against all ranks' queries; the mean of both is the loss."""
     matryoshka_dims: list[Positive] | None = None
     """The loss is the mean of one loss for each of these vector lengths (arXiv 2205.13147)."""
+    stored_as: list[Rounding] | None = None
+    """`int8`, `binary` or both: the mean has one more loss for each, with documents rounded as `encode
+    --store` does it, and queries as they are (docs/quantization.md)."""
     false_negative_margin: Annotated[float, Field(ge=0)] | None = None
     """A document whose cosine with a query exceeds the positive's by more than this is no negative for
     it. null: only texts that are a positive of the same query, in any row, are left out."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
 from llm2vec_ds.objectives.contrastive.known_positives import KnownPositives
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
+from llm2vec_ds.vectors.quantized import Stored, dequantize, quantize
 from tests.support.ranks import run_ranks
 
 N_QUERIES, WIDTH = 7, 6
@@ -26,6 +29,13 @@ CASES: dict[str, dict[str, Any]] = {
     "matryoshka": {"matryoshka_dims": [2, 6]},
     "margin": {"false_negative_margin": 0.1},
     "all": {"symmetric": True, "matryoshka_dims": [3, 6], "false_negative_margin": 0.2},
+    "int8": {"stored_as": ["int8"]},
+    "all, int8 and binary": {
+        "symmetric": True,
+        "matryoshka_dims": [3, 6],
+        "false_negative_margin": 0.2,
+        "stored_as": ["binary", "int8"],
+    },
 }
 
 
@@ -46,17 +56,22 @@ def spelt_out(
     symmetric: bool = False,
     matryoshka_dims: list[int] | None = None,
     false_negative_margin: float | None = None,
+    stored_as: Sequence[Stored] = (),
 ) -> torch.Tensor:
-    def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return a @ b / (a.norm() * b.norm())
+    def stored(vector: torch.Tensor, form: Stored) -> torch.Tensor:
+        """Of length 1, as it is read back; the gradient is that of the vector as it was."""
+        unit = vector / vector.norm()
+        read = dequantize(quantize(vector.detach()[None].numpy(), form), form, len(vector))[0]
+        row = torch.from_numpy(read).to(unit)
+        return unit + (row / row.norm() - unit).detach()
 
     def one_way(queries: Any, documents: Any, known: Any) -> torch.Tensor:
         losses = []
         for i, q in enumerate(queries):
-            own = cosine(q, documents[i])
+            own = q @ documents[i]
             counted = []
             for j, document in enumerate(documents):
-                value = cosine(q, document)
+                value = q @ document
                 too_near = false_negative_margin is not None and value > own + false_negative_margin
                 if j == i or not (known(i, j) or too_near):
                     counted.append(value)
@@ -65,12 +80,14 @@ def spelt_out(
 
     total = torch.zeros((), dtype=query.dtype)
     dims = matryoshka_dims or [WIDTH]
-    for dim in dims:
-        q, p, n = (x[:, :dim] for x in (query, positive, negative))
+    forms: list[Stored] = ["float32", *stored_as]
+    for dim, form in itertools.product(dims, forms):
+        q = [stored(x[:dim], "float32") for x in query]
+        p, n = ([stored(x[:dim], form) for x in column] for column in (positive, negative))
         part = one_way(q, [*p, *n], lambda i, j: (QUERY_IDS[i], (IDS + NEGATIVE_IDS)[j]) in KNOWN)
         if symmetric:
             part = (part + one_way(p, q, lambda i, j: (QUERY_IDS[j], IDS[i]) in KNOWN)) / 2
-        total = total + part / len(dims)
+        total = total + part / (len(dims) * len(forms))
     return total
 
 

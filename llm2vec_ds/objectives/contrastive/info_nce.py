@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from llm2vec_ds.distributed import all_gather_counts, all_reduce_sum, gather_row
 from llm2vec_ds.objectives.contrastive.known_positives import KnownPositives, with_pairs_not_known
 from llm2vec_ds.objectives.contrastive.own_negatives import against_own_negatives
 from llm2vec_ds.objectives.contrastive.ring import ring_info_nce
+from llm2vec_ds.objectives.contrastive.rounding import Form, rounded
 from llm2vec_ds.objectives.contrastive.texts import Limits, Outcome, Texts
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
 
@@ -56,10 +58,11 @@ class PairVectors:
     guide: PairGuide | None = None
     own: OwnNegatives | None = None
 
-    def texts(self, dim: int) -> tuple[Texts, Texts, Texts]:
-        """Queries, positives and negatives, of the vectors' first `dim` components."""
+    def texts(self, dim: int, form: Form) -> tuple[Texts, Texts, Texts]:
+        """Queries, positives and negatives, of the vectors' first `dim` components; documents in `form`."""
         vectors = (self.query_QD, self.positive_QD, self.negative_MD)
-        unit = (F.normalize(x[:, :dim].float(), dim=-1) for x in vectors)
+        query_QD, *documents = (F.normalize(x[:, :dim].float(), dim=-1) for x in vectors)
+        unit = (query_QD, *(rounded(x, form) for x in documents))
         ids = (self.query_id_Q, self.positive_id_Q, self.negative_id_M)
         queries, positives, negatives = map(Texts, unit, ids, self.guide or (None, None, None))
         return queries, positives, negatives
@@ -81,7 +84,9 @@ class ContrastiveLoss:
     (van den Oord et al., 2018, arXiv 1807.03748; Karpukhin et al., 2020, arXiv 2004.04906): texts that are
     a positive of the same query in any row (`known_positives.py`), and those that a guide takes to be right
     (`texts.Limits`). A query of a source without in-batch negatives has its own hard ones alone
-    (`own_negatives.py`). Neither value nor gradient depends on how ranks share the batch.
+    (`own_negatives.py`). With Matryoshka lengths, or documents in fewer bytes (`rounding.py`), it is the mean
+    of one such loss for each length and form. Neither value nor gradient depends on how ranks share the
+    batch.
     """
 
     def __init__(self, config: ContrastiveConfig) -> None:
@@ -97,29 +102,33 @@ class ContrastiveLoss:
         back = KnownPositives.of(vectors.positive_id_Q, vectors.query_id_Q) if self.config.symmetric else None
         dims = self.config.matryoshka_dims or [vectors.query_QD.shape[1]]
         share = vectors.query_QD.new_zeros((), dtype=torch.float32)
-        for dim in dims:
-            total, outcome = self._at_width(vectors, scale, dim, known, back, any_in_batch=n_in_batch > 0)
-            share = share + total / (len(dims) * n_global)
+        forms: list[Form] = [*(self.config.stored_as or []), "float32"]  # hits are those of the last
+        for form, dim in product(forms, dims):
+            texts = vectors.texts(dim, form)
+            total, outcome = self._of_texts(
+                *texts, vectors.own, scale, known, back, any_in_batch=n_in_batch > 0
+            )
+            share = share + total / (len(forms) * len(dims) * n_global)
         return LossOutcome(share, outcome.hit_Q.sum(), outcome.guided_Q)
 
-    def _at_width(
+    def _of_texts(
         self,
-        vectors: PairVectors,
+        queries: Texts,
+        positives: Texts,
+        negatives: Texts,
+        own: OwnNegatives | None,
         scale: torch.Tensor,
-        dim: int,
         known: KnownPositives,
         back: KnownPositives | None,
         *,
         any_in_batch: bool,
     ) -> tuple[torch.Tensor, Outcome]:
-        """Summed loss of this rank's queries on the vectors' first `dim` components, and what they have each.
+        """Summed loss of this rank's queries, and what they have each.
 
         Args:
             back: the queries that are known to be right for a positive, for the symmetric loss.
             any_in_batch: a query of some rank has in-batch negatives.
         """
-        queries, positives, negatives = vectors.texts(dim)
-        own = vectors.own
         if own is None:
             return self._in_batch(queries, positives, negatives, len(queries), known, back, scale)
         # First those with in-batch negatives, whose documents are then first, too.
