@@ -1,13 +1,22 @@
-"""Addresses and interfaces of this host, without resolving names: on clusters they often lead nowhere."""
+"""Addresses and interfaces of this host, without resolving names: on clusters they often lead nowhere. And
+the hub of models and data, which is not asked again and again where it cannot be reached."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import struct
 import sys
+import urllib.request
+from typing import Any
 
 from llm2vec_ds.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 5.0
+"""Seconds in which a server of the hub has to take a connection."""
 
 SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of an interface (netdevice(7))."""
@@ -70,6 +79,49 @@ def _source_address(address: str) -> str | None:
             return own
     except OSError:
         return None
+
+
+def give_up_on_unreachable_hub() -> None:
+    """From now on a server of the hub that takes no connection counts as if offline mode were on: what is in
+    the cache is used, and all else fails at once. huggingface_hub alone tries six times for each file, in 23
+    seconds.
+    """
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils._http import default_client_factory
+
+    faults: dict[str, str] = {}
+
+    def check(request: Any) -> None:
+        host, port = request.url.host, request.url.port or (443 if request.url.scheme == "https" else 80)
+        if host not in faults:
+            faults[host] = "" if _has_proxy(request.url.scheme) else _fault_of_connecting(host, port)
+            if faults[host]:
+                log.info("%s cannot be reached (%s): only what is cached is used", host, faults[host])
+        if faults[host]:
+            raise OfflineModeIsEnabled(f"{host} cannot be reached: {faults[host]}")
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], check]}
+        return made
+
+    set_client_factory(client)
+
+
+def _has_proxy(scheme: str) -> bool:
+    """The name then need not resolve here."""
+    proxies = urllib.request.getproxies()
+    return scheme in proxies or "all" in proxies
+
+
+def _fault_of_connecting(host: str, port: int) -> str:
+    """Why no connection can be made; empty where one can."""
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
+    except OSError as error:
+        return error.strerror or str(error) or type(error).__name__
+    return ""
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ export_defaults() {
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$LLM2VEC_DS_INTERFACE}
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$LLM2VEC_DS_INTERFACE}
   fi
-  # What runs is the checkout that the job was submitted from, whatever is installed.
-  export PYTHONPATH=$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}
+  # What runs is the checkout that the job was submitted from, whatever is installed; a folder that
+  # `llm2vec-ds init` wrote holds none.
+  [ ! -d "$root/llm2vec_ds" ] || export PYTHONPATH=$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}
   python=${LLM2VEC_DS_PYTHON:-python}
 }

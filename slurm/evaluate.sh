@@ -38,7 +38,7 @@ main() {
 }
 
 common=${LLM2VEC_DS_ROOT:-$PWD}/slurm/common.sh
-[ -f "$common" ] || { echo "$me: error: no $common: submit from the repository's folder, or set LLM2VEC_DS_ROOT" >&2 && exit 2; }
+[ -f "$common" ] || { echo "$me: error: no $common: submit from the folder that holds slurm/, or set LLM2VEC_DS_ROOT" >&2 && exit 2; }
 # shellcheck source=slurm/common.sh
 source "$common"
 main "$@"

@@ -22,7 +22,7 @@ One training stage as a SLURM job, one task a GPU. Killed, preempted or out of t
   sbatch [SBATCH-OPTION …] slurm/train_7b.sh [RECIPE] [KEY=VALUE …]
   sbatch --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 slurm/train_7b.sh recipes/qwen3_0.6b/mntp.yaml max_steps=500
 
-Submit it from the repository's folder. `--ntasks-per-node` and `--gpus-per-node` go together.
+Submit it from the folder that holds slurm/. `--ntasks-per-node` and `--gpus-per-node` go together.
   to stop it for good   touch OUTPUT_DIR/STOP   (saves, ends; remove STOP and submit again to go on)
   to move it now        scancel --batch --signal=USR1 JOB   (saves, goes back into the queue)
 Settings (slurm/site.env): LLM2VEC_DS_MAX_REQUEUES, LLM2VEC_DS_PREFLIGHT, LLM2VEC_DS_CONTAINER_IMAGE, …
@@ -37,7 +37,7 @@ read_arguments() { # [RECIPE] [KEY=VALUE …]
     *) recipe=$1 && shift ;;
   esac
   overrides=("$@")
-  [ -f "$recipe" ] || exit_code=2 fail "recipe $recipe not found in $PWD: give a path from the repository's folder"
+  [ -f "$recipe" ] || exit_code=2 fail "recipe $recipe not found in $PWD: give a path from the folder that you submit from"
 }
 
 describe_run() { # facts beside the log; the lines that this script needs come first
@@ -166,7 +166,7 @@ main() {
 }
 
 common=${LLM2VEC_DS_ROOT:-$PWD}/slurm/common.sh
-[ -f "$common" ] || { echo "$me: error: no $common: submit from the repository's folder, or set LLM2VEC_DS_ROOT" >&2 && exit 2; }
+[ -f "$common" ] || { echo "$me: error: no $common: submit from the folder that holds slurm/, or set LLM2VEC_DS_ROOT" >&2 && exit 2; }
 # shellcheck source=slurm/common.sh
 source "$common"
 main "$@"

@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from llm2vec_ds.recipe.habits import HABITS
 from llm2vec_ds.recipe.recipe import documented_keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,17 +22,32 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
+def check_table(path: Path, head: str, rows: list[str]) -> None:
+    """The table below `head` has these rows, or gets them under UPDATE_DOCS."""
+    before, found, after = path.read_text().partition(head)
+    assert found
+    written = re.match(r"(?:\|.+\n)*", after)
+    assert written is not None
+    table = "".join(f"{row}\n" for row in rows)
+    if os.environ.get("UPDATE_DOCS"):
+        path.write_text(before + head + table + after[written.end() :])
+    else:
+        assert written.group() == table
+
+
 def test_table_of_recipe_keys_is_that_of_the_code() -> None:
     """`UPDATE_DOCS=1 pytest tests/test_docs.py` writes it."""
-    path = ROOT / "docs" / "recipe.md"
-    table = "\n".join(f"| `{key}` | `{default}` | {meaning} |" for key, default, meaning in documented_keys())
-    text = path.read_text()
-    written = re.search(r"\| key \| default \| meaning \|\n\|---\|---\|---\|\n((?:.+\n)*)", text)
-    assert written is not None
-    if os.environ.get("UPDATE_DOCS"):
-        path.write_text(text.replace(written.group(1), table + "\n"))
-    else:
-        assert written.group(1).strip() == table
+    rows = [f"| `{key}` | `{default}` | {meaning} |" for key, default, meaning in documented_keys()]
+    check_table(ROOT / "docs" / "recipe.md", "| key | default | meaning |\n|---|---|---|\n", rows)
+
+
+def test_table_of_habits_is_that_of_the_code() -> None:
+    """`UPDATE_DOCS=1 pytest tests/test_docs.py` writes it."""
+    names: dict[str, list[str]] = {}
+    for name, answer in HABITS.items():
+        names.setdefault(answer, []).append(f"`{name}`")
+    rows = [f"| {', '.join(known)} | {answer} |" for answer, known in names.items()]
+    check_table(ROOT / "docs" / "recipe.md", "| known elsewhere as | set here |\n|---|---|\n", rows)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -43,6 +60,13 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_the_readme_starts_with_the_two_commands() -> None:
     first = blocks(ROOT / "README.md", "bash")[0]
     assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
+
+
+def test_the_readme_explains_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    _, _, table = (ROOT / "README.md").read_text().partition("| extra: ")
+    explained = re.findall(r"^\| `(\w+)` \|", table.partition("\n\n")[0], re.MULTILINE)
+    assert sorted(explained) == sorted(project["optional-dependencies"])
 
 
 @pytest.mark.slow

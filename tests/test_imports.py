@@ -19,6 +19,7 @@ ORDER = [
     "network",
     "process",
     "storage",
+    "start",
     "batch",
     "recipe",
     "distributed",

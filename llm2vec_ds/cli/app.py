@@ -8,12 +8,27 @@ from typing import Annotated
 import typer
 
 from llm2vec_ds import __version__
-from llm2vec_ds.cli import ablate, demo, doctor, evaluate, export, mining, plan, score, train, vectors
+from llm2vec_ds.cli import (
+    ablate,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    mining,
+    plan,
+    score,
+    start,
+    train,
+    vectors,
+)
 from llm2vec_ds.cli.common import examples
+from llm2vec_ds.cli.help import Group, show_flags
 from llm2vec_ds.errors import is_first_rank
 
 app = typer.Typer(
     name="llm2vec-ds",
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn a decoder-only LLM into a text encoder: bidirectional attention, MNTP, contrastive training.",
     epilog=examples(
         "doctor",
@@ -27,8 +42,10 @@ app = typer.Typer(
 )
 
 
-for _commands in (doctor, demo, train, plan, evaluate, vectors, mining, score, export, ablate):
+# Their subcommands take `-h` from the app.
+for _commands in (doctor, demo, start, train, plan, evaluate, vectors, mining, score, export, ablate):
     _commands.register(app)
+show_flags(app)
 
 
 def _print_version(asked: bool) -> None:

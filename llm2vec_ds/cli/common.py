@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +19,19 @@ def examples(*commands: str) -> str:
 
 def quiet_libraries() -> None:
     """transformers' advice and its bar over weights that load (downloads from the hub keep theirs),
-    bitsandbytes' about its kernels, and DeepSpeed's warning that a machine without GPU has none. Called
-    late: --help needs none of it.
+    bitsandbytes' about its kernels, DeepSpeed's warning that a machine without GPU has none, and what
+    libraries say to those who program with them (`python -W default` shows that). The hub is not asked again
+    and again. Called late: --help needs none of it.
     """
     from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 
+    from llm2vec_ds.network import give_up_on_unreachable_hub
+
+    give_up_on_unreachable_hub()
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
     downloads_shown = not hub.are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -43,6 +52,14 @@ def expanded(value: Any) -> Any:
     return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value  # noqa: PTH111
 
 
+def encoder_place(value: Any) -> Any:
+    """As `expanded`; a run's folder stands for its encoder."""
+    from llm2vec_ds.encoder.of_run import encoder_of
+
+    value = expanded(value)
+    return encoder_of(value) if isinstance(value, str) else value
+
+
 def _recipe_keys(incomplete: str) -> list[str]:
     """For the shell: recipe keys that begin so."""
     from llm2vec_ds.recipe.recipe import documented_keys
@@ -60,7 +77,11 @@ Overrides = Annotated[
     ),
 ]
 Model = Annotated[
-    str, typer.Option(help="Encoder folder, or any decoder-only LLM (folder or hub id).", callback=expanded)
+    str,
+    typer.Option(
+        help="Folder of an encoder or of a run, or any decoder-only LLM (folder or hub id).",
+        callback=encoder_place,
+    ),
 ]
 Attention = Annotated[str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")]
 Precision = Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")]

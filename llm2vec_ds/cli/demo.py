@@ -52,7 +52,7 @@ def demo(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Fixes data order, masking, dropout and adapters.")] = 42,
-    qlora: Annotated[bool, typer.Option("--qlora", help="Train over weights in 4 bits (NF4).")] = False,
+    qlora: Annotated[bool, typer.Option(help="Train over weights in 4 bits (NF4).")] = False,
     print_model_dir: Annotated[
         bool, typer.Option("--print-model-dir", help="Only fetch the default model and print its folder.")
     ] = False,

@@ -39,7 +39,9 @@ def register(app: typer.Typer) -> None:
     app.add_typer(evaluate)
 
 
-Causal = Annotated[bool, typer.Option("--causal", help="Causal attention; without it what the folder says.")]
+Causal = Annotated[
+    bool | None, typer.Option(help="Causal or bidirectional attention; default: what the folder says.")
+]
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
@@ -86,7 +88,7 @@ def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, 
 
 ExcludeSelf = Annotated[
     bool,
-    typer.Option("--exclude-self", help="Of retrieval:FOLDER: a query's own document is not ranked."),
+    typer.Option(help="Of retrieval:FOLDER: a query's own document is not ranked."),
 ]
 
 
@@ -108,7 +110,7 @@ def mteb(
         typer.Option(help="Folder for results; what it holds already is not run again.", callback=expanded),
     ] = Path("mteb-results"),
     exclude_self: ExcludeSelf = False,
-    causal: Causal = False,
+    causal: Causal = None,
     instructions: InstructionsOfTasks = None,
     as_json: AsJson = False,
     attention: Attention = "auto",
@@ -140,7 +142,7 @@ def mteb(
     tasks = tasks_for(task or [], benchmark, subset, exclude_self=exclude_self)
     with process_group() as device:
         loaded = Encoder.from_pretrained(
-            model, causal=True if causal else None, attention=attention, precision=precision, device=device
+            model, causal=causal, attention=attention, precision=precision, device=device
         )
         encoder = ShardedEncoder(loaded, micro_batch_tokens)
         if rank() != 0:
@@ -185,7 +187,7 @@ def words(
             help="Folder for scores.json and, under features/, the encoder's vectors.", callback=expanded
         ),
     ] = Path("word-results"),
-    causal: Causal = False,
+    causal: Causal = None,
     max_sentences: Annotated[
         int | None, typer.Option(metavar="N", help="Only the first N sentences of each file.", min=1)
     ] = None,
@@ -212,9 +214,7 @@ def words(
 
     task = WordTask(train, test, column, max_sentences)
     task.check()
-    encoder = Encoder.from_pretrained(
-        model, causal=True if causal else None, attention=attention, precision=precision
-    )
+    encoder = Encoder.from_pretrained(model, causal=causal, attention=attention, precision=precision)
     probes = [ProbeOptions(max_steps=max_steps, seed=s) for s in seed or [42]]
     features = output / "features"
     with enough_memory(_lower(micro_batch_tokens)):

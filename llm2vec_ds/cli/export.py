@@ -163,12 +163,13 @@ def _mix(sources: list[str], output: Path, weights: str | None, method: str, eva
         raise UserError(f"--weights {weights!r} must be numbers with commas, such as 0.6,0.4") from None
     measured = evaluation_of(EvaluationConfig(tasks=[evaluate])) if evaluate else None
 
-    def measure(encoder: Encoder) -> float:
+    def measure(encoder: Encoder) -> tuple[str, float]:
         assert measured is not None
-        (score,) = measured(encoder).values()
-        return score
+        (found,) = measured(encoder).items()
+        return found
 
     points = mix(sources, output, weights=parsed, method=method, measure=measure if measured else None)
     for point in points:
         print(f"{'  '.join(f'{weight:.2f}' for weight in point.weights)}  {point.score:.4f}")
-    print(f"{output}: {method} mixture, weights and curve in {output / 'merge.json'}")
+    picture = f"; the curve as a picture: llm2vec-ds report {output}" if len(points) > 1 else ""
+    print(f"{output}: {method} mixture, weights and curve in {output / 'merge.json'}{picture}")

@@ -64,11 +64,12 @@ def plan(
     machine = [f"machine.{key}={value}" for key, value in given.items() if value is not None]
     stages = load_stages(recipe, [*(overrides or []), *machine])
     quiet_libraries()
+    from llm2vec_ds.encoder.of_run import with_encoders_of_runs
     from llm2vec_ds.planner import table
     from llm2vec_ds.planner.measured import measured_speed
     from llm2vec_ds.planner.plan import Planner
 
-    planners = [Planner(stage, recipe) for stage in stages]
+    planners = [Planner(with_encoders_of_runs(stage), recipe) for stage in stages]
     fit = measured_speed(measured, planners[0].device) if measured else None
     results = [table.as_json(planner, fit) for planner in planners]
     if as_json:

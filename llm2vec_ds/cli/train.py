@@ -12,21 +12,26 @@ from llm2vec_ds.cli.evaluate import evaluation_of
 from llm2vec_ds.errors import Stopped
 from llm2vec_ds.process.interrupts import kept
 
+OF_KEYS = {"ignore_unknown_options": True}
+"""`--learning_rate 1e-4` reaches the recipe, which answers with its key."""
+
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
     app.command(
+        context_settings=OF_KEYS,
         epilog=examples(
             "train recipes/smoke_mntp.yaml",
             "train recipes/smoke_mntp.yaml max_steps=5 optimizer.lr=1e-4",
             "train recipes/llama2_7b_chat/simcse.yaml deepspeed=ds_configs/zero3.json",
-        )
+        ),
     )(train)
     app.command(
+        context_settings=OF_KEYS,
         epilog=examples(
             "prepare recipes/smoke_mntp.yaml data.prepared_dir=prepared",
             "prepare recipes/smoke_mntp.yaml data.path=hub:owner/name@train",
-        )
+        ),
     )(prepare)
 
 
@@ -66,11 +71,13 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     quiet_libraries()
     from llm2vec_ds.data.pairs import prepare_all
     from llm2vec_ds.data.prepared_folder import read_manifest
+    from llm2vec_ds.encoder.of_run import with_encoders_of_runs
     from llm2vec_ds.model.imported import tokenizer_place
     from llm2vec_ds.model.loading import load_tokenizer
     from llm2vec_ds.objectives.registry import objective_of
 
     # Later stages go on with the first one's tokenizer, which is there before their model is.
+    stages[0] = with_encoders_of_runs(stages[0])
     model = stages[0].model
     tokenizer = load_tokenizer(tokenizer_place(model.path), trust_remote_code=model.trust_remote_code)
     for groups in itertools.chain(*(prepare_all(stage, tokenizer) for stage in stages)):

@@ -12,6 +12,7 @@ from llm2vec_ds.cli.common import (
     MicroBatchTokens,
     Model,
     Precision,
+    encoder_place,
     examples,
     expanded,
     quiet_libraries,
@@ -80,7 +81,7 @@ def encode(
     prompt_name: Annotated[
         str | None, typer.Option(help="Instead of it: an instruction that the encoder's folder names.")
     ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
+    normalize: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = False,
     truncate_dim: Annotated[
         int | None, typer.Option(metavar="N", help="Keep the first N dimensions (Matryoshka).", min=1)
     ] = None,
@@ -133,7 +134,8 @@ def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     top: Annotated[int, typer.Option(metavar="N", help="How many texts.", min=1)] = 10,
     model: Annotated[
-        str | None, typer.Option(help="Encoder; default: the one that the index names.", callback=expanded)
+        str | None,
+        typer.Option(help="Encoder or run; default: the one that the index names.", callback=encoder_place),
     ] = None,
     texts: Annotated[
         str | None,

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 from llm2vec_ds.errors import UserError
+
+
+class GlobalBatches(Protocol):
+    """Rows of each step over all ranks, a pure function of data, seed and step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches of all sources."""
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Rows of step `step` (from 0), `[global_batch_size]` int64, the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +44,13 @@ class EpochBatches:
                 "lower batch.global_batch_size or give more data"
             )
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.n_rows // self.global_batch_size
+
     def __call__(self, step: int) -> np.ndarray:
         """Rows of step `step` (from 0), `[global_batch_size]` int64, the same on every rank."""
-        epoch, position = divmod(step, self.n_rows // self.global_batch_size)
+        epoch, position = divmod(step, self.steps_per_epoch)
         order = _permutation(self.n_rows, self.seed, epoch)
         return order[position * self.global_batch_size :][: self.global_batch_size]
 
@@ -63,6 +79,11 @@ class SourceBatches:
                 f"no source fills one batch of {self.global_batch_size}, the largest has {largest} examples: "
                 "lower batch.global_batch_size or give more data"
             )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """On average: which source comes when is drawn, and by `temperature` 1 each in proportion."""
+        return sum(size // self.global_batch_size for size in self.source_sizes)
 
     def __call__(self, step: int) -> np.ndarray:
         """Rows of step `step` (from 0), `[global_batch_size]` int64, the same on every rank."""

@@ -121,6 +121,17 @@ def encoding_of(start: bytes) -> str:
     return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8-sig")
 
 
+@contextmanager
+def opened_text(file: Path) -> Iterator[io.TextIOWrapper]:
+    """A text file, compressed or not, in UTF-8 or as its byte order mark says.
+
+    Raises:
+        UserError: it cannot be read, here or while it is read.
+    """
+    with _reading(file), _as_text(file, _open(file), None) as text:
+        yield text
+
+
 def _as_text(file: Path, opened: IO[bytes], newline: str | None) -> io.TextIOWrapper:
     with _open(file) as again:
         encoding = encoding_of(again.read(4))

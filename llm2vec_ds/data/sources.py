@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_TEXT_CHARACTERS = 2**20
 HUB_PREFIX = "hub:"
+LIKE_A_HUB_NAME = r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?"
 PAIR_KEYS = tuple(f"data.pairs.{name}_column" for name in ("query", "positive", "negative"))
 
 
@@ -53,11 +54,15 @@ def find_source(path: str | Sequence[str], key: str = "data.path") -> Source:
     """What a recipe's `data.path` (or another `key`) names: a file, several, a folder, or a hub data set.
 
     Raises:
-        UserError: a file is missing, or they are not all of one known format.
+        UserError: a file is missing, they are not all of one known format, or one of several is of the hub.
     """
     paths = [path] if isinstance(path, str) else list(path)
     if len(paths) == 1 and paths[0].startswith(HUB_PREFIX):
         return Source(hub=paths[0])
+    if beside := [name for name in paths if name.startswith(HUB_PREFIX)]:
+        raise UserError(
+            f"{key}: {beside[0]} stands beside others: a recipe takes one data set of the hub, or files"
+        )
     files = [file for name in paths for file in _files(Path(name).expanduser())]
     if not files:
         raise UserError(f"{key} {path!r} names no file of a known format ({', '.join(FORMATS)})")
@@ -187,7 +192,10 @@ def _files(path: Path) -> list[Path]:
     """The file, or those of a folder in a known format; what is left out of a folder stands in the log."""
     if not path.is_dir():
         if not path.is_file():
-            raise UserError(f"data file {path} not found (relative paths start at {Path.cwd()})")
+            hint = ""
+            if re.fullmatch(LIKE_A_HUB_NAME, str(path)) and format_or_none(path) is None:
+                hint = f"; a data set of the hub is {HUB_PREFIX}{path}"
+            raise UserError(f"data file {path} not found (relative paths start at {Path.cwd()}){hint}")
         return [path]
     taken: list[Path] = []
     left_out: list[str] = []

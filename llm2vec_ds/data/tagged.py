@@ -1,4 +1,4 @@
-"""Sentences with a label for each word: CoNLL-U, CoNLL column files, or a hub data set."""
+"""Sentences with a label for each word: CoNLL-U or CoNLL column files, or a hub data set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2vec_ds.data.row_files import COMPRESSIONS, opened_text
 from llm2vec_ds.errors import UserError
 
 CONLLU_COLUMNS = {"form": 1, "lemma": 2, "upos": 3, "xpos": 4, "deprel": 7}
@@ -38,27 +39,27 @@ def load_tagged(source: str, column: str) -> list[TaggedSentence]:
     else:
         path = Path(source)
         number = _column_number(column, path)
-        try:
-            with path.open(encoding="utf-8-sig") as file:
-                blocks = list(_blocks(file, source, conllu=path.suffix == ".conllu"))
-        except OSError as error:
-            raise UserError(f"{source}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{source} is not UTF-8 text") from None
-        word = CONLLU_COLUMNS["form"] if path.suffix == ".conllu" else 0
+        with opened_text(path) as lines:
+            blocks = list(_blocks(lines, source, conllu=_is_conllu(path)))
+        word = CONLLU_COLUMNS["form"] if _is_conllu(path) else 0
         sentences = [_sentence(block, word, number, source) for block in blocks]
     if not sentences:
         raise UserError(f"{source} holds no sentence")
     return sentences
 
 
+def _is_conllu(path: Path) -> bool:
+    endings = [ending.lower() for ending in path.suffixes]
+    return [ending for ending in endings if ending not in COMPRESSIONS][-1:] == [".conllu"]
+
+
 def _column_number(column: str, path: Path) -> int:
-    if path.suffix == ".conllu" and column in CONLLU_COLUMNS:
+    if _is_conllu(path) and column in CONLLU_COLUMNS:
         return CONLLU_COLUMNS[column]
     try:
         return int(column)
     except ValueError:
-        known = ", ".join(CONLLU_COLUMNS) if path.suffix == ".conllu" else "a number such as -1 (the last)"
+        known = ", ".join(CONLLU_COLUMNS) if _is_conllu(path) else "a number such as -1 (the last)"
         raise UserError(f"{path} has no column {column!r}: choose {known}") from None
 
 

@@ -28,6 +28,8 @@ from llm2vec_ds.data.prompts import (
     tokenize,
     truncate,
 )
+from llm2vec_ds.encoder.inference import device_of, has_part_in_training, no_graph
+from llm2vec_ds.encoder.of_run import encoder_of
 from llm2vec_ds.encoder.replicas import Replicas, devices, text_blocks
 from llm2vec_ds.encoder.settings import EncoderSettings, stored_settings
 from llm2vec_ds.errors import UserError, writing
@@ -35,7 +37,7 @@ from llm2vec_ds.model.adapter_stack import AdapterStack, adapter_state, write_st
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.model.attention import register_for
 from llm2vec_ds.model.bidirectional import is_causal
-from llm2vec_ds.model.damage import check_ids, why_not_finite
+from llm2vec_ds.model.damage import check_ids, check_vocabulary, why_not_finite
 from llm2vec_ds.model.hidden_states import trunk_hidden_states
 from llm2vec_ds.model.imported import merge_adapters, resolve, tokenizer_place, upstream_settings
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
@@ -59,6 +61,7 @@ class Encoder(nn.Module):
     def __init__(self, trunk: nn.Module, tokenizer: Any, settings: EncoderSettings | None = None) -> None:
         super().__init__()
         check_tokenizer(tokenizer)
+        check_vocabulary(tokenizer, trunk)
         self.trunk: Any = trunk
         self.tokenizer = tokenizer
         self.settings = settings or EncoderSettings()
@@ -87,7 +90,7 @@ class Encoder(nn.Module):
         """Loads an encoder folder, or any decoder-only LLM (untrained, bidirectional unless `causal`).
 
         Args:
-            path: a folder that `save` wrote, a transformers folder, or a hub id.
+            path: a folder that `save` wrote, that of a finished run, a transformers folder, or a hub id.
             adapters: folders or hub ids of LoRA adapters (as peft and upstream `llm2vec` save them), merged
                 in this order; a `path` that holds an adapter alone stands for the model it names, and that
                 adapter comes first.
@@ -104,7 +107,7 @@ class Encoder(nn.Module):
                 fit, or unknown settings.
         """
         chosen = devices(device)
-        path = os.path.expanduser(path)  # noqa: PTH111  (a hub id stays as it is)
+        path = encoder_of(os.path.expanduser(path))  # noqa: PTH111  (a hub id stays as it is)
         stack = resolve(path, adapters)
         trunk = load_trunk(
             stack.base,
@@ -120,7 +123,7 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.trunk.parameters()).device
+        return device_of(self.trunk)
 
     @property
     def dimensions(self) -> int:
@@ -307,14 +310,15 @@ class Encoder(nn.Module):
         lengths = [len(text) for text in texts]
         groups = plan_micro_batches(lengths, max(micro_batch_tokens, *lengths, 0))
         was_training = self.training
-        self.eval()  # always: a part that was added since may be in training mode
+        if has_part_in_training(self):  # one that was added since may be, and `eval` is slow
+            self.eval()
         if len(self.devices) > 1 and len(groups) > 1 and self._replicas is None:
             self._replicas = Replicas(self.trunk, self.devices)
 
-        @torch.no_grad()  # holds for one thread
         def vectors(trunk: Any, group: np.ndarray) -> np.ndarray:
-            batch = pack([texts[i] for i in group]).to(next(trunk.parameters()).device)
-            found: np.ndarray = self._vectors(trunk, batch).float().cpu().numpy()
+            batch = pack([texts[i] for i in group])
+            with no_graph(trunk):  # holds for one thread
+                found: np.ndarray = self._vectors(trunk, batch.to(device_of(trunk))).float().cpu().numpy()
             return found
 
         found = (

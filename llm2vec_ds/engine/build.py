@@ -19,7 +19,7 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora
-from llm2vec_ds.model.damage import check_ids
+from llm2vec_ds.model.damage import check_ids, check_vocabulary
 from llm2vec_ds.model.imported import merge_adapters, tokenizer_place
 from llm2vec_ds.model.loading import (
     Partition,
@@ -56,6 +56,7 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     # Adapters are merged into whole weights, which ZeRO-3 splits afterwards.
     options = _trunk_options(recipe, device, nullcontext if stack.merged else partition)
     trunk, language_head = agreed(lambda: _load(stack, options, head=objective.uses_language_head))
+    check_vocabulary(tokenizer, trunk)
     check_ids(_largest_id(prepared), trunk)
     _make_trainable(recipe, trunk, stack)
     encoder = _encoder(recipe, trunk, tokenizer, stack)

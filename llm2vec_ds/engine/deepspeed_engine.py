@@ -5,13 +5,11 @@ Only this folder imports deepspeed, and only when a run starts.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from llm2vec_ds.distributed import Ranks, meeting
 from llm2vec_ds.engine.combinations import check_combination
 from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
 from llm2vec_ds.engine.flat_parameter import FlatParameter
+from llm2vec_ds.engine.monitors import monitor_sections
 from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.lora_linear import LoraLinear
@@ -103,7 +102,7 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
         **_optimizer(optimizer, torch_adam=not optimizer_is_offloaded(config)),
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 2**62,
-        **_monitors(recipe),
+        **monitor_sections(recipe),
     }
 
 
@@ -158,27 +157,6 @@ def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del seen_by_transformers
-
-
-def _monitors(recipe: Recipe) -> dict[str, Any]:
-    """DeepSpeed's sections for the monitors that the recipe asks for.
-
-    Raises:
-        UserError: the package that a monitor needs is not installed.
-    """
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb"}
-    for name in recipe.monitor:
-        if name in packages and importlib.util.find_spec(packages[name]) is None:
-            raise UserError(
-                f"monitor {name} needs the package {packages[name]}: pip install 'llm2vec-ds[monitor]'"
-            )
-    files = {"enabled": True, "output_path": str(Path(recipe.output_dir) / "monitor")}
-    sections: dict[str, dict[str, Any]] = {
-        "tensorboard": {**files, "job_name": "tensorboard"},
-        "csv": {**files, "job_name": "csv"},
-        "wandb": {"enabled": True, "project": "llm2vec-ds", "group": Path(recipe.output_dir).name},
-    }
-    return {"csv_monitor" if name == "csv" else name: sections[name] for name in recipe.monitor}
 
 
 def _cast_what_is_whole(model: nn.Module) -> None:

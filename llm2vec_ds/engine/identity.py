@@ -54,7 +54,12 @@ def identity_of(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """Flat, with dotted keys, without `FREE_KEYS` and the objective's places."""
     values = _flat(recipe.model_dump(mode="json"))
-    free = (*FREE_KEYS, *(f"{recipe.stage}.{key}" for key in recipe.objective.places))
+    # `epochs` and the data say how many steps there are.
+    free = (
+        *FREE_KEYS,
+        *(["max_steps"] if recipe.epochs is not None else []),
+        *(f"{recipe.stage}.{key}" for key in recipe.objective.places),
+    )
     return {k: v for k, v in values.items() if not any(k == f or k.startswith(f"{f}.") for f in free)}
 
 

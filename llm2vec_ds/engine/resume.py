@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec_ds.distributed import agreed, all_gather_object, rank
+from llm2vec_ds.encoder.of_run import is_finished
 from llm2vec_ds.engine.build import prepared_groups, rows_of, tokenizer_of
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore
 from llm2vec_ds.engine.identity import changes, identity_of, made_by
-from llm2vec_ds.engine.run_folder import another_run, changes_of_run, is_finished
+from llm2vec_ds.engine.run_folder import another_run, changes_of_run
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.registry import objective_of
 from llm2vec_ds.recipe.recipe import Recipe

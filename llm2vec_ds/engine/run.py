@@ -18,6 +18,7 @@ from llm2vec_ds.distributed import (
     rank,
     ranks_from_environment,
 )
+from llm2vec_ds.encoder.of_run import with_encoders_of_runs
 from llm2vec_ds.engine.build import build_stage
 from llm2vec_ds.engine.checkpoint import CheckpointStore
 from llm2vec_ds.engine.deepspeed_engine import (
@@ -28,6 +29,7 @@ from llm2vec_ds.engine.deepspeed_engine import (
 )
 from llm2vec_ds.engine.identity import identity_of
 from llm2vec_ds.engine.memory import explains_full_memory, watched
+from llm2vec_ds.engine.monitors import wandb_run
 from llm2vec_ds.engine.resume import checkpoint_to_resume, is_done
 from llm2vec_ds.engine.run_folder import CHECKPOINTS, LOCK, begin, check_run_folder, clear_unfinished
 from llm2vec_ds.engine.trainer import Evaluation, Trainer
@@ -56,6 +58,7 @@ def train(recipe: Recipe, evaluation: Evaluation | None = None, *, more_follow: 
         Stopped: a signal or the file STOP asked for it; everything is saved.
     """
     ranks = ranks_from_environment()
+    recipe = with_encoders_of_runs(recipe)
     check_batch(recipe, ranks)
     folder = Path(recipe.output_dir)
     # On every rank, before any waits for another: rank 0 alone would leave the others waiting.
@@ -102,6 +105,7 @@ def _train(
     dtype = TrunkOptions(precision=recipe.model.precision, device=device).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     stage = build_stage(recipe, device, partition_for(config))
+    recipe = _with_steps(recipe, stage.global_batch.steps_per_epoch)
     identity = agreed(lambda: identity_of(recipe, stage.data_fingerprint) if rank() == 0 else {})
     store = CheckpointStore(
         folder / CHECKPOINTS,
@@ -119,21 +123,30 @@ def _train(
         recipe.max_steps,
         ranks.world_size,
     )
-    engine = Engine(stage.model, config)
-    log.info("linear layers that are one operation with their adapter: %s", n_fused(stage.model))
-    trainer = Trainer(
-        recipe,
-        stage,
-        engine,
-        folder,
-        store=store,
-        identity=identity,
-        stop=stop,
-        evaluation=evaluation,
-    )
-    heap = freed_memory_is_kept() if device.type == "cpu" else nullcontext()
-    with heap, watched(recipe, stage, engine, folder), stop.stepping():
-        return trainer.run(checkpoint)
+    with wandb_run(recipe, folder):
+        engine = Engine(stage.model, config)
+        log.info("linear layers that are one operation with their adapter: %s", n_fused(stage.model))
+        trainer = Trainer(
+            recipe,
+            stage,
+            engine,
+            folder,
+            store=store,
+            identity=identity,
+            stop=stop,
+            evaluation=evaluation,
+        )
+        heap = freed_memory_is_kept() if device.type == "cpu" else nullcontext()
+        with heap, watched(recipe, stage, engine, folder), stop.stepping():
+            return trainer.run(checkpoint)
+
+
+def _with_steps(recipe: Recipe, steps_per_epoch: int) -> Recipe:
+    """`max_steps` in place of `epochs`, where it is given."""
+    counted = recipe.with_steps_of_epochs(steps_per_epoch)
+    if recipe.epochs is not None:
+        log.info("epochs %g: %s steps, %s an epoch", recipe.epochs, counted.max_steps, steps_per_epoch)
+    return counted
 
 
 def _use_deterministic_algorithms() -> None:

@@ -1,4 +1,4 @@
-"""A run's folder: is it one, which run is in it, has that finished, and is its encoder of that run?
+"""A run's folder: which run is in it, and may another begin there? encoder/of_run.py: has it finished?
 
 run.json        what the run is made of (engine/identity.py); written before the first step
 recipe.yaml     its recipe, every default filled in
@@ -13,11 +13,24 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llm2vec_ds import __version__
+from llm2vec_ds.encoder.of_run import (
+    CHECKPOINTS,
+    ENCODER,
+    FINISHED,
+    METRICS,
+    RECIPE,
+    RUN,
+    Described,
+    Identity,
+    check_is_of_finished_run,
+    identity_stored_in,
+    is_run,
+)
 from llm2vec_ds.engine.identity import changes, recipe_identity
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.process.preemption import STOP_FILE
@@ -26,38 +39,13 @@ from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.storage.durable import replace_json, sync_folder, unfinished_file
 from llm2vec_ds.storage.fingerprint import json_sha256
 from llm2vec_ds.storage.output_folder import check_replaceable, resolved
-from llm2vec_ds.storage.reading import parse_json, read_json
 
-RUN, RECIPE, METRICS, HELD_OUT, FINISHED = (
-    "run.json",
-    "recipe.yaml",
-    "metrics.jsonl",
-    "held_out.jsonl",
-    "finished",
-)
-CHECKPOINTS, MONITOR, ENCODER, LOCK = "checkpoints", "monitor", "encoder", "lock"
+HELD_OUT, MONITOR, LOCK = "held_out.jsonl", "monitor", "lock"
+WANDB_RUN_ID = "wandb_run_id"
 FORMAT_VERSION = 1
 WRITTEN = (RUN, RECIPE, METRICS, HELD_OUT, "memory.json", FINISHED, CHECKPOINTS, MONITOR, ENCODER)
 CHECKPOINT_FOLDERS = ("step-*", ".unfinished-*", ".removed-*")
-MONITOR_FILES = ("csv/train_*.csv", "csv/held_out_*.csv", "tensorboard/events.out.tfevents.*")
-
-
-@dataclass(frozen=True)
-class Identity:
-    """See engine/identity.py; None: not known."""
-
-    recipe: dict[str, Any]
-    data: str | None
-    model: str | None
-
-
-@dataclass(frozen=True)
-class Described:
-    """What run.json holds."""
-
-    format_version: int
-    llm2vec_ds_version: str
-    identity: Identity
+MONITOR_FILES = ("csv/train_*.csv", "csv/held_out_*.csv", "tensorboard/events.out.tfevents.*", WANDB_RUN_ID)
 
 
 def check_run_folder(recipe: Recipe, folder: Path) -> None:
@@ -90,13 +78,6 @@ def check_run_folder(recipe: Recipe, folder: Path) -> None:
         check_replaceable(folder / ENCODER, f"{what}: its {ENCODER}/")
     if not os.access(folder, os.W_OK):
         raise UserError(f"{what} cannot be written: choose a path that you can write to")
-
-
-def is_run(folder: Path) -> bool:
-    """Does the folder hold a run? Version 0.1 wrote no run.json."""
-    if (folder / RUN).is_file() or any((folder / CHECKPOINTS).glob("step-*/manifest.json")):
-        return True
-    return (folder / RECIPE).is_file() and (folder / METRICS).is_file()
 
 
 def begin(recipe: Recipe, folder: Path, identity: Mapping[str, Any], *, fresh: bool) -> None:
@@ -154,31 +135,14 @@ def mark_finished(folder: Path, max_steps: int, identity: Mapping[str, Any]) -> 
         )
 
 
-def is_finished(folder: Path) -> bool:
-    """Is there an encoder of the very run that the folder describes?"""
-    try:
-        mark = parse_json((folder / FINISHED).read_bytes())
-    except (OSError, ValueError):
-        return False
-    if not (folder / ENCODER / "config.json").is_file():
-        return False
-    if isinstance(mark, int):  # of version 0.1, which wrote the number of steps
-        return not (folder / RUN).exists()
-    stored = identity_in(folder)
-    return (
-        isinstance(mark, dict) and stored is not None and mark.get("identity_sha256") == json_sha256(stored)
-    )
-
-
 def identity_in(folder: Path) -> dict[str, Any] | None:
     """What the run in the folder is made of; of version 0.1 only its recipe. None: that is not known.
 
     Raises:
         UserError: run.json is damaged.
     """
-    if (folder / RUN).is_file():
-        remedy = "restore it, choose another output_dir, or start again by overwrite=true"
-        return asdict(read_json(folder / RUN, Described, remedy).identity)
+    if (stored := identity_stored_in(folder)) is not None:
+        return stored
     if (folder / RECIPE).is_file():
         return {"recipe": recipe_identity(load_recipe(folder / RECIPE)), "data": None, "model": None}
     return None
@@ -199,19 +163,3 @@ def another_run(folder: Path, changed: list[str]) -> UserError:
         f"{folder} holds another run ({'; '.join(changed)}): undo the change, choose another output_dir, or "
         "pass overwrite=true without resume to start again"
     )
-
-
-def check_is_of_finished_run(model: Path) -> None:
-    """A run's `encoder/` is used only when it is of that run.
-
-    Args:
-        model: any model's folder.
-
-    Raises:
-        UserError: it is the encoder of an earlier run, in the folder of one that has not finished.
-    """
-    run = model.parent
-    if model.name == ENCODER and model.is_dir() and is_run(run) and not is_finished(run):
-        raise UserError(
-            f"{model} is not of the run in {run}, which has not finished: go on with that run by resume=true"
-        )

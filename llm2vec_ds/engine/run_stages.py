@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from llm2vec_ds.encoder.of_run import is_finished
 from llm2vec_ds.engine.run import train
-from llm2vec_ds.engine.run_folder import is_finished
 from llm2vec_ds.engine.trainer import Evaluation
 from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.recipe.sections import EvaluationConfig

@@ -31,7 +31,7 @@ def in_training_evaluation(config: EvaluationConfig) -> Callable[[Encoder], dict
     """
     if not config.tasks and config.words is None:
         raise UserError("evaluation measures nothing: set evaluation.tasks or evaluation.words")
-    tasks = tasks_for(config.tasks) if config.tasks else []
+    tasks = tasks_for(config.tasks, exclude_self=config.exclude_self) if config.tasks else []
     words = _word_task(config.words) if config.words else None
 
     meta = ModelMeta.create_empty({"similarity_fn_name": ScoringFunction.COSINE})

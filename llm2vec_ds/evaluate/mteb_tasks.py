@@ -20,7 +20,7 @@ from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from llm2vec_ds.data.prompts import is_text
-from llm2vec_ds.data.row_files import BadRows, rows_of
+from llm2vec_ds.data.row_files import BadRows, format_or_none, rows_of
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.beir import FILES, read_beir
 from llm2vec_ds.evaluate.sts import load_graded_pairs
@@ -95,13 +95,26 @@ def _task(name: str, exclude_self: bool) -> Any:
     kind, _, rest = name.partition(":")
     if kind in LOCAL:
         return _local(kind, Path(rest).expanduser(), exclude_self)
-    task = _known(mteb.get_task, "--task", kind)
+    try:
+        task = _known(mteb.get_task, "--task", kind)
+    except UserError:
+        if (path := Path(name).expanduser()).exists() or format_or_none(path) is not None:
+            raise _without_kind(name, path) from None
+        raise
     if not rest:
         return task
     if rest not in task.hf_subsets:
         known = ", ".join(task.hf_subsets)[:200]
         raise UserError(f"--task {name}: {kind} has no subset {rest!r}: choose of {known}")
     return mteb.get_task(kind, hf_subsets=[rest])
+
+
+def _without_kind(name: str, path: Path) -> UserError:
+    meant = "retrieval" if path.is_dir() else "sts"
+    others = ", ".join(f"{kind}:" for kind in LOCAL if kind != meant)
+    return UserError(
+        f"--task {name} does not say what to measure: write {meant}:{name}, or {others} before it"
+    )
 
 
 def _local(kind: str, path: Path, exclude_self: bool) -> Any:

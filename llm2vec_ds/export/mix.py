@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 METHODS = ("linear", "slerp")
 Tensors = dict[str, torch.Tensor]
-Measure = Callable[[Encoder], float]
+Measure = Callable[[Encoder], tuple[str, float]]
+"""What is measured, and the encoder's score."""
 STRAIGHT = 1e-4
 """Angle in radians below which an arc is a line."""
 
@@ -63,18 +64,25 @@ def mix(
     chosen = [list(weights)] if weights else []
     if not chosen and measure is not None:
         chosen = [[1 - i / (n_points - 1), i / (n_points - 1)] for i in range(n_points)]
-    points = []
+    points, measured = [], None
     for own in chosen:
         if measure is None:
             break
         encoder.trunk.load_state_dict(mixed(states, own, method))
-        points.append(Point(own, measure(encoder)))
+        measured, score = measure(encoder)
+        points.append(Point(own, score))
         log.info("weights %s: %.4f", ", ".join(f"{w:.2f}" for w in own), points[-1].score)
     best = max(points, key=lambda point: point.score).weights if points else None
     final = best or (chosen[0] if chosen else [1 / len(sources)] * len(sources))
     encoder.trunk.load_state_dict(mixed(states, final, method))
     encoder.save(output)
-    values = {"sources": list(sources), "method": method, "weights": final, "curve": [*map(asdict, points)]}
+    values = {
+        "sources": list(sources),
+        "method": method,
+        "weights": final,
+        "measured": measured,
+        "curve": [*map(asdict, points)],
+    }
     replace_json(output / "merge.json", values)
     return points
 

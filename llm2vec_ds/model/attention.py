@@ -85,7 +85,7 @@ def _attend(
     tensors_BHLD: tuple[torch.Tensor, ...] = (query_BHLD, key_BHLD, value_BHLD)
     if width != head_dim:
         tensors_BHLD = _of_one_width(tensors_BHLD)
-    q_THD, k_THD, v_THD = (x.transpose(1, 2).flatten(0, 1) for x in tensors_BHLD)
+    q_THD, k_THD, v_THD = (_packed(x) for x in tensors_BHLD)
     order_T = None
     if cu_seq_lens_q is not None:
         cu_seqlens, max_seqlen = cu_seq_lens_q, max_length_q
@@ -113,7 +113,14 @@ def _attend(
         out_THD = torch.empty_like(out_THD).index_copy(0, order_T, out_THD)
     if out_THD.shape[-1] != width:
         out_THD = out_THD[..., :width]
-    return out_THD.reshape(n_rows, length, *out_THD.shape[1:])
+    return out_THD[None] if n_rows == 1 else out_THD.reshape(n_rows, length, *out_THD.shape[1:])
+
+
+def _packed(x_BHLD: torch.Tensor) -> torch.Tensor:
+    """`[B·L, H, D]`; a single row without a step that a copy may need."""
+    if len(x_BHLD) == 1:
+        return x_BHLD[0].transpose(0, 1)
+    return x_BHLD.transpose(1, 2).flatten(0, 1)
 
 
 def _of_one_width(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

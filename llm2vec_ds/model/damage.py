@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import nn
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.storage.reading import checked_json
+
+log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 JSON_FILES = (
@@ -55,6 +58,29 @@ def why_not_finite(model: nn.Module) -> str:
             return f"the model's weight {name} is not finite: take the model from its source again"
     dtype = next(model.parameters()).dtype
     return f"the model's weights are finite, so they overflow in {dtype}: choose another precision"
+
+
+def check_vocabulary(tokenizer: Any, model: Any) -> None:
+    """Refuses a tokenizer with tokens that the model has no embedding for, which text may hold.
+
+    Published text models lack the embedding of special tokens, such as one for images. Those are named in the
+    log, and a text with one of them is refused (`check_ids`).
+
+    Raises:
+        UserError: a token that is not special is beyond the model's embeddings.
+    """
+    n_ids, n_tokens = model.config.get_text_config().vocab_size, len(tokenizer)
+    if n_tokens <= n_ids:
+        return
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= n_ids}
+    special = {str(added) for added in tokenizer.added_tokens_decoder.values() if added.special}
+    sizes = f"the tokenizer has {n_tokens} tokens, the model has embeddings for {n_ids}"
+    if ordinary := sorted(set(beyond) - special, key=beyond.__getitem__):
+        raise UserError(
+            f"{sizes}: {', '.join(map(repr, ordinary[:3]))} … have none: take the tokenizer that belongs to "
+            f"the model, or save the model after resize_token_embeddings({n_tokens})"
+        )
+    log.warning("%s: a text with %s is refused", sizes, ", ".join(sorted(beyond)[:5]))
 
 
 def check_ids(largest: int, model: Any) -> None:

@@ -197,8 +197,11 @@ def _rotate_both(
         )
         return plain
     n_rows, _, length, _ = q_BHLE.shape
+    if n_rows == 1:  # a packed stream
+        q_THE, k_THE = q_BHLE[0].transpose(0, 1), k_BHLE[0].transpose(0, 1)
+        q_THE, k_THE = rotate(q_THE, k_THE, cos_BLE[0], sin_BLE[0])
+        return q_THE.transpose(0, 1)[None], k_THE.transpose(0, 1)[None]
     cos_TE, sin_TE = (x.expand(n_rows, -1, -1).flatten(0, 1) for x in (cos_BLE, sin_BLE))
-
     q_THE, k_THE = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHLE, k_BHLE))
     turned = rotate(q_THE, k_THE, cos_TE, sin_TE)
     q_BHLE, k_BHLE = (x_THE.view(n_rows, length, *x_THE.shape[1:]).transpose(1, 2) for x_THE in turned)

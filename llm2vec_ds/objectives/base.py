@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llm2vec_ds.batch import PackedBatch
+from llm2vec_ds.data.batches import GlobalBatches
 from llm2vec_ds.data.pairs import PreparedPairs
 from llm2vec_ds.data.prepare import PreparedTexts
 from llm2vec_ds.data.prompts import TokenizedText
@@ -61,8 +62,9 @@ class Stage(Protocol):
     def data_fingerprint(self) -> str:
         """The same for the same training texts, tokenised alike."""
 
-    def global_batch(self, step: int) -> np.ndarray:
-        """Rows of a step over all ranks, a pure function of data, seed and step."""
+    @property
+    def global_batch(self) -> GlobalBatches:
+        """Rows of a step over all ranks, and how many steps an epoch has."""
 
     def text(self, row: int) -> TokenizedText:
         """What a row is, for error messages."""

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe.habits import answer_to
 from llm2vec_ds.recipe.objectives import SECTIONS
 from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 from llm2vec_ds.storage.durable import replace_file
@@ -130,6 +131,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         UserError: no such form, or a key below a single value.
     """
     key, equals, text = override.partition("=")
+    if key.startswith("-"):
+        answer = answer_to(key.lstrip("-"))
+        here = f"; set {answer}" if answer else ""
+        raise UserError(f"there is no option {key}: recipe keys are key=value, e.g. optimizer.lr=1e-4{here}")
     if not equals or not key:
         raise UserError(f"override {override!r} is not key=value, e.g. optimizer.lr=1e-4")
     *parents, last = key.split(".")

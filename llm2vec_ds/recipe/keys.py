@@ -8,19 +8,23 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from llm2vec_ds.recipe.habits import answer_to
 from llm2vec_ds.recipe.sections import Section
 
 
 def keys_of(section: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted key, default or type, meaning) of every key of a section and of those inside."""
+    """(dotted key, default or type, meaning) of every key of a section and of those inside; of a section
+    itself where it can be null."""
     rows = []
     for name, field in section.model_fields.items():
-        inner = _section_at([name], section)
-        if inner is not None:
-            rows += keys_of(inner, f"{prefix}{name}.")
+        inner, meaning = _section_at([name], section), " ".join((field.description or "").split())
+        if inner is None:
+            default = "required" if field.is_required() else json.dumps(field.default)
+            rows.append((prefix + name, default, meaning))
             continue
-        default = "required" if field.is_required() else json.dumps(field.default)
-        rows.append((prefix + name, default, " ".join((field.description or "").split())))
+        if meaning:  # a section that can be left out
+            rows.append((prefix + name, "null" if field.default is None else "section", meaning))
+        rows += keys_of(inner, f"{prefix}{name}.")
     return rows
 
 
@@ -35,15 +39,35 @@ def default_of(key: str, root: type[Section]) -> Any:
 
 
 def unknown_key(location: list[str], root: type[Section]) -> str:
-    """What is wrong with a key at `location` that `root` does not have, and which it has."""
-    section = _section_at(location[:-1], root)
-    names = list(section.model_fields) if section else []
-    key, prefix = ".".join(location), ".".join(location[:-1])
-    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.0)
-    if not near:
+    """What is wrong with a key at `location` that `root` does not have, and which it has: what says the same
+    as another tool's key, else the key of this name in another section, else the nearest."""
+    key, name = ".".join(location), location[-1]
+    if answer := answer_to(name):
+        return f"unknown key `{key}`: set {answer}"
+    everywhere = [found for found, *_ in keys_of(root)]
+    if same := [found for found in everywhere if found.rpartition(".")[2] == name]:
+        return f"unknown key `{key}`: did you mean {' or '.join(f'`{found}`' for found in same)}?"
+    if (section := _section_at(location[:-1], root)) is None:
         return f"unknown key `{key}`"
-    suggestion = f"{prefix}.{near[0]}" if prefix else near[0]
-    return f"unknown key `{key}`: did you mean `{suggestion}`?"
+    prefix = "".join(f"{part}." for part in location[:-1])
+    candidates = [prefix + field for field in section.model_fields] + everywhere
+
+    def likeness(candidate: str) -> float:
+        is_beside = candidate.rpartition(".")[0] == prefix[:-1]
+        return _likeness(name, candidate.rpartition(".")[2]) + (0.2 if is_beside else 0.0)
+
+    return f"unknown key `{key}`: did you mean `{max(candidates, key=likeness)}`?"
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def section_given_a_value(location: list[str], value: Any, root: type[Section]) -> str:
+    """What is wrong with a single value at `location`, where `root` has a section."""
+    key, section = ".".join(location), _section_at(location, root)
+    first = f", such as `{key}.{next(iter(section.model_fields))}`" if section else ""
+    return f"`{key}` is a section: set its keys{first} (got {value!r})"
 
 
 def _section_at(location: list[str], root: type[Section]) -> type[Section] | None:

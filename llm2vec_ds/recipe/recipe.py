@@ -6,13 +6,14 @@ rest from the recipe.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.recipe.keys import keys_of, unknown_key
+from llm2vec_ds.recipe.keys import keys_of, section_given_a_value, unknown_key
 from llm2vec_ds.recipe.objectives import SECTIONS, ObjectiveConfig
 from llm2vec_ds.recipe.renamed import with_names_of_today
 from llm2vec_ds.recipe.sections import (
@@ -28,6 +29,13 @@ from llm2vec_ds.recipe.sections import (
     Positive,
     Section,
 )
+
+
+def _as_list(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+Monitors = Annotated[list[Literal["tensorboard", "wandb", "csv"]], BeforeValidator(_as_list)]
 
 
 class Recipe(Section):
@@ -48,6 +56,9 @@ class Recipe(Section):
     """Fixes data order, masking, dropout and adapter initialisation."""
     max_steps: Positive = 1000
     """Optimizer steps."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training texts, in place of `max_steps`, which becomes this times the whole batches of
+    all sources, rounded up; null: `max_steps` counts."""
     deepspeed: Place | None = None
     """Path of a DeepSpeed JSON (see ds_configs/); null: one process or plain data parallelism."""
     step_timeout_s: Annotated[float, Field(ge=0)] = 1800.0
@@ -58,8 +69,9 @@ class Recipe(Section):
     undisturbed one exactly; slower. On a CPU they always do, the number of threads being the same."""
     held_out_every_steps: Annotated[int, Field(ge=0)] = 0
     """Measure on `data.held_out_path` this often; 0: at the start and at the end only."""
-    monitor: list[Literal["tensorboard", "wandb", "csv"]] = []  # noqa: RUF012  (pydantic copies it)
-    """Where metrics go beside metrics.jsonl, by DeepSpeed's monitor; files under `monitor/` of the run."""
+    monitor: Monitors = []  # noqa: RUF012  (pydantic copies it)
+    """Where metrics go beside metrics.jsonl, a word or a list: `tensorboard`, `wandb` or `csv`; files under
+    `monitor/` of the run."""
     pooling: Literal["mean", "weighted_mean", "last", "eos", "bos"] = "mean"
     """How token vectors become the text's vector: mean of its tokens (weighted: by position), its last
     token, or the end or beginning of the sequence (`eos` is added to each text)."""
@@ -67,7 +79,7 @@ class Recipe(Section):
     """What pooling sees: the text alone, or also instruction, template and special tokens, as vLLM and
     text-embeddings-inference pool (see docs/serving.md)."""
     adapter: AdapterConfig | None = AdapterConfig()
-    """LoRA; null trains every weight of the trunk."""
+    """LoRA; `null` trains every weight of the trunk (full fine-tuning, docs/recipe.md)."""
     machine: MachineConfig = MachineConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -130,13 +142,33 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> Recipe:
-        warmup_steps = self.optimizer.warmup_steps
-        if warmup_steps > self.max_steps:
-            raise ValueError(
-                f"optimizer.warmup_steps={warmup_steps} is over max_steps={self.max_steps}, so that the "
-                "learning rate would never reach optimizer.lr: lower it"
-            )
+        if self.epochs is None and (mistake := self._warm_up_mistake()):
+            raise ValueError(mistake)
         return self
+
+    def _warm_up_mistake(self) -> str | None:
+        warmup_steps = self.optimizer.warmup_steps
+        if warmup_steps <= self.max_steps:
+            return None
+        return (
+            f"optimizer.warmup_steps={warmup_steps} is over max_steps={self.max_steps}, so that the "
+            "learning rate would never reach optimizer.lr: lower it"
+        )
+
+    def with_steps_of_epochs(self, steps_per_epoch: int) -> Recipe:
+        """`max_steps` as `epochs` says; the recipe itself where it does not.
+
+        Raises:
+            UserError: the warm-up is longer.
+        """
+        if self.epochs is None:
+            return self
+        # Rounded first, for 0.1 · 30 is 3.0000000000000004.
+        n_steps = math.ceil(round(self.epochs * steps_per_epoch, 6))
+        recipe = self.model_copy(update={"max_steps": max(1, n_steps)})
+        if mistake := recipe._warm_up_mistake():
+            raise UserError(f"epochs={self.epochs:g}: {mistake}")
+        return recipe
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Recipe:
@@ -190,6 +222,8 @@ def _explain(mistake: Any, parsed_by: type[Recipe]) -> str:
         return unknown_key([str(part) for part in mistake["loc"]], parsed_by)
     if mistake["type"] == "missing":
         return f"`{key}` is missing"
+    if mistake["type"] == "model_type":
+        return section_given_a_value([str(part) for part in mistake["loc"]], mistake["input"], parsed_by)
     message = mistake["msg"].removeprefix("Value error, ")
     return f"`{key}`: {message} (got {mistake['input']!r})" if key else message
 

@@ -27,7 +27,7 @@ class ModelConfig(Section):
     """The decoder-only LLM to start from, and how its trunk is run."""
 
     path: Place
-    """Folder or hub id of the model: the LLM itself, or the `encoder/` of an earlier stage."""
+    """Folder or hub id of the model: the LLM itself, or the run of an earlier stage (or its `encoder/`)."""
     causal: bool = False
     """True keeps the decoder's causal attention (a baseline); False makes it bidirectional."""
     attention: Literal["auto", "triton", "flash_attn", "varlen", "torch"] = "auto"
@@ -196,6 +196,8 @@ class EvaluationConfig(Section):
 
     tasks: list[str] = []
     """As `llm2vec-ds evaluate mteb --task` takes them, e.g. `sts:pairs.csv`, measured as `STS-pairs`."""
+    exclude_self: bool = False
+    """Of `retrieval:FOLDER`: a document with the query's own id is not ranked."""
     words: WordsConfig | None = None
     """A word-level task, measured as `words_same_token` and `words_next_token`."""
     every_steps: Annotated[int, Field(ge=0)] = 0

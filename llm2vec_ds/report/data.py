@@ -26,6 +26,16 @@ class Run:
     recipe: str
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Scores of mixtures of two encoders; `weights`: of the second."""
+
+    name: str
+    measured: str
+    weights: list[float]
+    scores: list[float]
+
+
 @dataclass
 class ReportData:
     """Everything that the given folders hold.
@@ -40,6 +50,7 @@ class ReportData:
     scores: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     encoders: dict[str, tuple[str, bool | None]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
 
     def add_scores(self, variant: str, values: Mapping[str, Any]) -> None:
         """Notes one seed's scores of a variant."""
@@ -49,7 +60,7 @@ class ReportData:
 
 
 def read_folders(folders: Sequence[Path]) -> ReportData:
-    """Reads training runs, ablations, demos, and results of `evaluate`.
+    """Reads training runs, ablations, demos, merged encoders, and results of `evaluate`.
 
     Raises:
         UserError: a folder is missing, holds nothing that can be shown, or a file in it is damaged.
@@ -59,11 +70,11 @@ def read_folders(folders: Sequence[Path]) -> ReportData:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder")
         label = folder.name if len(folders) > 1 else ""
-        found = [read(data, folder, label) for read in (_ablation, _demo, _evaluation, _run)]
+        found = [read(data, folder, label) for read in (_ablation, _demo, _evaluation, _merge, _run)]
         if not any(found):
             raise UserError(
-                f"{folder} holds no metrics.jsonl, results.json, metrics.json or scores.json: give the "
-                "folder of a training run, an ablation, a demo or an evaluation"
+                f"{folder} holds no metrics.jsonl, results.json, metrics.json, scores.json or merge.json: "
+                "give the folder of a training run, an ablation, a demo, an evaluation or a merge"
             )
     return data
 
@@ -189,3 +200,41 @@ def _evaluation(data: ReportData, folder: Path, label: str) -> bool:
         for accuracy in words.accuracy_by_seed if words else []:
             data.add_scores(variant, {f"{result.task.column}, {shift}": accuracy})
     return True
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    weights: list[float]
+    score: float
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """What merge.json has to say."""
+
+    sources: list[str]
+    weights: list[float]
+    curve: list[_Mixture]
+    measured: str | None = None
+
+
+def _merge(data: ReportData, folder: Path, label: str) -> bool:
+    if not (folder / "merge.json").exists():
+        return False
+    result = _json(folder / "merge.json", _Merge)
+    shown = label or folder.name
+    names = [_short(source) for source in result.sources]
+    if len(result.curve) > 1:
+        weights, scores = zip(*((point.weights[-1], point.score) for point in result.curve), strict=True)
+        name = f"{names[0]} → {names[1]}"
+        data.curves.append(Curve(name, result.measured or "score", list(weights), list(scores)))
+    data.encoders[shown] = (str(folder), None)
+    shares = (f"{weight:g} × {name}" for weight, name in zip(result.weights, names, strict=True))
+    data.facts[shown] = " + ".join(shares)
+    return True
+
+
+def _short(source: str) -> str:
+    """A run's name, for its `encoder/` too."""
+    path = Path(source)
+    return path.parent.name if path.name == "encoder" else path.name

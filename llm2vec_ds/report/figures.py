@@ -49,6 +49,7 @@ def figures_of(data: ReportData, examples: Mapping[str, Examples]) -> list[Figur
             _over_steps(stage, key, runs) for key in OVER_STEPS if any(key in r.steps[0] for r in runs)
         ]
         figures += [_held_out(stage, metric, runs) for metric in _measured_over_steps(runs)]
+    figures += [_merged(what, data) for what in dict.fromkeys(curve.measured for curve in data.curves)]
     for name, found in examples.items():
         figures += [_map(name, found), _similarities(name, found)]
     return figures
@@ -86,13 +87,19 @@ def _drawn(
     return Figure(name, caption, text, png.getvalue(), n_marks)
 
 
-def _lines(axes: Any, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> int:
+def _lines(
+    axes: Any,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    ylabel: str,
+    xlabel: str = "step",
+    dots: bool = False,
+) -> int:
     n_points = 0
     for i, (label, (x, y)) in enumerate(series.items()):
-        marker = "o" if len(x) < 3 else None
+        marker = "o" if dots or len(x) < 3 else None
         axes.plot(x, y, color=COLOURS[i % len(COLOURS)], label=label, marker=marker, linewidth=1.4)
         n_points += len(x)
-    axes.set_xlabel("step")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.25)
     if len(series) > 1:
@@ -123,6 +130,19 @@ def _held_out(stage: str, metric: str, runs: Sequence[Run]) -> Figure:
             series[run.name] = ([row["step"] for row in rows], [row[metric] for row in rows])
     caption = f"{stage}: held-out {metric}"
     return _drawn(f"{stage}-held-out-{metric}", caption, lambda axes: _lines(axes, series, metric))
+
+
+def _merged(measured: str, data: ReportData) -> Figure:
+    """A line for each two encoders that were mixed, from the first alone to the second alone."""
+    series = {c.name: (c.weights, c.scores) for c in data.curves if c.measured == measured}
+
+    def draw(axes: Any) -> int:
+        n_points = _lines(axes, series, measured, "weight of the second encoder", dots=True)
+        if len(series) == 1:
+            axes.set_title(next(iter(series)), fontsize=10)
+        return n_points
+
+    return _drawn(f"merge-{measured}", f"mixtures of two encoders: {measured}", draw)
 
 
 def _scores(metric: str, by_variant: Mapping[str, Sequence[float]]) -> Figure:

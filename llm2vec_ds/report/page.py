@@ -102,6 +102,8 @@ def page(data: ReportData, figures: Sequence[Figure], folders: Sequence[str], wi
     if data.runs:
         stages = tuple(dict.fromkeys(f"{run.stage}_" for run in data.runs))
         parts += ["<h2>Training</h2>", _grid(figures, stages)]
+    if data.curves:
+        parts += ["<h2>Merged encoders</h2>", _grid(figures, ("merge_",))]
     if with_examples:
         parts += ["<h2>Example sentences</h2>", _grid(figures, ("map_", "similarity_")), _sentences()]
     if data.facts:

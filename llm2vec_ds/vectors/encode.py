@@ -288,11 +288,10 @@ class _Encoding:
 
     def _finish(self, start: int, stop: int, n_rows: int, dimensions: int) -> None:
         options, file = self.options, self.target.path
-        source = options.input if options.input == STDIN else str(Path(options.input).resolve())
         note = VectorNote(
             key=self.key,
-            model=options.model,
-            input=options.input if options.input.startswith("hub:") else source,
+            model=_absolute(options.model),
+            input=_absolute(options.input),
             text_column=options.text_column,
             instruction=options.instruction,
             normalize=options.normalize,
@@ -308,3 +307,8 @@ class _Encoding:
         move_file(self.vectors if self.target.suffix == ".npy" else self.rows, file)
         note.write(file)
         log.info("%s: %s vectors of %s dimensions", file, stop - start, dimensions)
+
+
+def _absolute(place: str) -> str:
+    """A file or folder as it is found from everywhere; a hub id and standard input are no such."""
+    return str(Path(place).resolve()) if Path(place).exists() else place

@@ -62,6 +62,8 @@ def search(
     note = VectorNote.read(files[0])
     if note is None:
         raise UserError(f"{files[0]} has no note {note_of(files[0]).name}: encode it anew")
+    if model is None and Path(note.model).is_absolute() and not Path(note.model).exists():
+        raise UserError(f"{index} was made by {note.model}, which is gone: name its encoder with --model")
     encoder = Encoder.from_pretrained(model or note.model)
     if encoder.dimensions < note.dimensions:
         raise UserError(

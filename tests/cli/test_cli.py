@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -13,13 +14,27 @@ import numpy as np
 import pytest
 import typer
 
+from llm2vec_ds import __version__
 from llm2vec_ds.cli.app import app
+from llm2vec_ds.cli.common import quiet_libraries
 from llm2vec_ds.encoder.encoder import Encoder
 from tests.support.in_process import run
-from tests.support.runs import ROOT, command, recipe, write_recipe
+from tests.support.runs import ROOT, command, noise_in, recipe, write_recipe
 from tests.support.tiny import sentences
 
-COMMANDS = ["train", "prepare", "encode", "search", "export", "mine", "score", "merge", "doctor", "demo"]
+COMMANDS = [
+    "init",
+    "train",
+    "prepare",
+    "encode",
+    "search",
+    "export",
+    "mine",
+    "score",
+    "merge",
+    "doctor",
+    "demo",
+]
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "datasets", "mteb", "bitsandbytes", "numpy", "pyarrow")
 
 
@@ -38,6 +53,55 @@ def test_help_shows_examples_and_whole_words(
     assert max(map(len, shown.splitlines())) <= columns
     if not name:
         assert all(f"│ {command} " in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["", "evaluate", "evaluate mteb", "demo"])
+def test_short_help_is_the_same_and_shows_flags_as_flags(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = []
+    for option in ("-h", "--help"):
+        assert run(monkeypatch, *name.split(), option) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert "<bool>" not in shown[0]
+    if name == "evaluate mteb":
+        assert "--causal / --no-causal " in shown[0]
+
+
+@pytest.mark.parametrize(("options", "shown"), [([], []), (["default"], ["of tomorrow", "old"])])
+def test_what_libraries_tell_programmers_is_for_those_who_ask(
+    options: list[str], shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "warnoptions", options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        quiet_libraries()
+        warnings.warn("of tomorrow", FutureWarning, stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    assert [str(warning.message) for warning in said] == shown
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"llm2vec-ds {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], False), (["--normalize"], True), (["--no-normalize"], False)]
+)
+def test_a_flag_can_be_negated(
+    given: list[str],
+    expected: bool,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "a.txt").write_text("a trout\n")
+    files = ["--input", tmp_path / "a.txt", "--output", tmp_path / "v.npy", "--model", tiny_model_dir]
+    assert run(monkeypatch, "encode", *files, *given) == 0
+    assert (abs(np.linalg.norm(np.load(tmp_path / "v.npy")) - 1) < 1e-5) == expected
 
 
 def test_an_error_is_one_write() -> None:
@@ -80,6 +144,7 @@ def test_what_should_be_quick_loads_nothing_heavy(words: list[str] | None) -> No
     ("typed", "offered"),
     [
         ("llm2vec-ds pre", {"prepare"}),
+        ("llm2vec-ds encode --no-", {"--no-normalize"}),
         ("llm2vec-ds encode --inst", {"--instruction"}),
         ("llm2vec-ds train r.yaml optimizer.w", {"optimizer.weight_decay=", "optimizer.warmup_steps="}),
     ],
@@ -111,6 +176,8 @@ def test_encode_writes_the_vectors_of_the_encoder(tmp_path: Path, tiny_model_dir
     files = ["--input", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "out" / "v.npy")]
     outcome = command(["encode", "--model", str(tiny_model_dir), *files, "--instruction", "bread"])
     assert outcome.returncode == 0, outcome.stderr
+    assert not noise_in(outcome.stderr)
+    assert "bidirectional attention by" in outcome.stderr
     expected = Encoder.from_pretrained(tiny_model_dir).encode(texts, instruction="bread")
     np.testing.assert_allclose(np.load(tmp_path / "out" / "v.npy"), expected, atol=1e-5)
 

@@ -114,7 +114,9 @@ def test_training_refuses_the_tokenizer_of_another_model(
     model = save_tiny_llama(tmp_path / "model", vocab_size=200)
     path = write_recipe(recipe(stage, model, texts_file, tmp_path / "run"), tmp_path / "r.yaml")
     assert run(monkeypatch, "train", path) == 2
-    line = "token id … is beyond the model's vocabulary of 200: take the tokenizer that belongs to the model"
+    line = (
+        "the tokenizer has … tokens, the model has embeddings for 200: … take the tokenizer that belongs to …"
+    )
     assert_reads(error_line(capsys), line)
 
 

@@ -17,6 +17,10 @@ def encode(*more: str, input: str = "texts.txt", output: str = "v.npy") -> tuple
 
 MISTAKES = {
     "no input": Mistake("data file TMP/none not found (relative paths start at …)", encode(input="none")),
+    "a data set of the hub without hub:": Mistake(
+        "data file owner/name@test not found (…); a data set of the hub is hub:owner/name@test",
+        ("encode", "--model", "MODEL", "--input", "owner/name@test", "--output", "TMP/v.npy"),
+    ),
     "empty input": Mistake("--input TMP/a.txt is empty", encode(input="a.txt"), files={"a.txt": b""}),
     "binary input": Mistake(
         "text 1 (counted from 0) is not text: remove it, or get NaN in its place with bad texts `nan`",

@@ -73,3 +73,11 @@ def test_a_high_temperature_draws_sources_evenly() -> None:
 def test_no_source_fills_a_batch() -> None:
     with pytest.raises(UserError, match="the largest has 9 examples"):
         SourceBatches((3, 9), 10, 0)
+
+
+def test_an_epoch_has_as_many_steps_as_whole_batches() -> None:
+    batches = EpochBatches(23, 5, 0)
+    assert batches.steps_per_epoch == 4
+    of_one_epoch = [set(batches(step)) for step in range(4)]
+    assert len(set.union(*of_one_epoch)) == 20  # each row once at most
+    assert SourceBatches((23, 4, 11), 5, 0).steps_per_epoch == 4 + 0 + 2

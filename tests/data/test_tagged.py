@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,23 @@ def test_column_file(tmp_path: Path) -> None:
     assert load_tagged(str(path), "1")[0].labels == ["NNP", "VBZ"]
 
 
+def test_other_encodings_endings_and_compressed_files(tmp_path: Path) -> None:
+    (tmp_path / "plain.conllu").write_text(CONLLU)
+    expected = load_tagged(str(tmp_path / "plain.conllu"), "upos")
+    contents = {
+        "mark.conllu": CONLLU.encode("utf-8-sig"),
+        "wide.conllu": CONLLU.encode("utf-16"),
+        "LARGE.CONLLU": CONLLU.encode(),
+        "small.conllu.gz": gzip.compress(CONLLU.encode("utf-16")),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert load_tagged(str(tmp_path / name), "upos") == expected, name
+    (tmp_path / "cut.conllu.gz").write_bytes(contents["small.conllu.gz"][:-9])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tagged(str(tmp_path / "cut.conllu.gz"), "upos")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "column", "message"),
     [
@@ -63,7 +81,7 @@ def test_column_file(tmp_path: Path) -> None:
         ("a.conllu", "1\tYes\n", "upos", "line 1: no column 3, it has 2"),
         ("a.txt", COLUMNS, "upos", "choose a number"),
         ("a.txt", "a b\n", "2", "line 1: no column 2"),
-        ("a.txt", b"\xff\n", "1", "not UTF-8"),
+        ("a.txt", b"\xff\n", "1", "not text in UTF-8"),
     ],
 )
 def test_unusable_files(name: str, content: str | bytes, column: str, message: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.storage.cache_folder import cache_root
-from tests.support.runs import command
+from tests.support.runs import command, noise_in
 
 
 def test_training_text_and_retrieval_share_no_passage() -> None:
@@ -111,6 +111,7 @@ def test_a_demo_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
         ["demo", "--output", str(tmp_path / "out"), "--budget", "quick", "--model", str(tiny_model_dir)]
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert not noise_in(outcome.stderr)
     check_demo_folder(tmp_path / "out")
 
 

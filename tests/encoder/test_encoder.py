@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModel, AutoTokenizer
 
 from llm2vec_ds import Encoder, EncoderSettings
+from llm2vec_ds.data.packing import pack
 from llm2vec_ds.encoder.replicas import text_blocks
 from llm2vec_ds.errors import UserError
 from tests.support.tiny import sentences
@@ -81,6 +83,25 @@ def test_any_iterable_is_read_no_further_than_needed(
 def test_few_long_texts_make_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm2vec_ds.encoder.replicas.CHARACTERS_PER_BLOCK", 10)
     assert list(text_blocks(["a" * 6, "b" * 6, "c"])) == [["a" * 6, "b" * 6], ["c"]]
+
+
+def test_training_goes_on_after_encoding(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Also where RoPE keeps factors for the longest text seen, which encoding has made without autograd."""
+    model = AutoModel.from_pretrained(tiny_model_dir)
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
+    model.config.max_position_embeddings = 16
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
+    encoder = Encoder.from_pretrained(tmp_path)
+    texts = ["word " * 30, "a word"]
+    expected = encoder.encode(texts)
+    batch = pack(list(encoder._tokenized(texts, None, 0, "raise").values()))
+    vectors = encoder.train()(batch)
+    np.testing.assert_allclose(vectors.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    vectors.sum().backward()
+    assert all(p.grad is not None for p in encoder.trunk.layers.parameters())
+    assert encoder.encode(texts) is not None
+    assert encoder.training
 
 
 def test_several_devices_share_the_work_and_keep_the_order(encoder: Encoder, tiny_model_dir: Path) -> None:

@@ -19,7 +19,7 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.mntp.objective import MntpStage
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.ranks import run_ranks
-from tests.support.runs import NO_DROPOUT, recipe
+from tests.support.runs import NO_DROPOUT, cut_off, recipe
 
 DROPOUT = {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.1}}
 FULL = {"adapter": None}
@@ -42,16 +42,6 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "encoder" / "model.safetensors")
-
-
-def cut_off(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The recipe of a run in `folder` that was killed after step 5, its last checkpoint that of step 3."""
-    whole = Path(values["output_dir"])
-    name = f"checkpoints/step-{CUT:08d}"
-    shutil.copytree(whole / name, folder / name)
-    rows = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(rows[:5]) + rows[5][:20])
-    return {**values, "output_dir": str(folder), "resume": True}
 
 
 def recipe_of(stage: str, zero_stage: int, model: Path, texts: Path, output: Path, **changes: Any) -> Any:

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from llm2vec_ds import UserError
+from llm2vec_ds.encoder.of_run import check_is_of_finished_run, is_finished
 from llm2vec_ds.engine import run as engine_run
 from llm2vec_ds.engine.run import train
-from llm2vec_ds.engine.run_folder import check_is_of_finished_run, check_run_folder, is_finished
+from llm2vec_ds.engine.run_folder import check_run_folder
 from llm2vec_ds.engine.run_stages import train_stages
 from llm2vec_ds.errors import Stopped
 from llm2vec_ds.export.export import ExportOptions, export

@@ -15,7 +15,7 @@ from llm2vec_ds.evaluate.sts import load_graded_pairs, sts_spearman
 from llm2vec_ds.recipe.recipe import parse_recipe
 from llm2vec_ds.recipe.sections import EvaluationConfig
 from tests.support.evaluation_files import conllu, pairs_file
-from tests.support.runs import command, recipe, write_recipe
+from tests.support.runs import command, noise_in, recipe, write_recipe
 
 
 def held_out(output: Path) -> list[dict[str, Any]]:
@@ -36,6 +36,7 @@ def test_the_best_step_is_kept(tiny_model_dir: Path, texts_file: Path, tmp_path:
         **({"deepspeed": "ds_configs/zero3.json"} if ranks == 2 else {}),
     )
     outcome = command(["train", str(write_recipe(values, tmp_path / "recipe.yaml"))], ranks)
+    assert not noise_in(outcome.stderr)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     rows = held_out(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
@@ -53,6 +54,20 @@ def test_words_and_sentences_of_an_encoder(tiny_model_dir: Path, tmp_path: Path)
     scores = in_training_evaluation(config)(encoder)
     assert list(scores) == ["STS-pairs", "words_same_token", "words_next_token"]
     assert scores["STS-pairs"] == pytest.approx(sts_spearman(encoder, load_graded_pairs(pairs)), abs=1e-4)
+
+
+def test_a_recipe_leaves_out_a_querys_own_document(tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = [{"_id": str(i), "text": f"river number {i} runs"} for i in range(3)]
+    for name in ("corpus", "queries"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n0\t0\t1\n")
+    encoder = Encoder.from_pretrained(tiny_model_dir)
+    found = []
+    for exclude_self in (False, True):
+        config = EvaluationConfig(tasks=[f"retrieval:{tmp_path}"], exclude_self=exclude_self)
+        found += in_training_evaluation(config)(encoder).values()
+    assert found == [1.0, 0.0]  # the only right document is the query's own
 
 
 def test_mistakes(tiny_model_dir: Path, texts_file: Path, tmp_path: Path) -> None:

@@ -214,6 +214,8 @@ def test_names_subsets_and_benchmarks() -> None:
         ({"names": ["STS17:en-xx"]}, "no subset 'en-xx'"),
         ({"names": [], "benchmark": "MTEB(eng, v9)"}, "Did you mean"),
         ({"names": [], "subset": "paper16"}, "choose paper15"),
+        ({"names": ["pairs.csv"]}, "--task pairs.csv does not say what to measure: write sts:pairs.csv, or"),
+        ({"names": ["tests"]}, "--task tests does not say what to measure: write retrieval:tests, or sts:"),
         ({"names": ["STSBenchmark", "STSBenchmark"]}, "two tasks have the name STSBenchmark"),
         ({"names": ["sts:no/such.csv"]}, "no such file"),
         ({"names": ["retrieval:{here}/a.csv"]}, "needs a folder"),

@@ -14,6 +14,7 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.export.mix import mix, mixed
 from llm2vec_ds.recipe.recipe import parse_recipe
+from llm2vec_ds.report.data import read_folders
 from tests.support.in_process import assert_reads, error_line, run
 from tests.support.runs import recipe
 from tests.support.tiny import save_tiny_llama
@@ -69,8 +70,8 @@ def test_the_best_of_a_curve_is_kept(models: list[Path], tmp_path: Path) -> None
     a, b = (weights_of(models[i])[name] for i in (0, 1))
     wanted = 0.7 * a + 0.3 * b
 
-    def measure(encoder: Encoder) -> float:
-        return -float((encoder.trunk.state_dict()[name].double() - wanted).norm())
+    def measure(encoder: Encoder) -> tuple[str, float]:
+        return "nearness", -float((encoder.trunk.state_dict()[name].double() - wanted).norm())
 
     points = mix([*map(str, models[:2])], tmp_path / "best", measure=measure)
     assert [point.weights[1] for point in points] == pytest.approx([i / 10 for i in range(11)])
@@ -80,6 +81,10 @@ def test_the_best_of_a_curve_is_kept(models: list[Path], tmp_path: Path) -> None
     noted = json.loads((tmp_path / "best" / "merge.json").read_text())
     assert noted["weights"] == best.weights
     assert len(noted["curve"]) == 11
+    assert noted["measured"] == "nearness"
+    (curve,) = read_folders([tmp_path / "best"]).curves
+    assert (curve.name, curve.measured) == (f"{models[0].parent.name} → {models[1].name}", "nearness")
+    assert (curve.weights, curve.scores) == ([p.weights[1] for p in points], [p.score for p in points])
 
 
 def test_a_curve_over_a_task(

@@ -17,9 +17,16 @@ from tests.support.row_op_cases import CASES, EPS, outcome
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm2vec_kernels.row_ops.cpu.ELEMENTS_PER_THREAD", 16)
+    monkeypatch.setattr("llm2vec_kernels.row_ops.cpu.FEW_ELEMENTS", 0)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.fixture(params=["few rows", "chunks"])
+def both_ways(request: pytest.FixtureRequest) -> None:
+    if request.param == "chunks":
+        request.getfixturevalue("small_chunks")
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("name", CASES)
 @settings(max_examples=25)
 @given(n=st.integers(0, 23), width=st.integers(1, 20))
@@ -32,7 +39,7 @@ def test_equals_the_formula(name: str, n: int, width: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("name", CASES)
 def test_passes_torchs_own_checks(name: str) -> None:
     """Shapes without data, no aliasing, gradients by finite differences."""

@@ -173,9 +173,32 @@ def test_word_vectors_are_finite_too(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    encoder = Encoder.from_pretrained(save_tiny_llama(tmp_path, vocab_size=200))
-    with pytest.raises(UserError, match=r"token id \d+ is beyond the model's vocabulary of 200: take"):
-        encoder.encode(["the river runs past an old mill"])
+    said = r"tokenizer has \d+ tokens, the model has embeddings for 200: '.*' … have none: take the tokenizer"
+    with pytest.raises(UserError, match=said):
+        Encoder.from_pretrained(save_tiny_llama(tmp_path, vocab_size=200))
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_token_was_added_and_the_model_not_resized(
+    special: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<new>"], special_tokens=special)
+    folder = save_tiny_llama(tmp_path, vocab_size=size)
+    tokenizer.save_pretrained(folder)
+    if not special:
+        with pytest.raises(
+            UserError, match=rf"{size + 1} tokens, the model has embeddings for {size}: '<new>'"
+        ):
+            Encoder.from_pretrained(folder)
+        return
+    with caplog.at_level("WARNING"):
+        encoder = Encoder.from_pretrained(folder)
+    assert f"the model has embeddings for {size}: a text with <new> is refused" in caplog.text
+    assert encoder.encode(["the river"]).shape[0] == 1
+    with pytest.raises(UserError, match=rf"token id {size} is beyond the model's vocabulary of {size}"):
+        encoder.encode(["the river <new>"])
 
 
 def test_a_block_without_a_text(tiny_model_dir: Path) -> None:

@@ -20,7 +20,7 @@ from llm2vec_ds.model.fingerprint import model_fingerprint
 from llm2vec_ds.model.imported import resolve, tokenizer_place
 from llm2vec_ds.model.loading import TrunkOptions, load_trunk
 from llm2vec_ds.recipe.recipe import parse_recipe
-from tests.support.runs import recipe
+from tests.support.runs import NO_DROPOUT, recipe, trained
 
 
 def adapter(folder: Path, base: Path, auto_class: Any = AutoModelForCausalLM, **changes: Any) -> Path:
@@ -127,6 +127,21 @@ def test_a_run_from_an_adapter(
     found = Encoder.from_pretrained(tmp_path / "run" / "encoder").trunk.state_dict()
     for name, value in merged_by_peft(tmp_path / "a", tiny_model_dir).items():
         torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.slow
+def test_two_ranks_under_zero3_from_an_adapter_equal_one_process(
+    tiny_model_dir: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path / "a", tiny_model_dir)
+    alone = recipe("simcse", folder, texts_file, tmp_path / "one", max_steps=3, **NO_DROPOUT)
+    both = {**alone, "output_dir": str(tmp_path / "two"), "deepspeed": "ds_configs/zero3.json"}
+    rows = zip(trained(alone), trained(both, ranks=2), strict=True)
+    for row, other in rows:
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
+    expected, found = (Encoder.from_pretrained(tmp_path / n / "encoder") for n in ("one", "two"))
+    torch.testing.assert_close(found.trunk.state_dict(), expected.trunk.state_dict(), rtol=1e-5, atol=1e-5)
 
 
 def test_every_weight_can_train_from_an_adapter(

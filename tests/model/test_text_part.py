@@ -7,8 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llm2vec_ds.data.packing import pack
@@ -17,6 +19,7 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.loading import TrunkOptions, load_trunk, load_trunk_and_head
 from tests.support.model_types import ALTERNATING, SIZES
+from tests.support.runs import command, recipe, trained
 from tests.support.tiny import tiny_tokenizer
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -91,3 +94,19 @@ def test_a_type_without_a_trunk_is_refused(tmp_path: Path) -> None:
     AutoConfig.for_model("trocr").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'trocr' cannot be an encoder: .* no class for it without a head"):
         load_trunk(str(tmp_path), TrunkOptions())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gemma3", "mistral3"])
+def test_it_is_trained_and_exported(model_type: str, texts_file: Path, tmp_path: Path) -> None:
+    save_whole(model_type, tmp_path / "whole")
+    values = recipe("simcse", tmp_path / "whole", texts_file, tmp_path / "run", max_steps=2)
+    trained(values)
+    done = command(["export", str(tmp_path / "run"), "--output", str(tmp_path / "exported")])
+    assert done.returncode == 0, done.stderr
+    texts = ["the river runs past an old mill", "a train"]
+    theirs = SentenceTransformer(str(tmp_path / "exported"), device="cpu").encode(texts)
+    ours = Encoder.from_pretrained(tmp_path / "run" / "encoder").encode(texts)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+    untrained = Encoder.from_pretrained(tmp_path / "whole").encode(texts)
+    assert np.abs(ours - untrained).max() > 1e-4

@@ -112,7 +112,7 @@ def test_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("sede=1", "unknown key `sede`: did you mean `seed`?"),
-        ("optimizer.learning_rate=1", "did you mean `optimizer."),
+        ("optimizer.learning_rate=1", "unknown key `optimizer.learning_rate`: set `optimizer.lr`"),
         ("adapter.rnk=4", "unknown key `adapter.rnk`: did you mean `adapter.rank`?"),
         ("max_steps=0", "`max_steps`"),
         ("stage=mtnp", "`stage`"),
@@ -178,6 +178,29 @@ def test_every_field_is_documented() -> None:
         c: set(names) - own_name_says_it for c, names in missing.items() if set(names) - own_name_says_it
     }
     assert Recipe in documented
+
+
+def test_epochs_say_how_many_steps_there_are() -> None:
+    values = {**MINIMAL, "optimizer": {"warmup_steps": 5}, "max_steps": 5}
+    assert parse_recipe(values).with_steps_of_epochs(7).max_steps == 5
+    for epochs, steps_per_epoch, expected in ((2, 7, 14), (1.5, 7, 11), (0.5, 30, 15), (0.7, 10, 7)):
+        recipe = parse_recipe({**values, "epochs": epochs}).with_steps_of_epochs(steps_per_epoch)
+        assert recipe.max_steps == expected
+    with pytest.raises(UserError, match="epochs=0.5: optimizer.warmup_steps=5 is over max_steps=4"):
+        parse_recipe({**values, "epochs": 0.5}).with_steps_of_epochs(7)
+    assert parse_recipe({**values, "max_steps": 1, "epochs": 1}).epochs == 1  # the warm-up is judged later
+    for wrong in (0, -1, "many"):
+        with pytest.raises(UserError, match="`epochs`"):
+            parse_recipe({**values, "epochs": wrong})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("csv", ["csv"]), (["csv", "wandb"], ["csv", "wandb"]), (None, [])]
+)
+def test_monitor_is_a_word_or_a_list(given: Any, expected: list[str]) -> None:
+    assert parse_recipe({**MINIMAL, "monitor": given}).monitor == expected
+    with pytest.raises(UserError, match="`monitor"):
+        parse_recipe({**MINIMAL, "monitor": "mlflow"})
 
 
 def test_one_pair_a_batch_is_fine_with_hard_negatives() -> None:

@@ -47,8 +47,11 @@ def test_recipe_is_valid_and_what_it_names_is_there(path: Path) -> None:
         assert recipe.output_dir == f"runs/{path.parent.name}/{recipe.stage}"
     elif path.parent.name != "recipes":
         assert recipe.max_steps == 1000
-        assert (recipe.adapter.rank, recipe.adapter.alpha, recipe.adapter.dropout) == (16, 32, 0.05)  # type: ignore[union-attr]
-        assert recipe.output_dir == f"runs/{path.parent.name}/{recipe.stage}"
+        if path.stem.startswith("full_"):
+            assert recipe.adapter is None
+        else:
+            assert (recipe.adapter.rank, recipe.adapter.alpha, recipe.adapter.dropout) == (16, 32, 0.05)  # type: ignore[union-attr]
+        assert recipe.output_dir == f"runs/{path.parent.name}/{path.stem}"
     else:
         assert (ROOT / str(recipe.data.path)).exists()
 

@@ -80,6 +80,22 @@ def test_page_holds_scores_runs_recipes_and_facts_and_nothing_from_elsewhere(
     assert not re.search(r"@import|url\(['\"]?http", text)
 
 
+def test_curves_of_merged_encoders(tmp_path: Path) -> None:
+    for name, bend in (("one", 0.2), ("two", 0.1)):
+        (tmp_path / name).mkdir()
+        points = [{"weights": [1 - i / 10, i / 10], "score": 0.7 + bend * i / 10} for i in range(11)]
+        merged = {"sources": ["runs/distilled/encoder", f"runs/{name}_other"], "method": "linear"}
+        merged |= {"weights": [0.3, 0.7], "measured": "STS-dev", "curve": points}
+        (tmp_path / name / "merge.json").write_text(json.dumps(merged))
+    output = tmp_path / "report.html"
+    (figure,) = write_report([tmp_path / "one", tmp_path / "two"], output, with_examples=False)
+    assert (figure.name, figure.n_marks) == ("merge_sts_dev", 22)
+    assert "distilled → one_other" in figure.svg
+    text = output.read_text()
+    assert "<h2>Merged encoders</h2>" in text
+    assert "0.3 × distilled + 0.7 × two_other" in text
+
+
 def test_example_sentences_are_placed_by_their_vectors(tiny_model_dir: Path) -> None:
     encoder = Encoder.from_pretrained(tiny_model_dir)
     found = examples_of(encoder)

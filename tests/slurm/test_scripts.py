@@ -97,7 +97,7 @@ def test_a_mistake_is_one_line(line: list[str], variables: dict[str, str], said:
 def test_submitted_from_elsewhere_it_says_so(script: Path, tmp_path: Path) -> None:
     outcome = run(str(script), cwd=tmp_path, SLURM_JOB_ID="1")
     assert outcome.returncode == 2
-    assert "submit from the repository's folder" in outcome.stderr
+    assert "submit from the folder that holds slurm/" in outcome.stderr
 
 
 def test_a_plain_submission_is_the_7b_recipe_on_four_nodes_of_eight() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,16 @@ def recipe(stage: str, model: Path, texts: Path, output: Path, **changes: Any) -
     }
 
 
+def cut_off(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe of a run in `folder` that was killed after step 5, its last checkpoint that of step 3."""
+    whole = Path(values["output_dir"])
+    name = "checkpoints/step-00000003"
+    shutil.copytree(whole / name, folder / name)
+    rows = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(rows[:5]) + rows[5][:20])
+    return {**values, "output_dir": str(folder), "resume": True}
+
+
 def write_recipe(values: dict[str, Any], path: Path) -> Path:
     path.write_text(yaml.safe_dump(values))
     return path
@@ -65,6 +77,12 @@ def command(arguments: list[str], ranks: int = 1, timeout_s: int = 300) -> subpr
     )
 
 
+def noise_in(log: str) -> list[str]:
+    """Lines of a log that say nothing of the run: warnings of libraries, bars, devices that are not there."""
+    words = re.compile(r"Warning|\[WARNING\]|it/s\]|s/it\]|%\||Setting accelerator|deprecated", re.IGNORECASE)
+    return [line for line in log.splitlines() if words.search(line)]
+
+
 def trained(values: dict[str, Any], ranks: int = 1, *, as_users_do: bool = False) -> list[dict[str, Any]]:
     """Runs the recipe in processes of its own, which must succeed; the rows of its metrics.jsonl.
 
@@ -77,6 +95,7 @@ def trained(values: dict[str, Any], ranks: int = 1, *, as_users_do: bool = False
     if as_users_do:
         outcome = command(["train", str(path)], ranks)
         assert outcome.returncode == 0, outcome.stderr[-3000:] + outcome.stdout[-3000:]
+        assert not noise_in(outcome.stderr)
     else:
         codes = forked_command(["train", str(path)], ranks, log)
         assert codes == [0] * ranks, [Path(f"{log}.{rank}").read_text()[-3000:] for rank in range(ranks)]

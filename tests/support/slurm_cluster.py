@@ -186,21 +186,28 @@ class Cluster:
                 found.add(int(path.parent.name))
         return found
 
-    def run(self, *line: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *line: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             line,
             capture_output=True,
             text=True,
             env={**self.environment, **variables},
-            cwd=ROOT,
+            cwd=cwd,
             timeout=300,
             check=False,
         )
 
-    def submit(self, script: str, *arguments: str, options: Sequence[str] = (), **variables: str) -> str:
+    def submit(
+        self,
+        script: str,
+        *arguments: str,
+        options: Sequence[str] = (),
+        cwd: Path = ROOT,
+        **variables: str,
+    ) -> str:
         """`sbatch OPTIONS SCRIPT ARGUMENTS` from the repository, with this Python; the job's number."""
         line = ["sbatch", "--parsable", f"--output={self.folder}/%x-%j.out", *options, script, *arguments]
-        outcome = self.run(*line, **variables)
+        outcome = self.run(*line, cwd=cwd, **variables)
         assert outcome.returncode == 0, outcome.stderr
         return outcome.stdout.strip()
 

@@ -10,7 +10,8 @@ heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby, islice
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -144,8 +145,11 @@ def _only_run(
     cu_seqlens: torch.Tensor, dtype: torch.dtype, window: int | None, causal: bool
 ) -> tuple[Any, torch.Tensor | None] | None:
     """What `_runs` would give if that is one run: its results need no copy. None: none or several."""
-    runs = list(islice(_runs(cu_seqlens, dtype, window, causal), 2))
-    return runs[0] if len(runs) == 1 else None
+    runs = equal_length_runs(cu_seqlens)
+    if len(runs) != 1:
+        return None
+    length = runs[0][1]
+    return partial(_texts_of, length=length), _added_mask(length, dtype, window, causal, cu_seqlens.device)
 
 
 def _runs(
@@ -157,10 +161,21 @@ def _runs(
         end = start + n_texts * length
 
         def view(x: torch.Tensor, start: int = start, end: int = end, length: int = length) -> torch.Tensor:
-            return x[start:end].view(-1, length, *x.shape[1:]).transpose(1, 2)
+            return _texts_of(x[start:end], length)
 
-        mask_LL = window_mask(length, window, causal, cu_seqlens.device)
-        if mask_LL is not None:  # the kernel adds its mask, and takes it in the dtype of q alone
-            mask_LL = torch.zeros_like(mask_LL, dtype=dtype).masked_fill_(~mask_LL, float("-inf"))
-        yield view, mask_LL
+        yield view, _added_mask(length, dtype, window, causal, cu_seqlens.device)
         start = end
+
+
+def _texts_of(x: torch.Tensor, length: int) -> torch.Tensor:
+    return x.unflatten(0, (-1, length)).transpose(1, 2)
+
+
+def _added_mask(
+    length: int, dtype: torch.dtype, window: int | None, causal: bool, device: torch.device
+) -> torch.Tensor | None:
+    """`window_mask` as the kernel takes it: 0 or −∞ that it adds, in the dtype of q."""
+    mask_LL = window_mask(length, window, causal, device)
+    if mask_LL is None:
+        return None
+    return torch.zeros_like(mask_LL, dtype=dtype).masked_fill_(~mask_LL, float("-inf"))

@@ -9,9 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 ELEMENTS_PER_THREAD = 2**17
 """Of a chunk: half a MiB in fp32. Smaller ones fit a nearer cache, but then each operation's start counts."""
+
+FEW_ELEMENTS = 2**16
+"""Up to so many, the start of an operation counts more than the memory that it moves."""
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -28,11 +32,6 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _rows_per_chunk(x: torch.Tensor) -> int:
-    width = max(1, x.numel() // max(1, len(x)))
-    return max(1, ELEMENTS_PER_THREAD * torch.get_num_threads() // width)
-
-
 def _in_chunks(
     work: Callable[..., Tensors], inputs: Tensors, outputs: Sequence[tuple[Sequence[int], torch.dtype]]
 ) -> Tensors:
@@ -41,12 +40,14 @@ def _in_chunks(
     Args:
         inputs: tensors of as many rows; the first is at least as wide as the others.
         outputs: shape of a row and dtype of each. `work` writes to what it is given, or makes it where it is
-            given nothing: for few rows of one dtype, where each operation's start counts.
+            given nothing: for one chunk of one dtype, where each operation's start counts.
     """
     first = inputs[0]
-    n_rows, per_chunk = len(first), _rows_per_chunk(first)
-    if n_rows <= per_chunk and _is_wide(first) and all(dtype == first.dtype for _, dtype in outputs):
+    n_elements = ELEMENTS_PER_THREAD * torch.get_num_threads()
+    if first.numel() <= n_elements and _is_wide(first) and all(dtype == first.dtype for _, dtype in outputs):
         return work(*inputs)
+    n_rows = len(first)
+    per_chunk = max(1, n_elements * n_rows // max(1, first.numel()))
     made = tuple(first.new_empty(n_rows, *shape, dtype=dtype) for shape, dtype in outputs)
     for parts in zip(*(tensor.split(per_chunk) for tensor in (*inputs, *made)), strict=True):
         work(*parts)
@@ -57,10 +58,18 @@ def _is_wide(x: torch.Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64)
 
 
+def _are_few(x: torch.Tensor) -> bool:
+    """Few elements, and nothing to round on the way: torch's own operations are the fastest."""
+    return x.numel() <= FEW_ELEMENTS and _is_wide(x)
+
+
 def rms_norm(
     x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, plus_one: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `api.rms_norm`."""
+    if not plus_one and _are_few(x_TD) and weight_D.dtype == x_TD.dtype:
+        out_TD, inverse_T1 = torch.ops.aten._fused_rms_norm(x_TD, weight_D.shape, weight_D, eps)
+        return out_TD, inverse_T1.squeeze(-1)
     width, wide = x_TD.shape[-1], wide_dtype(x_TD.dtype)
     factor_D = weight_D.to(wide) + 1 if plus_one else weight_D
 
@@ -123,10 +132,16 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
 }
 """The function, and its derivative times d; each writes to `out`."""
+_ACTIVATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 def gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> torch.Tensor:
     """As `api.gated_unit`."""
+    if _are_few(gate_TD):
+        return _ACTIVATED[activation](gate_TD).mul_(up_TD)
     activate, _ = _ACTIVATIONS[activation]
 
     def work(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> Tensors:

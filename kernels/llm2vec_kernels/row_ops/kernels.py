@@ -106,7 +106,7 @@ def activation(x, GELU: tl.constexpr):
     return x * share, share + x * share * rest * z_slope
 
 
-@triton.jit(do_not_specialize=["n_elements"])
+@triton.jit  # whether 16 divides n_elements has to be known: only then 16 bytes are loaded at a time
 def gated_unit_kernel(
     gate_ptr, up_ptr, out_ptr, n_elements, GELU: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):
@@ -119,7 +119,7 @@ def gated_unit_kernel(
     tl.store(out_ptr + element, out.to(out_ptr.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["n_elements"])
+@triton.jit
 def gated_unit_backward_kernel(
     d_out_ptr,
     gate_ptr,
@@ -141,43 +141,29 @@ def gated_unit_backward_kernel(
     tl.store(d_gate_ptr + element, (d_out * up * slope).to(d_gate_ptr.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def rotate_kernel(
-    q_ptr,  # [T, H, E], any strides over T and H
-    k_ptr,  # [T, K, E], the same
+@triton.jit
+def rotate_tile(
+    x_ptr,  # [T, HEADS, E], any strides over T and HEADS
     cos_ptr,  # [T, E]
     sin_ptr,  # [T, E]
-    turned_q_ptr,  # [T, H, E] contiguous
-    turned_k_ptr,  # [T, K, E] contiguous
-    q_stride_t,
-    q_stride_h,
-    k_stride_t,
-    k_stride_h,
-    n_rows,  # T · (H + K)
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
+    out_ptr,  # [T, HEADS, E] contiguous
+    stride_t,
+    stride_h,
+    tile,
+    n_rows,  # T · HEADS
+    HEADS: tl.constexpr,
     HALF: tl.constexpr,  # E / 2
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
-    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token_R, head_R = (row_R // (Q_HEADS + K_HEADS)).to(tl.int64), row_R % (Q_HEADS + K_HEADS)
-    is_q_R, k_head_R = head_R < Q_HEADS, head_R - Q_HEADS
+    row_R = tile * ROWS + tl.arange(0, ROWS)
+    token_R, head_R = (row_R // HEADS).to(tl.int64), row_R % HEADS
     dim_E = tl.arange(0, BLOCK)
     exists = (row_R < n_rows)[:, None] & (dim_E < HALF)[None, :]
-    x_R = tl.where(
-        is_q_R,
-        q_ptr + token_R * q_stride_t + head_R * q_stride_h,
-        k_ptr + token_R * k_stride_t + k_head_R * k_stride_h,
-    )
-    out_R = tl.where(
-        is_q_R,
-        turned_q_ptr + (token_R * Q_HEADS + head_R) * (2 * HALF),
-        turned_k_ptr + (token_R * K_HEADS + k_head_R) * (2 * HALF),
-    )
-    x_a, out_a = x_R[:, None] + dim_E[None, :], out_R[:, None] + dim_E[None, :]
+    x_a = x_ptr + (token_R * stride_t + head_R * stride_h)[:, None] + dim_E[None, :]
+    out_a = out_ptr + (row_R.to(tl.int64) * (2 * HALF))[:, None] + dim_E[None, :]
     angle_a = (token_R * (2 * HALF))[:, None] + dim_E[None, :]
 
     a = tl.load(x_a, mask=exists, other=0.0).to(WIDE)
@@ -190,8 +176,45 @@ def rotate_kernel(
         turned_a, turned_b = a * cos_a + b * sin_b, b * cos_b - a * sin_a
     else:
         turned_a, turned_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-    tl.store(out_a, turned_a.to(turned_q_ptr.dtype.element_ty), mask=exists)
-    tl.store(out_a + HALF, turned_b.to(turned_q_ptr.dtype.element_ty), mask=exists)
+    tl.store(out_a, turned_a.to(out_ptr.dtype.element_ty), mask=exists)
+    tl.store(out_a + HALF, turned_b.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def rotate_kernel(
+    q_ptr,
+    k_ptr,
+    cos_ptr,
+    sin_ptr,
+    turned_q_ptr,
+    turned_k_ptr,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    n_tokens,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """Queries by the first programs, keys by the others. A pointer chosen row by row would hide its alignment
+    from the compiler, which then loads two bytes at a time."""
+    tile = tl.program_id(0)
+    n_q_tiles = tl.cdiv(n_tokens * Q_HEADS, ROWS)
+    if tile < n_q_tiles:
+        rotate_tile(
+            q_ptr, cos_ptr, sin_ptr, turned_q_ptr, q_stride_t, q_stride_h, tile, n_tokens * Q_HEADS,
+            Q_HEADS, HALF, ROWS, BLOCK, WIDE, BACKWARD,
+        )  # fmt: skip
+    else:
+        rotate_tile(
+            k_ptr, cos_ptr, sin_ptr, turned_k_ptr, k_stride_t, k_stride_h, tile - n_q_tiles,
+            n_tokens * K_HEADS, K_HEADS, HALF, ROWS, BLOCK, WIDE, BACKWARD,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -110,14 +110,14 @@ def rotate(
     _check_shapes((n_tokens, k_heads, head_dim), k_TKE)
     q_THE, k_TKE = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THE, k_TKE))
     turned = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THE, k_TKE)]
-    n_rows = n_tokens * (q_heads + k_heads)
-    if n_rows:
+    if n_tokens:
         tile = row_tile(head_dim // 2, q_THE.dtype)
         tile["HALF"], tile["BLOCK"] = tile.pop("D"), tile.pop("BLOCK_D")
         with torch.cuda.device_of(q_THE):
-            rotate_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
+            n_tiles = sum(triton.cdiv(n_tokens * heads, tile["ROWS"]) for heads in (q_heads, k_heads))
+            rotate_kernel[(n_tiles,)](
                 q_THE, k_TKE, cos_TE.contiguous(), sin_TE.contiguous(), *turned,
-                *q_THE.stride()[:2], *k_TKE.stride()[:2], n_rows,
+                *q_THE.stride()[:2], *k_TKE.stride()[:2], n_tokens,
                 **tile, Q_HEADS=q_heads, K_HEADS=k_heads, BACKWARD=backward,
             )  # fmt: skip
     return turned[0], turned[1]

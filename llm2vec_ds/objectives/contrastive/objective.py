@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from llm2vec_ds.batch import PackedBatch
-from llm2vec_ds.data.batches import rank_slice
+from llm2vec_ds.data.batches import GlobalBatches, rank_slice
 from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.pairs import PreparedPairs
 from llm2vec_ds.data.prompts import TokenizedText
@@ -97,7 +97,7 @@ class ContrastiveStage:
         self,
         model: ContrastiveModel,
         examples: Examples,
-        global_batch: Callable[[int], np.ndarray],
+        global_batch: GlobalBatches,
         config: ContrastiveConfig,
         held_out_pairs: PreparedPairs | None = None,
         *,

@@ -1,0 +1,57 @@
+"""Recipes, DeepSpeed's JSONs and SLURM's scripts, for a person who has the package and no checkout.
+
+A checkout has them at its top. setup.py puts the same files beside this module into the wheel.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.storage.durable import replace_file
+
+FOLDERS = ("recipes", "ds_configs", "slurm")
+SUFFIXES = (".yaml", ".json", ".jsonl", ".txt", ".csv", ".sh", ".py", ".env")
+README = "README.md"
+
+
+def shipped() -> dict[str, Path]:
+    """Each file by its path below the folder that it is written to.
+
+    Raises:
+        UserError: the installation lacks them.
+    """
+    here = Path(__file__).resolve().parent
+    for root in (here, here.parents[1]):
+        if all((root / name).is_dir() for name in FOLDERS):
+            files = (file for name in FOLDERS for file in sorted((root / name).rglob("*")))
+            known = {str(f.relative_to(root)): f for f in files if f.suffix in SUFFIXES and f.is_file()}
+            return {README: here / README, **known}
+    raise UserError("this installation lacks its recipes and scripts: install llm2vec-ds again")
+
+
+def write_to(folder: Path, *, overwrite: bool = False) -> list[str]:
+    """Writes what is not there yet; returns the paths below `folder` of what it wrote.
+
+    Raises:
+        UserError: a file is there and differs, unless `overwrite`; nothing is written then. Or it cannot be
+            written.
+    """
+    contents = {name: file.read_bytes() for name, file in shipped().items()}
+    with writing(folder):
+        there = {name: (folder / name).read_bytes() for name in contents if (folder / name).exists()}
+    changed = [name for name, content in there.items() if content != contents[name]]
+    if changed and not overwrite:
+        shown = ", ".join(changed[:5]) + (", …" if len(changed) > 5 else "")
+        raise UserError(
+            f"{folder} holds other content in {shown}: choose another folder, or replace it by --overwrite"
+        )
+    wanted = [name for name in contents if there.get(name) != contents[name]]
+    for name in wanted:
+        place = folder / name
+        with writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(place, contents[name])
+            if shipped_mode := shipped()[name].stat().st_mode & 0o111:
+                place.chmod(place.stat().st_mode | shipped_mode)
+    return wanted
