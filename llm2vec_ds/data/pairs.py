@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llm2vec_ds.data.batches import GlobalBatches, QueryBatches, SourceBatches
 from llm2vec_ds.data.prepare import Instructions, PreparedTexts, load_prepared, prepare
 from llm2vec_ds.data.prepared_folder import QUERY
 from llm2vec_ds.data.prompts import TokenizedText
@@ -104,6 +105,29 @@ class PreparedPairs:
         """The number of each example's source."""
         found: np.ndarray = np.searchsorted(self._first_example, examples, side="right") - 1
         return found
+
+    def batches(self, recipe: Recipe) -> GlobalBatches:
+        """Which examples go to which step, as the recipe has it.
+
+        Raises:
+            UserError: there are fewer than a batch takes.
+        """
+        assert recipe.data.pairs is not None
+        size, temperature = recipe.batch.global_batch_size, recipe.data.pairs.sampling_temperature
+        if recipe.data.pairs.positives == "all":
+            return SourceBatches(tuple(self.group_sizes.values()), size, recipe.seed, temperature)
+        return QueryBatches(self._queries_of_groups(), size, recipe.seed, temperature)
+
+    def _queries_of_groups(self) -> list[np.ndarray]:
+        """Of each group, the number of each example's query: the same for the same text and instruction."""
+        hashes = np.concatenate(
+            [
+                texts.rows.data.column("text_hash").to_numpy()[starts]
+                for texts, starts in zip(self._texts, self._starts, strict=True)
+            ]
+        )
+        ends = np.cumsum(list(self.group_sizes.values()))[:-1]
+        return [np.unique(own, return_inverse=True)[1] for own in np.split(hashes, ends)]
 
     def text_hashes(self) -> tuple[np.ndarray, np.ndarray]:
         """Of all queries, and of all documents."""

@@ -56,7 +56,7 @@ def _wanted(recipe: Recipe, guide: str, role: str, prompt: str | None) -> Wanted
         [source.name, source.instructions.query, source.instructions.document]
         for source in find_pair_sources(data, data.path)
     ]
-    columns = pairs.model_dump(exclude={"instructions", "sampling_temperature"})
+    columns = pairs.model_dump(exclude={"instructions", "positives", "sampling_temperature"})
     identity = [find_source(data.path).identity(), columns, instructions, role]
     return Wanted(guide, f"{recipe.stage}.guide", prompt, texts, identity, vectors_root(data))
 

@@ -6,7 +6,6 @@ import logging
 
 import numpy as np
 
-from llm2vec_ds.data.batches import SourceBatches
 from llm2vec_ds.data.pairs import PreparedPairs, find_pair_sources
 from llm2vec_ds.data.prepare import PreparedTexts
 from llm2vec_ds.errors import UserError
@@ -67,11 +66,10 @@ class Supervised(ContrastiveObjective):
         if parts.held_out is not None and held_out_path is not None:
             held_out_sources = _sources(recipe, held_out_path, parts.held_out)
         has_guide = bool(wanted_of_guide(recipe))
-        group_sizes, temperature = tuple(pairs.group_sizes.values()), recipe.data.pairs.sampling_temperature
         return ContrastiveStage(
             contrastive_model(parts),
             pairs.__getitem__,
-            SourceBatches(group_sizes, batch_size, recipe.seed, temperature),
+            pairs.batches(recipe),
             section_of(recipe),
             parts.held_out,
             sources=sources,
