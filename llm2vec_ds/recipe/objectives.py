@@ -131,6 +131,15 @@ class SupervisedConfig(ContrastiveConfig):
     """Absolute margin of the guide: larger leaves out more."""
     guide_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Relative margin of the guide, such as 0.95: smaller leaves out more."""
+    guide_filters: bool = True
+    """False: the guide leaves nothing out, and teaches by `guide_weight` alone."""
+    guide_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Factor on a second loss: of a query's cosines with all documents of the global batch, and the guide's
+    (distillation beside InfoNCE); 0: none."""
+    guide_loss: Literal["kl", "mse"] = "kl"
+    """Of that loss: `kl`, the divergence of their softmax, or `mse`, the mean squared difference."""
+    guide_temperature: Annotated[float, Field(gt=0)] = 0.05
+    """Cosines are divided by it before the softmax of `kl`."""
 
     def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
         given = self.model_fields_set & {
@@ -138,12 +147,20 @@ class SupervisedConfig(ContrastiveConfig):
             "guide_document_prompt",
             "guide_margin",
             "guide_ratio",
+            "guide_filters",
+            "guide_weight",
         }
         idle = [
             name for name in sorted(given) if getattr(self, name) != type(self).model_fields[name].default
         ]
         if self.guide is None and idle:
             return f"{stage}.{idle[0]} does nothing without {stage}.guide: name a guide, or leave it out"
+        if not self.guide_filters and not self.guide_weight:
+            return (
+                f"{stage}.guide does nothing without guide_filters and guide_weight: set one, or leave it out"
+            )
+        if self.guide_weight and self.exchange == "ring":
+            return f"{stage}.guide_weight needs all documents at once: set {stage}.exchange: gather"
         return super().mistake_with(stage, batch, data)
 
 
@@ -174,10 +191,17 @@ class DistilConfig(ObjectiveConfig):
     """Factor on that loss; 0: none."""
     temperature: Annotated[float, Field(gt=0)] = 0.05
     """Cosines are divided by it before the softmax of `kl`."""
+    simcse_weight: Weight = 0.0
+    """Factor on SimCSE's loss beside it: each text goes through the encoder twice, with `attention_dropout` (0.3
+    in SimCSE) and the adapter's; 0: none."""
+    simcse_scale: Annotated[float, Field(gt=0)] = 20.0
+    """Of that loss: factor on cosines."""
 
     def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
         if not self.vector_weight and not self.similarity_weight:
             return f"{stage}.vector_weight and {stage}.similarity_weight are both 0: raise one"
+        if self.simcse_weight and batch.global_batch_size == 1:
+            return f"batch.global_batch_size=1 leaves {stage}.simcse_weight without negatives: raise it"
         if self.similarity_weight and batch.global_batch_size == 1:
             return (
                 "batch.global_batch_size=1 leaves the similarity loss without other texts: raise it, or set "

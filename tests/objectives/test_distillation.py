@@ -24,7 +24,7 @@ from llm2vec_ds.objectives.distillation.teacher import prepare_teacher, teacher_
 from llm2vec_ds.objectives.teacher_vectors import TeacherVectors
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.in_process import assert_reads, error_line, run
-from tests.support.runs import write_recipe
+from tests.support.runs import NO_DROPOUT, write_recipe
 from tests.support.teachers import save_teacher
 
 LOAD = teacher_vectors.load_teacher
@@ -258,3 +258,18 @@ def test_mistakes_cost_one_line(
     assert run(monkeypatch, "train", file) == 2
     assert_reads(error_line(capsys), filled(line))
     assert not (tmp_path / "ran").exists()
+
+
+def test_simcse_beside_it_is_that_of_the_stage(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"max_steps": 2, "optimizer": {"lr": 1e-9}, **NO_DROPOUT}
+    del values["data"]["held_out_path"]
+    values["distil"] |= {"simcse_weight": 0.5, "simcse_scale": 7.0}
+    both = lines(train(parse_recipe(values)) / "metrics.jsonl")
+    own = {key: value for key, value in values.items() if key != "distil"}
+    own |= {"stage": "simcse", "simcse": {"scale": 7.0, "attention_dropout": 0.0}}
+    plain = lines(train(parse_recipe({**own, "output_dir": str(tmp_path / "plain")})) / "metrics.jsonl")
+    for row, other in zip(both, plain, strict=True):
+        assert row["simcse_loss"] == pytest.approx(other["loss"], rel=1e-5)
+        together = row["vector_loss"] + row["similarity_loss"] + 0.5 * row["simcse_loss"]
+        assert row["loss"] == pytest.approx(together, rel=1e-6)
+        assert row["n_tokens"] == other["n_tokens"]

@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, OwnNegatives, PairGuide, PairVectors
+from llm2vec_ds.objectives.contrastive.info_nce import (
+    ContrastiveLoss,
+    OwnNegatives,
+    PairGuide,
+    PairVectors,
+    guided_share,
+)
 from llm2vec_ds.recipe.objectives import SupervisedConfig
 from tests.support.ranks import run_ranks
 
@@ -45,6 +51,15 @@ CASES: dict[str, dict[str, Any]] = {
         "hardness": 2.0,
     },
     "all alone": {"alone": [True] * N_QUERIES, "guide": "g"},
+    "taught": {
+        "alone": None,
+        "guide": "g",
+        "guide_filters": False,
+        "guide_weight": 0.7,
+        "guide_loss": "kl",
+        "guide_temperature": 0.2,
+    },
+    "filtered and taught": {"alone": ALONE, "guide": "g", "guide_weight": 2.0, "guide_loss": "mse"},
 }
 
 
@@ -73,7 +88,7 @@ def counts(i: int, j: int, alone: Any, options: Any, cosines: Any, guides: Any) 
     of_row = j >= N_QUERIES and NEGATIVE_OF[j - N_QUERIES] == i
     if j == i or (QUERY_IDS[i], (IDS + NEGATIVE_IDS)[j]) in KNOWN or (own_only and not of_row):
         return False, False
-    if "guide" not in options:
+    if "guide" not in options or not options.get("guide_filters", True):
         out = False
     else:
         lower = (1 - options.get("guide_ratio", 1)) * abs(guides[i, i]) + options.get("guide_margin", 0)
@@ -81,6 +96,20 @@ def counts(i: int, j: int, alone: Any, options: Any, cosines: Any, guides: Any) 
     margin = options.get("false_negative_margin")
     near = margin is not None and bool(cosines[i, j] > cosines[i, i] + margin)
     return not near, out
+
+
+def taught(cosine: torch.Tensor, guides: torch.Tensor, options: Any) -> torch.Tensor:
+    """Loss of each query's cosines with all documents but its own text."""
+    losses = []
+    for i in range(N_QUERIES):
+        others = [j for j, text in enumerate(IDS + NEGATIVE_IDS) if text != QUERY_IDS[i]]
+        own, wanted = cosine[i, others], guides[i, others]
+        if options["guide_loss"] == "mse":
+            losses.append(((own - wanted) ** 2).mean())
+        else:
+            p = (wanted / options["guide_temperature"]).softmax(0)
+            losses.append((p * (p.log() - (own / options["guide_temperature"]).log_softmax(0))).sum())
+    return torch.stack(losses)
 
 
 def spelt_out(case: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
@@ -114,6 +143,9 @@ def spelt_out(case: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor
                         back.append(scale * cosine[k, i] + hardness * cosine[k, i].detach())
                 loss = (loss + torch.logsumexp(torch.stack(back), 0) - scale * cosine[i, i]) / 2
             total = total + loss / (N_QUERIES * len(dims))
+    if weight := options.get("guide_weight", 0):
+        q, p, n = (F.normalize(x, dim=-1) for x in (query, positive, negative))
+        total = total + weight * taught(q @ torch.cat([p, n]).T, guides, options).mean()
     gradients = torch.autograd.grad(total, [query, positive, negative, scale])
     return total.detach(), list(gradients), n_out
 
@@ -157,7 +189,7 @@ def test_equals_the_formula_with_gradients(case: str, exchange: str) -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
         assert theirs.abs().max() > 1e-3
     assert n_out.tolist() == expected_out.tolist()
-    assert (n_out.sum() > 0) == ("guide" in CASES[case])
+    assert (n_out.sum() > 0) == ("guide" in CASES[case] and CASES[case].get("guide_filters", True))
 
 
 def test_each_option_changes_the_loss() -> None:
@@ -199,3 +231,17 @@ def test_what_the_guide_cannot_tell_from_the_positive_is_left_out() -> None:
     outcome = ContrastiveLoss(SupervisedConfig(guide="g"))(pairs, torch.tensor(5.0))
     above = (guide[0] @ guide[1].T).fill_diagonal_(-1) > (guide[0] * guide[1]).sum(-1, keepdim=True)
     assert outcome.guided_Q.tolist() == (2 * above.sum(1) + 1).tolist()
+
+
+def test_a_document_of_the_querys_own_text_teaches_nothing() -> None:
+    """As a second copy of a text would, whose cosine of 1 outweighs all others."""
+    torch.manual_seed(0)
+    vector, guide = torch.randn(3, 1, 6), F.normalize(torch.randn(3, 1, 5), dim=-1)
+    options = SupervisedConfig(guide="g", guide_weight=1.0)
+    shares = []
+    for positive_id in (1, 2):
+        ids = torch.tensor([1]), torch.tensor([positive_id]), torch.tensor([3])
+        pairs = PairVectors(*vector, *ids, PairGuide(*guide))
+        shares.append(float(guided_share(pairs, options, 1.0)))
+    assert shares[0] == 0  # one document is left, whose share is 1 for both
+    assert shares[1] > 0

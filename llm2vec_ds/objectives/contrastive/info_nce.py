@@ -18,7 +18,8 @@ from llm2vec_ds.objectives.contrastive.own_negatives import against_own_negative
 from llm2vec_ds.objectives.contrastive.ring import ring_info_nce
 from llm2vec_ds.objectives.contrastive.rounding import Form, rounded
 from llm2vec_ds.objectives.contrastive.texts import Limits, Outcome, Texts
-from llm2vec_ds.recipe.objectives import ContrastiveConfig
+from llm2vec_ds.objectives.similarities import TaughtTexts, similarity_loss
+from llm2vec_ds.recipe.objectives import ContrastiveConfig, SupervisedConfig
 
 
 class PairGuide(NamedTuple):
@@ -109,6 +110,12 @@ class ContrastiveLoss:
                 *texts, vectors.own, scale, known, back, any_in_batch=n_in_batch > 0
             )
             share = share + total / (len(forms) * len(dims) * n_global)
+        if (
+            isinstance(self.config, SupervisedConfig)
+            and self.config.guide_weight
+            and vectors.guide is not None
+        ):
+            share = share + self.config.guide_weight * guided_share(vectors, self.config, n_global)
         return LossOutcome(share, outcome.hit_Q.sum(), outcome.guided_Q)
 
     def _of_texts(
@@ -221,6 +228,19 @@ class ContrastiveLoss:
             hardness=self.config.hardness,
         )
         return Outcome(result.loss_Q, result.hit_Q, result.guided_Q)
+
+
+def guided_share(vectors: PairVectors, config: SupervisedConfig, n_global: float) -> torch.Tensor:
+    """This rank's share of the mean loss of all queries' cosines with all documents, against the guide's. A
+    document of the query's own text does not count."""
+    queries, positives, negatives = vectors.texts(vectors.query_QD.shape[1], "float32")
+    documents = positives + negatives
+    assert queries.guide_NG is not None
+    assert documents.guide_NG is not None
+    rows = TaughtTexts(queries.vector_ND, queries.guide_NG, queries.id_N)
+    own = TaughtTexts(documents.vector_ND, documents.guide_NG, documents.id_N)
+    columns = TaughtTexts(*map(gather_rows, own))
+    return similarity_loss(rows, columns, config.guide_loss, config.guide_temperature).sum() / n_global
 
 
 def check_widths(dims: Sequence[int] | None, width: int) -> str | None:

@@ -67,6 +67,8 @@ class Limits:
             score_Q = scale.detach() * (cosine_Q + config.false_negative_margin)
         if queries.guide_NG is not None and positives.guide_NG is not None:
             assert isinstance(config, SupervisedConfig)
+            if not config.guide_filters:
+                return cls(score_Q, None)
             cosine_Q = (queries.guide_NG * positives.guide_NG).sum(-1)
             lower_Q = (1 - config.guide_ratio) * cosine_Q.abs() + config.guide_margin
             guide_Q = cosine_Q - lower_Q - TIE
