@@ -192,8 +192,8 @@ class DistilConfig(ObjectiveConfig):
     temperature: Annotated[float, Field(gt=0)] = 0.05
     """Cosines are divided by it before the softmax of `kl`."""
     simcse_weight: Weight = 0.0
-    """Factor on SimCSE's loss beside it: each text goes through the encoder twice, with `attention_dropout` (0.3
-    in SimCSE) and the adapter's; 0: none."""
+    """Factor on SimCSE's loss beside it: each text goes through the encoder twice, with `attention_dropout`
+    (0.3 in SimCSE) and the adapter's dropout; 0: none."""
     simcse_scale: Annotated[float, Field(gt=0)] = 20.0
     """Of that loss: factor on cosines."""
 
