@@ -37,7 +37,7 @@ def ours(query: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
     """The product's own call, on one rank and without hard negatives."""
     ids = torch.arange(len(query), device=query.device)
     vectors = PairVectors(query, document, document[:0], ids, ids, ids[:0])
-    share, _ = ContrastiveLoss(SimcseConfig(scale=SCALE))(vectors, torch.tensor(SCALE, device=query.device))
+    share, *_ = ContrastiveLoss(SimcseConfig(scale=SCALE))(vectors, torch.tensor(SCALE, device=query.device))
     return share
 
 

@@ -35,6 +35,24 @@ Margin = Annotated[
     float,
     typer.Option(metavar="X", help="A candidate's cosine is below the positive's minus this.", min=0.0),
 ]
+Ratio = Annotated[
+    float,
+    typer.Option(metavar="R", help="A candidate's cosine is below this times the positive's, such as 0.95."),
+]
+RerankerFolder = Annotated[
+    str | None,
+    typer.Option(
+        help="A CrossEncoder of sentence-transformers: leaves out candidates as good as the positive for it.",
+        callback=expanded,
+    ),
+]
+RerankerMargin = Annotated[
+    float, typer.Option(metavar="X", help="As --margin, of the reranker's score (0 to 1).", min=0.0)
+]
+RerankerRatio = Annotated[
+    float, typer.Option(metavar="R", help="As --ratio, of the reranker's score (0 to 1).")
+]
+RerankerBatch = Annotated[int, typer.Option(metavar="N", help="Pairs of one pass of the reranker.", min=1)]
 Sampling = Annotated[
     str, typer.Option(help="Which of the ranks: top (the nearest) or random (fixed by --seed).")
 ]
@@ -50,7 +68,8 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "mine --model my/encoder --pairs recipes/data/smoke_pairs --output runs/mined.jsonl",
             "mine --model my/encoder --pairs p.jsonl --corpus c.parquet --output m.jsonl --first-rank 10",
-            "mine --model my/encoder --pairs p.csv --output m.jsonl --margin 0.05 --sampling random",
+            "mine --model my/encoder --pairs p.csv --output m.jsonl --ratio 0.95 --sampling random",
+            "mine --model my/encoder --pairs p.csv --output m.jsonl --reranker my/reranker --last-rank 20",
         )
     )(mine)
 
@@ -68,6 +87,11 @@ def mine(
     first_rank: FirstRank = 1,
     last_rank: LastRank = 50,
     margin: Margin = 0.0,
+    ratio: Ratio = 1.0,
+    reranker: RerankerFolder = None,
+    reranker_margin: RerankerMargin = 0.0,
+    reranker_ratio: RerankerRatio = 1.0,
+    reranker_batch_size: RerankerBatch = 32,
     sampling: Sampling = "top",
     query_instruction: QueryInstruction = None,
     document_instruction: DocumentInstruction = None,
@@ -83,7 +107,8 @@ def mine(
     Every query is compared with the whole corpus (exact search). Never negatives: the positive, other
     positives of the same query, and what scores as high as the positive. Ranks count the rest, from 1.
 
-    Killed, it goes on where it stopped. The output is data for the supervised stage.
+    The log counts what was skipped and why. Killed, it goes on where it stopped. The output is data for the
+    supervised stage.
     """
     quiet_libraries()
     from llm2vec_ds.mining.mine import mine as run
@@ -100,6 +125,11 @@ def mine(
         first_rank=first_rank,
         last_rank=last_rank,
         margin=margin,
+        ratio=ratio,
+        reranker=reranker,
+        reranker_margin=reranker_margin,
+        reranker_ratio=reranker_ratio,
+        reranker_batch_size=reranker_batch_size,
         sampling=sampling,
         query_instruction=query_instruction,
         document_instruction=document_instruction,

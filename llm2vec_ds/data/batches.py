@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -50,9 +51,12 @@ class EpochBatches:
 
     def __call__(self, step: int) -> np.ndarray:
         """Rows of step `step` (from 0), `[global_batch_size]` int64, the same on every rank."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.n_rows, self.seed, epoch)
+        position = step % self.steps_per_epoch
+        order = _permutation(self.n_rows, self.seed, self.epoch_of(step))
         return order[position * self.global_batch_size :][: self.global_batch_size]
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,18 @@ class SourceBatches:
 
     def __call__(self, step: int) -> np.ndarray:
         """Rows of step `step` (from 0), `[global_batch_size]` int64, the same on every rank."""
+        source, turn = self.source_of(step)
+        return self.of_source(source)(turn) + sum(self.source_sizes[:source])
+
+    def source_of(self, step: int) -> tuple[int, int]:
+        """The source of a step, and how many steps before it were of that source."""
         drawn = self._sources(step + 1)
         source = int(drawn[step])
-        turn = int((drawn[:step] == source).sum())
-        own = EpochBatches(self.source_sizes[source], self.global_batch_size, self.seed + source)
-        return own(turn) + sum(self.source_sizes[:source])
+        return source, int((drawn[:step] == source).sum())
+
+    def of_source(self, source: int) -> EpochBatches:
+        """Its rows are counted from 0."""
+        return EpochBatches(self.source_sizes[source], self.global_batch_size, self.seed + source)
 
     def _sources(self, n_steps: int) -> np.ndarray:
         n_batches = np.asarray(self.source_sizes) // self.global_batch_size
@@ -100,6 +111,39 @@ class SourceBatches:
         # A stream's beginning does not depend on how much of it is drawn; powers of two make few lengths.
         uniform = _uniform(self.seed, 1 << (n_steps - 1).bit_length())[:n_steps]
         return np.minimum(np.searchsorted(edges, uniform, side="right"), len(edges) - 1)
+
+
+class QueryBatches:
+    """As `SourceBatches`, but of the examples of one query an epoch has one, drawn in each epoch again.
+
+    Raises:
+        UserError: no source has enough queries to fill a batch.
+    """
+
+    def __init__(
+        self, query_of: Sequence[np.ndarray], global_batch_size: int, seed: int, temperature: float = 1.0
+    ) -> None:
+        """Args: query_of: of each source, the number of each example's query: 0, 1, …, all of them in use."""
+        counts = [np.bincount(own) for own in query_of]
+        self._queries = SourceBatches(tuple(map(len, counts)), global_batch_size, seed, temperature)
+        self._counts = counts
+        self._firsts = [np.cumsum(own) - own for own in counts]
+        self._examples = [np.argsort(own, kind="stable") for own in query_of]
+        self._offsets = np.cumsum([0, *map(len, query_of)])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._queries.steps_per_epoch
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Examples of step `step` (from 0), `[global_batch_size]` int64, the same on every rank."""
+        source, turn = self._queries.source_of(step)
+        batches = self._queries.of_source(source)
+        query = batches(turn)
+        share = _share(batches.n_rows, batches.seed, batches.epoch_of(turn))[query]
+        place = self._firsts[source][query] + (share * self._counts[source][query]).astype(np.int64)
+        found: np.ndarray = self._examples[source][place] + self._offsets[source]
+        return found
 
 
 def rank_slice(rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
@@ -117,3 +161,10 @@ def _permutation(n_rows: int, seed: int, epoch: int) -> np.ndarray:
 def _uniform(seed: int, n: int) -> np.ndarray:
     key = np.random.SeedSequence(seed, spawn_key=(1,))  # never the key of a permutation
     return np.random.Generator(np.random.Philox(key)).random(n)
+
+
+@lru_cache(maxsize=8)
+def _share(n_queries: int, seed: int, epoch: int) -> np.ndarray:
+    """In [0, 1): which of a query's examples an epoch has."""
+    key = np.random.SeedSequence([seed, epoch], spawn_key=(2,))
+    return np.random.Generator(np.random.Philox(key)).random(n_queries)

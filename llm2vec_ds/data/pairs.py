@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llm2vec_ds.data.batches import GlobalBatches, QueryBatches, SourceBatches
 from llm2vec_ds.data.prepare import Instructions, PreparedTexts, load_prepared, prepare
 from llm2vec_ds.data.prepared_folder import QUERY
 from llm2vec_ds.data.prompts import TokenizedText
@@ -23,17 +24,33 @@ from llm2vec_ds.storage.reading import parse_yaml
 
 
 @dataclass(frozen=True)
+class Given:
+    """What the file of instructions says of a source. Sources of one `group` share batches.
+
+    `in_batch_negatives`: a query of it is compared with the texts of other examples, too.
+    """
+
+    group: str
+    instructions: Instructions
+    in_batch_negatives: bool = True
+
+
+@dataclass(frozen=True)
 class PairSource:
-    """One file (or hub data set) of pairs. Sources of one `group` share batches."""
+    """One file (or hub data set) of pairs."""
 
     name: str
     path: str
-    group: str
-    instructions: Instructions
+    given: Given
+
+    @property
+    def instructions(self) -> Instructions:
+        return self.given.instructions
 
 
 def find_pair_sources(data: DataConfig, path: str | list[str]) -> list[PairSource]:
-    """The sources that `path` names, in the order of their names.
+    """The sources that `path` names, in the order of their groups and names, in which `PreparedPairs` numbers
+    them.
 
     Raises:
         UserError: a file is missing; the instructions are no mapping, or leave a source out.
@@ -45,14 +62,15 @@ def find_pair_sources(data: DataConfig, path: str | list[str]) -> list[PairSourc
     pairs = data.pairs
     if pairs is None or pairs.instructions is None:
         own = Instructions(data.instruction)
-        return [PairSource(name, place, name, own) for name, place in sorted(places.items())]
+        return [PairSource(name, place, Given(name, own)) for name, place in sorted(places.items())]
     given = _read_instructions(Path(pairs.instructions))
     if missing := sorted(set(places) - set(given)):
         raise UserError(
             f"{pairs.instructions} says nothing of {', '.join(missing[:5])}: add a line `{missing[0]}: …` "
             "(null for no instruction)"
         )
-    return [PairSource(name, places[name], *given[name]) for name in sorted(places)]
+    found_sources = [PairSource(name, places[name], given[name]) for name in places]
+    return sorted(found_sources, key=lambda source: (source.given.group, source.name))
 
 
 class PreparedPairs:
@@ -70,18 +88,61 @@ class PreparedPairs:
         return int(self._first_example[-1])
 
     @property
-    def n_without_negatives(self) -> int:
-        """Examples of a query and its positive alone."""
+    def n_without_negatives(self) -> list[int]:
+        """Examples of a query and its positive alone, by source."""
         sizes = (
             np.diff(starts, append=len(texts))
             for starts, texts in zip(self._starts, self._texts, strict=True)
         )
-        return sum(int(np.count_nonzero(size <= 2)) for size in sizes)
+        return [int(np.count_nonzero(size <= 2)) for size in sizes]
+
+    @property
+    def source_sizes(self) -> list[int]:
+        """Examples, by source."""
+        return [len(starts) for starts in self._starts]
+
+    def sources_of(self, examples: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The number of each example's source."""
+        found: np.ndarray = np.searchsorted(self._first_example, examples, side="right") - 1
+        return found
+
+    def batches(self, recipe: Recipe) -> GlobalBatches:
+        """Which examples go to which step, as the recipe has it.
+
+        Raises:
+            UserError: there are fewer than a batch takes.
+        """
+        assert recipe.data.pairs is not None
+        size, temperature = recipe.batch.global_batch_size, recipe.data.pairs.sampling_temperature
+        if recipe.data.pairs.positives == "all":
+            return SourceBatches(tuple(self.group_sizes.values()), size, recipe.seed, temperature)
+        return QueryBatches(self._queries_of_groups(), size, recipe.seed, temperature)
+
+    def _queries_of_groups(self) -> list[np.ndarray]:
+        """Of each group, the number of each example's query: the same for the same text and instruction."""
+        hashes = np.concatenate(
+            [
+                texts.rows.data.column("text_hash").to_numpy()[starts]
+                for texts, starts in zip(self._texts, self._starts, strict=True)
+            ]
+        )
+        ends = np.cumsum(list(self.group_sizes.values()))[:-1]
+        return [np.unique(own, return_inverse=True)[1] for own in np.split(hashes, ends)]
+
+    def text_hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all queries, and of all documents."""
+        hashes = [texts.rows.data.column("text_hash").to_numpy() for texts in self._texts]
+        is_query = [_roles(texts) == QUERY for texts in self._texts]
+        queries, documents = (
+            np.concatenate([found[own == wanted] for found, own in zip(hashes, is_query, strict=True)])
+            for wanted in (True, False)
+        )
+        return queries, documents
 
     def __getitem__(self, examples: Sequence[int] | np.ndarray) -> list[list[TokenizedText]]:
         """The texts of each example: query, positive, hard negatives. One read a source."""
         examples = np.asarray(examples, dtype=np.int64)
-        sources = np.searchsorted(self._first_example, examples, side="right") - 1
+        sources = self.sources_of(examples)
         found: dict[int, list[TokenizedText]] = {}
         for source in np.unique(sources).tolist():
             own = np.flatnonzero(sources == source)
@@ -104,8 +165,8 @@ def prepare_pairs(
 ) -> dict[str, list[Path]]:
     """Folders of prepared texts by group."""
     groups: dict[str, list[Path]] = defaultdict(list)
-    for source in sorted(find_pair_sources(data, path), key=lambda source: (source.group, source.name)):
-        groups[source.group].append(
+    for source in find_pair_sources(data, path):
+        groups[source.given.group].append(
             prepare(data, source.path, tokenizer, end_with_eos=end_with_eos, instructions=source.instructions)
         )
     return dict(groups)
@@ -141,8 +202,8 @@ def _name(file: Path) -> str:
     return Path(file.stem).stem if compressed else file.stem
 
 
-def _read_instructions(path: Path) -> dict[str, tuple[str, Instructions]]:
-    """source → (group, instructions)."""
+def _read_instructions(path: Path) -> dict[str, Given]:
+    """By source."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -151,15 +212,23 @@ def _read_instructions(path: Path) -> dict[str, tuple[str, Instructions]]:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must be a YAML mapping of sources to instructions")
-    return dict(_instructions(path, str(name), value) for name, value in values.items())
+    return {str(name): _given(path, str(name), value) for name, value in values.items()}
 
 
-def _instructions(path: Path, name: str, value: Any) -> tuple[str, tuple[str, Instructions]]:
+def _given(path: Path, name: str, value: Any) -> Given:
     if value is None or isinstance(value, str):
-        return name, (name, Instructions(value))
-    known = {"query", "document", "group"}
+        return Given(name, Instructions(value))
+    known = {"query", "document", "group", "in_batch_negatives"}
     if not isinstance(value, dict) or not set(value) <= known:
-        raise UserError(f"{path}: `{name}` must be an instruction, or a mapping of query, document, group")
-    if wrong := [key for key, text in value.items() if not isinstance(text, str | None)]:
+        raise UserError(
+            f"{path}: `{name}` must be an instruction, or a mapping of query, document, group, "
+            "in_batch_negatives"
+        )
+    in_batch = value.get("in_batch_negatives", True)
+    if not isinstance(in_batch, bool):
+        raise UserError(f"{path}: `{name}.in_batch_negatives` must be true or false")
+    texts = {key: text for key, text in value.items() if key != "in_batch_negatives"}
+    if wrong := [key for key, text in texts.items() if not isinstance(text, str | None)]:
         raise UserError(f"{path}: `{name}.{wrong[0]}` must be a text")
-    return name, (value.get("group") or name, Instructions(value.get("query"), value.get("document")))
+    instructions = Instructions(texts.get("query"), texts.get("document"))
+    return Given(texts.get("group") or name, instructions, in_batch)

@@ -357,7 +357,7 @@ def _key(
             "prepared_dir": True,
             "instruction": True,
             "bad_rows": True,
-            "pairs": {"instructions", "sampling_temperature"},
+            "pairs": {"instructions", "positives", "sampling_temperature"},
         }
     )
     chat = getattr(tokenizer, "chat_template", None) if data.template == CHAT else None

@@ -28,12 +28,19 @@ class Limits:
     document_X: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """`rows_BK`: each query's candidates of the highest scores, best first, int64; −1 where there are fewer
+    than K. `n_near_B`: documents that are no candidates because they score too high."""
+
+    rows_BK: np.ndarray
+    n_near_B: np.ndarray
+
+
 def best_rows(
     queries_BD: torch.Tensor, documents_ND: np.ndarray, k: int, limits: Limits, *, rows_per_tile: int
-) -> np.ndarray:
-    """Each query's candidates of the highest scores (inner products, fp32), best first, `[B, K]` int64.
-
-    −1 stands where there are fewer than `k`. Scores equal but for rounding come in any order.
+) -> Ranked:
+    """By inner products in fp32. Scores equal but for rounding come in any order.
 
     Args:
         documents_ND: fp32, memory-mapped or not; one tile of `rows_per_tile` at a time is on the device.
@@ -41,19 +48,22 @@ def best_rows(
     device = queries_BD.device
     best_BK = torch.full((len(queries_BD), k), -torch.inf, device=device)
     rows_BK = torch.full((len(queries_BD), k), -1, device=device)
+    n_near_B = torch.zeros(len(queries_BD), dtype=torch.int64, device=device)
     for start in range(0, len(documents_ND), rows_per_tile):
         tile_TD = torch.from_numpy(np.array(documents_ND[start : start + rows_per_tile])).to(device)
         scores_BT = product(queries_BD, tile_TD)
-        _exclude(scores_BT, start, limits)
+        n_near_B += _exclude(scores_BT, start, limits)
         score, row = scores_BT.topk(min(k, len(tile_TD)))
         row = torch.where(score > -torch.inf, row + start, -1)
         best_BK, order = torch.cat([best_BK, score], dim=1).topk(k)
         rows_BK = torch.cat([rows_BK, row], dim=1).gather(1, order)
-    rows: np.ndarray = rows_BK.cpu().numpy()
-    return rows
+    return Ranked(rows_BK.cpu().numpy(), n_near_B.cpu().numpy())
 
 
-def _exclude(scores_BT: torch.Tensor, start: int, limits: Limits) -> None:
-    scores_BT.masked_fill_(scores_BT >= limits.below_B[:, None] - ROUNDING, -torch.inf)
+def _exclude(scores_BT: torch.Tensor, start: int, limits: Limits) -> torch.Tensor:
+    """−inf for what is no candidate, in place; how many of each query's are so for their score, `[B]`."""
     here = (limits.document_X >= start) & (limits.document_X < start + scores_BT.shape[1])
     scores_BT[limits.query_X[here], limits.document_X[here] - start] = -torch.inf
+    near_BT = scores_BT >= limits.below_B[:, None] - ROUNDING
+    scores_BT.masked_fill_(near_BT, -torch.inf)
+    return near_BT.sum(1)

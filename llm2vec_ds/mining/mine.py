@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,8 +28,9 @@ from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_te
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.mining.corpus import Corpus, DistinctTexts, known_positives, load_corpus, write_corpus
-from llm2vec_ds.mining.exact_search import Limits, best_rows
+from llm2vec_ds.mining.exact_search import ROUNDING, Limits, Ranked, best_rows
 from llm2vec_ds.mining.options import MiningOptions
+from llm2vec_ds.mining.reranker import Reranker
 from llm2vec_ds.process.full_memory import enough_memory
 from llm2vec_ds.recipe.sections import PairsConfig
 from llm2vec_ds.storage.durable import move_file, replace_text, write_at
@@ -40,17 +42,28 @@ log = logging.getLogger(__name__)
 
 TEXTS_PER_BLOCK = 1024
 PAIRS_PER_BLOCK = 2048
+RERANKED_PAIRS_PER_BLOCK = 128
+"""Where a reranker reads the texts of all ranks, which takes long."""
 DOCUMENTS_PER_TILE = 16384
+OTHERS, NEAR, EARLIER, RERANKED = (
+    "skipped: another positive of the query",
+    "skipped: as near as the positive",
+    "skipped: before --first-rank",
+    "skipped: as good as the positive for the reranker",
+)
+Score = TypeVar("Score", float, torch.Tensor)
 
 
 def mine(options: MiningOptions, output: Path, *, overwrite: bool = False) -> Counter[str]:
     """Writes `output`, a JSON line for each pair with `query`, `positive` and `negative`, a list.
 
     A candidate is a text of the corpus that is no known positive of the query in any pair and whose cosine
-    is below the positive's by more than the margin. Ranks count candidates only, from 1.
+    is below the positive's by ratio and margin (`below`). Ranks count candidates only, from 1. Of those in
+    the rank range a reranker leaves out what is not below the positive for it, too.
 
     Returns:
-        How many pairs, queries and candidates there were, and pairs with too few negatives or none.
+        How many pairs, queries and candidates there were, what was left out and why, and pairs with too few
+        negatives or none.
 
     Raises:
         UserError: a wrong option or source, an output that is there, or cannot be written.
@@ -67,7 +80,7 @@ def mine(options: MiningOptions, output: Path, *, overwrite: bool = False) -> Co
         [output], [file for source in sources for file in source.files], f"--output {output}"
     )
     folder = output.with_name(f".{output.name}.mining")
-    key = options.key(sources, TEXTS_PER_BLOCK, PAIRS_PER_BLOCK, DOCUMENTS_PER_TILE)
+    key = options.key(sources, TEXTS_PER_BLOCK, _pairs_per_block(options), DOCUMENTS_PER_TILE)
     with writing(f"--output {output}"), work_folder(folder, key):
         mining = _Mining(options, sources, folder)
         mining.run()
@@ -81,7 +94,8 @@ def mine(options: MiningOptions, output: Path, *, overwrite: bool = False) -> Co
 @dataclass
 class _Progress:
     """How far the finished blocks go. `n_encoded` by kind of text; `n_bytes` of the lines of searched pairs,
-    `n_few` of which got too few negatives and `n_none` none; `counts` of what was read and left out.
+    `n_few` of which got too few negatives and `n_none` none; `counts` of what was read and left out, and
+    `skipped` of what was no negative and why.
     """
 
     n_encoded: dict[str, int] = field(default_factory=lambda: {"queries": 0, "documents": 0})
@@ -90,6 +104,7 @@ class _Progress:
     n_few: int = 0
     n_none: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 class _Mining:
@@ -105,7 +120,7 @@ class _Mining:
         if self.note.exists():
             self.progress = read_json(self.note, _Progress, f"remove {folder} to start again")
         if not self.found.exists():  # it was moved to the output, which is to be made again
-            self.progress = replace(self.progress, n_searched=0, n_bytes=0, n_few=0, n_none=0)
+            self.progress = replace(self.progress, n_searched=0, n_bytes=0, n_few=0, n_none=0, skipped={})
         elif self.found.stat().st_size < self.progress.n_bytes:
             raise UserError(f"{self.found} is damaged (it is cut off): remove {folder} to start again")
 
@@ -113,6 +128,15 @@ class _Mining:
     def encoder(self) -> Encoder:
         """Loaded only where something is left to encode."""
         return Encoder.from_pretrained(self.options.model)
+
+    @cached_property
+    def reranker(self) -> Reranker | None:
+        options = self.options
+        if options.reranker is None:
+            return None
+        return Reranker(
+            options.reranker, batch_size=options.reranker_batch_size, batch_key="--reranker-batch-size"
+        )
 
     def run(self) -> None:
         if not self.progress.counts:
@@ -128,13 +152,15 @@ class _Mining:
 
     def counts(self) -> Counter[str]:
         few = f"pairs with fewer than {self.options.negatives} negatives"
-        return Counter(
-            self.progress.counts | {few: self.progress.n_few, "pairs with none": self.progress.n_none}
-        )
+        pairs = {few: self.progress.n_few, "pairs with none": self.progress.n_none}
+        return Counter(self.progress.counts | self.progress.skipped | pairs)
 
     def _read_sources(self) -> None:
-        # The model first: a wrong one shows before the long reading.
+        # The models first: a wrong one shows before the long reading.
         bytes_per_text = 4 * self.encoder.trunk.config.hidden_size
+        if self.reranker is not None:
+            n_texts = 2 + self.options.last_rank - self.options.first_rank
+            log.info("--reranker %s reads up to %s texts a pair", self.options.reranker, n_texts)
         options, counts = self.options, Counter[str]()
         columns = PairsConfig(
             query_column=options.query_column, positive_column=options.positive_column, max_negatives=0
@@ -202,24 +228,68 @@ class _Mining:
         n_done, n_pairs = self.progress.n_searched, len(corpus.pairs)
         self.found.touch()
         with tqdm(total=n_pairs, initial=n_done, desc="search", unit="pair", disable=None) as bar:
-            for block in _blocks(n_done, n_pairs, PAIRS_PER_BLOCK):
+            for block in _blocks(n_done, n_pairs, _pairs_per_block(self.options)):
                 query, positive = corpus.pairs[block].T
                 query_BD = torch.from_numpy(queries[query]).to(device)
                 positive_BD = torch.from_numpy(documents[positive]).to(device)
+                place, document = known.of(query)
                 limits = Limits(
-                    (query_BD * positive_BD).sum(dim=1) - self.options.margin,
-                    *(torch.from_numpy(found).to(device) for found in known.of(query)),
+                    below((query_BD * positive_BD).sum(dim=1), self.options.ratio, self.options.margin),
+                    *(torch.from_numpy(found).to(device) for found in (place, document)),
                 )
                 candidates_ND = documents[: corpus.n_candidates]
                 ranked = best_rows(
                     query_BD, candidates_ND, self.options.last_rank, limits, rows_per_tile=DOCUMENTS_PER_TILE
                 )
-                self._write_found(corpus, block, ranked)
+                others = (document < corpus.n_candidates) & (document != positive[place])
+                skipped = {OTHERS: int(np.count_nonzero(others)), NEAR: int(ranked.n_near_B.sum())}
+                self._write_found(corpus, block, self._in_range(corpus, block, ranked, skipped), skipped)
                 bar.update(len(block))
 
-    def _write_found(self, corpus: Corpus, block: np.ndarray, ranked: np.ndarray) -> None:
+    def _in_range(
+        self, corpus: Corpus, block: np.ndarray, ranked: Ranked, skipped: dict[str, int]
+    ) -> list[np.ndarray]:
+        """Each pair's candidates of the rank range that the reranker, if any, does not leave out; adds to
+        `skipped` what is."""
+        first = self.options.first_rank - 1
+        of_ranks = [rows[rows >= 0] for rows in ranked.rows_BK]
+        skipped[EARLIER] = sum(min(first, len(rows)) for rows in of_ranks)
+        in_range = [rows[first:] for rows in of_ranks]
+        if self.reranker is None:
+            return in_range
+        kept = self._below_positive(corpus, block, in_range, self.reranker)
+        skipped[RERANKED] = sum(map(len, in_range)) - sum(map(len, kept))
+        return kept
+
+    def _below_positive(
+        self, corpus: Corpus, block: np.ndarray, rows: list[np.ndarray], reranker: Reranker
+    ) -> list[np.ndarray]:
+        """Those of each pair's documents that are below its positive for the reranker, too."""
+        query, positive = corpus.pairs[block].T
+        n_of_pair = [1 + len(own) for own in rows]
+        documents = np.concatenate([[p, *own] for p, own in zip(positive, rows, strict=True)])
+        texts = zip(
+            corpus.queries[np.repeat(query, n_of_pair)],
+            corpus.documents[documents.astype(np.int64)],
+            strict=True,
+        )
+        found = reranker(list(texts))
+        if not np.isfinite(found).all():
+            raise UserError(
+                f"--reranker {self.options.reranker} gives scores that are not finite: use another"
+            )
+        scores = np.split(1 / (1 + np.exp(-found)), np.cumsum(n_of_pair)[:-1])
+        ratio, margin = self.options.reranker_ratio, self.options.reranker_margin
+        return [
+            own[score[1:] < below(score[0], ratio, margin) - ROUNDING]
+            for own, score in zip(rows, scores, strict=True)
+        ]
+
+    def _write_found(
+        self, corpus: Corpus, block: np.ndarray, in_range: list[np.ndarray], skipped: dict[str, int]
+    ) -> None:
         """Lines of a block of pairs; whatever a killed run wrote after the last note is cut off."""
-        chosen = [self._choose(int(pair), rows[rows >= 0]) for pair, rows in zip(block, ranked, strict=True)]
+        chosen = [self._choose(int(pair), rows) for pair, rows in zip(block, in_range, strict=True)]
         query, positive = corpus.pairs[block].T
         negatives = iter(corpus.documents[np.concatenate(chosen)])
         lines = [
@@ -233,11 +303,12 @@ class _Mining:
         self.progress.n_few += int(np.count_nonzero(n_found < self.options.negatives))
         self.progress.n_none += int(np.count_nonzero(n_found == 0))
         self.progress.n_searched = int(block[-1]) + 1
+        self.progress.skipped = dict(Counter(self.progress.skipped) + Counter(skipped))
         self._write_note()
 
-    def _choose(self, pair: int, ranked: np.ndarray) -> np.ndarray:
+    def _choose(self, pair: int, in_range: np.ndarray) -> np.ndarray:
         """At most `negatives` of the rank range: its first, or drawn by (seed, pair), in the order drawn."""
-        in_range, n = ranked[self.options.first_rank - 1 :], self.options.negatives
+        n = self.options.negatives
         if self.options.sampling == "random":
             seeds = np.random.SeedSequence([self.options.seed, pair])
             in_range = np.random.Generator(np.random.Philox(seeds)).permutation(in_range)
@@ -245,6 +316,19 @@ class _Mining:
 
     def _write_note(self) -> None:
         replace_text(self.note, json.dumps(asdict(self.progress)))
+
+
+def below(score: Score, ratio: float, margin: float) -> Score:
+    """What a negative's score must be below, by that of the positive: ratio · score − margin.
+
+    A ratio of 0.95 is TopK-PercPos of NV-Retriever (Moreira et al., 2024, arXiv 2407.15831). Of a score below
+    0 the ratio takes as much as of its amount, so that the limit is never above the score.
+    """
+    return score - (1 - ratio) * abs(score) - margin
+
+
+def _pairs_per_block(options: MiningOptions) -> int:
+    return RERANKED_PAIRS_PER_BLOCK if options.reranker else PAIRS_PER_BLOCK
 
 
 def _blocks(start: int, stop: int, size: int) -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.storage.fingerprint import files_in, key_of
 
 SAMPLINGS = ("top", "random")
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of unfinished work."""
 
 
@@ -31,6 +31,11 @@ class MiningOptions:
     first_rank: int = 1
     last_rank: int = 50
     margin: float = 0.0
+    ratio: float = 1.0
+    reranker: str | None = None
+    reranker_margin: float = 0.0
+    reranker_ratio: float = 1.0
+    reranker_batch_size: int = 32
     sampling: str = "top"
     query_instruction: str | None = None
     document_instruction: str | None = None
@@ -42,10 +47,20 @@ class MiningOptions:
         """Refuses options that contradict each other.
 
         Raises:
-            UserError: ranks that are reversed or too few, a margin that is no number, or an unknown sampling.
+            UserError: ranks that are reversed or too few, a margin that is no number, a ratio outside of 0 to
+                1, an unknown sampling, or what a reranker is to do without one.
         """
-        if not math.isfinite(self.margin):
-            raise UserError(f"--margin {self.margin} is not a finite number: give one such as 0.05")
+        for name in ("margin", "reranker_margin"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise UserError(f"{_option(name)} {value} is not a finite number: give one such as 0.05")
+        for name in ("ratio", "reranker_ratio"):
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise UserError(
+                    f"{_option(name)} {value} is not above 0 and at most 1: give one such as 0.95"
+                )
+        if self.reranker is None and (self.reranker_margin or self.reranker_ratio != 1):
+            name = "reranker_margin" if self.reranker_margin else "reranker_ratio"
+            raise UserError(f"{_option(name)} does nothing without --reranker: name one, or leave it out")
         if self.first_rank > self.last_rank:
             raise UserError(f"--first-rank {self.first_rank} is over --last-rank {self.last_rank}: swap them")
         n_ranks = self.last_rank - self.first_rank + 1
@@ -62,8 +77,14 @@ class MiningOptions:
     def key(self, sources: list[Source], *more: object) -> str:
         """Changes with all that the output depends on; of a model's files with their sizes and times."""
         values = asdict(self)
-        for name in ("micro_batch_tokens", "bad_rows"):  # they shape nothing that is written
+        # They shape nothing that is written.
+        for name in ("micro_batch_tokens", "bad_rows", "reranker_batch_size"):
             del values[name]
         identities = [source.identity() for source in sources]
-        files, on_cuda = files_in(Path(self.model)), torch.cuda.is_available()
+        models = [self.model, *([self.reranker] if self.reranker else [])]
+        files, on_cuda = [files_in(Path(model)) for model in models], torch.cuda.is_available()
         return key_of(values, identities, files, on_cuda, *more, version=FORMAT_VERSION)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from llm2vec_ds.data.scored_pairs import ScoredRow, stream_scored_rows
 from llm2vec_ds.data.sources import Source, find_source
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.model.from_sentence_transformers import load_cross_encoder
-from llm2vec_ds.process.full_memory import enough_memory
+from llm2vec_ds.mining.reranker import MAX_TOKENS, Reranker
 from llm2vec_ds.recipe.sections import PairsConfig
 from llm2vec_ds.storage.durable import move_file, replace_json, write_at
 from llm2vec_ds.storage.fingerprint import files_in, key_of
@@ -47,7 +45,7 @@ class ScoreOptions:
     query_column: str = "query"
     positive_column: str = "positive"
     negative_column: str = "negative"
-    max_tokens: int = 512
+    max_tokens: int = MAX_TOKENS
     batch_size: int = 32
 
     def key(self, source: Source, shard: Shard) -> str:
@@ -111,17 +109,17 @@ class _Scoring:
         n_rows = stop - start
         rows = islice(self._stream(), start + self.progress.n_rows, stop)
         if self.progress.n_rows < n_rows:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            model = load_cross_encoder(self.options.reranker, "--reranker", device, self.options.max_tokens)
-            remedy = f"lower --batch-size (now {self.options.batch_size})"
-            with (
-                enough_memory(remedy),
-                tqdm(
-                    total=n_rows, initial=self.progress.n_rows, desc="score", unit="row", disable=None
-                ) as bar,
-            ):
+            options = self.options
+            reranker = Reranker(
+                options.reranker,
+                max_tokens=options.max_tokens,
+                batch_size=options.batch_size,
+                batch_key="--batch-size",
+            )
+            n_done = self.progress.n_rows
+            with tqdm(total=n_rows, initial=n_done, desc="score", unit="row", disable=None) as bar:
                 while block := list(islice(rows, ROWS_PER_BLOCK)):
-                    self._append(block, self._scores(model, block))
+                    self._append(block, self._scores(reranker, block))
                     bar.update(len(block))
         return n_rows
 
@@ -134,13 +132,13 @@ class _Scoring:
         )
         return stream_scored_rows(self.source, columns, None, "")
 
-    def _scores(self, model: Any, block: list[ScoredRow]) -> list[list[float]]:
-        pairs = [(row.query, document) for row in block for document in row.documents]
-        found = model.predict(pairs, batch_size=self.options.batch_size, show_progress_bar=False)
-        scores = iter(float(score) for score in found)
+    def _scores(self, reranker: Reranker, block: list[ScoredRow]) -> list[list[float]]:
+        scores = iter(
+            reranker([(row.query, document) for row in block for document in row.documents]).tolist()
+        )
         listed = [list(islice(scores, len(row.documents))) for row in block]
         for row, own in zip(block, listed, strict=True):
-            if not all(torch.tensor(own).isfinite()):
+            if not all(map(math.isfinite, own)):
                 raise UserError(f"{row.place}: --reranker {self.options.reranker} gives no finite score")
         return listed
 

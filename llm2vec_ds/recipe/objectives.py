@@ -66,6 +66,9 @@ class MntpConfig(ObjectiveConfig):
         return rate if isinstance(rate, tuple) else (rate, rate)
 
 
+Rounding = Literal["int8", "binary"]
+
+
 class ContrastiveConfig(ObjectiveConfig):
     """InfoNCE over the global batch: all ranks' queries against all ranks' documents."""
 
@@ -77,9 +80,15 @@ class ContrastiveConfig(ObjectiveConfig):
     """Adds the loss of each positive against all ranks' queries; the mean of both is the loss."""
     matryoshka_dims: list[Positive] | None = None
     """The loss is the mean of one loss for each of these vector lengths (arXiv 2205.13147)."""
+    stored_as: list[Rounding] | None = None
+    """`int8`, `binary` or both: the mean has one more loss for each, with documents rounded as `encode
+    --store` does it, and queries as they are (docs/quantization.md)."""
     false_negative_margin: Annotated[float, Field(ge=0)] | None = None
     """A document whose cosine with a query exceeds the positive's by more than this is no negative for
     it. null: only texts that are a positive of the same query, in any row, are left out."""
+    hardness: Annotated[float, Field(ge=0)] = 0.0
+    """A negative counts exp(hardness · its cosine with the query) times, a factor without gradient: hard
+    negatives weigh more (cf. arXiv 2010.04592); 0: each once."""
     exchange: Literal["gather", "ring"] = "gather"
     """How ranks see each other's documents: all at once, or one rank's at a time (memory flat in the
     number of ranks). The numbers are the same."""
@@ -106,8 +115,53 @@ class SupervisedConfig(ContrastiveConfig):
     """Supervised contrastive learning (arXiv 2404.05961, section 4) on queries, positives and negatives."""
 
     reads_pairs: ClassVar[bool] = True
+    places: ClassVar[tuple[str, ...]] = ("guide",)
+
     scale: Annotated[float, Field(gt=0)] = 50.0
     """Factor on cosine similarities, the inverse of the temperature (LLM2Vec: 50)."""
+    guide: Place | None = None
+    """Another encoder that decides which negatives count (GISTEmbed, arXiv 2402.16829), in the forms that
+    `distil.teacher` takes; null: all. A document is no negative for a query where the guide's cosine of both
+    is above `guide_ratio` times that of the query and its positive, minus `guide_margin`."""
+    guide_query_prompt: str | None = None
+    """Put before each query, for the guide only (of an encoder of this toolkit: its instruction)."""
+    guide_document_prompt: str | None = None
+    """The same before each document."""
+    guide_margin: Annotated[float, Field(ge=0)] = 0.0
+    """Absolute margin of the guide: larger leaves out more."""
+    guide_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Relative margin of the guide, such as 0.95: smaller leaves out more."""
+    guide_filters: bool = True
+    """False: the guide leaves nothing out, and teaches by `guide_weight` alone."""
+    guide_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Factor on a second loss: of a query's cosines with all documents of the global batch, and the guide's
+    (distillation beside InfoNCE); 0: none."""
+    guide_loss: Literal["kl", "mse"] = "kl"
+    """Of that loss: `kl`, the divergence of their softmax, or `mse`, the mean squared difference."""
+    guide_temperature: Annotated[float, Field(gt=0)] = 0.05
+    """Cosines are divided by it before the softmax of `kl`."""
+
+    def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
+        given = self.model_fields_set & {
+            "guide_query_prompt",
+            "guide_document_prompt",
+            "guide_margin",
+            "guide_ratio",
+            "guide_filters",
+            "guide_weight",
+        }
+        idle = [
+            name for name in sorted(given) if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if self.guide is None and idle:
+            return f"{stage}.{idle[0]} does nothing without {stage}.guide: name a guide, or leave it out"
+        if not self.guide_filters and not self.guide_weight:
+            return (
+                f"{stage}.guide does nothing without guide_filters and guide_weight: set one, or leave it out"
+            )
+        if self.guide_weight and self.exchange == "ring":
+            return f"{stage}.guide_weight needs all documents at once: set {stage}.exchange: gather"
+        return super().mistake_with(stage, batch, data)
 
 
 Weight = Annotated[float, Field(ge=0)]
@@ -137,10 +191,17 @@ class DistilConfig(ObjectiveConfig):
     """Factor on that loss; 0: none."""
     temperature: Annotated[float, Field(gt=0)] = 0.05
     """Cosines are divided by it before the softmax of `kl`."""
+    simcse_weight: Weight = 0.0
+    """Factor on SimCSE's loss beside it: each text goes through the encoder twice, with `attention_dropout`
+    (0.3 in SimCSE) and the adapter's dropout; 0: none."""
+    simcse_scale: Annotated[float, Field(gt=0)] = 20.0
+    """Of that loss: factor on cosines."""
 
     def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
         if not self.vector_weight and not self.similarity_weight:
             return f"{stage}.vector_weight and {stage}.similarity_weight are both 0: raise one"
+        if self.simcse_weight and batch.global_batch_size == 1:
+            return f"batch.global_batch_size=1 leaves {stage}.simcse_weight without negatives: raise it"
         if self.similarity_weight and batch.global_batch_size == 1:
             return (
                 "batch.global_batch_size=1 leaves the similarity loss without other texts: raise it, or set "

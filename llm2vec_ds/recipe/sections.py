@@ -78,6 +78,9 @@ class PairsConfig(Section):
     """Column that holds the query."""
     positive_column: str = "positive"
     """Column that holds the query's right document, or a list of them: an example for each."""
+    positives: Literal["all", "one_per_epoch"] = "all"
+    """`one_per_epoch`: of a query with several positives, in a list or in several rows, each epoch draws one,
+    so that no query counts for more than another."""
     negative_column: str = "negative"
     """Column that holds a hard negative, or a list of them; or several columns, with numbers after this name:
     `negative_1`, `negative_2` …"""

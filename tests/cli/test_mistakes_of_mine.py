@@ -49,6 +49,19 @@ MISTAKES = {
     "a margin without end": Mistake(
         "--margin inf is not a finite number: give one such as 0.05", mine("--margin", "inf"), files=PAIRS
     ),
+    "a ratio over 1": Mistake(
+        "--ratio 95.0 is not above 0 and at most 1: give one such as 0.95", mine("--ratio", "95"), files=PAIRS
+    ),
+    "a reranker's margin without one": Mistake(
+        "--reranker-margin does nothing without --reranker: name one, or leave it out",
+        mine("--reranker-margin", "0.1"),
+        files=PAIRS,
+    ),
+    "no such reranker": Mistake(
+        "--reranker TMP/none: there is no such folder",
+        mine("--reranker", "TMP/none"),
+        files=PAIRS,
+    ),
     "mined already": Mistake(
         "--output TMP/m.jsonl exists: choose another, or give --overwrite",
         mine(),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm2vec_ds.data.batches import EpochBatches, SourceBatches, rank_slice
+from llm2vec_ds.data.batches import EpochBatches, QueryBatches, SourceBatches, rank_slice
 from llm2vec_ds.errors import UserError
 
 
@@ -81,3 +81,31 @@ def test_an_epoch_has_as_many_steps_as_whole_batches() -> None:
     of_one_epoch = [set(batches(step)) for step in range(4)]
     assert len(set.union(*of_one_epoch)) == 20  # each row once at most
     assert SourceBatches((23, 4, 11), 5, 0).steps_per_epoch == 4 + 0 + 2
+
+
+def test_an_epoch_has_one_example_of_each_query() -> None:
+    query_of = [np.array([0, 1, 2, 3, 4, 2, 0, 0]), np.arange(3), np.array([1, 0, 0, 2, 3, 3])]
+    batches = QueryBatches(query_of, 2, seed=3)
+    query = np.concatenate([own + 10 * number for number, own in enumerate(query_of)])
+    seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for step in range(600):
+        rows = batches(step)
+        assert (rows == QueryBatches(query_of, 2, seed=3)(step)).all()
+        (source,) = set((query[rows] // 10).tolist())
+        seen[source] += rows.tolist()
+    for source, n_used in ((0, 4), (2, 4)):  # of 5 and 4 queries; the fifth sits out
+        for start in range(0, len(seen[source]) - n_used, n_used):
+            epoch = query[seen[source][start : start + n_used]]
+            assert len(set(epoch.tolist())) == n_used
+    of_first = np.bincount([row for row in seen[0] if query[row] == 0], minlength=8)[[0, 6, 7]]
+    n = of_first.sum()
+    assert (abs(of_first - n / 3) < 4 * np.sqrt(n * 2 / 9)).all()
+    assert batches.steps_per_epoch == 2 + 1 + 2
+
+
+def test_with_one_example_a_query_it_is_the_same() -> None:
+    orders = [np.random.default_rng(0).permutation(n) for n in (9, 12)]
+    drawn, plain = QueryBatches(orders, 4, seed=1), SourceBatches((9, 12), 4, seed=1)
+    queries = np.concatenate([orders[0], orders[1] + 9])
+    for step in range(30):
+        assert (queries[drawn(step)] == plain(step)).all()

@@ -15,6 +15,7 @@ import pytest
 from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_pairs
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe.recipe import parse_recipe
 from llm2vec_ds.recipe.sections import DataConfig
 from tests.support.tiny import tiny_tokenizer
 
@@ -247,3 +248,32 @@ def test_bad_rows_may_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert json.loads((folders[0] / "manifest.json").read_text())["counts"]["bad rows"] == 3
     for number in (3, 4, 5):
         assert f"left out: {tmp_path}/a.jsonl, line {number}: " in caplog.text
+
+
+def test_one_positive_of_each_query_in_an_epoch(tmp_path: Path) -> None:
+    """A list of positives, and another row with the same query; a query of another source is another one."""
+    rows = [
+        {"query": "the river", "positive": ["runs", "bends", "ends"]},
+        {"query": "a train", "positive": "leaves"},
+        {"query": "the river", "positive": "rises"},
+        {"query": "the coast", "positive": "green hills"},
+    ]
+    write(tmp_path / "a.jsonl", rows)
+    pairs = load(tmp_path / "a.jsonl", positives="one_per_epoch")
+    values = {
+        "stage": "supervised",
+        "model": {"path": "m"},
+        "data": {"path": str(tmp_path / "a.jsonl"), "pairs": {"positives": "one_per_epoch"}},
+        "output_dir": "o",
+        "batch": {"global_batch_size": 3},
+    }
+    batches = pairs.batches(parse_recipe(values))
+    assert batches.steps_per_epoch == 1
+    positives = set()
+    for step in range(40):
+        examples = [words(example) for example in pairs[batches(step)]]
+        assert sorted(query for query, _ in examples) == ["a train", "the coast", "the river"]
+        positives |= {positive for query, positive in examples if query == "the river"}
+    assert positives == {"runs", "bends", "ends", "rises"}
+    values["data"]["pairs"]["positives"] = "all"  # type: ignore[index]
+    assert pairs.batches(parse_recipe(values)).steps_per_epoch == 2  # of six examples

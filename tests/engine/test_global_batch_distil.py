@@ -16,7 +16,7 @@ from tests.support.teachers import save_teacher
 
 TEXTS = 20
 LOSSES: dict[str, dict[str, Any]] = {
-    "kl": {"temperature": 0.2, "vector_weight": 1.0},
+    "kl": {"temperature": 0.2, "vector_weight": 1.0, "simcse_weight": 0.5},
     "mse": {
         "vector_loss": "mse",
         "similarity_loss": "mse",
@@ -79,11 +79,12 @@ def test_all_train_the_same(
         rows, weights = outcome(recipes[case])
         reference_rows, reference_weights = expected.setdefault(case[3], (rows, weights))
         for row, other in zip(rows, reference_rows, strict=True):
-            for name in ("loss", "vector_loss", "similarity_loss", "grad_norm"):
+            for name in ("loss", "grad_norm", *(key for key in row if key.endswith("_loss"))):
                 assert row[name] == pytest.approx(other[name], rel=1e-4), (case, name)
         for name, weight in weights.items():
             torch.testing.assert_close(
                 weight, reference_weights[name], rtol=1e-5, atol=1e-5, msg=lambda m, c=case: f"{c}: {m}"
             )
     (first, *_, last) = expected["kl"][0]
+    assert first["simcse_loss"] > 0
     assert last["loss"] < first["loss"]

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from llm2vec_kernels.info_nce import reference
 from llm2vec_kernels.info_nce import tiles as info_nce_tiles
 from llm2vec_kernels.info_nce.api import block_gradients, block_log_sum_exp, info_nce, merge_statistics
-from llm2vec_kernels.info_nce.tiles import CHUNK_ELEMENTS
+from llm2vec_kernels.info_nce.tiles import CHUNK_ELEMENTS, Guide
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.info_nce_examples import SMALL_TILE_MIB, Example, assert_equals_reference, example
@@ -26,14 +27,41 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (37, 83), (130, 131), (200, 40)])
-@pytest.mark.parametrize("masks", [{}, {"ids": True}, {"limits": True}, {"ids": True, "limits": True}])
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {},
+        {"ids": True},
+        {"limits": True},
+        {"guide": True},
+        {"ids": True, "limits": True},
+        {"hardness": 4.0},
+        {"ids": True, "limits": True, "guide": True, "hardness": 4.0},
+    ],
+)
 @pytest.mark.parametrize("equal_weights", [True, False])
-def test_equals_the_full_matrix(shape: tuple[int, int], masks: dict[str, bool], equal_weights: bool) -> None:
+def test_equals_the_full_matrix(shape: tuple[int, int], masks: dict[str, Any], equal_weights: bool) -> None:
     case = example(*shape, **masks)
     weight = torch.full((shape[0],), 0.3) if equal_weights else torch.linspace(-1.0, 2.0, shape[0])
     assert_equals_reference(case, weight.double(), torch.float64, 1e-10)
     if not masks.get("limits"):  # in fp32 a score may fall on the other side of its limit
         assert_equals_reference(case, weight.double(), torch.float32, 2e-5)
+
+
+def test_a_guide_looks_at_a_few_documents_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info_nce_tiles, "HELD_ELEMENTS", 64 * 7)
+    case = example(70, 60, ids=True, guide=True)
+    assert 0 < case.guided().sum() < case.guided().numel() * 60
+    assert_equals_reference(case, torch.linspace(-1.0, 2.0, 70).double(), torch.float64, 1e-10)
+
+
+def test_without_a_query_there_is_no_loss_and_no_gradient() -> None:
+    """A rank may have none that has in-batch negatives."""
+    case = example(0, 7, guide=True)
+    leaves = case.leaves(torch.float32)
+    ours = info_nce(*leaves[:2], case.positive, scale=leaves[2], **case.options())
+    for gradient, leaf in zip(torch.autograd.grad(ours.loss_Q.sum(), leaves), leaves, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
 def test_reference_is_cross_entropy() -> None:
@@ -76,6 +104,8 @@ def in_blocks(case: Example, cuts: list[int], weight: torch.Tensor) -> tuple[tup
         own = replace(case, document=case.document[start:stop], positive=positive)
         if case.ids:
             own.ids = {**case.ids, "document_id_N": case.ids["document_id_N"][start:stop]}
+        if case.guide is not None:
+            own.guide = case.guide.part(slice(None), slice(start, stop))
         blocks.append(own)
 
     def arguments(b: Example) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, object]]:
@@ -105,10 +135,14 @@ def in_blocks(case: Example, cuts: list[int], weight: torch.Tensor) -> tuple[tup
     cuts=st.lists(st.integers(1, 59), min_size=1, max_size=3, unique=True),
     ids=st.booleans(),
     limits=st.booleans(),
+    guide=st.booleans(),
+    hardness=st.sampled_from([0.0, 4.0]),
     seed=st.integers(0, 99),
 )
-def test_blocks_together_equal_the_whole(cuts: list[int], ids: bool, limits: bool, seed: int) -> None:
-    case = example(70, 60, ids=ids, limits=limits, seed=seed)
+def test_blocks_together_equal_the_whole(
+    cuts: list[int], ids: bool, limits: bool, guide: bool, hardness: float, seed: int
+) -> None:
+    case = example(70, 60, ids=ids, limits=limits, guide=guide, hardness=hardness, seed=seed)
     weight = torch.linspace(-1.0, 2.0, 70, dtype=torch.float64)
     statistics, gradients = in_blocks(case, [0, *sorted(cuts), 60], weight)
     exact = case.leaves(torch.float64)
@@ -116,6 +150,7 @@ def test_blocks_together_equal_the_whole(cuts: list[int], ids: bool, limits: boo
     torch.testing.assert_close(statistics[0], lse, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(statistics[0] - statistics[1], loss, rtol=1e-10, atol=1e-10)
     assert (statistics[1] > statistics[2]).tolist() == hit.tolist()
+    assert statistics[3].tolist() == case.guided().tolist()
     expected = torch.autograd.grad((loss * weight).sum(), exact)
     for a, b in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -126,7 +161,7 @@ def test_a_block_without_any_document_that_counts_says_minus_infinity() -> None:
     nobody, zero = torch.full((6,), -1), torch.zeros(6).long()
     arguments = {"scale": 3.0, "positive_Q": nobody, "query_id_Q": zero, "document_id_N": zero[:4]}
     statistics = block_log_sum_exp(case.query, case.document, **arguments)  # type: ignore[arg-type]
-    assert all(x.isneginf().all() for x in statistics)
+    assert all(x.isneginf().all() for x in statistics[:3])
     gradients = block_gradients(
         case.query,
         case.document,
@@ -188,16 +223,20 @@ def test_low_precision_loses_no_more_than_twice_what_the_full_matrix_does(
         ({"document_ND": torch.ones(3, 5)}, r"\[Q, D\] and \[N, D\]"),
         ({"document_ND": torch.ones(3, 4).half()}, "share a dtype"),
         ({"query_id_Q": torch.zeros(2).long()}, "come together"),
+        (
+            {"guide": Guide(torch.ones(2, 5), torch.ones(3, 4), torch.ones(2))},
+            r"a guide must be \[2, G\], \[3, G\] and \[2\]",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change: dict[str, torch.Tensor], message: str) -> None:
-    arguments = {
+def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
         "query_QD": torch.ones(2, 4),
         "document_ND": torch.ones(3, 4),
         "positive_Q": torch.tensor([0, 1]),
     }
     with pytest.raises(ValueError, match=message):
-        info_nce(**{**arguments, **change}, scale=1.0)  # type: ignore[arg-type]
+        info_nce(**{**arguments, **change}, scale=1.0)
 
 
 def test_autocast_does_not_round_the_scores() -> None:

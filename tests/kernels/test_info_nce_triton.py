@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from llm2vec_kernels.info_nce import reference
 from llm2vec_kernels.info_nce import tiles as info_nce_tiles
 from llm2vec_kernels.info_nce import triton as info_nce_triton
 from llm2vec_kernels.info_nce.epilogue import TorchEpilogue
-from llm2vec_kernels.info_nce.tiles import Block
+from llm2vec_kernels.info_nce.tiles import Block, Guide
 
 from tests.support.info_nce_examples import SMALL_TILE_MIB, Example, assert_equals_reference, example
 from tests.support.interpreter import round_bf16_to_nearest
@@ -97,13 +98,15 @@ def test_a_tile_is_treated_as_in_pytorch(
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 4)
 
 
-@pytest.mark.parametrize("masks", [{}, {"ids": True, "limits": True}])
+@pytest.mark.parametrize(
+    "masks", [{}, {"ids": True, "limits": True}, {"ids": True, "guide": True, "hardness": 4.0}]
+)
 @pytest.mark.parametrize("equal_weights", [True, False])
-def test_equals_the_full_matrix(masks: dict[str, bool], equal_weights: bool) -> None:
+def test_equals_the_full_matrix(masks: dict[str, Any], equal_weights: bool) -> None:
     case = on_device(example(130, 83, **masks))
     weight = torch.full((130,), 0.3) if equal_weights else torch.linspace(-1.0, 2.0, 130)
     assert_equals_reference(case, weight.to(DEVICE, FP64), FP64, 1e-9)
-    if not masks:
+    if "limits" not in masks:
         assert_equals_reference(case, weight.to(DEVICE, FP64), FP32, 2e-5)
 
 
@@ -165,17 +168,21 @@ def test_low_precision(
     monkeypatch.setattr(
         info_nce, "HELD_ELEMENTS", held_elements
     )  # a product of documents in one part, or two
-    case = on_device(example(150, 260))
+    case = on_device(example(150, 260, guide=True, hardness=4.0))
     weight = torch.ones(150) if equal_weights else torch.linspace(0.1, 2.0, 150)
     ours = case.leaves(dtype)
     exact = [x.detach().to(FP64).requires_grad_() for x in ours]
-    loss = info_nce.info_nce(*ours[:2], case.positive, scale=ours[2], tile_mib=SMALL_TILE_MIB).loss_Q
-    expected = reference.info_nce(*exact[:2], case.positive, scale=exact[2])[0]
+    found = info_nce.info_nce(
+        *ours[:2], case.positive, scale=ours[2], tile_mib=SMALL_TILE_MIB, **case.options()
+    )
+    loss, options = found.loss_Q, case.options()
+    assert found.guided_Q.tolist() == case.guided().tolist()
+    expected = reference.info_nce(*exact[:2], case.positive, scale=exact[2], **options)[0]
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     weight = weight.to(DEVICE)
-    found = torch.autograd.grad((loss * weight).sum(), ours)
+    got = torch.autograd.grad((loss * weight).sum(), ours)
     true = torch.autograd.grad((expected * weight).sum(), exact)
-    for a, b in zip(found, true, strict=True):
+    for a, b in zip(got, true, strict=True):
         assert float((a.double() - b).norm() / b.norm()) < torch.finfo(dtype).eps
 
 
@@ -186,4 +193,6 @@ def on_device(case: Example) -> Example:
     fields = {
         name: moved(getattr(case, name)) for name in ("query", "document", "positive", "scale", "limit")
     }
-    return Example(**fields, ids={name: x.to(DEVICE) for name, x in case.ids.items()})  # type: ignore[arg-type]
+    ids = {name: x.to(DEVICE) for name, x in case.ids.items()}
+    guide = None if case.guide is None else Guide(*(x.to(DEVICE) for x in case.guide))
+    return Example(**fields, ids=ids, guide=guide, hardness=case.hardness)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from llm2vec_ds.mining.options import MiningOptions
 from llm2vec_ds.recipe.recipe import parse_recipe
 from llm2vec_ds.storage.lock import held
 from tests.support.in_process import full_disk
+from tests.support.rerankers import save_reranker
 from tests.support.tiny import sentences, tiny_tokenizer
 
 TEXTS = sentences(60, seed=3)
@@ -51,10 +52,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mine_module, "DOCUMENTS_PER_TILE", 7)
 
 
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def mined(options: MiningOptions, output: Path) -> list[dict[str, Any]]:
     mine(options, output)
     assert not list(output.parent.glob(".*.mining"))
-    return [json.loads(line) for line in output.read_text().splitlines()]
+    return lines(output)
 
 
 def ranked(options: MiningOptions, candidates: list[str]) -> list[list[str]]:
@@ -69,7 +74,8 @@ def ranked(options: MiningOptions, candidates: list[str]) -> list[list[str]]:
     documents = vectors([*candidates, "outside of the corpus"], options.document_instruction)
     lists = []
     for query, positive in GOOD:
-        limit = queries[query] @ documents[positive] - options.margin
+        own = queries[query] @ documents[positive]
+        limit = own - (1 - options.ratio) * abs(own) - options.margin
         known = {p for q, p in GOOD if q == query}
         scores = {text: queries[query] @ documents[text] for text in candidates if text not in known}
         assert abs(min(np.abs(np.diff(sorted(scores.values()))))) > 1e-6  # fp32 can tell them apart
@@ -83,9 +89,10 @@ def ranked(options: MiningOptions, candidates: list[str]) -> list[list[str]]:
         {},
         {"first_rank": 4, "last_rank": 9, "negatives": 6},
         {"margin": 0.08, "first_rank": 2},
+        {"margin": 0.01, "ratio": 0.9},
         {"query_instruction": "find bread", "document_instruction": "fish", "micro_batch_tokens": 64},
     ],
-    ids=["top", "ranks", "margin", "instructions"],
+    ids=["top", "ranks", "margin", "ratio", "instructions"],
 )
 def test_equals_brute_force_in_double_precision(changes: dict[str, Any], make: Make, tmp_path: Path) -> None:
     options = make(**changes)
@@ -108,18 +115,55 @@ def test_the_corpus_is_all_positives_where_none_is_named(make: Make, tmp_path: P
 
 def test_counts(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="llm2vec_ds")
-    options = make(margin=0.3)
+    options = make(margin=0.2, first_rank=3)
     counts = mine(options, tmp_path / "out.jsonl")
-    n_found = [min(len(texts), 5) for texts in ranked(options, DISTINCT)]
+    whole = ranked(options, DISTINCT)
+    n_found = [min(max(0, len(texts) - 2), 5) for texts in whole]
+    known = [len({p for q, p in GOOD if q == query and p in DISTINCT}) for query, _ in GOOD]
+    near = [40 - n - len(texts) for n, texts in zip(known, whole, strict=True)]
     assert counts == Counter(
         {
             "pairs": 16, "queries": 15, "candidates": 40, "blank": 1, "blank pairs": 1, "duplicates": 4,
+            "skipped: another positive of the query": 2,
+            "skipped: as near as the positive": sum(near),
+            "skipped: before --first-rank": sum(min(2, len(texts)) for texts in whole),
             "pairs with fewer than 5 negatives": sum(n < 5 for n in n_found),
             "pairs with none": n_found.count(0),
         }
     )  # fmt: skip
     assert 0 < counts["pairs with none"] < counts["pairs with fewer than 5 negatives"] < 16
     assert f"{counts['pairs with none']} pairs with none" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_reranker(tmp_path_factory.mktemp("reranker"))
+
+
+def test_a_reranker_leaves_out_what_it_takes_for_as_good(
+    make: Make, tmp_path: Path, reranker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rank range, before any are chosen; blocks change nothing, and a killed run goes on."""
+    from sentence_transformers import CrossEncoder
+
+    monkeypatch.setattr(mine_module, "RERANKED_PAIRS_PER_BLOCK", 5)
+    changes: dict[str, Any] = {"first_rank": 2, "last_rank": 11, "negatives": 3}
+    options = make(reranker=str(reranker), reranker_ratio=0.9, reranker_margin=0.01, **changes)
+    model = CrossEncoder(str(reranker), device="cpu")  # with its sigmoid
+    expected, n_left_out = [], 0
+    for (query, positive), texts in zip(GOOD, ranked(options, DISTINCT), strict=True):
+        in_range = texts[1:11]
+        scores = dict(zip(in_range, model.predict([(query, text) for text in in_range]), strict=True))
+        limit = 0.9 * float(model.predict([(query, positive)])[0]) - 0.01
+        kept = [text for text in in_range if scores[text] < limit]
+        expected.append(kept[:3])
+        n_left_out += len(in_range) - len(kept)
+    killed(monkeypatch, "best_rows", 3, options, tmp_path / "out.jsonl")
+    counts = mine(options, tmp_path / "out.jsonl")
+    assert [row["negative"] for row in lines(tmp_path / "out.jsonl")] == expected
+    assert counts["skipped: as good as the positive for the reranker"] == n_left_out
+    plain = [row["negative"] for row in mined(make(**changes), tmp_path / "plain.jsonl")]
+    assert 0 < sum(map(len, expected)) != sum(map(len, plain))
 
 
 def test_random_sampling_draws_from_the_ranks_by_seed_and_row(make: Make, tmp_path: Path) -> None:
@@ -236,9 +280,11 @@ def test_other_options_start_anew(
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "fresh.jsonl").read_bytes()
 
 
-def test_the_key_does_not_know_the_micro_batch(make: Make) -> None:
+def test_the_key_does_not_know_the_sizes_of_batches(make: Make) -> None:
     """It shapes speed and memory alone: the advice of a full memory keeps what is encoded."""
-    assert make().key([]) == make(micro_batch_tokens=64).key([]) != make(margin=0.1).key([])
+    plain = make().key([])
+    assert plain == make(micro_batch_tokens=64).key([]) == make(reranker_batch_size=4).key([])
+    assert plain not in (make(margin=0.1).key([]), make(ratio=0.9).key([]), make(reranker="r").key([]))
 
 
 def test_the_key_knows_sources_and_model(make: Make, tmp_path: Path) -> None:

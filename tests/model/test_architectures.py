@@ -106,7 +106,7 @@ def test_mntp_and_simcse_take_a_step_that_helps(model_type: str) -> None:
         vectors = mntp.encoder(pack(rows))
         ids = torch.arange(len(rows) - 1)
         pairs = PairVectors(vectors[:-1], vectors[1:], vectors[:0], ids, ids, ids[:0])
-        share, _ = ContrastiveLoss(ContrastiveConfig())(pairs, torch.tensor(2.0))
+        share, *_ = ContrastiveLoss(ContrastiveConfig())(pairs, torch.tensor(2.0))
         return share
 
     for loss_of in (mntp_loss, simcse_loss):

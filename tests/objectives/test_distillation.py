@@ -19,11 +19,12 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.objectives.distillation import teacher_vectors
-from llm2vec_ds.objectives.distillation.teacher_vectors import TeacherVectors, prepare_teacher
+from llm2vec_ds.objectives import teacher_vectors
+from llm2vec_ds.objectives.distillation.teacher import prepare_teacher, teacher_folder
+from llm2vec_ds.objectives.teacher_vectors import TeacherVectors
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.in_process import assert_reads, error_line, run
-from tests.support.runs import write_recipe
+from tests.support.runs import NO_DROPOUT, write_recipe
 from tests.support.teachers import save_teacher
 
 LOAD = teacher_vectors.load_teacher
@@ -105,7 +106,7 @@ def test_made_once_and_gone_on_with(values: dict[str, Any], monkeypatch: pytest.
     assert vectors_of(values).fingerprint == whole.fingerprint
     assert calls == [20, 4]
     recipe = parse_recipe(values)
-    folder = teacher_vectors.teacher_folder(recipe, recipe.data.path)
+    folder = teacher_folder(recipe, recipe.data.path)
     content = (folder / "vectors.npy").read_bytes()
     (folder / "vectors.npy").write_bytes(content[:-8] + bytes(8))
     assert vectors_of(values).fingerprint == whole.fingerprint
@@ -257,3 +258,18 @@ def test_mistakes_cost_one_line(
     assert run(monkeypatch, "train", file) == 2
     assert_reads(error_line(capsys), filled(line))
     assert not (tmp_path / "ran").exists()
+
+
+def test_simcse_beside_it_is_that_of_the_stage(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"max_steps": 2, "optimizer": {"lr": 1e-9}, **NO_DROPOUT}
+    del values["data"]["held_out_path"]
+    values["distil"] |= {"simcse_weight": 0.5, "simcse_scale": 7.0}
+    both = lines(train(parse_recipe(values)) / "metrics.jsonl")
+    own = {key: value for key, value in values.items() if key != "distil"}
+    own |= {"stage": "simcse", "simcse": {"scale": 7.0, "attention_dropout": 0.0}}
+    plain = lines(train(parse_recipe({**own, "output_dir": str(tmp_path / "plain")})) / "metrics.jsonl")
+    for row, other in zip(both, plain, strict=True):
+        assert row["simcse_loss"] == pytest.approx(other["loss"], rel=1e-5)
+        together = row["vector_loss"] + row["similarity_loss"] + 0.5 * row["simcse_loss"]
+        assert row["loss"] == pytest.approx(together, rel=1e-6)
+        assert row["n_tokens"] == other["n_tokens"]

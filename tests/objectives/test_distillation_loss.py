@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from llm2vec_ds.distributed import all_reduce_sum
-from llm2vec_ds.objectives.distillation import loss as module
 from llm2vec_ds.objectives.distillation.loss import DistillationLoss
 from llm2vec_ds.recipe.objectives import DistilConfig
 from tests.support.ranks import run_ranks
@@ -64,7 +63,7 @@ def expected(
 def test_value_and_gradients_in_double_precision(
     kind: dict[str, object], rows_per_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ROWS_PER_BLOCK", rows_per_block)
+    monkeypatch.setattr("llm2vec_ds.objectives.similarities.ROWS_PER_BLOCK", rows_per_block)
     config = DistilConfig(teacher="t", **kind)  # type: ignore[arg-type]
     student, mapped, teacher = vectors()
     leaves = [x.clone().requires_grad_() for x in (student, mapped)]

@@ -32,7 +32,7 @@ def encoder(dropout: float) -> ContrastiveModel:
 def loss_share(vectors: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     ids = torch.arange(len(vectors) // 2)
     pairs = PairVectors(vectors[0::2], vectors[1::2].roll(1, 0), vectors[:0], ids, ids, ids[:0])
-    share, _ = ContrastiveLoss(CONFIG)(pairs, scale)
+    share, *_ = ContrastiveLoss(CONFIG)(pairs, scale)
     return share
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
 from llm2vec_ds.objectives.contrastive.known_positives import KnownPositives
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
+from llm2vec_ds.vectors.quantized import Stored, dequantize, quantize
 from tests.support.ranks import run_ranks
 
 N_QUERIES, WIDTH = 7, 6
@@ -26,6 +29,13 @@ CASES: dict[str, dict[str, Any]] = {
     "matryoshka": {"matryoshka_dims": [2, 6]},
     "margin": {"false_negative_margin": 0.1},
     "all": {"symmetric": True, "matryoshka_dims": [3, 6], "false_negative_margin": 0.2},
+    "int8": {"stored_as": ["int8"]},
+    "all, int8 and binary": {
+        "symmetric": True,
+        "matryoshka_dims": [3, 6],
+        "false_negative_margin": 0.2,
+        "stored_as": ["binary", "int8"],
+    },
 }
 
 
@@ -46,17 +56,22 @@ def spelt_out(
     symmetric: bool = False,
     matryoshka_dims: list[int] | None = None,
     false_negative_margin: float | None = None,
+    stored_as: Sequence[Stored] = (),
 ) -> torch.Tensor:
-    def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return a @ b / (a.norm() * b.norm())
+    def stored(vector: torch.Tensor, form: Stored) -> torch.Tensor:
+        """Of length 1, as it is read back; the gradient is that of the vector as it was."""
+        unit = vector / vector.norm()
+        read = dequantize(quantize(vector.detach()[None].numpy(), form), form, len(vector))[0]
+        row = torch.from_numpy(read).to(unit)
+        return unit + (row / row.norm() - unit).detach()
 
     def one_way(queries: Any, documents: Any, known: Any) -> torch.Tensor:
         losses = []
         for i, q in enumerate(queries):
-            own = cosine(q, documents[i])
+            own = q @ documents[i]
             counted = []
             for j, document in enumerate(documents):
-                value = cosine(q, document)
+                value = q @ document
                 too_near = false_negative_margin is not None and value > own + false_negative_margin
                 if j == i or not (known(i, j) or too_near):
                     counted.append(value)
@@ -65,12 +80,14 @@ def spelt_out(
 
     total = torch.zeros((), dtype=query.dtype)
     dims = matryoshka_dims or [WIDTH]
-    for dim in dims:
-        q, p, n = (x[:, :dim] for x in (query, positive, negative))
+    forms: list[Stored] = ["float32", *stored_as]
+    for dim, form in itertools.product(dims, forms):
+        q = [stored(x[:dim], "float32") for x in query]
+        p, n = ([stored(x[:dim], form) for x in column] for column in (positive, negative))
         part = one_way(q, [*p, *n], lambda i, j: (QUERY_IDS[i], (IDS + NEGATIVE_IDS)[j]) in KNOWN)
         if symmetric:
             part = (part + one_way(p, q, lambda i, j: (QUERY_IDS[j], IDS[i]) in KNOWN)) / 2
-        total = total + part / len(dims)
+        total = total + part / (len(dims) * len(forms))
     return total
 
 
@@ -86,7 +103,7 @@ def share_and_gradients(
         torch.tensor(IDS[queries], dtype=torch.int64),
         torch.tensor(NEGATIVE_IDS[negatives], dtype=torch.int64),
     )
-    share, hits = ContrastiveLoss(config)(pairs, scale)
+    share, hits, _ = ContrastiveLoss(config)(pairs, scale)
     gradients = torch.autograd.grad(share, [query, positive, negative, scale])
     return torch.stack([share.detach(), hits]), list(gradients)
 
@@ -167,7 +184,7 @@ def test_rounding_on_the_wire_does_not_depend_on_ranks_or_way() -> None:
 def test_alike_documents_give_the_log_of_their_number() -> None:
     ones = torch.ones(8, 4)
     pairs = PairVectors(ones, ones, ones[:0], *[torch.arange(8)] * 2, torch.arange(0))
-    share, hits = ContrastiveLoss(ContrastiveConfig())(pairs, torch.tensor(20.0))
+    share, hits, _ = ContrastiveLoss(ContrastiveConfig())(pairs, torch.tensor(20.0))
     torch.testing.assert_close(share, torch.tensor(math.log(8)))
     assert hits == 0
 
@@ -178,7 +195,7 @@ def test_positives_of_one_query_are_no_negatives(exchange: Any) -> None:
     nobody, one_query = query[:0], torch.full((N_QUERIES,), 3)
     loss = ContrastiveLoss(ContrastiveConfig(exchange=exchange, symmetric=True))
     pairs = PairVectors(query, positive, nobody, one_query, torch.arange(N_QUERIES), one_query[:0])
-    share, hits = loss(pairs, scale)
+    share, hits, _ = loss(pairs, scale)
     assert share == 0
     assert hits == N_QUERIES
     gradients = torch.autograd.grad(share, [query, positive])

@@ -131,10 +131,12 @@ def test_e5_instructions_name_the_public_files() -> None:
     """One file a source, as published with the Echo paper; natural-language inference comes in two parts."""
     given = _read_instructions(ROOT / "recipes" / "data" / "e5_instructions.yaml")
     assert len(given) == 16
-    assert {given[f"allnli_split{i}"][0] for i in (1, 2)} == {"allnli"}
-    with_document = {name for name, (_, instructions) in given.items() if instructions.document}
+    assert {given[f"allnli_split{i}"].group for i in (1, 2)} == {"allnli"}
+    with_document = {name for name, source in given.items() if source.instructions.document}
     assert with_document == {"allnli_split2", "quora_duplicates_split1", "quora_duplicates_split2"}
-    assert all(i.query and i.document in (None, i.query) for _, i in given.values())
+    instructions = [source.instructions for source in given.values()]
+    assert all(i.query and i.document in (None, i.query) for i in instructions)
+    assert all(source.in_batch_negatives for source in given.values())
 
 
 def test_every_model_folder_has_both_stages() -> None:

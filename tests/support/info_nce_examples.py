@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from llm2vec_kernels.info_nce import reference
 from llm2vec_kernels.info_nce.api import info_nce
+from llm2vec_kernels.info_nce.tiles import Guide
 
 SMALL_TILE_MIB = 0.02  # at least 64 rows are held, so more queries than that make several tiles
 
@@ -20,6 +22,8 @@ class Example:
     scale: torch.Tensor
     ids: dict[str, torch.Tensor]
     limit: torch.Tensor | None
+    guide: Guide | None = None
+    hardness: float = 0.0
 
     def leaves(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Query, document and scale of their own."""
@@ -29,12 +33,31 @@ class Example:
             for x in (self.query.to(dtype), self.document.to(dtype), scale)
         ]
 
-    def options(self) -> dict[str, torch.Tensor | None]:
-        return {**self.ids, "score_limit_Q": self.limit}
+    def options(self) -> dict[str, Any]:
+        others = {"score_limit_Q": self.limit, "guide": self.guide, "hardness": self.hardness}
+        return {**self.ids, **others}
+
+    def guided(self) -> torch.Tensor:
+        """How many documents of each query the guide alone leaves out."""
+        if self.guide is None:
+            return torch.zeros(len(self.query))
+        out = self.guide.query_QG @ self.guide.document_NG.T > self.guide.limit_Q[:, None]
+        if self.ids:
+            out &= self.ids["query_id_Q"][:, None] != self.ids["document_id_N"]
+        here = self.positive >= 0
+        out[here, self.positive[here]] = False
+        return out.sum(1).float()
 
 
 def example(
-    n_queries: int, n_documents: int, *, ids: bool = False, limits: bool = False, seed: int = 0
+    n_queries: int,
+    n_documents: int,
+    *,
+    ids: bool = False,
+    limits: bool = False,
+    guide: bool = False,
+    hardness: float = 0.0,
+    seed: int = 0,
 ) -> Example:
     generator = torch.Generator().manual_seed(seed)
     query, document = (
@@ -45,7 +68,12 @@ def example(
     document_id = torch.randint(0, max(2, n_documents // 3), (n_documents,), generator=generator)
     given_ids = {"query_id_Q": document_id[positive], "document_id_N": document_id} if ids else {}
     limit = torch.rand(n_queries, generator=generator, dtype=torch.float64) * 4 if limits else None
-    return Example(query, document, positive, torch.tensor(12.0, dtype=torch.float64), given_ids, limit)
+    guides = Guide(
+        *(torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (n_queries, n_documents)),
+        torch.rand(n_queries, generator=generator, dtype=torch.float64) * 2,
+    )
+    scale = torch.tensor(12.0, dtype=torch.float64)
+    return Example(query, document, positive, scale, given_ids, limit, guides if guide else None, hardness)
 
 
 def assert_equals_reference(
@@ -57,6 +85,7 @@ def assert_equals_reference(
     torch.testing.assert_close(ours.loss_Q.double(), loss, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(ours.lse_Q.double(), lse, rtol=tolerance, atol=tolerance)
     assert ours.hit_Q.tolist() == hit.tolist()
+    assert ours.guided_Q.tolist() == case.guided().tolist()
     expected = torch.autograd.grad((loss * weight).sum(), exact)
     for attempt in range(2):  # the second backward through one graph recomputes what the first used up
         retain = attempt == 0

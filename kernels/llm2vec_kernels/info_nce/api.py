@@ -3,9 +3,9 @@
     score(q, d) = scale · q·d        loss(q) = log Σ_d exp score(q, d) − score(q, positive of q)
 
 (van den Oord et al., 2018, arXiv 1807.03748). The sum runs over the positives of all rows and any number
-of hard negatives, without documents that are known to be false negatives. Vectors are taken as they come:
-for cosines the caller normalises them. Products are accumulated and scores are kept in fp32 whatever the
-vectors' dtype (fp64 for fp64).
+of hard negatives, without documents that are false negatives by their ids, or for a guide. Vectors are taken
+as they come: for cosines the caller normalises them. Products are accumulated and scores are kept in fp32
+whatever the vectors' dtype (fp64 for fp64).
 
 A tile of scores is a few queries against all documents. With p = softmax of a row and e = one-hot of its
 positive, everything follows from g_qd = p_qd − e_qd:
@@ -23,6 +23,7 @@ Shape legend: Q queries, N documents, D width, B queries of one tile.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from llm2vec_kernels.info_nce.tiles import (
     MIN_TILE_ROWS,
     Block,
     BlockStatistics,
+    Guide,
     add_product,
     document_chunks,
     full_precision,
@@ -48,11 +50,13 @@ TILE_MIB = 64
 
 
 class InfoNce(NamedTuple):
-    """`loss_Q` fp32, differentiable; `hit_Q` bool: the positive beats every negative; `lse_Q` fp32."""
+    """`loss_Q` fp32, differentiable; `hit_Q` bool: the positive beats every negative; `lse_Q` fp32;
+    `guided_Q` fp32: how many documents the guide leaves out that ids do not."""
 
     loss_Q: torch.Tensor
     hit_Q: torch.Tensor
     lse_Q: torch.Tensor
+    guided_Q: torch.Tensor
 
 
 class BlockGradients(NamedTuple):
@@ -72,6 +76,8 @@ def block_log_sum_exp(
     query_id_Q: torch.Tensor | None = None,
     document_id_N: torch.Tensor | None = None,
     score_limit_Q: torch.Tensor | None = None,
+    guide: Guide | None = None,
+    hardness: float = 0.0,
     tile_mib: float = TILE_MIB,
     allow_tf32: bool = False,
 ) -> BlockStatistics:
@@ -85,13 +91,17 @@ def block_log_sum_exp(
             equal id is a false negative and counts for nothing, except at the positive's own row.
         score_limit_Q: a document other than the positive counts for nothing where its scaled score is
             above this.
+        guide: what another model says of the same texts; its products are in its vectors' dtype.
+        hardness: a negative counts exp(hardness · q·d) times in the sum, a constant for the gradient (cf.
+            Robinson et al., 2021, arXiv 2010.04592).
         tile_mib: size of the score tile in MiB; it holds at least 64 rows.
         allow_tf32: lets fp32 products on a GPU round their operands to TF32.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    block = Block(query_QD, document_ND, float(scale), positive_Q, query_id_Q, document_id_N, score_limit_Q)
+    others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
+    block = Block(query_QD, document_ND, float(scale), *others, guide=guide, hardness=hardness)
     with full_precision(allow_tf32):
         return _statistics(block, tile_mib)
 
@@ -102,6 +112,7 @@ def merge_statistics(a: BlockStatistics, b: BlockStatistics) -> BlockStatistics:
         torch.logaddexp(a.lse_Q, b.lse_Q),
         torch.maximum(a.positive_score_Q, b.positive_score_Q),
         torch.maximum(a.best_negative_Q, b.best_negative_Q),
+        a.guided_Q + b.guided_Q,
     )
 
 
@@ -116,6 +127,8 @@ def block_gradients(
     query_id_Q: torch.Tensor | None = None,
     document_id_N: torch.Tensor | None = None,
     score_limit_Q: torch.Tensor | None = None,
+    guide: Guide | None = None,
+    hardness: float = 0.0,
     tile_mib: float = TILE_MIB,
     allow_tf32: bool = False,
 ) -> BlockGradients:
@@ -127,7 +140,8 @@ def block_gradients(
 
     The others are those of `block_log_sum_exp`. Sums over blocks give the gradients of the whole.
     """
-    block = Block(query_QD, document_ND, float(scale), positive_Q, query_id_Q, document_id_N, score_limit_Q)
+    others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
+    block = Block(query_QD, document_ND, float(scale), *others, guide=guide, hardness=hardness)
     with full_precision(allow_tf32):
         return _block_gradients(block, lse_Q, weight_Q, tile_mib)
 
@@ -141,6 +155,8 @@ def info_nce(
     query_id_Q: torch.Tensor | None = None,
     document_id_N: torch.Tensor | None = None,
     score_limit_Q: torch.Tensor | None = None,
+    guide: Guide | None = None,
+    hardness: float = 0.0,
     tile_mib: float = TILE_MIB,
     allow_tf32: bool = False,
 ) -> InfoNce:
@@ -158,35 +174,42 @@ def info_nce(
         raise ValueError(f"positive_Q must be rows of document_ND, 0 to {len(document_ND) - 1}")
     others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
     if torch.is_grad_enabled():
-        return InfoNce(*_InfoNce.apply(query_QD, document_ND, scale, others, tile_mib, allow_tf32))
-    block = Block(query_QD, document_ND, float(scale), *others)
+        options = (hardness, tile_mib, allow_tf32)
+        return InfoNce(*_InfoNce.apply(query_QD, document_ND, scale, others, guide, options))
+    block = Block(query_QD, document_ND, float(scale), *others, guide=guide, hardness=hardness)
     with full_precision(allow_tf32):
         return _outcome(_statistics(block, tile_mib))
 
 
 def _outcome(statistics: BlockStatistics) -> InfoNce:
-    lse_Q, positive_Q, negative_Q = statistics
-    return InfoNce(lse_Q - positive_Q, positive_Q > negative_Q, lse_Q)
+    lse_Q, positive_Q, negative_Q, guided_Q = statistics
+    return InfoNce(lse_Q - positive_Q, positive_Q > negative_Q, lse_Q, guided_Q)
 
 
-def _tiles(block: Block, tile_mib: float) -> Iterator[tuple[slice, Epilogue]]:
-    """Rows, and what is to be done with their scores."""
+def _tiles(block: Block, tile_mib: float) -> Iterator[tuple[slice, Epilogue, torch.Tensor | None]]:
+    """Rows, what is to be done with their scores, and how many documents their guide leaves out."""
     epilogue: type[Epilogue] = TorchEpilogue
     if runs_triton(block.query_QD.device):
         from llm2vec_kernels.info_nce.triton import TritonEpilogue  # here, for machines without Triton
 
         epilogue = TritonEpilogue
-    for rows, score_BN in score_tiles(block, tile_mib):
-        yield rows, epilogue(block.part(rows), score_BN)
+    for rows, score_BN, guided_B in score_tiles(block, tile_mib):
+        own = block.part(rows)
+        if own.score_limit_Q is not None:  # which is of scores that are not lifted
+            own = replace(own, score_limit_Q=own.score_limit_Q * block.lift)
+        yield rows, epilogue(own, score_BN), guided_B
 
 
 def _statistics(block: Block, tile_mib: float, sums: _Sums | None = None) -> BlockStatistics:
     """Of the whole block; where `sums` are given, they are added up for equal weights."""
-    out = BlockStatistics(*block.query_QD.new_empty(3, len(block.query_QD), dtype=block.score_dtype))
-    for rows, tile in _tiles(block, tile_mib):
+    out = BlockStatistics(*block.query_QD.new_zeros(4, len(block.query_QD), dtype=block.score_dtype))
+    for rows, tile, guided_B in _tiles(block, tile_mib):
         own = tile.statistics()
-        for whole, part in zip(out, own, strict=True):
+        for whole, part in zip(out[:3], own, strict=True):
             whole[rows] = part
+        if guided_B is not None:
+            out.guided_Q[rows] = guided_B
+        out.best_negative_Q[rows] /= block.lift
         if sums is not None:
             sums.add(rows, tile.coefficients(own.lse_Q, sums.factor))
     return out
@@ -198,7 +221,7 @@ def _block_gradients(
     weight_Q = weight_Q.to(block.score_dtype)
     relative_Q, largest = _relative(weight_Q)
     sums = _Sums(block, query=True, document=True)
-    for rows, tile in _tiles(block, tile_mib):
+    for rows, tile, _ in _tiles(block, tile_mib):
         sums.add(rows, tile.coefficients(lse_Q[rows], sums.factor), relative_Q[rows])
     return BlockGradients(
         sums.query_QD.mul_(weight_Q[:, None]),
@@ -216,7 +239,7 @@ def _document_gradient(
     for documents in slices(len(out_ND), _documents_of_a_tile(block, tile_mib)):
         part = block.part(documents=documents)
         sums = _Sums(part, query=False, document=True)
-        for rows, tile in _tiles(part, tile_mib):
+        for rows, tile, _ in _tiles(part, tile_mib):
             sums.add(rows, tile.coefficients(lse_Q[rows], sums.factor, relative_Q[rows]))
         out_ND[documents] = sums.document_ND.mul_(block.scale * largest / sums.factor).to(out_ND.dtype)
     return out_ND
@@ -283,10 +306,18 @@ class _InfoNce(torch.autograd.Function):
         document_ND: torch.Tensor,
         scale: float | torch.Tensor,
         others: tuple[torch.Tensor | None, ...],
-        tile_mib: float,
-        allow_tf32: bool,
+        guide: Guide | None,
+        options: tuple[float, float, bool],
     ) -> tuple[torch.Tensor, ...]:
-        block = Block(query_QD, document_ND, float(scale), *others)  # type: ignore[arg-type]
+        hardness, tile_mib, allow_tf32 = options
+        block = Block(
+            query_QD,
+            document_ND,
+            float(scale),
+            *others,  # type: ignore[arg-type, misc]
+            guide=guide,
+            hardness=hardness,
+        )
         needs_query, needs_document, needs_scale = ctx.needs_input_grad[:3]
         with full_precision(allow_tf32):
             sums = _Sums(
@@ -296,18 +327,26 @@ class _InfoNce(torch.autograd.Function):
                 like_input=True,
             )
             outcome = _outcome(_statistics(block, tile_mib, sums if any(ctx.needs_input_grad) else None))
-        ctx.save_for_backward(query_QD, document_ND, outcome.lse_Q, *others)
-        ctx.sums, ctx.scale, ctx.options = sums, scale, (tile_mib, allow_tf32)
-        ctx.mark_non_differentiable(outcome.hit_Q, outcome.lse_Q)
+        ctx.save_for_backward(query_QD, document_ND, outcome.lse_Q, *others, *(guide or ()))
+        ctx.sums, ctx.scale, ctx.options = sums, scale, options
+        ctx.mark_non_differentiable(outcome.hit_Q, outcome.lse_Q, outcome.guided_Q)
         return tuple(outcome)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weight_Q: torch.Tensor, *unused: None) -> tuple[torch.Tensor | None, ...]:
         query_QD, document_ND, lse_Q, *others = ctx.saved_tensors
-        block = Block(query_QD, document_ND, float(ctx.scale), *others)
+        guide = Guide(*others[4:]) if others[4:] else None
+        hardness, tile_mib, allow_tf32 = ctx.options
+        block = Block(
+            query_QD,
+            document_ND,
+            float(ctx.scale),
+            *others[:4],
+            guide=guide,  # type: ignore[misc]
+            hardness=hardness,
+        )
         gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-        tile_mib, allow_tf32 = ctx.options
         with full_precision(allow_tf32):
             sums, ctx.sums = ctx.sums, None
             if sums is None:  # a second backward through one graph: the first has overwritten the sums
@@ -332,7 +371,7 @@ def _finish(
     if sums.with_query:
         d_scale = (weight_Q * sums.slope_Q).sum()
         d_query_QD = sums.query_QD.mul_(weight_Q[:, None])
-    if sums.with_document and bool((weight_Q == weight_Q[:1]).all()):
+    if sums.with_document and len(weight_Q) and bool((weight_Q == weight_Q[:1]).all()):
         d_document_ND = sums.document_ND.mul_(block.scale * weight_Q[:1])
     elif needs_document:
         if sums.with_document:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from llm2vec_kernels.info_nce.tiles import CHUNK_ELEMENTS, Block, BlockStatistics, slices
+from llm2vec_kernels.info_nce.tiles import CHUNK_ELEMENTS, Block, ScoreStatistics, slices
 
 CUDA_CHUNK_ELEMENTS = 1 << 24
 
@@ -20,7 +20,7 @@ class Epilogue(Protocol):
     def __init__(self, block: Block, score_BN: torch.Tensor) -> None:
         """Of the tile's queries and documents, and their products (see `score_tiles`)."""
 
-    def statistics(self) -> BlockStatistics:
+    def statistics(self) -> ScoreStatistics:
         """lse, positive and best negative of each row."""
 
     def coefficients(
@@ -47,10 +47,10 @@ class TorchEpilogue:
         for rows in self.row_slices:
             _exclude(score_BN[rows], block.part(rows))
 
-    def statistics(self) -> BlockStatistics:
+    def statistics(self) -> ScoreStatistics:
         """As `Epilogue`; scores become exp(score − largest)."""
         parts = [_statistics(self.score_BN[rows], self.block.part(rows)) for rows in self.row_slices]
-        statistics = BlockStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        statistics = ScoreStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
         self.largest_B = _finite(torch.maximum(*statistics[1:]))
         return statistics
 
@@ -99,7 +99,7 @@ def _exclude(score_BN: torch.Tensor, block: Block) -> None:
     score_BN.scatter_(1, index_B1, torch.where(here_B1, positive_B1, present_B1))
 
 
-def _statistics(score_BN: torch.Tensor, block: Block) -> BlockStatistics:
+def _statistics(score_BN: torch.Tensor, block: Block) -> ScoreStatistics:
     index_B1, here_B1 = _positive(block)
     present_B1 = score_BN.gather(1, index_B1)
     positive_B1 = present_B1.masked_fill(~here_B1, float("-inf"))
@@ -108,4 +108,4 @@ def _statistics(score_BN: torch.Tensor, block: Block) -> BlockStatistics:
     score_BN.scatter_(1, index_B1, present_B1)
     largest_B1 = _finite(torch.maximum(best_negative_B1, positive_B1))
     lse_B1 = largest_B1 + score_BN.sub_(largest_B1).exp_().sum(1, keepdim=True).log()
-    return BlockStatistics(lse_B1[:, 0], positive_B1[:, 0], best_negative_B1[:, 0])
+    return ScoreStatistics(lse_B1[:, 0], positive_B1[:, 0], best_negative_B1[:, 0])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from llm2vec_kernels.info_nce.tiles import Guide
+
 
 def info_nce(
     query_QD: torch.Tensor,
@@ -17,11 +19,15 @@ def info_nce(
     query_id_Q: torch.Tensor | None = None,
     document_id_N: torch.Tensor | None = None,
     score_limit_Q: torch.Tensor | None = None,
+    guide: Guide | None = None,
+    hardness: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, hit and log-sum-exp `[Q]` over the whole Q×N matrix (arXiv 1807.03748).
 
     loss = log Σ_d exp score − score of the positive. A document other than the positive counts for nothing
-    where its id is the query's or its score is above the query's limit. A hit beats every other document.
+    where its id is the query's, its score is above the query's limit, or the guide's score is above the
+    guide's limit. Another document's exp(score) counts exp(hardness · q·d) times, a constant for the
+    gradient. A hit beats every other document.
     """
     score_QN = scale * query_QD @ document_ND.T
     positive_QN = positive_Q[:, None] == torch.arange(len(document_ND), device=positive_Q.device)
@@ -30,8 +36,11 @@ def info_nce(
         excluded_QN |= query_id_Q[:, None] == document_id_N
     if score_limit_Q is not None:
         excluded_QN |= score_QN > score_limit_Q[:, None]
+    if guide is not None:
+        excluded_QN |= guide.query_QG @ guide.document_NG.T > guide.limit_Q[:, None]
     score_QN = score_QN.masked_fill(excluded_QN & ~positive_QN, float("-inf"))
-    lse_Q = score_QN.logsumexp(1)
+    weight_QN = hardness * (query_QD @ document_ND.T).detach()
+    lse_Q = (score_QN + weight_QN.masked_fill(positive_QN, 0.0)).logsumexp(1)
     positive_score_Q = score_QN[positive_QN]
     hit_Q = positive_score_Q > score_QN.masked_fill(positive_QN, float("-inf")).amax(1)
     return lse_Q - positive_score_Q, hit_Q, lse_Q

@@ -1,6 +1,6 @@
 """Tiles of the score matrix: what `info_nce` holds of it at a time, and the matrix products around them.
 
-Shape legend: Q queries, N documents, D width, B queries of one tile.
+Shape legend: Q queries, N documents, D width, G a guide's width, B queries and C documents of one tile.
 """
 
 from __future__ import annotations
@@ -20,13 +20,35 @@ HELD_ELEMENTS = 1 << 24
 """Of an fp32 product of fp16 or bf16 before it is added to a total: 64 MiB."""
 
 
-class BlockStatistics(NamedTuple):
-    """What a block of documents says about each query, `[Q]` in fp32 (−inf where there is none)."""
+class ScoreStatistics(NamedTuple):
+    """What a block's scores say about each query, `[Q]` in fp32 (−inf where there is none)."""
 
     lse_Q: torch.Tensor
     """log Σ exp(score) over the documents of the block that count, the positive included."""
     positive_score_Q: torch.Tensor
     best_negative_Q: torch.Tensor
+
+
+class BlockStatistics(NamedTuple):
+    """`ScoreStatistics`, and what a guide says; all `[Q]` in fp32."""
+
+    lse_Q: torch.Tensor
+    positive_score_Q: torch.Tensor
+    best_negative_Q: torch.Tensor
+    guided_Q: torch.Tensor
+    """How many documents of the block the guide leaves out that ids do not."""
+
+
+class Guide(NamedTuple):
+    """Another model's vectors of the same texts: a document other than the positive counts for nothing where
+    the guide's product with the query is above the query's limit (Solatorio, 2024, arXiv 2402.16829)."""
+
+    query_QG: torch.Tensor
+    document_NG: torch.Tensor
+    limit_Q: torch.Tensor
+
+    def part(self, rows: slice, documents: slice) -> Guide:
+        return Guide(self.query_QG[rows], self.document_NG[documents], self.limit_Q[rows])
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,8 @@ class Block:
     query_id_Q: torch.Tensor | None = None
     document_id_N: torch.Tensor | None = None
     score_limit_Q: torch.Tensor | None = None
+    guide: Guide | None = None
+    hardness: float = 0.0
 
     def __post_init__(self) -> None:
         n_queries, n_documents = len(self.query_QD), len(self.document_ND)
@@ -62,6 +86,12 @@ class Block:
             value = getattr(self, name)
             if value is not None and value.shape != (size,):
                 raise ValueError(f"{name} must be [{size}], not {tuple(value.shape)}")
+        if self.guide is not None:
+            given = [list(x.shape) for x in self.guide]
+            width = given[0][-1]
+            if given != [[n_queries, width], [n_documents, width], [n_queries]]:
+                fitting = f"[{n_queries}, G], [{n_documents}, G] and [{n_queries}]"
+                raise ValueError(f"a guide must be {fitting}, not {given}")
 
     @property
     def score_dtype(self) -> torch.dtype:
@@ -72,6 +102,11 @@ class Block:
     def operand_dtype(self) -> torch.dtype:
         """What matrix products read: tensor cores take fp16 and bf16 as they are, a CPU is slow at them."""
         return self.query_QD.dtype if self.query_QD.is_cuda else self.score_dtype
+
+    @property
+    def lift(self) -> float:
+        """What hardness multiplies a negative's score by: (scale + hardness) · q·d is `lift` times it."""
+        return 1.0 + self.hardness / self.scale if self.hardness else 1.0
 
     @property
     def needs_scale(self) -> bool:
@@ -92,6 +127,7 @@ class Block:
             query_id_Q=None if self.query_id_Q is None else self.query_id_Q[rows],
             document_id_N=None if self.document_id_N is None else self.document_id_N[documents],
             score_limit_Q=None if self.score_limit_Q is None else self.score_limit_Q[rows],
+            guide=None if self.guide is None else self.guide.part(rows, documents),
         )
 
 
@@ -130,11 +166,21 @@ def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         out += torch.mm(a, b, out.dtype)
 
 
-def score_tiles(block: Block, tile_mib: float) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows and their products with all documents, a few rows at a time, in one reused buffer.
+class Tile(NamedTuple):
+    """Some queries of a block with their products with all documents.
 
-    The products are scores already, unless `block.needs_scale`.
+    The products are scores already, unless `block.needs_scale`; negatives' are lifted by hardness; −inf where
+    a guide leaves a document out.
+    `guided_B`: how often, see `BlockStatistics`; None without a guide.
     """
+
+    rows: slice
+    score_BN: torch.Tensor
+    guided_B: torch.Tensor | None
+
+
+def score_tiles(block: Block, tile_mib: float) -> Iterator[Tile]:
+    """A few rows at a time, in one reused buffer."""
     n_queries, n_documents = len(block.query_QD), len(block.document_ND)
     row_bytes = n_documents * block.score_dtype.itemsize
     n_rows = min(n_queries, max(MIN_TILE_ROWS, int(tile_mib * 2**20) // row_bytes))
@@ -145,7 +191,37 @@ def score_tiles(block: Block, tile_mib: float) -> Iterator[tuple[slice, torch.Te
         for documents, document_CD in document_chunks(block):
             scaled_BD = query_BD if block.needs_scale else query_BD * block.scale
             product(scaled_BD, document_CD.T, score_BN[:, documents])
-        yield rows, score_BN
+        own = block.part(rows)
+        _lift_negatives(score_BN, own)
+        yield Tile(rows, score_BN, _leave_out(score_BN, own))
+
+
+def _lift_negatives(score_BN: torch.Tensor, block: Block) -> None:
+    """In place; a positive stays what it is."""
+    if block.lift == 1.0:
+        return
+    index_B1, here_B1 = block.positive_Q.clamp(min=0)[:, None], block.positive_Q[:, None] >= 0
+    positive_B1 = score_BN.gather(1, index_B1)
+    score_BN *= block.lift
+    score_BN.scatter_(1, index_B1, torch.where(here_B1, positive_B1, positive_B1 * block.lift))
+
+
+def _leave_out(score_BN: torch.Tensor, block: Block) -> torch.Tensor | None:
+    """−inf for what the guide leaves out, in place, a few documents at a time; how many that are."""
+    if block.guide is None:
+        return None
+    n_documents, n_queries = len(block.document_ND), max(1, len(score_BN))
+    guided_B = score_BN.new_zeros(len(score_BN))
+    column_N = torch.arange(n_documents, device=score_BN.device)
+    for documents in slices(n_documents, max(1, HELD_ELEMENTS // n_queries)):
+        query_BG, document_CG, limit_B = block.guide.part(slice(None), documents)
+        out_BC = query_BG @ document_CG.T > limit_B[:, None]
+        out_BC &= block.positive_Q[:, None] != column_N[documents]
+        score_BN[:, documents].masked_fill_(out_BC, float("-inf"))
+        if block.query_id_Q is not None and block.document_id_N is not None:
+            out_BC &= block.query_id_Q[:, None] != block.document_id_N[documents]
+        guided_B += out_BC.sum(1)
+    return guided_B
 
 
 def document_chunks(block: Block) -> Iterator[tuple[slice, torch.Tensor]]:

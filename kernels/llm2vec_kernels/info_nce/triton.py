@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llm2vec_kernels.info_nce.tiles import Block, BlockStatistics
+from llm2vec_kernels.info_nce.tiles import Block, ScoreStatistics
 
 PROGRAM_ELEMENTS = 4096
 WARPS = 8
@@ -151,9 +151,9 @@ class TritonEpilogue:
     def __init__(self, block: Block, score_BN: torch.Tensor) -> None:
         self.block, self.score_BN = block, score_BN
 
-    def statistics(self) -> BlockStatistics:
+    def statistics(self) -> ScoreStatistics:
         n_rows, n_columns = self.score_BN.shape
-        out = BlockStatistics(*self.score_BN.new_empty(3, n_rows))
+        out = ScoreStatistics(*self.score_BN.new_empty(3, n_rows))
         tile = program_tile(n_columns)
         if n_rows:
             with torch.cuda.device_of(self.score_BN):

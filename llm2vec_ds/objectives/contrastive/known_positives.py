@@ -20,17 +20,7 @@ import numpy as np
 import torch
 
 from llm2vec_ds.distributed import gather_rows
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Vectors `[N, D]` of length 1 and the ids of their texts, int64 `[N]`."""
-
-    vector_ND: torch.Tensor
-    id_N: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.id_N)
+from llm2vec_ds.objectives.contrastive.texts import Limits, Outcome, Texts
 
 
 @dataclass(frozen=True)
@@ -83,41 +73,53 @@ class KnownPositives:
 
 
 def with_pairs_not_known(
-    loss_Q: torch.Tensor,
-    hit_Q: torch.Tensor,
+    outcome: Outcome,
     queries: Texts,
     documents: Texts,
     group_R: torch.Tensor,
     known: KnownPositives,
     scale: torch.Tensor,
-    limit_Q: torch.Tensor | None,
+    limits: Limits,
+    hardness: float,
     wire_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and hit `[Q]` with the negatives that groups left out although their pair is not known.
+) -> Outcome:
+    """The outcome with the negatives that groups left out although their pair is not known.
 
-    With positive's score s: log(exp(loss) + Σ exp(score − s)) over them. All ranks call this together.
+    With positive's score s: log(exp(loss) + Σ exp(score − s)) over them, weighted by hardness. All ranks call
+    this together.
 
     Args:
-        loss_Q, hit_Q: without any other document of a query's group.
+        outcome: without any other document of a query's group.
         group_R: of the documents, the first Q of which are the queries' positives.
-        limit_Q: a document with a scaled score above it is no negative.
         wire_dtype: what documents are rounded to on their way to other ranks.
     """
     here_Q, here_R = known.in_incomplete(group_R[: len(queries)]), known.in_incomplete(group_R)
     document_CD = gather_rows(documents.vector_ND[here_R], wire_dtype)
     id_C, group_C = gather_rows(torch.stack([documents.id_N[here_R], group_R[here_R]], 1)).unbind(1)
-    query_BD, id_B, group_B = queries.vector_ND[here_Q], queries.id_N[here_Q], group_R[here_Q]
+    near, group_B = queries[here_Q], group_R[here_Q]
     own_BD = documents.vector_ND[here_Q]
     own_BD = own_BD + (own_BD.to(wire_dtype).to(own_BD) - own_BD).detach()
-    score_BC = scale * (query_BD @ document_CD.T)
-    counts_BC = (group_B[:, None] == group_C) & ~known.are_known(id_B[:, None], id_C[None, :])
-    if limit_Q is not None:
-        counts_BC &= ~(score_BC > limit_Q[here_Q, None])
-    above_BC = score_BC - scale * (query_BD * own_BD).sum(1, keepdim=True)
+    score_BC = scale * (near.vector_ND @ document_CD.T)
+    counts_BC = (group_B[:, None] == group_C) & ~known.are_known(near.id_N[:, None], id_C[None, :])
+    guided_B = torch.zeros_like(outcome.guided_Q[here_Q])
+    if documents.guide_NG is not None and near.guide_NG is not None and limits.guide_Q is not None:
+        guide_CG = gather_rows(documents.guide_NG[here_R])
+        guided_BC = counts_BC & (near.guide_NG @ guide_CG.T > limits.guide_Q[here_Q, None])
+        guided_B += guided_BC.sum(1)
+        counts_BC &= ~guided_BC
+    if limits.score_Q is not None:
+        counts_BC &= ~(score_BC > limits.score_Q[here_Q, None])
+    above_BC = score_BC - scale * (near.vector_ND * own_BD).sum(1, keepdim=True)
     above_BC = above_BC.masked_fill(~counts_BC, float("-inf"))
-    loss_B = torch.cat([loss_Q[here_Q, None], above_BC], 1).logsumexp(1)
+    weighted_BC = above_BC + hardness * (near.vector_ND @ document_CD.T).detach()
+    loss_Q, hit_Q, guided_Q = outcome
+    loss_B = torch.cat([loss_Q[here_Q, None], weighted_BC], 1).logsumexp(1)
     hit_B = hit_Q[here_Q] & (above_BC < 0).all(1)
-    return loss_Q.index_copy(0, here_Q, loss_B), hit_Q.index_copy(0, here_Q, hit_B)
+    return Outcome(
+        loss_Q.index_copy(0, here_Q, loss_B),
+        hit_Q.index_copy(0, here_Q, hit_B),
+        guided_Q.index_add(0, here_Q, guided_B),
+    )
 
 
 def _groups(query: np.ndarray, positive: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,13 +26,35 @@ from llm2vec_ds.objectives.base import (
     equal_count,
 )
 from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel, vectors_loss_backward
-from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors, check_widths
+from llm2vec_ds.objectives.contrastive.guide import GuideVectors, Tally
+from llm2vec_ds.objectives.contrastive.info_nce import (
+    ContrastiveLoss,
+    OwnNegatives,
+    PairGuide,
+    PairVectors,
+    check_widths,
+)
 from llm2vec_ds.objectives.spread import are_alike, spread
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
 Examples = Callable[[Sequence[int] | np.ndarray], list[list[TokenizedText]]]
 """Rows → the texts of each: query, positive, hard negatives."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where examples come from.
+
+    Attributes:
+        names: of all sources.
+        alone: bool, whether their queries are compared with their own hard negatives only.
+        of: rows → the number of each one's source.
+    """
+
+    names: list[str]
+    alone: np.ndarray
+    of: Callable[[np.ndarray], np.ndarray]
 
 
 class ContrastiveObjective(Objective):
@@ -65,7 +88,10 @@ def contrastive_model(parts: Parts) -> ContrastiveModel:
 
 
 class ContrastiveStage:
-    """Loss: InfoNCE of each query's positive, averaged over the global batch."""
+    """Loss: InfoNCE of each query's positive, averaged over the global batch.
+
+    The guide speaks of training alone: held-out figures are the same with and without one.
+    """
 
     def __init__(
         self,
@@ -75,6 +101,9 @@ class ContrastiveStage:
         config: ContrastiveConfig,
         held_out_pairs: PreparedPairs | None = None,
         *,
+        sources: Sources | None = None,
+        held_out_sources: Sources | None = None,
+        guide: GuideVectors | None = None,
         data_fingerprint: str,
         seed: int,
         micro_batch_tokens: int,
@@ -84,7 +113,9 @@ class ContrastiveStage:
         self.examples = examples
         self.data_fingerprint = data_fingerprint
         self.global_batch = global_batch
-        self.held_out_pairs = held_out_pairs
+        self.held_out_pairs, self.held_out_sources = held_out_pairs, held_out_sources
+        self.sources, self.guide = sources, guide
+        self.tally = Tally(sources.names) if guide is not None and sources is not None else None
         self.loss = ContrastiveLoss(config)
         self.seed = seed
         self.micro_batch_tokens = micro_batch_tokens
@@ -94,7 +125,14 @@ class ContrastiveStage:
         return example[0]
 
     def batches(self, step: int, rows: np.ndarray) -> PackedExamples:
-        return PackedExamples(self.examples(rows), self.micro_batch_tokens, self.encoder.device)
+        return PackedExamples(
+            self.examples(rows),
+            self.micro_batch_tokens,
+            self.encoder.device,
+            sources=self.sources,
+            rows=rows,
+            guide=self.guide,
+        )
 
     def step(
         self, step: int, rows: np.ndarray, batches: PackedExamples, forward: Forward, backward: Backward
@@ -103,10 +141,12 @@ class ContrastiveStage:
         n_passes = equal_count(packed.groups, device)
         n_hits = torch.zeros((), device=device)
         last_scale = torch.zeros((), device=device)
+        n_guided_Q = torch.zeros(len(rows), device=device)
 
         def loss_share(vectors: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-            share, hits = self.loss(packed.pair_vectors(vectors), scale)
+            share, hits, guided_Q = self.loss(packed.pair_vectors(vectors), scale)
             n_hits.copy_(hits)
+            n_guided_Q.copy_(guided_Q)
             last_scale.copy_(scale.detach())
             return share
 
@@ -125,10 +165,22 @@ class ContrastiveStage:
         return StepResult(
             loss=loss,
             n_tokens=sum(batch.n_tokens for batch in packed.batches),
-            metrics={"accuracy": hits / n_global, "scale": float(last_scale)},
+            metrics={"accuracy": hits / n_global, "scale": float(last_scale)}
+            | self._guided(packed, n_guided_Q),
             bad_rows=lambda: packed.not_finite(rows, vectors),
             vectors_alike=are_alike(*distance),
         )
+
+    def _guided(self, packed: PackedExamples, guided_Q: torch.Tensor) -> dict[str, float]:
+        """What the guide left out, by source."""
+        if self.tally is None or packed.source_Q is None:
+            return {}
+        n_documents = all_reduce_sum(torch.tensor(float(packed.n_documents), device=guided_Q.device))
+        others_Q = (n_documents - 1).expand(len(guided_Q))
+        if packed.own is not None:
+            own_Q = torch.bincount(packed.own.query_of_M, minlength=len(guided_Q)).to(others_Q)
+            others_Q = torch.where(packed.own.alone_Q.to(guided_Q.device), own_Q, others_Q)
+        return self.tally.add(packed.source_Q.to(guided_Q.device), guided_Q, others_Q)
 
     def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
         return pack(texts)
@@ -139,14 +191,29 @@ class ContrastiveStage:
         if self.held_out_pairs is None:
             return None
         return held_out_metrics(
-            self.held_out_pairs, self.loss, forward, self.micro_batch_tokens, self.encoder.device
+            self.held_out_pairs,
+            self.held_out_sources,
+            self.loss,
+            forward,
+            self.micro_batch_tokens,
+            self.encoder.device,
         )
 
 
 class PackedExamples:
     """A rank's examples as packed micro-batches, and the way back from their vectors to the examples."""
 
-    def __init__(self, examples: list[list[TokenizedText]], max_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        examples: list[list[TokenizedText]],
+        max_tokens: int,
+        device: torch.device,
+        *,
+        sources: Sources | None = None,
+        rows: np.ndarray | None = None,
+        guide: GuideVectors | None = None,
+    ) -> None:
+        """Args: rows: of the examples, where their `sources` are given."""
         negatives = [text for example in examples for text in example[2:]]
         texts = [example[0] for example in examples] + [example[1] for example in examples] + negatives
         self.n_queries = len(examples)
@@ -158,13 +225,26 @@ class PackedExamples:
         self.order = np.concatenate(self.groups)
         self.ids = torch.tensor([text.text_hash for text in texts], dtype=torch.int64)
         self.n_distinct = len({text.text_hash for text in texts})
+        self.n_documents = self.n_queries + len(negatives)
+        self.source_Q: torch.Tensor | None = None
+        self.own: OwnNegatives | None = None
+        if sources is not None and rows is not None:
+            source_Q = sources.of(rows)
+            self.source_Q = torch.from_numpy(source_Q)
+            if sources.alone.any():
+                query_of_M = torch.from_numpy(np.repeat(own, counts))
+                self.own = OwnNegatives(torch.from_numpy(sources.alone[source_Q]), query_of_M)
+        self.guide: PairGuide | None = guide(examples) if guide is not None else None
 
     def pair_vectors(self, vectors: torch.Tensor) -> PairVectors:
         """From vectors in the order of the micro-batches."""
         place = torch.from_numpy(np.argsort(self.order)).to(vectors.device)
         query, positive, negative = vectors[place].tensor_split([self.n_queries, 2 * self.n_queries])
-        ids = self.ids.to(vectors.device)
-        return PairVectors(query, positive, negative, *ids.tensor_split([self.n_queries, 2 * self.n_queries]))
+        device, ends = vectors.device, [self.n_queries, 2 * self.n_queries]
+        guide = PairGuide(*(x.to(device) for x in self.guide)) if self.guide is not None else None
+        own = OwnNegatives(*(x.to(device) for x in self.own)) if self.own is not None else None
+        query_id, positive_id, negative_id = self.ids.to(device).tensor_split(ends)
+        return PairVectors(query, positive, negative, query_id, positive_id, negative_id, guide, own)
 
     def rows(self, rows: np.ndarray, group: int) -> list[int]:
         """Which of `rows` have a text in a micro-batch."""
@@ -177,16 +257,21 @@ class PackedExamples:
 
 
 def held_out_metrics(
-    pairs: PreparedPairs, loss: ContrastiveLoss, forward: Forward, max_tokens: int, device: torch.device
+    pairs: PreparedPairs,
+    sources: Sources | None,
+    loss: ContrastiveLoss,
+    forward: Forward,
+    max_tokens: int,
+    device: torch.device,
 ) -> dict[str, float]:
     """`loss` and `accuracy` over all of `pairs`, shared among ranks."""
     rows = rank_slice(np.arange(len(pairs)), rank(), world_size())
-    packed = PackedExamples(pairs[rows], max_tokens, device)
+    packed = PackedExamples(pairs[rows], max_tokens, device, sources=sources, rows=rows)
     cached = []
     for index in range(equal_count(packed.groups, device)):
         vectors, scale = forward(packed.batches[min(index, len(packed.batches) - 1)].to(device))
         if index < len(packed.batches):
             cached.append(vectors)
-    share, hits = loss(packed.pair_vectors(torch.cat(cached)), scale)
+    share, hits, _ = loss(packed.pair_vectors(torch.cat(cached)), scale)
     total, n_hits = all_reduce_sum(torch.stack([share, hits.to(share)])).tolist()
     return {"loss": total, "accuracy": n_hits / len(pairs), "n_queries": float(len(pairs))}

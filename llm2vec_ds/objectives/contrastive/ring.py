@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from llm2vec_kernels.info_nce.api import block_gradients, block_log_sum_exp, merge_statistics
+from llm2vec_kernels.info_nce.tiles import Guide
 from torch.autograd.function import once_differentiable
 
 from llm2vec_ds.distributed import all_gather_counts, rank, rotate, world_size
+from llm2vec_ds.objectives.contrastive.texts import Outcome
 
 NOT_HERE = -1
 
@@ -31,28 +33,32 @@ def ring_info_nce(
     scale: torch.Tensor,
     query_id_Q: torch.Tensor,
     score_limit_Q: torch.Tensor | None,
+    guide: Guide | None,
+    hardness: float,
     wire_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss `[Q]` and hit `[Q]` of this rank's queries against all ranks' documents.
+) -> Outcome:
+    """This rank's queries against all ranks' documents.
 
     The first Q documents are the queries' positives. Documents are rounded to `wire_dtype` (on every
-    rank alike); gradients travel in fp32. Ranks may hold different numbers of documents.
+    rank alike); gradients and a guide's vectors travel in fp32. Ranks may hold different numbers of
+    documents.
+
+    Args:
+        guide: of this rank's queries and documents.
     """
-    documents = (document_id_R, query_id_Q, score_limit_Q, wire_dtype)
-    loss_Q, hit_Q = _RingInfoNce.apply(query_QD, document_RD, scale, documents)
-    return loss_Q, hit_Q
+    others = (document_id_R, query_id_Q, score_limit_Q, guide, hardness, wire_dtype)
+    return Outcome(*_RingInfoNce.apply(query_QD, document_RD, scale, others))
 
 
-def _blocks(
-    document_RD: torch.Tensor, document_id_R: torch.Tensor, counts: list[int]
-) -> Iterator[tuple[int, Any, Any]]:
-    """(owner, documents, ids) of every rank, this one first. Each `next` is a rotation of all ranks."""
-    document, ids = _padded(document_RD, max(counts)), _padded(document_id_R, max(counts))
+def _blocks(counts: list[int], *of_documents: torch.Tensor) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """(owner, what each tensor holds of its documents) of every rank, this one first. Each `next` is a
+    rotation of all ranks."""
+    travelling = [_padded(x, max(counts)) for x in of_documents]
     for turn in range(world_size()):
         owner = (rank() - turn) % world_size()
-        yield owner, document[: counts[owner]], ids[: counts[owner]]
+        yield owner, [x[: counts[owner]] for x in travelling]
         if turn + 1 < world_size():
-            document, ids = rotate(document), rotate(ids)
+            travelling = [rotate(x) for x in travelling]
 
 
 def _padded(x: torch.Tensor, n_rows: int) -> torch.Tensor:
@@ -65,35 +71,40 @@ class _RingInfoNce(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query_QD: torch.Tensor, document_RD: torch.Tensor, scale: torch.Tensor, others: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        document_id_R, query_id_Q, limit_Q, wire_dtype = others
-        sent_RD = document_RD.to(wire_dtype)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        document_id_R, query_id_Q, limit_Q, guide, ctx.hardness, wire_dtype = others
         ctx.scale, ctx.counts = float(scale), all_gather_counts(len(document_RD), document_RD.device)
-        blocks = _blocks(sent_RD, document_id_R, ctx.counts)
+        of_documents = [document_RD.to(wire_dtype), document_id_R]
+        of_queries = [query_id_Q, limit_Q]
+        if guide is not None:
+            of_documents.append(guide.document_NG)
+            of_queries += [guide.query_QG, guide.limit_Q]
         each = (
-            block_log_sum_exp(query_QD, block.float(), **_options(ctx, owner, ids, query_id_Q, limit_Q))
-            for owner, block, ids in blocks
+            block_log_sum_exp(query_QD, block.float(), **_options(ctx, owner, of_queries, *own_others))
+            for owner, (block, *own_others) in _blocks(ctx.counts, *of_documents)
         )
         statistics = reduce(merge_statistics, each)
-        ctx.save_for_backward(query_QD, sent_RD, document_id_R, query_id_Q, limit_Q, statistics.lse_Q)
+        ctx.n_of_documents = len(of_documents)
+        ctx.save_for_backward(query_QD, statistics.lse_Q, *of_documents, *of_queries)
         hit_Q = statistics.positive_score_Q > statistics.best_negative_Q
-        ctx.mark_non_differentiable(hit_Q)
-        return statistics.lse_Q - statistics.positive_score_Q, hit_Q
+        ctx.mark_non_differentiable(hit_Q, statistics.guided_Q)
+        return statistics.lse_Q - statistics.positive_score_Q, hit_Q, statistics.guided_Q
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, weight_Q: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        query_QD, sent_RD, document_id_R, query_id_Q, limit_Q, lse_Q = ctx.saved_tensors
+    def backward(ctx: Any, weight_Q: torch.Tensor, *unused: Any) -> tuple[torch.Tensor | None, ...]:
+        query_QD, lse_Q, *others = ctx.saved_tensors
+        of_documents, of_queries = others[: ctx.n_of_documents], others[ctx.n_of_documents :]
         d_query_QD = torch.zeros_like(query_QD)
         d_scale = weight_Q.new_zeros(())
         travelling: torch.Tensor | None = None
-        for owner, block, ids in _blocks(sent_RD, document_id_R, ctx.counts):
+        for owner, (block, *own_others) in _blocks(ctx.counts, *of_documents):
             own = block_gradients(
                 query_QD,
                 block.float(),
                 lse_Q=lse_Q,
                 weight_Q=weight_Q,
-                **_options(ctx, owner, ids, query_id_Q, limit_Q),
+                **_options(ctx, owner, of_queries, *own_others),
             )
             d_query_QD += own.d_query_QD
             d_scale += own.d_scale
@@ -103,18 +114,25 @@ class _RingInfoNce(torch.autograd.Function):
             if arrived is not None:
                 travelling += arrived
         assert travelling is not None
-        d_document_RD = rotate(travelling)[: len(sent_RD)]
+        d_document_RD = rotate(travelling)[: len(of_documents[0])]
         return d_query_QD, d_document_RD, d_scale, None
 
 
 def _options(
-    ctx: Any, owner: int, ids: torch.Tensor, query_id_Q: torch.Tensor, limit_Q: torch.Tensor | None
+    ctx: Any,
+    owner: int,
+    of_queries: list[Any],
+    document_id_N: torch.Tensor,
+    guide_NG: torch.Tensor | None = None,
 ) -> dict[str, Any]:
+    query_id_Q, score_limit_Q, *guide = of_queries
     row_Q = torch.arange(len(query_id_Q), device=query_id_Q.device)
     return {
         "scale": ctx.scale,
+        "hardness": ctx.hardness,
         "positive_Q": row_Q if owner == rank() else torch.full_like(row_Q, NOT_HERE),
         "query_id_Q": query_id_Q,
-        "document_id_N": ids,
-        "score_limit_Q": limit_Q,
+        "document_id_N": document_id_N,
+        "score_limit_Q": score_limit_Q,
+        "guide": None if guide_NG is None else Guide(guide[0], guide_NG, guide[1]),
     }

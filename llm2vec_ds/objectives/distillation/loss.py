@@ -9,24 +9,20 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from llm2vec_ds.distributed import all_gather_counts, gather_rows, rank
+from llm2vec_ds.objectives.similarities import TaughtTexts, similarity_loss
 from llm2vec_ds.recipe.objectives import DistilConfig
 
 Number = TypeVar("Number", float, torch.Tensor)
-
-ROWS_PER_BLOCK = 1024
-"""Rows of scores that are held at once; backward computes them again."""
 
 
 class DistillationLoss:
     """w_v · mean_i v(W s_i, t_i) + w_s · mean_i r(row i of the student's cosines, of the teacher's).
 
-    v is 1 − cosine or the mean squared difference. r compares the cosines of text i with all texts j ≠ i of
-    the global batch: KL(softmax(teacher / τ) ‖ softmax(student / τ)) (cf. Fang et al., 2021, arXiv
-    2101.04731), or the mean squared difference (cf. Tung and Mori, 2019, arXiv 1907.09682). The means run
-    over all ranks' texts, so neither value nor gradient depends on how ranks share the batch.
+    v is 1 − cosine or the mean squared difference. r is `similarity_loss` of text i with all texts j ≠ i of
+    the global batch. The means run over all ranks' texts, so neither value nor gradient depends on how ranks
+    share the batch.
     """
 
     def __init__(self, config: DistilConfig) -> None:
@@ -61,36 +57,9 @@ class DistillationLoss:
 
     def _similarities(self, student_QD: torch.Tensor, teacher_QT: torch.Tensor) -> torch.Tensor:
         student_QD, teacher_QT = (F.normalize(x.float(), dim=-1) for x in (student_QD, teacher_QT))
-        student_ND, teacher_NT = gather_rows(student_QD), gather_rows(teacher_QT)
-        first = sum(all_gather_counts(len(student_QD), student_QD.device)[: rank()])
-        own_Q = first + torch.arange(len(student_QD), device=student_QD.device)
-        blocks = zip(
-            student_QD.split(ROWS_PER_BLOCK),
-            teacher_QT.split(ROWS_PER_BLOCK),
-            own_Q.split(ROWS_PER_BLOCK),
-            strict=True,
-        )
-        losses = [
-            checkpoint(self._rows, *block, student_ND, teacher_NT, use_reentrant=False) for block in blocks
-        ]
-        return torch.cat(losses)
-
-    def _rows(
-        self,
-        student_QD: torch.Tensor,
-        teacher_QT: torch.Tensor,
-        own_Q: torch.Tensor,
-        student_ND: torch.Tensor,
-        teacher_NT: torch.Tensor,
-    ) -> torch.Tensor:
-        """Loss `[Q]` of some rows of the scores; `own_Q`: each text's place among all, left out."""
-        student_QN, teacher_QN = student_QD @ student_ND.T, teacher_QT @ teacher_NT.T
-        is_own = own_Q[:, None] == torch.arange(len(student_ND), device=own_Q.device)
-        if self.config.similarity_loss == "mse":
-            difference = (student_QN - teacher_QN).masked_fill(is_own, 0.0)
-            return difference.square().sum(-1) / (len(student_ND) - 1)
-        wanted, found = (
-            (scores / self.config.temperature).masked_fill(is_own, -torch.inf).log_softmax(-1)
-            for scores in (teacher_QN, student_QN)
-        )
-        return (wanted.exp() * (wanted - found).masked_fill(is_own, 0.0)).sum(-1)
+        counts = all_gather_counts(len(student_QD), student_QD.device)
+        place_N = torch.arange(sum(counts), device=student_QD.device)
+        own_Q = place_N[sum(counts[: rank()]) :][: len(student_QD)]
+        rows = TaughtTexts(student_QD, teacher_QT, own_Q)
+        columns = TaughtTexts(gather_rows(student_QD), gather_rows(teacher_QT), place_N)
+        return similarity_loss(rows, columns, self.config.similarity_loss, self.config.temperature)

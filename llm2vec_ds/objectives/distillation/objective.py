@@ -31,14 +31,11 @@ from llm2vec_ds.objectives.base import (
     equal_count,
 )
 from llm2vec_ds.objectives.contrastive.embedding_cache import vectors_loss_backward
+from llm2vec_ds.objectives.distillation.contrast import Contrast
 from llm2vec_ds.objectives.distillation.loss import DistillationLoss
-from llm2vec_ds.objectives.distillation.teacher_vectors import (
-    TeacherVectors,
-    prepare_teacher,
-    section_of,
-    teacher_folder,
-)
+from llm2vec_ds.objectives.distillation.teacher import prepare_teacher, section_of, teacher_folder
 from llm2vec_ds.objectives.spread import are_alike, spread
+from llm2vec_ds.objectives.teacher_vectors import TeacherVectors
 from llm2vec_ds.recipe.objectives import DistilConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -78,7 +75,7 @@ class Distillation(Objective):
 
     def planned_work(self, recipe: Recipe) -> PlannedWork:
         """The projection is left out: the teacher's width is not known before its vectors are."""
-        return PlannedWork(documents_per_row=1)
+        return PlannedWork(texts_per_row=Contrast(section_of(recipe)).n_copies, documents_per_row=1)
 
 
 class DistillationModel(nn.Module):
@@ -136,23 +133,37 @@ class TaughtTexts:
 
 
 class PackedTexts:
-    """Some texts as packed micro-batches on the CPU, with the teacher's vectors.
+    """Some texts, or two copies of each, as packed micro-batches on the CPU, with the teacher's vectors.
 
     Attributes:
-        groups: places of the texts in each micro-batch; `order`: of all, one micro-batch after the other.
-        teacher: `[texts, T]` in that order.
+        groups: places of the copies in each micro-batch: the first copies of all texts come first.
+        teacher: `[texts, T]`.
+        ids: int64 `[texts]`, equal for equal texts on every rank.
     """
 
-    def __init__(self, source: TaughtTexts, rows: np.ndarray, max_tokens: int, device: torch.device) -> None:
-        texts = source.texts[rows]
+    def __init__(
+        self, source: TaughtTexts, rows: np.ndarray, max_tokens: int, device: torch.device, n_copies: int = 1
+    ) -> None:
+        own = source.texts[rows]
+        texts = own * n_copies
+        self.rows, self.n_texts = rows, len(own)
         self.groups = plan_micro_batches([len(text) for text in texts], max_tokens)
         self.batches = [pack([texts[i] for i in group]).ready_for(device) for group in self.groups]
-        self.order = np.concatenate(self.groups)
-        hashes = np.array([text.text_hash for text in texts], dtype=np.int64)[self.order]
-        self.teacher = source.teacher[hashes]
+        self._place = torch.from_numpy(np.argsort(np.concatenate(self.groups)))
+        hashes = np.array([text.text_hash for text in own], dtype=np.int64)
+        self.ids, self.teacher = torch.from_numpy(hashes), source.teacher[hashes]
         self.n_distinct = len(np.unique(hashes))
         if not bool(self.teacher.isfinite().all()):
             raise UserError("distil.teacher has vectors that are not finite: encode its texts again")
+
+    def copies(self, found: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of each copy `[texts, …]`, from those of all micro-batches in their order."""
+        return found[self._place.to(found.device)].split(self.n_texts)
+
+    def rows_of(self, group: int) -> list[int]:
+        """Rows of the texts in a micro-batch."""
+        found: list[int] = self.rows[np.unique(self.groups[group] % self.n_texts)].tolist()
+        return found
 
 
 class DistillationStage:
@@ -172,13 +183,16 @@ class DistillationStage:
         self.seed, self.micro_batch_tokens = recipe.seed, recipe.batch.micro_batch_tokens
         self.global_batch = EpochBatches(len(training), recipe.batch.global_batch_size, recipe.seed)
         self.loss = DistillationLoss(section_of(recipe))
+        self.contrast = Contrast(section_of(recipe))
 
     def text(self, row: int) -> TokenizedText:
         (text,) = self.training.texts[[row]]
         return text
 
     def batches(self, step: int, rows: np.ndarray) -> PackedTexts:
-        return PackedTexts(self.training, rows, self.micro_batch_tokens, self.encoder.device)
+        return PackedTexts(
+            self.training, rows, self.micro_batch_tokens, self.encoder.device, self.contrast.n_copies
+        )
 
     def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
         return pack(texts)
@@ -188,12 +202,14 @@ class DistillationStage:
     ) -> StepResult:
         device, packed = self.encoder.device, batches
         n_passes, n_global = equal_count(packed.groups, device), self._n_global(packed)
-        parts = torch.zeros(2, device=device)
+        parts = torch.zeros(3, device=device)
 
         def loss_share(found: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-            shares = self._shares(found, packed, n_global)
-            parts.copy_(shares.detach())
-            share: torch.Tensor = self.loss.weighted(*shares.unbind())
+            copies = packed.copies(found)
+            shares = self._shares(copies[0], packed, n_global)
+            contrast = self.contrast([copy[:, : self.encoder.dimensions] for copy in copies], packed.ids)
+            parts.copy_(torch.cat([shares, contrast[None]]).detach())
+            share: torch.Tensor = self.loss.weighted(*shares.unbind()) + self.contrast.weight * contrast
             return share
 
         found, _ = vectors_loss_backward(
@@ -201,22 +217,23 @@ class DistillationStage:
             [batch.to(device) for batch in packed.batches],
             [dropout_seed(self.seed, step, rank(), index) for index in range(n_passes)],
             loss_share,
-            lambda scalar, index, last: backward(scalar, rows=rows[packed.groups[index]].tolist(), last=last),
+            lambda scalar, index, last: backward(scalar, rows=packed.rows_of(index), last=last),
             n_passes=n_passes,
         )
-        vectors = found[:, : self.encoder.dimensions]
-        sums = all_reduce_sum(torch.cat([parts, spread(vectors, packed.n_distinct)]))
-        vector, similarity, *distance = sums.tolist()
+        copies = [copy[:, : self.encoder.dimensions] for copy in packed.copies(found)]
+        sums = all_reduce_sum(torch.cat([parts, spread(copies[0], packed.n_distinct)]))
+        vector, similarity, contrast, *distance = sums.tolist()
 
         def bad_rows() -> list[int]:
-            bad = ~vectors.isfinite().all(-1).cpu().numpy()
-            found_rows: list[int] = rows[packed.order[bad]].tolist()
+            bad = ~torch.stack(copies).isfinite().all(-1).all(0).cpu().numpy()
+            found_rows: list[int] = rows[bad].tolist()
             return found_rows
 
+        own = {"simcse_loss": contrast} if self.contrast.weight else {}
         return StepResult(
-            loss=self.loss.weighted(vector, similarity),
+            loss=self.loss.weighted(vector, similarity) + self.contrast.weight * contrast,
             n_tokens=sum(batch.n_tokens for batch in packed.batches),
-            metrics={"vector_loss": vector, "similarity_loss": similarity},
+            metrics={"vector_loss": vector, "similarity_loss": similarity, **own},
             bad_rows=bad_rows,
             vectors_alike=are_alike(*distance),
         )
@@ -233,16 +250,17 @@ class DistillationStage:
             own = index < len(packed.groups)
             vectors, _ = forward(packed.batches[index if own else 0].to(device))
             found += [vectors] if own else []
-        shares = self._shares(torch.cat(found), packed, self._n_global(packed))
+        (own_vectors,) = packed.copies(torch.cat(found))
+        shares = self._shares(own_vectors, packed, self._n_global(packed))
         vector, similarity = all_reduce_sum(shares).tolist()
         loss = self.loss.weighted(vector, similarity)
         return {"loss": loss, "vector_loss": vector, "similarity_loss": similarity}
 
     def _n_global(self, packed: PackedTexts) -> torch.Tensor:
-        return all_reduce_sum(torch.tensor(float(len(packed.order)), device=self.encoder.device))
+        return all_reduce_sum(torch.tensor(float(packed.n_texts), device=self.encoder.device))
 
     def _shares(self, found: torch.Tensor, packed: PackedTexts, n_global: torch.Tensor) -> torch.Tensor:
-        """Of the model's outcome for all micro-batches in their order."""
+        """Of the model's outcome for each text."""
         width, teacher = self.encoder.dimensions, packed.teacher.to(found.device)
         if self.model.projection is not None:
             return self.loss(found[:, :width], found[:, width:], teacher, n_global)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from llm2vec_ds.batch import PackedBatch
-from llm2vec_ds.data.batches import SourceBatches, rank_slice
+from llm2vec_ds.data.batches import rank_slice
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.pairs import PreparedPairs
 from llm2vec_ds.data.prepare import PreparedTexts
@@ -108,12 +108,7 @@ class ScoreStage:
         held_out_path = recipe.data.held_out_path
         self.held_out_table = ScoreTable(score_folder(recipe, held_out_path)) if held_out_path else None
         self.seed, self.micro_batch_tokens = recipe.seed, recipe.batch.micro_batch_tokens
-        self.global_batch = SourceBatches(
-            tuple(pairs.group_sizes.values()),
-            recipe.batch.global_batch_size,
-            recipe.seed,
-            recipe.data.pairs.sampling_temperature,
-        )
+        self.global_batch = pairs.batches(recipe)
 
     def text(self, row: int) -> TokenizedText:
         (example,) = self.pairs[[row]]

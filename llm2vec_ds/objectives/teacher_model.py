@@ -1,4 +1,4 @@
-"""The model that teaches: text in, vectors out."""
+"""A model that teaches or guides: text in, vectors out."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ Encode = Callable[[list[str]], np.ndarray]
 TEXTS_PER_PASS = 32
 
 
-def load_teacher(path: str, prompt: str | None, device: torch.device) -> Encode:
+def load_teacher(path: str, key: str, prompt: str | None, device: torch.device) -> Encode:
     """An encoder of this toolkit, else a sentence-transformers model.
 
     Args:
+        key: the recipe's key that names it.
         prompt: put before each text; of an encoder of this toolkit its instruction, which is not pooled.
 
     Raises:
@@ -32,10 +33,10 @@ def load_teacher(path: str, prompt: str | None, device: torch.device) -> Encode:
     """
     if (Path(path) / SETTINGS_FILE).is_file():
         encoder = Encoder.from_pretrained(path, device=device)
-        log.info("teacher %s: an encoder of this toolkit", path)
+        log.info("%s %s: an encoder of this toolkit", key, path)
         return lambda texts: encoder.encode(texts, instruction=prompt)
-    model = load_sentence_transformer(path, "distil.teacher", device)
-    log.info("teacher %s: sentence-transformers, %s", path, ", ".join(type(m).__name__ for m in model))
+    model = load_sentence_transformer(path, key, device)
+    log.info("%s %s: sentence-transformers, %s", key, path, ", ".join(type(m).__name__ for m in model))
 
     def encode(texts: list[str]) -> np.ndarray:
         found = model.encode(texts, prompt=prompt, batch_size=TEXTS_PER_PASS, show_progress_bar=False)

@@ -1,0 +1,134 @@
+"""A guide's vectors of examples, and a tally of the negatives that it leaves out.
+
+Which negatives those are: `texts.Limits`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from llm2vec_ds.data.pairs import PreparedPairs, find_pair_sources
+from llm2vec_ds.data.prompts import Prompt, TokenizedText
+from llm2vec_ds.data.sources import find_source, stream_pairs
+from llm2vec_ds.distributed import all_reduce_sum
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.objectives.contrastive.info_nce import PairGuide
+from llm2vec_ds.objectives.teacher_vectors import TeacherVectors, Wanted, vectors_root
+from llm2vec_ds.recipe.objectives import SupervisedConfig
+from llm2vec_ds.recipe.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+QUERIES, DOCUMENTS = "queries", "documents"
+
+
+def wanted_of_guide(recipe: Recipe) -> list[Wanted]:
+    """Vectors of the training data's queries and of their documents; none without a guide."""
+    config = recipe.objective
+    assert isinstance(config, SupervisedConfig)
+    if config.guide is None:
+        return []
+    prompts = {QUERIES: config.guide_query_prompt, DOCUMENTS: config.guide_document_prompt}
+    return [_wanted(recipe, config.guide, role, prompt) for role, prompt in prompts.items()]
+
+
+def _wanted(recipe: Recipe, guide: str, role: str, prompt: str | None) -> Wanted:
+    data, pairs = recipe.data, recipe.data.pairs
+    assert pairs is not None
+
+    def texts() -> Iterator[tuple[int, str]]:
+        for source in find_pair_sources(data, data.path):
+            given = source.instructions
+            for query, *documents in stream_pairs(
+                find_source(source.path), pairs, Counter(), bad_rows=data.bad_rows
+            ):
+                own = [query] if role == QUERIES else documents
+                instruction = given.query if role == QUERIES else given.document
+                yield from ((Prompt(instruction, text).hash(), text) for text in own if text.strip())
+
+    instructions = [
+        [source.name, source.instructions.query, source.instructions.document]
+        for source in find_pair_sources(data, data.path)
+    ]
+    columns = pairs.model_dump(exclude={"instructions", "positives", "sampling_temperature"})
+    identity = [find_source(data.path).identity(), columns, instructions, role]
+    return Wanted(guide, f"{recipe.stage}.guide", prompt, texts, identity, vectors_root(data))
+
+
+class GuideVectors:
+    """The guide's vectors of the training data, memory-mapped."""
+
+    def __init__(self, recipe: Recipe, pairs: PreparedPairs) -> None:
+        """Raises UserError where a text of `pairs` has no vector."""
+        wanted = wanted_of_guide(recipe)
+        self.queries, self.documents = (TeacherVectors(each.folder) for each in wanted)
+        for vectors, hashes, role in zip(
+            (self.queries, self.documents), pairs.text_hashes(), (QUERIES, DOCUMENTS), strict=True
+        ):
+            known = vectors.known(hashes)
+            if not known.all():
+                raise UserError(
+                    f"{wanted[0].key} has no vector of {np.count_nonzero(~known)} of the {len(known)} {role} "
+                    f"of data.path: encode these texts with the guide, or name a model as {wanted[0].key}"
+                )
+
+    def __call__(self, examples: Sequence[Sequence[TokenizedText]]) -> PairGuide:
+        """On the CPU: of queries, positives, and hard negatives, example by example."""
+        parts = (
+            (self.queries, [example[0] for example in examples]),
+            (self.documents, [example[1] for example in examples]),
+            (self.documents, [text for example in examples for text in example[2:]]),
+        )
+        found = (
+            vectors[np.array([text.text_hash for text in texts], dtype=np.int64)] for vectors, texts in parts
+        )
+        return PairGuide(*(self._unit(vectors) for vectors in found))
+
+    def _unit(self, vectors: torch.Tensor) -> torch.Tensor:
+        if not bool(vectors.isfinite().all()):
+            raise UserError("the guide has vectors that are not finite: encode its texts again")
+        return F.normalize(vectors, dim=-1)
+
+
+class Tally:
+    """How many negatives the guide has left out by source, since this process began."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.total = np.zeros((2, len(self.names)))
+        self.n_steps = 0
+
+    def add(self, source_Q: torch.Tensor, guided_Q: torch.Tensor, others_Q: torch.Tensor) -> dict[str, float]:
+        """Metrics of one step, for the sources that are in it. All ranks call this together.
+
+        Args:
+            source_Q: the number of each query's source.
+            guided_Q: how many documents the guide leaves out.
+            others_Q: how many documents there are beside the query's own positive.
+        """
+        own = torch.zeros(2, len(self.names), dtype=torch.float64, device=guided_Q.device)
+        own.index_add_(1, source_Q, torch.stack([guided_Q, others_Q]).double())
+        step = all_reduce_sum(own).cpu().numpy()
+        self.total += step
+        self.n_steps += 1
+        if self.n_steps & (self.n_steps - 1) == 0:  # a few lines, whatever the length of the run
+            log.info("the guide has left out, in %s steps: %s", self.n_steps, self._shown())
+        metrics: dict[str, float] = {}
+        for name, out, others in zip(self.names, *step.tolist(), strict=True):
+            if others:
+                metrics |= {f"guided_out/{name}": out, f"negatives/{name}": others}
+        return metrics
+
+    def _shown(self) -> str:
+        shown = (
+            f"{out:.0f} of {others:.0f} negatives of {name} ({out / others:.1%})"
+            for name, out, others in zip(self.names, *self.total.tolist(), strict=True)
+            if others
+        )
+        return ", ".join(shown) or "nothing, for there was no negative"

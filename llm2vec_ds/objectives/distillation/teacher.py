@@ -1,0 +1,50 @@
+"""The teacher's vectors of a recipe's texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from llm2vec_ds.data.prompts import Prompt
+from llm2vec_ds.data.sources import find_source, stream_texts
+from llm2vec_ds.objectives.teacher_vectors import Wanted, keep_vectors, vectors_root
+from llm2vec_ds.recipe.objectives import DistilConfig
+from llm2vec_ds.recipe.recipe import Recipe
+
+
+def prepare_teacher(recipe: Recipe, path: str | list[str]) -> Path:
+    """The folder of the teacher's vectors for the texts of `path`; made if it is not there yet, or damaged.
+
+    Raises:
+        UserError: as `keep_vectors`.
+    """
+    return keep_vectors(_wanted(recipe, path))
+
+
+def teacher_folder(recipe: Recipe, path: str | list[str]) -> Path:
+    """Where the vectors for the texts of `path` are kept."""
+    return _wanted(recipe, path).folder
+
+
+def section_of(recipe: Recipe) -> DistilConfig:
+    assert isinstance(recipe.objective, DistilConfig)
+    return recipe.objective
+
+
+def _wanted(recipe: Recipe, path: str | list[str]) -> Wanted:
+    config, data = section_of(recipe), recipe.data
+
+    def texts() -> Iterator[tuple[int, str]]:
+        for text in stream_texts(find_source(path), data.text_column, Counter(), whole=False):
+            if text.strip():
+                yield Prompt(data.instruction, text).hash(), text
+
+    return Wanted(
+        config.teacher,
+        "distil.teacher",
+        config.teacher_prompt,
+        texts,
+        [find_source(path).identity(), data.text_column, data.instruction],
+        vectors_root(data),
+    )

@@ -1,0 +1,218 @@
+"""Another model's vectors on the disk, found by text: made once, memory-mapped by every rank.
+
+    texts ─► hashes.npy, of each text once ─► vectors.npy grows block by block, a note says how far ─► the
+                                              folder's name
+
+A folder is keyed by model, prompt, and the texts with their instructions. Of vectors that `encode` wrote only
+hashes and rows are made; they are mapped where they lie.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llm2vec_ds.data.prompts import Prompt
+from llm2vec_ds.data.sources import Source, find_source
+from llm2vec_ds.data.text_rows import TextRows
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.objectives.teacher_model import Encode, load_teacher
+from llm2vec_ds.recipe.sections import DataConfig
+from llm2vec_ds.storage.cache_folder import cache_root
+from llm2vec_ds.storage.durable import replace_json, write_at
+from llm2vec_ds.storage.fingerprint import key_of
+from llm2vec_ds.storage.kept_folder import keep, read_kept
+from llm2vec_ds.storage.reading import read_json
+from llm2vec_ds.vectors.files import VECTOR_FORMATS, VectorNote, load_vectors, vector_files
+
+HASHES, ROWS = "hashes.npy", "rows.npy"
+FORMAT_VERSION = 2
+TEXTS_PER_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Vectors that a recipe wants.
+
+    Attributes:
+        teacher: a model, or vectors that `encode` wrote; `key`: of the recipe, which names it.
+        prompt: put before each text, for the model.
+        texts: calls for (hash, text) of each text to be found, in one order.
+        identity: what changes with them.
+        root: where folders of vectors are kept.
+    """
+
+    teacher: str
+    key: str
+    prompt: str | None
+    texts: Callable[[], Iterator[tuple[int, str]]]
+    identity: list[Any]
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where the vectors are kept."""
+        if _are_vectors(self.teacher):
+            parts: list[Any] = ["vectors", Source(tuple(vector_files(self.teacher))).identity()]
+        else:
+            parts = ["model", self.teacher, _files_below(self.teacher), self.prompt]
+        return self.root / f"teacher-{key_of(*parts, self.identity, version=FORMAT_VERSION)}"
+
+
+class TeacherVectors:
+    """Vectors `[texts, width]` by text hash."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError where a file is damaged or gone."""
+        kept = read_kept(folder)
+        self.fingerprint = kept.fingerprint
+        self._parts = [load_vectors(folder / name) for name in kept.files if name not in (HASHES, ROWS)]
+        self._starts = np.cumsum([0, *map(len, self._parts)])
+        hashes, rows = (np.load(folder / name) for name in (HASHES, ROWS))
+        order = np.argsort(hashes)
+        self._hashes, self._rows = hashes[order], rows[order]
+        self.width = int(self._parts[0].shape[1])
+
+    def known(self, hashes: np.ndarray) -> np.ndarray:
+        """Which of `hashes [N]` have a vector, bool."""
+        return np.isin(hashes, self._hashes)
+
+    def __getitem__(self, hashes: np.ndarray) -> torch.Tensor:
+        """Vectors of known `hashes [N]`, `[N, width]` fp32."""
+        rows = self._rows[np.searchsorted(self._hashes, hashes)]
+        found = np.empty((len(rows), self.width), dtype=np.float32)
+        parts = np.searchsorted(self._starts, rows, side="right") - 1
+        for part in np.unique(parts):
+            own = parts == part
+            found[own] = self._parts[part][rows[own] - self._starts[part]]
+        return torch.from_numpy(found)
+
+
+def keep_vectors(wanted: Wanted) -> Path:
+    """The folder of the vectors; made if it is not there yet, or damaged.
+
+    Raises:
+        UserError: the model cannot be loaded, or its vectors cannot be read or written.
+    """
+    folder = wanted.folder
+    keep(folder, f"vectors of {wanted.key}", lambda unfinished: _Making(wanted, unfinished).run())
+    return folder
+
+
+def vectors_root(data: DataConfig) -> Path:
+    """Where vectors for these data are kept."""
+    return Path(data.prepared_dir) if data.prepared_dir else cache_root() / "prepared"
+
+
+def _are_vectors(teacher: str) -> bool:
+    path = Path(teacher)
+    return path.suffix in VECTOR_FORMATS or (path.is_dir() and any(path.glob("shard-*")))
+
+
+def _files_below(folder: str) -> list[Any]:
+    """Names, sizes and times of change of all files in a model's folder; nothing of a hub id."""
+    files = (
+        sorted(file for file in Path(folder).rglob("*") if file.is_file()) if Path(folder).is_dir() else []
+    )
+    return [[str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+class _Making:
+    """One folder in the making."""
+
+    def __init__(self, wanted: Wanted, unfinished: Path) -> None:
+        self.wanted, self.unfinished = wanted, unfinished
+        self.hashes, self.rows = unfinished / HASHES, unfinished / ROWS
+        self.vectors = unfinished / "vectors.npy"
+        self.progress = unfinished / "progress.json"
+
+    def run(self) -> list[str]:
+        files = self._of_vectors() if _are_vectors(self.wanted.teacher) else self._of_model()
+        self.progress.unlink(missing_ok=True)
+        return [HASHES, ROWS, *files]
+
+    def _of_vectors(self) -> list[str]:
+        """Which of the texts that the vectors' note names are wanted, whatever instruction those have."""
+        teacher, key = self.wanted.teacher, self.wanted.key
+        files = vector_files(teacher)
+        note = VectorNote.read(files[0])
+        if files[0].suffix != ".npy" or note is None or note.input == "-":
+            raise UserError(
+                f"{key} {teacher}: the texts of these vectors are not known: write .npy files with "
+                "llm2vec-ds encode, from a file of texts"
+            )
+        if self.wanted.prompt is not None:
+            raise UserError(
+                f"{key} {teacher} holds vectors that are there already, so that a prompt for it changes "
+                "nothing: leave the prompt out"
+            )
+        rows = TextRows(find_source(note.input, f"the input of {teacher}"), note.text_column, 0, note.n_rows)
+        bare = np.fromiter((-1 if text is None else _bare(text) for text in rows), dtype=np.int64)
+        if len(bare) != note.n_rows:
+            raise UserError(
+                f"{key} {teacher}: {note.input} has {len(bare)} texts now, and had {note.n_rows}: "
+                "encode it again"
+            )
+        known, row = np.unique(bare, return_index=True)
+        wanted = np.fromiter(
+            ((found, _bare(text)) for found, text in self.wanted.texts()), dtype=np.dtype((np.int64, 2))
+        ).reshape(-1, 2)
+        _, first = np.unique(wanted[:, 0], return_index=True)
+        wanted = wanted[first]
+        wanted = wanted[np.isin(wanted[:, 1], known)]
+        np.save(self.hashes, wanted[:, 0])
+        np.save(self.rows, row[np.searchsorted(known, wanted[:, 1])])
+        return [str(file.resolve()) for file in files]
+
+    def _of_model(self) -> list[str]:
+        n_done = read_json(self.progress, int, f"remove {self.unfinished}") if self.progress.exists() else 0
+        if not n_done:
+            hashes = np.fromiter((found for found, _ in self.wanted.texts()), dtype=np.int64)
+            _, first = np.unique(hashes, return_index=True)
+            np.save(self.hashes, hashes[np.sort(first)])
+            np.save(self.rows, np.arange(len(first)))
+        hashes = np.load(self.hashes)
+        if n_done < len(hashes):
+            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+            wanted = self.wanted
+            encode = load_teacher(wanted.teacher, wanted.key, wanted.prompt, device or torch.device("cpu"))
+            texts = islice(self._each_once(hashes), n_done, None)
+            with tqdm(total=len(hashes), initial=n_done, desc=wanted.key, unit="text", disable=None) as bar:
+                self._encode(texts, encode, n_done, len(hashes), bar)
+        return [self.vectors.name]
+
+    def _each_once(self, hashes: np.ndarray) -> Iterator[str]:
+        """The text of each hash, which are those of all texts in the order of their first appearance."""
+        next_of = iter(hashes.tolist())
+        due = next(next_of, None)
+        for found, text in self.wanted.texts():
+            if found == due:
+                yield text
+                due = next(next_of, None)
+
+    def _encode(self, texts: Iterator[str], encode: Encode, n_done: int, n_texts: int, bar: Any) -> None:
+        for text in texts:
+            vectors = encode([text, *islice(texts, TEXTS_PER_BLOCK - 1)])
+            if not n_done:
+                shape = (n_texts, vectors.shape[1])
+                np.lib.format.open_memmap(self.vectors, mode="w+", dtype=np.float32, shape=shape)
+            if not np.isfinite(vectors).all():
+                raise UserError(f"{self.wanted.key} {self.wanted.teacher} gives vectors that are not finite")
+            # Written, not assigned through the map: there a full disk would be a bus error.
+            place = -(n_texts - n_done) * vectors.shape[1] * vectors.itemsize
+            write_at(self.vectors, vectors.tobytes(), place, os.SEEK_END)
+            n_done += len(vectors)
+            replace_json(self.progress, n_done)
+            bar.update(len(vectors))
+
+
+def _bare(text: str) -> int:
+    return Prompt(None, text).hash()
