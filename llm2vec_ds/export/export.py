@@ -21,8 +21,8 @@ import torch
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import Prompt, Template, TokenizedText, tokenize, truncate
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.of_run import check_is_of_finished_run, encoder_of
 from llm2vec_ds.encoder.settings import EncoderSettings
-from llm2vec_ds.engine.run_folder import ENCODER, check_is_of_finished_run
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.export.card import copy_licence_files, licence, origin, write_card
 from llm2vec_ds.export.checked import checked_texts, compare
@@ -97,11 +97,11 @@ def find_encoder(source: Path) -> Path:
     Raises:
         UserError: there is none, or it is not of the run that the folder describes.
     """
-    for folder in (source / ENCODER, source):
-        if (folder / "config.json").is_file():
-            check_is_of_finished_run(folder)
-            return folder
-    raise UserError(f"{source} holds no encoder: give a run's folder, a demo's, or an encoder folder")
+    folder = Path(encoder_of(str(source)))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{source} holds no encoder: give a run's folder, a demo's, or an encoder folder")
+    check_is_of_finished_run(folder)
+    return folder
 
 
 def limits(encoder: Encoder, as_modules: Plan | None) -> list[str]:

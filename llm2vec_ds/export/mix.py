@@ -12,7 +12,6 @@ import torch
 
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.export.export import find_encoder
 from llm2vec_ds.storage.durable import replace_json
 
 log = logging.getLogger(__name__)
@@ -131,9 +130,8 @@ def _check(
 
 
 def _load(source: str, like: Encoder | None) -> Encoder:
-    path = find_encoder(Path(source)) if Path(source).is_dir() else source
     causal = None if like is None else like.causal
-    return Encoder.from_pretrained(path, precision="fp32", device="cpu", causal=causal)
+    return Encoder.from_pretrained(source, precision="fp32", device="cpu", causal=causal)
 
 
 def _state(encoder: Encoder) -> Tensors:
