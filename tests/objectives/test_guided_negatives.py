@@ -77,6 +77,8 @@ def vectors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         positive = query + torch.randn(N_QUERIES, width, dtype=torch.float64)
         negative = query[NEGATIVE_OF] + torch.randn(len(NEGATIVE_OF), width, dtype=torch.float64)
         found.append([query, positive, negative])
+    # For the guide, query 6 is nearer to the positive of 4, in whose group it is, than to its own.
+    found[1][1][4] = found[1][0][6] + 0.1 * found[1][1][4]
     scale = torch.tensor(5.0)
     own = [x.to(dtype).requires_grad_() for x in (*found[0], scale)]
     return [*own, *(F.normalize(x, dim=-1).to(dtype) for x in found[1])]

@@ -24,8 +24,8 @@ def against_own_negatives(
     limits: Limits,
     hardness: float,
 ) -> Outcome:
-    """log Σ exp(score − positive's score) over a query's positive and its negatives that count, which hardness
-    weights.
+    """log Σ exp(score − positive's score) over a query's positive and its negatives that count; hardness
+    weights these.
 
     Args:
         positives: of the queries, one each.
