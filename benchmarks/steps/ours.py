@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from llm2vec_ds.engine.build import build_stage
 from llm2vec_ds.engine.run import train
+from llm2vec_ds.engine.trainer import Trainer
 from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 from steps.meter import StepMeter
 
@@ -25,7 +27,6 @@ def recipe_of(stage: str, model: Path, data: Path, folder: Path, values: dict[st
         "output_dir": str(folder / "run"),
         "overwrite": True,
         "checkpoint": {"every_steps": 0},
-        "evaluation": {"every_steps": 1},
         "adapter": ADAPTER,
         "optimizer": {"lr": 1e-4, "schedule": "constant"},
     }
@@ -39,7 +40,15 @@ def recipe_of(stage: str, model: Path, data: Path, folder: Path, values: dict[st
 def measured_run(recipe: Recipe, meter: StepMeter) -> dict[str, Any]:
     """Trains as many steps as the meter wants; its figures, the first losses, and tokens a step."""
     recipe = recipe.model_copy(update={"max_steps": meter.n_steps})
-    run = train(recipe, meter.boundary)
+    measure: Any = Trainer._measure  # which is called before the first step and after each
+
+    def at_boundary(trainer: Trainer, *arguments: Any) -> float | None:
+        meter.boundary()
+        found: float | None = measure(trainer, *arguments)
+        return found
+
+    with patch.object(Trainer, "_measure", at_boundary):
+        run = train(recipe)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figures = meter.figures()
     tokens = rows[-1]["n_tokens"]

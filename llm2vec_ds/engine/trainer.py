@@ -210,13 +210,14 @@ class Trainer:
         evaluation = self.recipe.evaluation
         evaluation_due = evaluation is not None and self._is_due(step, evaluation.every_steps)
         metrics: dict[str, float] = {}
-        averaged = self.average.in_place() if self.average is not None else nullcontext()
-        with contact("the measurement"), averaged if held_out_due or evaluation_due else nullcontext():
-            self.engine.train(False)
-            if held_out_due:
-                metrics |= self.stage.held_out(self.engine.forward) or {}
-            if evaluation_due and self.evaluation is not None:
-                metrics |= self.evaluation(self.stage.encoder)
+        if held_out_due or evaluation_due:  # else the mode stays: a change of it walks over all modules
+            averaged = self.average.in_place() if self.average is not None else nullcontext()
+            with contact("the measurement"), averaged:
+                self.engine.train(False)
+                if held_out_due:
+                    metrics |= self.stage.held_out(self.engine.forward) or {}
+                if evaluation_due and self.evaluation is not None:
+                    metrics |= self.evaluation(self.stage.encoder)
         if metrics:
             log_rows.held_out({"step": step, **metrics})
             self.engine.write_metrics({f"held_out/{k}": v for k, v in metrics.items()}, step)
