@@ -22,7 +22,7 @@ from tests.support.model_commands import CASES, Case
 from tests.support.planted import PLANTS, Plant
 from tests.support.runs import ROOT, recipe, write_recipe
 
-WITHOUT_A_MODEL = {"doctor"}
+WITHOUT_A_MODEL = {"doctor", "init"}
 """It trains a model that it builds itself."""
 
 
