@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
             "export runs/smoke_simcse --output exported",
             "export demo-output --output exported --dtype bf16 --push owner/name",
             "export demo-output --output encoder.gguf --format gguf --dtype q8_0",
+            "export demo-output --output exported --format onnx --dtype int8",
             "export runs/my_run --output exported --prompt 'query=Find passages that answer'",
         )
     )(export)
@@ -52,12 +53,15 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="sentence-transformers (vLLM and TEI read it too), transformers, or gguf (for llama.cpp, "
-            "Ollama, LM Studio)."
+            help="sentence-transformers (vLLM and TEI read it too), transformers, onnx (for onnxruntime and "
+            "transformers.js), or gguf (for llama.cpp, Ollama, LM Studio)."
         ),
     ] = "sentence-transformers",
     dtype: Annotated[
-        str, typer.Option(help="auto (as the encoder is stored), fp32, bf16 or fp16; gguf has q8_0 too.")
+        str,
+        typer.Option(
+            help="auto (as the encoder is stored), fp32, bf16 or fp16; gguf has q8_0 too, onnx fp32, fp16, int8."
+        ),
     ] = "auto",
     prompt: Annotated[
         list[str] | None,
@@ -79,8 +83,8 @@ def export(
     """Write an encoder as a folder or file that other tools load without this package's code, and check it.
 
     Flags, pooling, prompts, model card and licence are written beside the merged weights; then the folder is
-    loaded afresh by transformers and sentence-transformers (a GGUF file by llama.cpp) and must give the
-    encoder's vectors. What a reader cannot express is said here.
+    loaded afresh by transformers and sentence-transformers (a GGUF file by llama.cpp, an ONNX graph by
+    onnxruntime) and must give the encoder's vectors. What a reader cannot express is said here.
     """
     pairs = [text.partition("=") for text in prompt or []]
     if wrong := [name for name, equals, text in pairs if not (name and equals and text)]:
@@ -94,9 +98,11 @@ def export(
     from llm2vec_ds.export.export import ExportOptions, push_folder
     from llm2vec_ds.export.export import export as run
 
-    options = ExportOptions(format, dtype, licence, prompts, overwrite)
     with kept("nothing is left behind, run the same command again"):
-        run(source, output, options)
+        if format == "onnx":
+            _export_onnx(source, output, dtype, licence, prompts, overwrite)
+        else:
+            run(source, output, ExportOptions(format, dtype, licence, prompts, overwrite))
     if push is not None:
         with kept(f"{output} is written but not uploaded, run the same command with --overwrite"):
             print(push_folder(output, push))
@@ -106,11 +112,21 @@ def export(
 def _export_gguf(
     source: Path, output: Path, dtype: str, licence: str | None, prompts: dict[str, str], overwrite: bool
 ) -> None:
-    if importlib.util.find_spec("gguf") is None:
+    if not find_spec("gguf"):
         raise UserError("gguf is not installed: pip install 'llm2vec-ds[gguf]'")
     from llm2vec_ds.export.gguf.export import GgufOptions, export_gguf
 
     export_gguf(source, output, GgufOptions(dtype, licence, prompts, overwrite))
+
+
+def _export_onnx(
+    source: Path, output: Path, dtype: str, licence: str | None, prompts: dict[str, str], overwrite: bool
+) -> None:
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]:
+        raise UserError(f"{missing[0]} is not installed: pip install 'llm2vec-ds[onnx]'")
+    from llm2vec_ds.export.onnx.export import OnnxOptions, export_onnx
+
+    export_onnx(source, output, OnnxOptions(dtype, licence, prompts, overwrite))
 
 
 @kept("nothing is left behind, run the same command again")

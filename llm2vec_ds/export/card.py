@@ -125,11 +125,12 @@ def copy_licence_files(base: str | None, folder: Path) -> list[str]:
 def write_card(
     folder: Path, encoder: Encoder, origin: Origin, licence: str | None, limits: list[str], format: str
 ) -> None:
-    """README.md with the front matter that the hub reads."""
+    """README.md with the front matter that the hub reads; `format`: of an ONNX export the graph's file."""
+    readers = ["onnx"] if _is_onnx(format) else ["text-embeddings-inference"]
     front: dict[str, Any] = {
-        "library_name": format,
+        "library_name": "transformers.js" if _is_onnx(format) else format,
         "pipeline_tag": "sentence-similarity" if format == "sentence-transformers" else "feature-extraction",
-        "tags": ["llm2vec", "feature-extraction", "sentence-similarity", "text-embeddings-inference"],
+        "tags": ["llm2vec", "feature-extraction", "sentence-similarity", *readers],
         "license": licence or "other",
     }
     if origin.base is not None and "/" in origin.base_name:
@@ -165,7 +166,30 @@ def _bidirectional(encoder: Encoder) -> bool:
     return is_causal(encoder.trunk.config) is False
 
 
+def _is_onnx(format: str) -> bool:
+    return format.endswith(".onnx")
+
+
+def _how_to_load_onnx(encoder: Encoder, file: str) -> str:
+    length = encoder.settings.max_tokens
+    return (
+        "```python\nimport numpy as np\nimport onnxruntime\nfrom tokenizers import Tokenizer\n\n"
+        'tokenizer = Tokenizer.from_file("FOLDER/tokenizer.json")\n'
+        f"tokenizer.enable_truncation({length})\ntokenizer.enable_padding()\n"
+        f'session = onnxruntime.InferenceSession("FOLDER/{file}")\n'
+        'encoded = tokenizer.encode_batch(["a text"])\n'
+        'inputs = {"input_ids": np.array([e.ids for e in encoded]), '
+        '"attention_mask": np.array([e.attention_mask for e in encoded])}\n'
+        '(vectors,) = session.run(["sentence_embedding"], inputs)  # of length 1\n```\n\n'
+        "transformers.js: `AutoModel.from_pretrained`; take `sentence_embedding` of its output. "
+        "sentence-transformers: "
+        f'`SentenceTransformer("FOLDER", backend="onnx", model_kwargs={{"file_name": "{file}"}})`.'
+    )
+
+
 def _how_to_load(encoder: Encoder, format: str) -> str:
+    if _is_onnx(format):
+        return _how_to_load_onnx(encoder, format)
     prompt = next(iter(encoder.settings.prompts), None)
     named = f', prompt_name="{prompt}"' if prompt else ""
     own = (

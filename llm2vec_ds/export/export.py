@@ -24,7 +24,7 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.of_run import check_is_of_finished_run, encoder_of
 from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.export.card import copy_licence_files, licence, origin, write_card
+from llm2vec_ds.export.card import Origin, copy_licence_files, licence, origin, write_card
 from llm2vec_ds.export.checked import checked_texts, compare
 from llm2vec_ds.export.sentence_transformers import (
     Plan,
@@ -66,7 +66,8 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     """
     folder = find_encoder(source)
     what = f"--output {output}"
-    _check(output, what, [source, folder], options)
+    _check(options)
+    check_output(output, what, [source, folder], options.overwrite)
     # On the CPU and in fp32, so that the comparison afterwards is of like with like.
     encoder = Encoder.from_pretrained(folder, precision="fp32", device="cpu")
     encoder.settings = replace(encoder.settings, prompts={**encoder.settings.prompts, **options.prompts})
@@ -77,18 +78,24 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     expected = _expected(encoder)
     with writing(what), replaced_folder(output, what, [source, folder]) as unfinished:
         dtype = stored_dtype(folder) if options.dtype == "auto" else DTYPES[options.dtype]
-        _write(unfinished, encoder, as_modules, dtype)
+        write_folder(unfinished, encoder, as_modules, dtype)
+        encoder.settings.write(unfinished)
         write_card(unfinished, encoder, found, licence_name, notes, options.format)
         copied = copy_licence_files(found.base, unfinished)
         _verify(unfinished, encoder, expected, as_modules, LOWEST_COSINE[dtype])
     log.info("%s: %s, %s", output, options.format, str(dtype).removeprefix("torch."))
+    say(licence_name, found, copied, notes)
+    return notes
+
+
+def say(licence_name: str | None, found: Origin, copied: list[str], notes: list[str]) -> None:
+    """Logs the licence, of which `copied` are files, and what readers cannot express."""
     if licence_name is None:
         log.warning("licence: none found for %s: look it up and give it with --licence", found.base_name)
     else:
         log.info("licence: %s (%s)", licence_name, ", ".join(copied) or f"that of {found.base_name}")
-    for limit in notes:
-        log.warning("limit: %s", limit)
-    return notes
+    for note in notes:
+        log.warning("limit: %s", note)
 
 
 def find_encoder(source: Path) -> Path:
@@ -162,13 +169,21 @@ def push_folder(folder: Path, repository: str) -> str:
         ) from None
 
 
-def _check(output: Path, what: str, sources: list[Path], options: ExportOptions) -> None:
+def _check(options: ExportOptions) -> None:
     if options.format not in FORMATS:
-        raise UserError(f"--format {options.format!r} is unknown: choose {', '.join(FORMATS)} or gguf")
+        raise UserError(f"--format {options.format!r} is unknown: choose {', '.join(FORMATS)}, onnx or gguf")
     if options.dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {options.dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
+
+
+def check_output(output: Path, what: str, sources: list[Path], overwrite: bool) -> None:
+    """Refuses a folder that may not be written or replaced.
+
+    Raises:
+        UserError: it is not ours, or it exists and `overwrite` is not given.
+    """
     place = check_replaceable(output, what, sources)
-    if place.exists() and not options.overwrite:
+    if place.exists() and not overwrite:
         raise UserError(f"{what} exists: choose another, or give --overwrite")
 
 
@@ -180,7 +195,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return dtype
 
 
-def _write(folder: Path, encoder: Encoder, as_modules: Plan | None, dtype: torch.dtype) -> None:
+def write_folder(folder: Path, encoder: Encoder, as_modules: Plan | None, dtype: torch.dtype) -> None:
+    """Weights, config and tokenizer as transformers reads them, and sentence-transformers' modules."""
     state = {name: value.to(dtype) for name, value in encoder.trunk.state_dict().items()}
     encoder.trunk.config.dtype = dtype
     encoder.save_weights(folder, state)
@@ -188,7 +204,6 @@ def _write(folder: Path, encoder: Encoder, as_modules: Plan | None, dtype: torch
     tokenizer = tokenizer_for(encoder, prompts) if as_modules else padded_tokenizer(encoder.tokenizer)
     save_tokenizer(tokenizer, folder)
     write_config(folder, tokenizer)
-    encoder.settings.write(folder)
     if as_modules is not None:
         write_sentence_transformers(folder, encoder, as_modules)
 

@@ -52,6 +52,14 @@ def rope_of(trunk: Any, layer_type: str | None = None) -> Rope:
     )
 
 
+def length_of_change(config: Any) -> int | None:
+    """The number of tokens beyond which a trunk's frequencies change, in any of its layers; None: never."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    found = [_longest(one, config) for one in by_layer_type or [parameters]]
+    return min((longest for longest in found if longest is not None), default=None)
+
+
 def _longest(parameters: dict[str, Any], config: Any) -> int | None:
     kind = parameters.get("rope_type", "default")
     if kind not in ("dynamic", "longrope"):
