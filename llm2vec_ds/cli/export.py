@@ -60,7 +60,8 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            help="auto (as the encoder is stored), fp32, bf16 or fp16; gguf has q8_0 too, onnx fp32, fp16, int8."
+            help="auto (as the encoder is stored), fp32, bf16 or fp16; gguf has q8_0 too; "
+            "onnx has fp32 (its auto), fp16 and int8."
         ),
     ] = "auto",
     prompt: Annotated[

@@ -25,6 +25,10 @@ MISTAKES = {
         "--push takes a folder: upload the file with `hf upload owner/name TMP/e.gguf`",
         ("export", "TMP/none", "--output", "TMP/e.gguf", "--format", "gguf", "--push", "owner/name"),
     ),
+    "a dtype that a graph has not": Mistake(
+        "--dtype 'q8_0' is not in --format onnx: choose auto, fp32, fp16, int8",
+        ("export", "TMP/encoder", "--output", "TMP/out", "--format", "onnx", "--dtype", "q8_0"),
+    ),
 }
 
 

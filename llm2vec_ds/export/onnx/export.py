@@ -82,7 +82,7 @@ def export_onnx(source: Path, output: Path, options: OnnxOptions) -> list[str]:
 
 
 def ask(file: Path, batches: list[list[str]], max_tokens: int) -> np.ndarray:
-    """onnxruntime's vectors of texts, batch by batch, `[N, D]` fp32; in another process, which its errors end.
+    """onnxruntime's vectors of texts, batch by batch, `[N, D]` fp32; asked in a process of its own.
 
     Raises:
         UserError: onnxruntime does not take the file, or ended.

@@ -1,4 +1,4 @@
-"""A folder of a stock trunk → its `onnx/NAME.onnx`, by torch.onnx and, for int8, by onnxruntime's quantisation."""
+"""A folder of a stock trunk → its `onnx/NAME.onnx`, by torch.onnx, and onnxruntime for int8."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def _quiet() -> Iterator[None]:
 
 def _save(model: onnx_ir.Model, file: Path) -> bool:
     """Returns whether the weights lie in a file of their own beside it."""
-    n_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    is_apart = n_bytes > LARGEST_FILE
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    is_apart = sum(weight.nbytes for weight in weights if weight is not None) > LARGEST_FILE
     onnx_ir.save(model, file, external_data=f"{file.name}_data" if is_apart else None)
     return is_apart
 

@@ -23,7 +23,7 @@ class Pooled:
     n_after: int
 
     def weights(self, mask_BT: torch.Tensor) -> torch.Tensor:
-        """Of each token in its text's vector, `[B, T]` int64, for a mask that is 1 at tokens and 0 at padding.
+        """Of each token in its text's vector, `[B, T]` int64; the mask is 1 at tokens and 0 at padding.
 
         By places and not by ids, so that a text may hold the special tokens' own names.
         """

@@ -1,4 +1,4 @@
-"""What a graph of token ids and their mask can say of an encoder, what it cannot, and the texts that check it."""
+"""What a graph of token ids and their mask can say of an encoder, and what not; the texts that check it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ LONGEST_CHECKED = 2048
 
 @dataclass(frozen=True)
 class OnnxPlan:
-    """`as_modules`: the same in sentence-transformers' words, whose files stand beside the graph. `notes`: what
-    one has to do beside it, each as a sentence."""
+    """`as_modules`: the same in sentence-transformers' words, whose files stand beside the graph. `notes`:
+    what one has to do beside it, each as a sentence."""
 
     as_modules: Plan
     pooled: Pooled
@@ -77,8 +77,8 @@ def _notes(as_modules: Plan, pools_all: bool, max_tokens: int) -> list[str]:
             notes.append(f"The graph knows no prompts: for {name!r} give {head!r} + text.")
         else:
             notes.append(
-                f"sentence_embedding pools an instruction too, which this encoder leaves out: for {name!r} take "
-                "last_hidden_state and pool the text's own tokens, as sentence-transformers does."
+                f"sentence_embedding pools an instruction too, which this encoder leaves out: for {name!r} "
+                "take last_hidden_state and pool the text's own tokens, as sentence-transformers does."
             )
     return notes
 
