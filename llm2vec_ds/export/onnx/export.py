@@ -53,10 +53,10 @@ def export_onnx(source: Path, output: Path, options: OnnxOptions) -> list[str]:
         UserError: nothing to export there, an encoder that the graph cannot express or torch cannot trace, an
             output that exists or cannot be written, or one that does not give the encoder's vectors.
     """
-    folder, what = find_encoder(source), f"--output {output}"
     dtype = "fp32" if options.dtype == "auto" else options.dtype
     if dtype not in NAMES:
         raise UserError(f"--dtype {dtype!r} is not in --format onnx: choose auto, {', '.join(NAMES)}")
+    folder, what = find_encoder(source), f"--output {output}"
     check_output(output, what, [source, folder], options.overwrite)
     encoder = Encoder.from_pretrained(folder, precision="fp32", device="cpu")
     encoder.settings = replace(encoder.settings, prompts={**encoder.settings.prompts, **options.prompts})
