@@ -28,7 +28,7 @@ from llm2vec_ds.data.prompts import (
     tokenize,
     truncate,
 )
-from llm2vec_ds.encoder.inference import device_of, has_part_in_training, no_graph
+from llm2vec_ds.encoder.inference import device_of, has_part_in_training, kept_memory, no_graph
 from llm2vec_ds.encoder.of_run import encoder_of
 from llm2vec_ds.encoder.replicas import Replicas, devices, text_blocks
 from llm2vec_ds.encoder.settings import EncoderSettings, stored_settings
@@ -327,8 +327,9 @@ class Encoder(nn.Module):
             else (vectors(self.trunk, g) for g in groups)
         )
         try:
-            for group, block in zip(groups, found, strict=True):
-                yield rows[group], block
+            with kept_memory(self.device, sum(lengths)):
+                for group, block in zip(groups, found, strict=True):
+                    yield rows[group], block
         finally:
             if was_training:
                 self.train()

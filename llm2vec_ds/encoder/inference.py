@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
+
+from llm2vec_ds.process.host_heap import freed_memory_is_kept
+
+MANY_TOKENS = 2048
+"""From so many on, fresh pages for each layer take longer than giving the memory back at the end."""
 
 
 def has_part_in_training(module: nn.Module) -> bool:
@@ -30,3 +37,8 @@ def no_graph(trunk: nn.Module) -> torch.inference_mode | torch.no_grad:
     """
     partitioned = hasattr(next(trunk.parameters()), "ds_id")
     return torch.no_grad() if partitioned else torch.inference_mode()
+
+
+def kept_memory(device: torch.device, n_tokens: int) -> AbstractContextManager[None]:
+    """For a CPU's layers, each of which frees what the next one needs again."""
+    return freed_memory_is_kept() if device.type == "cpu" and n_tokens >= MANY_TOKENS else nullcontext()

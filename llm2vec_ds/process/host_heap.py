@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 log = logging.getLogger(__name__)
 
@@ -38,27 +39,48 @@ def large_blocks_go_back() -> Iterator[None]:
         _mallopt(_MMAP_THRESHOLD, _GLIBC_MMAP_THRESHOLD)
 
 
+class _Uses:
+    """How many uses of `freed_memory_is_kept` are going on: the allocator is one for the whole process."""
+
+    def __init__(self) -> None:
+        self.lock, self.number = Lock(), 0
+
+
+_uses = _Uses()
+
+
 @contextmanager
-def freed_memory_is_kept() -> Iterator[None]:
+def freed_memory_is_kept(log_level: int = logging.DEBUG) -> Iterator[None]:
     """Freed blocks stay with the process, for the next step to take, as PyTorch's CUDA allocator keeps them.
 
-    Left as it is where the environment has settings of its own (`MALLOC_TRIM_THRESHOLD_` and the like).
+    One use may lie inside another, as encoding inside training. Left as it is where the environment has
+    settings of its own (`MALLOC_TRIM_THRESHOLD_` and the like).
     """
     if own := _own_settings():
-        log.info("freed memory goes where %s says", ", ".join(own))
+        log.log(log_level, "freed memory goes where %s says", ", ".join(own))
         yield
         return
-    _mallopt(_MMAP_MAX, 0)
-    _mallopt(_TRIM_THRESHOLD, _NEVER)
-    log.info("freed memory is kept for the next step")
+    with _uses.lock:
+        _uses.number += 1
+        if _uses.number == 1:
+            _mallopt(_MMAP_MAX, 0)
+            _mallopt(_TRIM_THRESHOLD, _NEVER)
+            log.log(log_level, "freed memory is kept for the next step")
     try:
         yield
     finally:
-        _mallopt(_MMAP_MAX, _GLIBC_MMAP_MAX)
-        _mallopt(_MMAP_THRESHOLD, _GLIBC_MMAP_THRESHOLD)
-        _mallopt(_TRIM_THRESHOLD, 2 * _GLIBC_MMAP_THRESHOLD)
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)
+        with _uses.lock:
+            _uses.number -= 1
+            if not _uses.number:
+                _as_glibc_does()
+
+
+def _as_glibc_does() -> None:
+    _mallopt(_MMAP_MAX, _GLIBC_MMAP_MAX)
+    _mallopt(_MMAP_THRESHOLD, _GLIBC_MMAP_THRESHOLD)
+    _mallopt(_TRIM_THRESHOLD, 2 * _GLIBC_MMAP_THRESHOLD)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _own_settings() -> list[str]:

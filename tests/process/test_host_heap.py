@@ -23,6 +23,8 @@ def held_after_freeing_mib():
 
 before = psutil.Process().memory_info().rss
 with freed_memory_is_kept():
+    with freed_memory_is_kept():
+        pass
     inside = held_after_freeing_mib()
 after = (psutil.Process().memory_info().rss - before) / 2**20
 print(round(inside), round(after), round(held_after_freeing_mib()))
