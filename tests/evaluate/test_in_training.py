@@ -22,7 +22,7 @@ def held_out(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "held_out.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_best_step_is_kept(tiny_model_dir: Path, texts_file: Path, tmp_path: Path, ranks: int) -> None:
     pairs = pairs_file(tmp_path)
     values = recipe(
