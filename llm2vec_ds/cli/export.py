@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -91,43 +92,34 @@ def export(
     if wrong := [name for name, equals, text in pairs if not (name and equals and text)]:
         raise UserError(f"--prompt {wrong[0]!r} is not NAME=TEXT, such as query=Find passages that answer")
     quiet_libraries()
-    prompts = {name: text for name, _, text in pairs}
-    if format == "gguf":
-        if push is not None:
-            raise UserError(f"--push takes a folder: upload the file with `hf upload {push} {output}`")
-        return _export_gguf(source, output, dtype, licence, prompts, overwrite)
+    if format == "gguf" and push is not None:
+        raise UserError(f"--push takes a folder: upload the file with `hf upload {push} {output}`")
     from llm2vec_ds.export.export import ExportOptions, push_folder
-    from llm2vec_ds.export.export import export as run
 
+    prompts = {name: text for name, _, text in pairs}
     with kept("nothing is left behind, run the same command again"):
-        if format == "onnx":
-            _export_onnx(source, output, dtype, licence, prompts, overwrite)
-        else:
-            run(source, output, ExportOptions(format, dtype, licence, prompts, overwrite))
+        _exporter(format)(source, output, ExportOptions(dtype, licence, prompts, overwrite, format))
     if push is not None:
         with kept(f"{output} is written but not uploaded, run the same command with --overwrite"):
             print(push_folder(output, push))
 
 
-@kept("nothing is left behind, run the same command again")
-def _export_gguf(
-    source: Path, output: Path, dtype: str, licence: str | None, prompts: dict[str, str], overwrite: bool
-) -> None:
-    if not find_spec("gguf"):
-        raise UserError("gguf is not installed: pip install 'llm2vec-ds[gguf]'")
-    from llm2vec_ds.export.gguf.export import GgufOptions, export_gguf
+def _exporter(format: str) -> Callable[[Path, Path, Any], list[str]]:
+    """What writes a format. Raises UserError where a package for it is missing."""
+    needed = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}.get(format, ())
+    if missing := [name for name in needed if not find_spec(name)]:
+        raise UserError(f"{missing[0]} is not installed: pip install 'llm2vec-ds[{format}]'")
+    if format == "gguf":
+        from llm2vec_ds.export.gguf.export import export_gguf
 
-    export_gguf(source, output, GgufOptions(dtype, licence, prompts, overwrite))
+        return export_gguf
+    if format == "onnx":
+        from llm2vec_ds.export.onnx.export import export_onnx
 
+        return export_onnx
+    from llm2vec_ds.export.export import export
 
-def _export_onnx(
-    source: Path, output: Path, dtype: str, licence: str | None, prompts: dict[str, str], overwrite: bool
-) -> None:
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]:
-        raise UserError(f"{missing[0]} is not installed: pip install 'llm2vec-ds[onnx]'")
-    from llm2vec_ds.export.onnx.export import OnnxOptions, export_onnx
-
-    export_onnx(source, output, OnnxOptions(dtype, licence, prompts, overwrite))
+    return export
 
 
 @kept("nothing is left behind, run the same command again")

@@ -1,8 +1,13 @@
-"""Texts whose vectors an export must give, and the comparison that says whether it does."""
+"""Texts whose vectors an export must give, the reader that is asked for them, and the comparison."""
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +24,26 @@ def checked_texts() -> list[str]:
     pairs = own_graded_pairs()
     sentences = list(dict.fromkeys(pairs.first + pairs.second))[:N_CHECKED_TEXTS]
     return ["word", *sentences, " ".join(sentences), " ".join(sentences[:5])]
+
+
+def ask_reader(reader: str, module: str, file: Path, n_tokens: int, texts: list[Any]) -> Any:
+    """What another tool makes of an exported file, in a process of its own, which its errors may end.
+
+    Args:
+        module: run as `python -m MODULE FILE N_TOKENS`; it gets JSON `texts` and answers with JSON.
+        n_tokens: of the longest text.
+
+    Raises:
+        UserError: the tool does not take the file, or ended.
+    """
+    command = [sys.executable, "-m", module, str(file), str(n_tokens)]
+    outcome = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
+    if outcome.returncode:
+        said = [line for line in outcome.stderr.splitlines() if line.strip()]
+        raise UserError(
+            f"{reader} does not take {file.name}: {said[-1] if said else 'it ended without a word'}"
+        )
+    return json.loads(outcome.stdout)
 
 
 def compare(reader: str, prompt: str | None, found: np.ndarray, expected: np.ndarray, lowest: float) -> None:

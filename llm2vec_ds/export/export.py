@@ -48,13 +48,19 @@ LOWEST_COSINE = {torch.float32: 0.99999, torch.float16: 0.999, torch.bfloat16: 0
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """`dtype`: auto keeps what the encoder's folder holds. `prompts`: more instructions by name."""
+    """What all formats have in common.
 
-    format: str = "sentence-transformers"
+    Attributes:
+        dtype: auto keeps what the encoder's folder holds (ONNX: fp32).
+        prompts: more instructions by name.
+        format: of `export` alone, one of FORMATS.
+    """
+
     dtype: str = "auto"
     licence: str | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     overwrite: bool = False
+    format: str = "sentence-transformers"
 
 
 def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
@@ -68,9 +74,7 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     what = f"--output {output}"
     _check(options)
     check_output(output, what, [source, folder], options.overwrite)
-    # On the CPU and in fp32, so that the comparison afterwards is of like with like.
-    encoder = Encoder.from_pretrained(folder, precision="fp32", device="cpu")
-    encoder.settings = replace(encoder.settings, prompts={**encoder.settings.prompts, **options.prompts})
+    encoder = load_for_export(folder, options)
     as_modules = plan(encoder) if options.format == "sentence-transformers" else None
     found = origin(source)
     licence_name = licence(found.base, options.licence)
@@ -86,6 +90,13 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     log.info("%s: %s, %s", output, options.format, str(dtype).removeprefix("torch."))
     say(licence_name, found, copied, notes)
     return notes
+
+
+def load_for_export(folder: Path, options: ExportOptions) -> Encoder:
+    """With the prompts of `options`, on the CPU and in fp32: like is compared with like afterwards."""
+    encoder = Encoder.from_pretrained(folder, precision="fp32", device="cpu")
+    encoder.settings = replace(encoder.settings, prompts={**encoder.settings.prompts, **options.prompts})
+    return encoder
 
 
 def say(licence_name: str | None, found: Origin, copied: list[str], notes: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,24 @@ def test_training_goes_on_after_encoding(tiny_model_dir: Path, tmp_path: Path) -
     assert all(p.grad is not None for p in encoder.trunk.layers.parameters())
     assert encoder.encode(texts) is not None
     assert encoder.training
+
+
+def test_many_tokens_keep_the_memory_that_layers_free(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uses: list[bool] = []
+
+    @contextmanager
+    def used() -> Iterator[None]:
+        uses.append(True)
+        yield
+        uses.append(False)
+
+    monkeypatch.setattr("llm2vec_ds.encoder.inference.freed_memory_is_kept", used)
+    encoder.encode(["a word"])
+    assert uses == []
+    for _ in encoder.encode_blocks(["a word " * 20] * 200):
+        assert uses == [True, False]  # not while the caller has the vectors
 
 
 def test_several_devices_share_the_work_and_keep_the_order(encoder: Encoder, tiny_model_dir: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from llm2vec_ds import Encoder
+from llm2vec_ds.engine.deepspeed_engine import Engine
+from llm2vec_ds.engine.run import train
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.in_training import in_training_evaluation
 from llm2vec_ds.evaluate.sts import load_graded_pairs, sts_spearman
@@ -44,6 +46,24 @@ def test_the_best_step_is_kept(tiny_model_dir: Path, texts_file: Path, tmp_path:
     assert len(set(scores)) > 1
     encoder = Encoder.from_pretrained(tmp_path / "run" / "encoder", attention="torch")
     assert sts_spearman(encoder, load_graded_pairs(pairs)) == pytest.approx(max(scores[1:]), abs=1e-3)
+
+
+def test_a_step_without_a_measurement_changes_no_mode(
+    tiny_model_dir: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[bool] = []
+    change = Engine.train
+
+    def noted(engine: Engine, mode: bool = True) -> None:
+        modes.append(mode)
+        change(engine, mode)
+
+    monkeypatch.setattr(Engine, "train", noted)
+    values = recipe("simcse", tiny_model_dir, texts_file, tmp_path / "run", max_steps=5)
+    train(
+        parse_recipe({**values, "evaluation": {"tasks": ["sts:x.csv"], "every_steps": 2}}), lambda encoder: {}
+    )
+    assert modes == [False, True, True, False, True, True, False, True, False]
 
 
 def test_words_and_sentences_of_an_encoder(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llm2vec_ds import Encoder, EncoderSettings, UserError
-from llm2vec_ds.export.gguf.export import TOKENS_OF_ALL_KINDS, GgufOptions, export_gguf
+from llm2vec_ds.export.export import ExportOptions
+from llm2vec_ds.export.gguf.export import TOKENS_OF_ALL_KINDS, export_gguf
 from llm2vec_ds.export.gguf.file import plan, write
 from llm2vec_ds.export.gguf.llama_cpp import ask
 from llm2vec_ds.export.gguf.pre_tokenizer import CUT_AT_MARKS, GPT2, NAMES, Cut, pre_tokenizer_name
@@ -43,7 +44,7 @@ def difference(found: np.ndarray, source: Path, **how: Any) -> float:
 @pytest.mark.parametrize(("kind", "largest"), [("llama", SAME), ("gemma3_text", SAME_WITH_GELU)])
 def test_a_file_gives_the_vectors(kind: str, largest: float, tmp_path: Path) -> None:
     source = save(tmp_path / "encoder", kind)
-    export_gguf(source, tmp_path / "e.gguf", GgufOptions())
+    export_gguf(source, tmp_path / "e.gguf", ExportOptions())
     found = ask(tmp_path / "e.gguf", TEXTS, 512)
     assert len(found.ids[-1]) > 100  # far beyond the window of Gemma 3's layers
     assert difference(found.vectors, source) < largest
@@ -54,7 +55,7 @@ def test_a_file_gives_the_vectors(kind: str, largest: float, tmp_path: Path) -> 
 def test_tokens_of_a_sentence_piece_are_the_same(blank_before: bool, tmp_path: Path) -> None:
     tokenizer = sentence_piece_tokenizer(blank_before)
     source = save(tmp_path / "encoder", tokenizer=tokenizer, pooled_tokens="all")
-    export_gguf(source, tmp_path / "e.gguf", GgufOptions())
+    export_gguf(source, tmp_path / "e.gguf", ExportOptions())
     texts = [*TEXTS, *TOKENS_OF_ALL_KINDS, " blank before"]
     found = ask(tmp_path / "e.gguf", texts, 512)
     assert found.ids == tokenizer(texts)["input_ids"]
@@ -208,7 +209,7 @@ def test_a_wrong_file_is_not_exported(
     source = save(tmp_path / "encoder", tokenizer=byte_level_tokenizer(Cut((GPT2,), False)))
     monkeypatch.setattr(f"llm2vec_ds.export.gguf.{place}", wrong)
     with pytest.raises(UserError, match=said):
-        export_gguf(source, tmp_path / "e.gguf", GgufOptions())
+        export_gguf(source, tmp_path / "e.gguf", ExportOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 
 
@@ -223,29 +224,29 @@ def test_the_command_says_what_to_know_and_replaces_nothing_of_others(
 ) -> None:
     monkeypatch.setattr("llm2vec_ds.export.gguf.export.is_installed", lambda: False)
     source, output = save(tmp_path / "encoder"), tmp_path / "e.gguf"
-    notes = export_gguf(source, output, GgufOptions("q8_0", "mit", {"query": "Find:"}))
+    notes = export_gguf(source, output, ExportOptions("q8_0", "mit", {"query": "Find:"}))
     assert any("do not use 'query' there" in note for note in notes)
     assert all(note in caplog.text for note in notes)
     assert "not checked with llama.cpp, which is not installed" in caplog.text
     (tmp_path / "thesis.gguf").write_text("precious")
     (tmp_path / "d.gguf").mkdir()
     for name, options, said in [
-        ("e.gguf", GgufOptions(), "e.gguf exists: choose another, or give --overwrite"),
-        ("thesis.gguf", GgufOptions(overwrite=True), "is no GGUF file and would be replaced"),
-        ("out", GgufOptions(), "a GGUF is one file: name it out.gguf"),
-        ("d.gguf", GgufOptions(), "is a folder: name a file in it"),
-        ("new.gguf", GgufOptions("fp8"), "--dtype 'fp8' is unknown: choose auto, f32"),
+        ("e.gguf", ExportOptions(), "e.gguf exists: choose another, or give --overwrite"),
+        ("thesis.gguf", ExportOptions(overwrite=True), "is no GGUF file and would be replaced"),
+        ("out", ExportOptions(), "a GGUF is one file: name it out.gguf"),
+        ("d.gguf", ExportOptions(), "is a folder: name a file in it"),
+        ("new.gguf", ExportOptions("fp8"), "--dtype 'fp8' is unknown: choose auto, f32"),
     ]:
         with pytest.raises(UserError, match=said):
             export_gguf(source, tmp_path / name, options)
-    export_gguf(source, output, GgufOptions("fp32", overwrite=True))
+    export_gguf(source, output, ExportOptions("fp32", overwrite=True))
     assert (tmp_path / "thesis.gguf").read_text() == "precious"
 
 
 def test_the_documents_lines_give_the_vectors(tmp_path: Path) -> None:
     """Through Python and through the server's /v1/embeddings."""
     source = save(tmp_path / "encoder")
-    export_gguf(source, tmp_path / "e.gguf", GgufOptions())
+    export_gguf(source, tmp_path / "e.gguf", ExportOptions())
     lines = re.search(r"^```python llama.cpp\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
     assert lines is not None
     code = lines[1].replace("encoder.gguf", str(tmp_path / "e.gguf"))

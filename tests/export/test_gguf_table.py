@@ -19,8 +19,9 @@ pytest.importorskip("xllamacpp")
 from llm2vec_ds import Encoder, EncoderSettings
 from llm2vec_ds.demo.model import demo_model_dir
 from llm2vec_ds.evaluate.sts import own_graded_pairs
+from llm2vec_ds.export.export import ExportOptions
 from llm2vec_ds.export.gguf.architecture import TYPES
-from llm2vec_ds.export.gguf.export import GgufOptions, export_gguf
+from llm2vec_ds.export.gguf.export import export_gguf
 from llm2vec_ds.export.gguf.file import plan, write
 from llm2vec_ds.export.gguf.llama_cpp import ask
 from llm2vec_ds.export.gguf.rules import POOLING_TYPES
@@ -132,7 +133,7 @@ def test_the_real_model_gives_the_vectors(tmp_path: Path, monkeypatch: pytest.Mo
     texts = own_graded_pairs().first[:40]
     vectors = encoder.encode(texts, normalize=True)
     for dtype, largest in (("f32", 5e-4), ("q8_0", 0.5)):
-        export_gguf(tmp_path / "encoder", tmp_path / f"{dtype}.gguf", GgufOptions(dtype))
+        export_gguf(tmp_path / "encoder", tmp_path / f"{dtype}.gguf", ExportOptions(dtype))
         found = ask(tmp_path / f"{dtype}.gguf", texts, 512).vectors
         assert np.abs(found - vectors).max() < largest
         assert (found * vectors).sum(axis=1).mean() > 0.98

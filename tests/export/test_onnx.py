@@ -17,8 +17,9 @@ pytest.importorskip("onnxscript")
 from llm2vec_ds import Encoder, EncoderSettings, UserError
 from llm2vec_ds.demo.model import demo_model_dir
 from llm2vec_ds.evaluate.sts import own_graded_pairs
+from llm2vec_ds.export.export import ExportOptions
 from llm2vec_ds.export.onnx import export as onnx_export
-from llm2vec_ds.export.onnx.export import OnnxOptions, ask, export_onnx
+from llm2vec_ds.export.onnx.export import ask, export_onnx
 from llm2vec_ds.export.onnx.graph import Graph
 from llm2vec_ds.export.onnx.rules import plan_onnx
 from tests.support.encoder_folders import make
@@ -47,7 +48,7 @@ def difference(found: np.ndarray, source: Path, texts: list[str] = TEXTS, **how:
 
 def test_a_graph_gives_the_vectors_by_the_documents_lines(tmp_path: Path) -> None:
     source = make(tmp_path / "encoder", eos=True, prompts={"query": "Find passages:"})
-    notes = export_onnx(source, tmp_path / "out", OnnxOptions())
+    notes = export_onnx(source, tmp_path / "out", ExportOptions())
     lines = re.search(r"^```python onnx\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
     assert lines is not None
     names: dict[str, Any] = {}
@@ -129,10 +130,10 @@ def test_a_wrong_graph_is_not_exported(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(onnx_export, "write_file", garbage)
     with pytest.raises(UserError, match="onnxruntime does not take model.onnx: "):
-        export_onnx(source, tmp_path / "out", OnnxOptions())
+        export_onnx(source, tmp_path / "out", ExportOptions())
     monkeypatch.setattr(onnx_export, "ask", others)
     with pytest.raises(UserError, match="onnxruntime does not give the encoder's vectors"):
-        export_onnx(source, tmp_path / "out", OnnxOptions())
+        export_onnx(source, tmp_path / "out", ExportOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 
 
@@ -141,8 +142,12 @@ def test_a_folder_of_others_and_an_unknown_dtype_are_refused(tmp_path: Path) -> 
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("precious")
     for name, options, said in [
-        ("thesis", OnnxOptions(overwrite=True), "holds files, and no encoder or export of this toolkit"),
-        ("out", OnnxOptions("bf16"), "--dtype 'bf16' is not in --format onnx: choose auto, fp32, fp16, int8"),
+        ("thesis", ExportOptions(overwrite=True), "holds files, and no encoder or export of this toolkit"),
+        (
+            "out",
+            ExportOptions("bf16"),
+            "'bf16' is not in --format onnx: choose auto, fp32, fp16, int8",
+        ),
     ]:
         with pytest.raises(UserError, match=said):
             export_onnx(source, tmp_path / name, options)
@@ -153,7 +158,7 @@ def test_a_folder_of_others_and_an_unknown_dtype_are_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(("kind", "pooling"), [("qwen3", "eos"), ("gemma3_text", "mean")])
 def test_other_types_give_the_vectors_behind_a_template(kind: str, pooling: str, tmp_path: Path) -> None:
     source = save(tmp_path / "encoder", kind, pooling=pooling, pooled_tokens="all", template="Text: {text}")
-    export_onnx(source, tmp_path / "out", OnnxOptions())
+    export_onnx(source, tmp_path / "out", ExportOptions())
     texts = TEXTS[2:]
     sent = [f"Text: {text}" for text in texts]
     found = ask(tmp_path / "out" / "onnx" / "model.onnx", [sent[:1], sent[1:]], 512)
@@ -167,7 +172,7 @@ def test_weights_may_be_rounded_and_lie_apart(
 ) -> None:
     monkeypatch.setattr("llm2vec_ds.export.onnx.file.LARGEST_FILE", 1000)
     source = save(tmp_path / "encoder")
-    export_onnx(source, tmp_path / "out", OnnxOptions(dtype))
+    export_onnx(source, tmp_path / "out", ExportOptions(dtype))
     files = {path.name for path in (tmp_path / "out" / "onnx").iterdir()}
     assert files == {name, f"{name}_data"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -179,14 +184,14 @@ def test_weights_may_be_rounded_and_lie_apart(
 def test_a_type_that_torch_cannot_trace_is_refused(tmp_path: Path) -> None:
     source = save(tmp_path / "encoder", "mixtral", changes={"num_local_experts": 4, "sliding_window": None})
     with pytest.raises(UserError, match="torch.onnx cannot trace model type 'mixtral'"):
-        export_onnx(source, tmp_path / "out", OnnxOptions())
+        export_onnx(source, tmp_path / "out", ExportOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 
 
 @pytest.mark.slow
 def test_the_real_model(tmp_path: Path) -> None:
     Encoder.from_pretrained(demo_model_dir(), causal=False, precision="fp32").save(tmp_path / "encoder")
-    export_onnx(tmp_path / "encoder", tmp_path / "out", OnnxOptions())
+    export_onnx(tmp_path / "encoder", tmp_path / "out", ExportOptions())
     pairs = own_graded_pairs()
     texts = pairs.second[:100]
     found = ask(tmp_path / "out" / "onnx" / "model.onnx", [texts[:50], texts[50:]], 512)

@@ -8,7 +8,6 @@ Where `xllamacpp` is there, the file appears only when llama.cpp makes the encod
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.export.card import licence, origin
 from llm2vec_ds.export.checked import checked_texts, compare
-from llm2vec_ds.export.export import find_encoder, stored_dtype
+from llm2vec_ds.export.export import ExportOptions, find_encoder, load_for_export, stored_dtype
 from llm2vec_ds.export.gguf.file import plan, write
 from llm2vec_ds.export.gguf.llama_cpp import ask, is_installed
 from llm2vec_ds.export.gguf.tensors import STORAGES
@@ -44,17 +43,7 @@ TOKENS_OF_ALL_KINDS = [
 """Where ways of cutting texts differ: digits, apostrophes, blanks, scripts, case, signs."""
 
 
-@dataclass(frozen=True)
-class GgufOptions:
-    """`dtype`: f32, f16, bf16 or q8_0; auto keeps what the encoder's folder holds."""
-
-    dtype: str = "auto"
-    licence: str | None = None
-    prompts: dict[str, str] = field(default_factory=dict)
-    overwrite: bool = False
-
-
-def export_gguf(source: Path, output: Path, options: GgufOptions) -> list[str]:
+def export_gguf(source: Path, output: Path, options: ExportOptions) -> list[str]:
     """Writes `output` and returns what one has to know beside llama.cpp, each as a sentence.
 
     Raises:
@@ -65,9 +54,7 @@ def export_gguf(source: Path, output: Path, options: GgufOptions) -> list[str]:
     place = _place(output, what, options)
     folder = find_encoder(source)
     name = _storage_name(folder, options.dtype)
-    # On the CPU and in fp32, so that the comparison afterwards is of like with like.
-    encoder = Encoder.from_pretrained(folder, precision="fp32", device="cpu")
-    encoder.settings = replace(encoder.settings, prompts={**encoder.settings.prompts, **options.prompts})
+    encoder = load_for_export(folder, options)
     planned = plan(encoder, STORAGES[name])
     found = origin(source)
     about = {"name": place.stem, "type": "model"}
@@ -93,7 +80,7 @@ def export_gguf(source: Path, output: Path, options: GgufOptions) -> list[str]:
     return planned.notes
 
 
-def _place(output: Path, what: str, options: GgufOptions) -> Path:
+def _place(output: Path, what: str, options: ExportOptions) -> Path:
     place = resolved(output, what)
     if place.suffix != ".gguf":
         raise UserError(f"{what}: a GGUF is one file: name it {place.name}.gguf")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.export.checked import ask_reader
 
 CHILD = "llm2vec_ds.export.gguf.llama_cpp_child"
 
@@ -38,12 +35,5 @@ def ask(file: Path, texts: list[str], n_tokens: int) -> Answer:
     Raises:
         UserError: llama.cpp does not take the file, or ended.
     """
-    command = [sys.executable, "-m", CHILD, str(file), str(n_tokens)]
-    outcome = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
-    if outcome.returncode:
-        said = [line for line in outcome.stderr.splitlines() if line.strip()]
-        raise UserError(
-            f"llama.cpp does not take {file.name}: {said[-1] if said else 'it ended without a word'}"
-        )
-    answer = json.loads(outcome.stdout)
+    answer = ask_reader("llama.cpp", CHILD, file, n_tokens, texts)
     return Answer(answer["ids"], np.array(answer["vectors"], dtype=np.float32))

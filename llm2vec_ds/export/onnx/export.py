@@ -9,22 +9,24 @@ OUTPUT appears only when onnxruntime makes the encoder's vectors of it.
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import subprocess
-import sys
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from llm2vec_ds.data.prompts import Template
-from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.export.card import copy_licence_files, licence, origin, write_card
-from llm2vec_ds.export.checked import compare
-from llm2vec_ds.export.export import check_output, find_encoder, say, write_folder
+from llm2vec_ds.export.checked import ask_reader, compare
+from llm2vec_ds.export.export import (
+    ExportOptions,
+    check_output,
+    find_encoder,
+    load_for_export,
+    say,
+    write_folder,
+)
 from llm2vec_ds.export.onnx.file import NAMES, write_file
 from llm2vec_ds.export.onnx.rules import checked_batches, plan_onnx
 from llm2vec_ds.storage.output_folder import replaced_folder
@@ -36,17 +38,7 @@ LOWEST_COSINE = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.8}
 """What rounding may cost a vector; in int8 inputs of products are rounded too."""
 
 
-@dataclass(frozen=True)
-class OnnxOptions:
-    """`dtype`: fp32, fp16 or int8; auto is fp32."""
-
-    dtype: str = "auto"
-    licence: str | None = None
-    prompts: dict[str, str] = field(default_factory=dict)
-    overwrite: bool = False
-
-
-def export_onnx(source: Path, output: Path, options: OnnxOptions) -> list[str]:
+def export_onnx(source: Path, output: Path, options: ExportOptions) -> list[str]:
     """Writes `output` and returns what one has to know beside the graph, each as a sentence.
 
     Raises:
@@ -58,8 +50,7 @@ def export_onnx(source: Path, output: Path, options: OnnxOptions) -> list[str]:
         raise UserError(f"--dtype {dtype!r} is not in --format onnx: choose auto, {', '.join(NAMES)}")
     folder, what = find_encoder(source), f"--output {output}"
     check_output(output, what, [source, folder], options.overwrite)
-    encoder = Encoder.from_pretrained(folder, precision="fp32", device="cpu")
-    encoder.settings = replace(encoder.settings, prompts={**encoder.settings.prompts, **options.prompts})
+    encoder = load_for_export(folder, options)
     settings = encoder.settings
     template, length = Template(settings.template, settings.special_tokens), settings.max_tokens
     planned = plan_onnx(encoder)
@@ -87,11 +78,4 @@ def ask(file: Path, batches: list[list[str]], max_tokens: int) -> np.ndarray:
     Raises:
         UserError: onnxruntime does not take the file, or ended.
     """
-    command = [sys.executable, "-m", CHILD, str(file), str(max_tokens)]
-    outcome = subprocess.run(command, input=json.dumps(batches), capture_output=True, text=True, check=False)
-    if outcome.returncode:
-        said = [line for line in outcome.stderr.splitlines() if line.strip()]
-        raise UserError(
-            f"onnxruntime does not take {file.name}: {said[-1] if said else 'it ended without a word'}"
-        )
-    return np.array(json.loads(outcome.stdout), dtype=np.float32)
+    return np.array(ask_reader("onnxruntime", CHILD, file, max_tokens, batches), dtype=np.float32)
