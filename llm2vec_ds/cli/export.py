@@ -85,7 +85,7 @@ def export(
     """Write an encoder as a folder or file that other tools load without this package's code, and check it.
 
     Flags, pooling, prompts, model card and licence are written beside the merged weights; then the folder is
-    loaded afresh by transformers and sentence-transformers (a GGUF file by llama.cpp, an ONNX graph by
+    loaded again by transformers and sentence-transformers (a GGUF file by llama.cpp, an ONNX graph by
     onnxruntime) and must give the encoder's vectors. What a reader cannot express is said here.
     """
     pairs = [text.partition("=") for text in prompt or []]

@@ -27,7 +27,7 @@ def checked_texts() -> list[str]:
 
 
 def ask_reader(reader: str, module: str, file: Path, n_tokens: int, texts: list[Any]) -> Any:
-    """What another tool makes of an exported file, in a process of its own, which its errors may end.
+    """What another tool makes of an exported file, in a separate process, which its errors may end.
 
     Args:
         module: run as `python -m MODULE FILE N_TOKENS`; it gets JSON `texts` and answers with JSON.

@@ -30,7 +30,7 @@ class TaughtTexts(NamedTuple):
 
 
 def similarity_loss(rows: TaughtTexts, columns: TaughtTexts, kind: Kind, temperature: float) -> torch.Tensor:
-    """Loss of each row's cosines with all columns but those of its own id, `[Q]` fp32.
+    """Loss of each row's cosines with all columns but those with its id, `[Q]` fp32.
 
     Args:
         kind: `kl`, KL(softmax(teacher / τ) ‖ softmax(student / τ)) (cf. Fang et al., 2021, arXiv 2101.04731),

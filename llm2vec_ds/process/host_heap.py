@@ -54,7 +54,7 @@ def freed_memory_is_kept(log_level: int = logging.DEBUG) -> Iterator[None]:
     """Freed blocks stay with the process, for the next step to take, as PyTorch's CUDA allocator keeps them.
 
     One use may lie inside another, as encoding inside training. Left as it is where the environment has
-    settings of its own (`MALLOC_TRIM_THRESHOLD_` and the like).
+    its own settings (`MALLOC_TRIM_THRESHOLD_` and the like).
     """
     if own := _own_settings():
         log.log(log_level, "freed memory goes where %s says", ", ".join(own))

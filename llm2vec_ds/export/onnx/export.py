@@ -73,7 +73,7 @@ def export_onnx(source: Path, output: Path, options: ExportOptions) -> list[str]
 
 
 def ask(file: Path, batches: list[list[str]], max_tokens: int) -> np.ndarray:
-    """onnxruntime's vectors of texts, batch by batch, `[N, D]` fp32; asked in a process of its own.
+    """onnxruntime's vectors of texts, batch by batch, `[N, D]` fp32; asked in a separate process.
 
     Raises:
         UserError: onnxruntime does not take the file, or ended.

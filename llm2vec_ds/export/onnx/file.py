@@ -115,7 +115,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _save(model: onnx_ir.Model, file: Path) -> bool:
-    """Returns whether the weights lie in a file of their own beside it."""
+    """Returns whether the weights go into a separate file beside it."""
     weights = [value.const_value for value in model.graph.initializers.values()]
     is_apart = sum(weight.nbytes for weight in weights if weight is not None) > LARGEST_FILE
     onnx_ir.save(model, file, external_data=f"{file.name}_data" if is_apart else None)
