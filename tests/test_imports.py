@@ -42,7 +42,7 @@ ORDER = [
 ]
 STRANGERS = [("data", "model")]
 """They meet in `batch` alone."""
-KERNEL_ORDER = ["devices", "operation", "products", "attention", "info_nce", "row_ops"]
+KERNEL_ORDER = ["devices", "operation", "products", "seeds", "attention", "info_nce", "row_ops"]
 
 
 def module_name(path: Path, root: Path = PACKAGE) -> str:

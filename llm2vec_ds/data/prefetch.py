@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Lock
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -21,15 +23,26 @@ class Prefetch(Generic[T]):
         self._make = make
         self._n_steps = n_steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._making = Lock()
         self._begun: dict[int, Future[T]] = {}
 
     def __call__(self, step: int) -> T:
-        made = self._begun.pop(step, None) or self._thread.submit(self._make, step)
+        made = self._begun.pop(step, None) or self._thread.submit(self._make_alone, step)
         self._begun.clear()
         batch = made.result()
         if step + 1 < self._n_steps:
-            self._begun[step + 1] = self._thread.submit(self._make, step + 1)
+            self._begun[step + 1] = self._thread.submit(self._make_alone, step + 1)
         return batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is made in this context, which waits for what is being made."""
+        with self._making:
+            yield
+
+    def _make_alone(self, step: int) -> T:
+        with self._making:
+            return self._make(step)
 
     def close(self) -> None:
         """Waits for what is being made, which holds the data open."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -67,6 +67,8 @@ class Encoder(nn.Module):
         self.settings = settings or EncoderSettings()
         self.devices = [next(trunk.parameters()).device]
         self._replicas: Replicas[Any] | None = None
+        self.run_trunk: Callable[[PackedBatch], torch.Tensor] | None = None
+        """What gives a batch's hidden states in place of `trunk_hidden_states`; a run sets it."""
         self.stack: AdapterStack | None = None
         """Where adapters over a quantised base come from; `save` writes them beside the merged weights."""
 
@@ -143,7 +145,7 @@ class Encoder(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Last hidden state of every token, `[T, D]`."""
-        return trunk_hidden_states(self.trunk, batch)
+        return self._hidden_states(self.trunk, batch)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """One vector a text, `[S, D]` fp32, not normalised."""
@@ -152,7 +154,12 @@ class Encoder(nn.Module):
     def _vectors(self, trunk: Any, batch: PackedBatch) -> torch.Tensor:
         if self.settings.pooled_tokens == "all":
             batch = replace(batch, pool_mask=torch.ones_like(batch.pool_mask))
-        return POOLINGS[self.settings.pooling](trunk_hidden_states(trunk, batch), batch)
+        return POOLINGS[self.settings.pooling](self._hidden_states(trunk, batch), batch)
+
+    def _hidden_states(self, trunk: Any, batch: PackedBatch) -> torch.Tensor:
+        if self.run_trunk is None or trunk is not self.trunk:
+            return trunk_hidden_states(trunk, batch)
+        return self.run_trunk(batch)
 
     @overload
     def encode(
@@ -316,9 +323,10 @@ class Encoder(nn.Module):
             self._replicas = Replicas(self.trunk, self.devices)
 
         def vectors(trunk: Any, group: np.ndarray) -> np.ndarray:
-            batch = pack([texts[i] for i in group])
+            # Outside, so that layers share what follows from the texts' bounds.
+            batch = pack([texts[i] for i in group]).to(device_of(trunk))
             with no_graph(trunk):  # holds for one thread
-                found: np.ndarray = self._vectors(trunk, batch.to(device_of(trunk))).float().cpu().numpy()
+                found: np.ndarray = self._vectors(trunk, batch).float().cpu().numpy()
             return found
 
         found = (

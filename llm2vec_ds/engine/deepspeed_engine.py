@@ -274,6 +274,12 @@ class Engine:
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
+    @property
+    def addresses(self) -> Callable[[], tuple[int, int]] | None:
+        """Where the weights that train and their gradients lie now; None: DeepSpeed owns each by itself, and
+        its hooks have to see each gradient."""
+        return None if self._flat is None else self._flat.addresses
+
     def write_metrics(self, values: Mapping[str, float], step: int) -> None:
         """To the monitors that the configuration names; rank 0 writes."""
         if self._engine.monitor.enabled:

@@ -65,6 +65,10 @@ class FlatParameter(nn.Module):
             parameter.data = place.view(values)
             parameter.grad = place.view(self._gradient)
 
+    def addresses(self) -> tuple[int, int]:
+        """Of the weights and of their gradient: where the parameters look into."""
+        return self.whole.data_ptr(), self._gradient.data_ptr()
+
     def find_gradient(self, loss: torch.Tensor) -> None:
         """Backward of `loss`, for the `forward` that follows."""
         self._gradient.zero_()

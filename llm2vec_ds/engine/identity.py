@@ -33,6 +33,7 @@ FREE_KEYS = (
     "model.config_file",
     "model.activation_checkpointing",
     "model.fused_layers",
+    "model.cuda_graphs",
     "deepspeed",
     "evaluation",
     "machine",

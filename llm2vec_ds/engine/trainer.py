@@ -28,6 +28,7 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore, Hashes, Manifest
 from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.finite_check import FiniteCheck
+from llm2vec_ds.engine.graphs import use_graphs
 from llm2vec_ds.engine.identity import made_by
 from llm2vec_ds.engine.metrics import MetricsLog, step_metrics
 from llm2vec_ds.engine.moving_average import MovingAverage
@@ -100,6 +101,9 @@ class Trainer:
         self.check = FiniteCheck(engine.trainable)
         self.watchdog = Watchdog(recipe.step_timeout_s, folder)
         self.prefetch = Prefetch(self._rows_and_batches, recipe.max_steps)
+        self.graphed = use_graphs(recipe, stage, engine)
+        if self.graphed is not None:
+            self.graphed.while_recording = self.prefetch.paused
         self._best_score: float | None = all_gather_object(store.best_score())[0]
 
     def run(self, checkpoint: Checkpoint | None = None) -> bool:
@@ -185,6 +189,8 @@ class Trainer:
             sent_bytes=sent,
             device=self.device,
         )
+        if self.graphed is not None:
+            metrics["fill_share"] = self.graphed.fill_share()
         return metrics, n_asked > 0
 
     def _backward(self, share: torch.Tensor, *, rows: Sequence[int], last: bool) -> None:

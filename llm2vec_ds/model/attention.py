@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from llm2vec_kernels.attention import ATTENTION_NAMES, AttentionOptions, attention
+from llm2vec_kernels.seeds import Seeds
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -74,9 +75,11 @@ def _attend(
     is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    dropout_seeds: Seeds | None = None,
     **ignored: Any,
 ) -> torch.Tensor:
-    """`[B, L, H, D]`, the layout that transformers expects back. `cu_seq_lens_q` marks a packed stream."""
+    """`[B, L, H, D]`, the layout that transformers expects back. `cu_seq_lens_q` marks a packed stream, and
+    `dropout_seeds` take the place of torch's generator."""
     _refuse(query_BHLD, key_BHLD, mask_BL, ignored)
     by_config = is_causal is not None
     causal = bool(is_causal) if by_config else bool(getattr(module, "is_causal", True))
@@ -108,7 +111,10 @@ def _attend(
         dropout_p=dropout,
         causal=causal,
     )
-    out_THD = attention(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, options=options, backend=backend)
+    seed = dropout_seeds.next() if dropout_seeds is not None and dropout > 0 else None
+    out_THD = attention(
+        q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, options=options, backend=backend, seed=seed
+    )
     if order_T is not None:
         out_THD = torch.empty_like(out_THD).index_copy(0, order_T, out_THD)
     if out_THD.shape[-1] != width:

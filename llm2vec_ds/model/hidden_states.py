@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llm2vec_kernels.seeds import Seeds
 
 from llm2vec_ds.batch import PackedBatch
 
 
-def trunk_hidden_states(trunk: Any, batch: PackedBatch) -> torch.Tensor:
-    """Last hidden state of every token of a packed batch, `[T, D]`."""
+def trunk_hidden_states(trunk: Any, batch: PackedBatch, seeds: Seeds | None = None) -> torch.Tensor:
+    """Last hidden state of every token of a packed batch, `[T, D]`.
+
+    Args:
+        seeds: what dropout follows from in place of torch's generator: the adapters' on any device,
+            attention's in Triton. Not for a trunk that recomputes whole layers, whose second run would get
+            other seeds.
+    """
+    options = {} if seeds is None else {"dropout_seeds": seeds}
     output = trunk(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
@@ -20,6 +28,23 @@ def trunk_hidden_states(trunk: Any, batch: PackedBatch) -> torch.Tensor:
         cu_seq_lens_k=batch.cu_seqlens,
         max_length_q=batch.max_seqlen,
         max_length_k=batch.max_seqlen,
+        **options,
     )
     hidden: torch.Tensor = output.last_hidden_state[0]
     return hidden
+
+
+def seeded_hidden_states(trunk: Any, batch: PackedBatch, seed: int | None = None) -> torch.Tensor:
+    """The same, its dropout following from one seed, which torch's generator draws where none is given.
+
+    A recorded pass draws it in the same way, so that a run does not depend on recordings.
+    """
+    if not trunk.training:
+        return trunk_hidden_states(trunk, batch)
+    first = drawn_dropout_seed() if seed is None else seed
+    seeds = Seeds(torch.full((), first, dtype=torch.int64, device=batch.input_ids.device))
+    return trunk_hidden_states(trunk, batch, seeds)
+
+
+def drawn_dropout_seed() -> int:
+    return int(torch.randint(2**62, ()))

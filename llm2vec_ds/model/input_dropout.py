@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from llm2vec_kernels.row_ops.dropout import Masks, drop
+from llm2vec_kernels.seeds import Seeds
 from torch import nn
 
 from llm2vec_ds.model.origins import note_drop
@@ -25,13 +26,15 @@ class InputDropout:
 
     def __init__(self) -> None:
         self.masks_of: Callable[[float], Masks] = Masks
+        self._seeds: Seeds | None = None
         self._masks: Masks | None = None
         self._last: tuple[torch.Tensor, Dropped] | None = None
 
     def of(self, x: torch.Tensor, p: float) -> Dropped:
         """Of the call before if `x` is the same memory in the same shape."""
         if self._masks is None or self._masks.p != p:
-            self._masks, self._last = self.masks_of(p), None
+            self._masks = self.masks_of(p) if self._seeds is None else Masks(p, self._seeds)
+            self._last = None
         if self._last is None or not _is_same(self._last[0], x):
             # Held, so that no later tensor can have its address. Under ZeRO-3 each layer sees another view.
             held = x.detach()
@@ -42,10 +45,16 @@ class InputDropout:
 
     def forget(self, *_: Any) -> None:
         """What comes next depends on torch's generator alone."""
-        self._masks = self._last = None
+        self._seeds = self._masks = self._last = None
 
-    def end_with_each_forward_of(self, trunk: nn.Module) -> None:
-        """Two passes never share a mask, and none stays alive after one."""
+    def follow(self, trunk: nn.Module) -> None:
+        """Takes the `dropout_seeds` of each pass of the trunk. Two passes never share a mask, and none stays
+        alive after one."""
+
+        def take_seeds(_: nn.Module, args: Any, options: dict[str, Any]) -> None:
+            self._seeds = options.get("dropout_seeds")
+
+        trunk.register_forward_pre_hook(take_seeds, with_kwargs=True)
         trunk.register_forward_hook(self.forget, always_call=True)
 
 

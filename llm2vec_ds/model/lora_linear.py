@@ -207,6 +207,6 @@ def share_dropout(trunk: nn.Module) -> None:
     shared = next((layer.dropouts for layer in layers if "dropouts" in layer.__dict__), None)
     if shared is None and layers:
         shared = InputDropout()
-        shared.end_with_each_forward_of(trunk)
+        shared.follow(trunk)
     for layer in layers:
         layer.dropouts = shared  # type: ignore[assignment]

@@ -48,6 +48,11 @@ def recompute_activations(trunk: Any, which: Recomputation) -> str:
     return "full" if which == "full" else "selective, operation by operation: not all of a layer is known"
 
 
+def runs_layers_twice(trunk: Any) -> bool:
+    """Does backward run layers again by torch's checkpointing, which sets torch's generator back?"""
+    return any(getattr(part, "gradient_checkpointing", False) for part in trunk.modules())
+
+
 def layers_keep_origins(trunk: Any) -> bool:
     """Is all that a layer computes between its products a known norm or gated unit, and does each trained
     product know their origins (`origins.py`)?"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from llm2vec_ds.process.preemption import DEFAULT_SIGNALS, Signal
 
@@ -14,6 +14,11 @@ PositiveShare = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file, a folder or a hub id; `~` is the home folder."""
+
+
+def _word(value: object) -> object:
+    """YAML reads `on` and `off` as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class Section(BaseModel):
@@ -41,6 +46,10 @@ class ModelConfig(Section):
     fused_layers: Literal["auto", "off"] = "auto"
     """`auto` runs norms, rotary embeddings and gated units as one operation each, where their code is known
     (docs/kernels.md); `off` leaves them to transformers."""
+    cuda_graphs: Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)] = "auto"
+    """CUDA graphs: the trunk's passes are recorded once for each of a few lengths and replayed, so that the
+    GPU does not wait for Python. `auto` records where it can and it pays, and logs why not elsewhere; `on`
+    refuses where it cannot (docs/performance.md)."""
     trust_remote_code: bool = False
     """Run code that lies beside the model, where it needs its own: read it first. Only `train`, `prepare` and
     `plan` ever do, so the other commands refuse the encoder of such a run (docs/security.md)."""

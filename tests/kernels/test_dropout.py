@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 from llm2vec_kernels.row_ops import dropout
-from llm2vec_kernels.row_ops.dropout import Masks, add_dropped_, drop, dropped_positions
+from llm2vec_kernels.row_ops.dropout import Masks, add_dropped_, drop, dropped_positions, uniform_of
+from llm2vec_kernels.seeds import MADE_AT_ONCE, Seeds, drawn_seed
 
 from tests.support.interpreter import round_bf16_to_nearest
 
@@ -60,11 +61,12 @@ def test_a_seed_fixes_the_masks() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.parametrize("seeds", [None, Seeds(torch.tensor(3))], ids=["positions", "seed"])
 @pytest.mark.parametrize("shape", [(7,), (5, 33), (3, 4, 50)], ids=str)
-def test_adds_what_stays(shape: tuple[int, ...]) -> None:
+def test_adds_what_stays(shape: tuple[int, ...], seeds: Seeds | None) -> None:
     torch.manual_seed(0)
     x, y = torch.rand(shape) + 1, torch.rand(shape) + 1
-    mask = Masks(0.4).next_for(x)
+    mask = Masks(0.4, seeds).next_for(x)
     dropped = drop(x, 0.4, mask)
     stays = dropped != 0
     assert torch.equal(dropped, x * stays)
@@ -82,7 +84,7 @@ def test_triton_drops_the_same_again(n: int, dtype: torch.dtype, monkeypatch: py
         round_bf16_to_nearest(monkeypatch)
     torch.manual_seed(0)
     x, y = (torch.rand(n, device=DEVICE).to(dtype) + 1 for _ in range(2))
-    mask, other = torch.tensor(2**40 + 5), torch.tensor(2**40 + 6)
+    mask, other = (torch.tensor(2**40 + i, device=DEVICE) for i in (5, 6))
     dropped = triton.drop(x, 0.3, mask)
     stays = dropped != 0
     assert torch.equal(dropped, x * stays)
@@ -95,3 +97,36 @@ def test_triton_drops_the_same_again(n: int, dtype: torch.dtype, monkeypatch: py
         quarters = stays.float()[:4096].split(1024)
         assert all(abs(float((a * b).mean()) - 0.49) < 0.07 for a, b in pairwise(quarters))
         assert not torch.equal(dropped, triton.drop(x, 0.3, other))
+
+
+def test_seeds_of_a_pass_follow_from_the_first_which_may_change() -> None:
+    first = torch.tensor(7)
+    seeds = Seeds(first)
+    assert [int(seeds.next()) for _ in range(MADE_AT_ONCE + 2)] == [7 + i for i in range(MADE_AT_ONCE + 2)]
+    torch.manual_seed(5)
+    drawn = int(drawn_seed(torch.device("cpu")))
+    torch.manual_seed(5)
+    assert drawn == int(torch.randint(2**62, ()))
+
+
+def test_hashed_numbers_are_those_of_splitmix64() -> None:
+    """The same in Python's integers, which do not wrap around by themselves."""
+    word = 2**64 - 1
+
+    def mixed(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & word
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & word
+        return x ^ (x >> 31)
+
+    seed = 2**61 + 12345
+    expected = [(mixed((mixed(seed) + i * 0x9E3779B97F4A7C15) & word) >> 40) / 2**24 for i in range(50)]
+    assert uniform_of(torch.tensor(seed), 50).tolist() == expected
+
+
+def test_hashed_numbers_are_uniform_and_neighbouring_seeds_independent() -> None:
+    """The mean of 200,000 and two correlations, within four standard errors."""
+    a, b = (uniform_of(torch.tensor(seed), 200_000) - 0.5 for seed in (11, 12))
+    error = 1 / math.sqrt(200_000)
+    assert abs(float(a.mean())) < 4 * error * math.sqrt(1 / 12)
+    for first, second in ((a, b), (a[1:], a[:-1])):
+        assert abs(float((first * second).mean()) * 12) < 4 * error

@@ -60,7 +60,8 @@ def kernel(
     **options: Any,
 ) -> torch.Tensor:
     scaled = AttentionOptions(q.shape[-1] ** -0.5, **options)
-    return flash_attention(q, k, v, cumulative(lengths), max(lengths, default=0), scaled, seed=seed)
+    given = None if seed is None else torch.tensor(seed, device=DEVICE)
+    return flash_attention(q, k, v, cumulative(lengths), max(lengths, default=0), scaled, seed=given)
 
 
 def expected(
@@ -201,6 +202,14 @@ def test_the_seed_fixes_dropout_and_torchs_generator_draws_it() -> None:
     assert not torch.equal(drawn[0], drawn[4])
 
 
+def test_layers_share_their_intervals_also_without_gradients() -> None:
+    cu_seqlens = cumulative((3, 2))
+    with torch.inference_mode():
+        kept = visible_intervals(cu_seqlens, 5, None)
+        assert visible_intervals(cu_seqlens, 5, None)[0] is kept[0]
+    assert not visible_intervals(cu_seqlens, 5, None)[0].is_inference()
+
+
 def test_activation_checkpointing_replays_dropout() -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -315,7 +324,7 @@ def test_intervals_are_shared_while_cu_seqlens_is_the_same() -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_operator_is_well_behaved(dropout_p: float) -> None:
     q, k, v, _ = inputs((4, 7), 2, 1, 16, FP32)
-    seed = torch.tensor(3) if dropout_p else None
+    seed = torch.tensor(3, device=DEVICE) if dropout_p else None
     intervals = visible_intervals(cumulative((4, 7)), 11, 5)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(flash_attention_op.operator, (*leaves, *intervals, 7, 0.25, 5.0, dropout_p, seed))
@@ -329,7 +338,8 @@ def test_compiles_without_a_break() -> None:
 
     def compiled_kernel(q: Any, k: Any, v: Any, lengths: tuple[int, ...], **options: Any) -> torch.Tensor:
         scaled = AttentionOptions(q.shape[-1] ** -0.5, **options)
-        out: torch.Tensor = compiled(q, k, v, cumulative(lengths), max(lengths), scaled, seed=5)
+        seed = torch.tensor(5, device=DEVICE)
+        out: torch.Tensor = compiled(q, k, v, cumulative(lengths), max(lengths), scaled, seed=seed)
         return out
 
     for lengths in ((4, 7), (6, 3, 9)):

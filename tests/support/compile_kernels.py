@@ -36,12 +36,11 @@ KERNELS = {
 }
 TYPES = {
     **dict.fromkeys(("first_ptr", "past_ptr"), "*i32"),
-    **dict.fromkeys(("positive_ptr", "query_id_ptr", "document_id_ptr"), "*i64"),
+    **dict.fromkeys(("positive_ptr", "query_id_ptr", "document_id_ptr", "seed_ptr"), "*i64"),
     **dict.fromkeys(("lse_ptr", "delta_ptr", "inverse_ptr", "sums_ptr"), "*fp32"),
     **dict.fromkeys(
         ("score_ptr", "positive_score_ptr", "best_negative_ptr", "limit_ptr", "row_weight_ptr"), "*fp32"
     ),
-    "seed": "i64",
 }
 
 
@@ -62,7 +61,7 @@ def compiled(case: dict[str, Any]) -> dict[str, int]:
         constants["WIDE"] = getattr(tl, constants["WIDE"])
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else argument_type(n, case["dtype"]) for n in names}
-    known = [parameter.name for parameter in kernel.params if not parameter.do_not_specialize]
+    known = [p.name for p in kernel.params if not (p.do_not_specialize or p.do_not_specialize_on_alignment)]
     aligned = [
         names.index(n)
         for n in known

@@ -57,6 +57,7 @@ def attention(
     *,
     options: AttentionOptions,
     backend: str = "auto",
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention inside each text of a packed stream: no padding, no leak from text to text.
 
@@ -66,6 +67,8 @@ def attention(
         max_seqlen: the longest text in tokens, or any bound on it; None takes T, a bound that costs speed.
         options: what is computed; dropout draws from torch's default generator.
         backend: a name of `choose_attention_backend`.
+        seed: what Triton's dropout follows from in place of the generator, an int64 scalar on q's device; the
+            other backends always draw.
 
     Returns:
         `[T, Hq, D]` in q's dtype.
@@ -77,4 +80,5 @@ def attention(
         q_THD.device, q_THD.dtype, q_THD.shape[2], q_THD.shape[1] != k_THD.shape[1], options
     )
     run = choose_attention_backend(backend, needs).backend.run
-    return run(q_THD, k_THD, v_THD, cu_seqlens, len(q_THD) if max_seqlen is None else max_seqlen, options)
+    longest = len(q_THD) if max_seqlen is None else max_seqlen
+    return run(q_THD, k_THD, v_THD, cu_seqlens, longest, options, seed)

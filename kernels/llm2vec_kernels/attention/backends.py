@@ -52,12 +52,17 @@ class Run(Protocol):
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
         options: AttentionOptions,
+        seed: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A named way to compute attention; `lacks` gives the first thing it cannot do and the mend."""
+    """A named way to compute attention.
+
+    Attributes:
+        lacks: gives the first thing that it cannot do, and what to do instead.
+    """
 
     name: str
     lacks: Callable[[AttentionNeeds], str | None]
@@ -108,10 +113,11 @@ def _run_triton(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     options: AttentionOptions,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     from llm2vec_kernels.attention.triton import flash_attention
 
-    return flash_attention(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, options)
+    return flash_attention(q_THD, k_THD, v_THD, cu_seqlens, max_seqlen, options, seed=seed)
 
 
 def flash_attn_version() -> int:
@@ -143,6 +149,7 @@ def _run_flash_attn(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     options: AttentionOptions,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     window = -1 if options.window is None else options.window
     theirs: dict[str, Any] = {
@@ -192,6 +199,7 @@ def _run_varlen(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     options: AttentionOptions,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -213,6 +221,7 @@ def _run_torch(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     options: AttentionOptions,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch_attention(q_THD, k_THD, v_THD, cu_seqlens, options)
 

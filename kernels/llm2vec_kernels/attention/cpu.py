@@ -25,15 +25,21 @@ _backward_of_run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 def equal_length_runs(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
     """(Number of texts, length) of each run of neighbouring texts of one length.
 
-    Found once for all layers: the tensor carries them as long as it is not changed.
+    Found once for all layers: the tensor carries them as long as it is not changed. One that was made under
+    inference mode does not say when it is, and carries none.
     """
-    change = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    if cu_seqlens.is_inference():
+        return _runs_of(cu_seqlens)
     known: tuple[int, list[tuple[int, int]]] | None = getattr(cu_seqlens, "llm2vec_runs", None)
-    if known is None or known[0] != change:
-        lengths = filter(None, cu_seqlens.diff().tolist())
-        known = change, [(sum(1 for _ in run), length) for length, run in groupby(lengths)]
+    if known is None or known[0] != cu_seqlens._version:
+        known = cu_seqlens._version, _runs_of(cu_seqlens)
         cu_seqlens.llm2vec_runs = known  # type: ignore[attr-defined]
     return known[1]
+
+
+def _runs_of(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
+    lengths = filter(None, cu_seqlens.diff().tolist())
+    return [(sum(1 for _ in run), length) for length, run in groupby(lengths)]
 
 
 def window_mask(length: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:

@@ -21,6 +21,7 @@ from llm2vec_kernels.attention.tile_sizes import MAX_HEAD_DIM, Tile, padded_head
 from llm2vec_kernels.attention.triton_backward import dkdv_kernel, dq_kernel
 from llm2vec_kernels.attention.triton_forward import forward_kernel
 from llm2vec_kernels.operation import Operation
+from llm2vec_kernels.seeds import drawn_seed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -34,7 +35,7 @@ def flash_attention(
     max_seqlen: int,
     options: AttentionOptions,
     *,
-    seed: int | None = None,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention inside each text of a packed stream; forward and backward in Triton.
 
@@ -42,8 +43,8 @@ def flash_attention(
         q_THD: `[T, Hq, D]` fp16, bf16 or fp32; k_THD, v_THD: `[T, Hk, D]`, Hq a multiple of Hk.
         cu_seqlens: `[S+1]` int32, ascending from 0 to T; a text may be empty.
         max_seqlen: the longest text in tokens, or any bound on it: it only chooses tile sizes.
-        seed: fixes which weights are dropped; None draws one from torch's default CPU generator, so that
-            `torch.manual_seed` and activation checkpointing replay it, without waiting for the device.
+        seed: fixes which weights are dropped, an int64 scalar on q's device; None draws one from torch's
+            default CPU generator, which `torch.manual_seed` and activation checkpointing set back.
 
     Returns:
         `[T, Hq, D]` in q's dtype.
@@ -54,12 +55,14 @@ def flash_attention(
     check_arguments(q_THD, k_THD, v_THD, cu_seqlens, options)
     first_T, past_T = visible_intervals(cu_seqlens, len(q_THD), options.window)
     scale, softcap, dropout_p = options.softmax_scale, options.softcap, options.dropout_p
-    seed_tensor = None
-    if dropout_p > 0:
-        seed_tensor = torch.randint(2**62, ()) if seed is None else torch.tensor(seed)
-    return flash_attention_op(
-        q_THD, k_THD, v_THD, first_T, past_T, max_seqlen, scale, softcap, dropout_p, seed_tensor
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = drawn_seed(q_THD.device)
+    out_THD: torch.Tensor = flash_attention_op(
+        q_THD, k_THD, v_THD, first_T, past_T, max_seqlen, scale, softcap, dropout_p, seed
     )[0]
+    return out_THD
 
 
 def check_arguments(
@@ -102,11 +105,12 @@ def visible_intervals(
 
     Kept for as long as `cu_seqlens` lives unchanged, so that a model's layers share them.
     """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or cu_seqlens.is_inference():
-        # A compiler shares them by itself; tensors made under inference mode must not reach a later backward.
+    if torch.compiler.is_compiling() or cu_seqlens.is_inference():
+        # A compiler shares them by itself; a tensor made under inference mode does not say when it changes.
         return _visible_intervals(cu_seqlens, n_tokens, window)
     kept = _intervals_of.setdefault(cu_seqlens, {})
-    key = (cu_seqlens._version, n_tokens, window)
+    # What is made under inference mode must not reach a later backward.
+    key = (cu_seqlens._version, n_tokens, window, torch.is_inference_mode_enabled())
     if key not in kept:
         kept[key] = _visible_intervals(cu_seqlens, n_tokens, window)
     intervals: tuple[torch.Tensor, torch.Tensor] = kept[key]
@@ -137,7 +141,7 @@ def _flash_attention(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """→ out `[T, Hq, D]`, log-sum-exp in units of log 2 `[Hq, T]` fp32. `seed` is a CPU int64 scalar."""
+    """→ out `[T, Hq, D]`, log-sum-exp in units of log 2 `[Hq, T]` fp32. `seed` is an int64 scalar."""
     q_THD, k_THD, v_THD = map(_rows_contiguous, (q_THD, k_THD, v_THD))
     tokens, heads, head_dim = q_THD.shape
     out_THD = q_THD.new_empty(q_THD.shape)
@@ -228,7 +232,7 @@ def _shared_arguments(
         "scale": softmax_scale,
         "softcap": softcap or 1.0,
         "dropout_p": dropout_p,
-        "seed": 0 if seed is None else int(seed),
+        "seed_ptr": seed,
         "D": head_dim,
         "GROUP": q_THD.shape[1] // k_THD.shape[1],
         "HAS_SOFTCAP": softcap is not None,

@@ -61,7 +61,7 @@ def weights_and_dscores(
     return used_RC, weight_RC * (dweight_RC - delta) * slope_RC
 
 
-@triton.jit(do_not_specialize=["n_tokens", "seed"])
+@triton.jit(do_not_specialize=["n_tokens"], do_not_specialize_on_alignment=["seed_ptr"])
 def dq_kernel(
     q_ptr,  # [T, Hq, D], any strides over T and Hq
     k_ptr,  # [T, Hk, D], likewise
@@ -74,13 +74,15 @@ def dq_kernel(
     first_ptr,  # [T] int32
     past_ptr,  # [T] int32
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    n_tokens, scale, softcap, dropout_p, seed,
+    n_tokens, scale, softcap, dropout_p,
+    seed_ptr,  # int64 scalar; None without dropout
     D: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     out_stride_t = tl.num_programs(1) * D
     query0 = tl.program_id(0) * BLOCK_M
     query_M = query0 + tl.arange(0, BLOCK_M)
@@ -120,20 +122,22 @@ def dq_kernel(
     store_tile(dq_ptr + own, dq_MD, query0, out_stride_t, n_tokens, BLOCK_M, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "seed"])
+@triton.jit(do_not_specialize=["n_tokens"], do_not_specialize_on_alignment=["seed_ptr"])
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr,  # as in dq_kernel
     dk_ptr,  # [T, Hk, D] contiguous, as is dv
     dv_ptr,
     lse_ptr, delta_ptr, first_ptr, past_ptr,  # as in dq_kernel
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    n_tokens, scale, softcap, dropout_p, seed,
+    n_tokens, scale, softcap, dropout_p,
+    seed_ptr,  # int64 scalar; None without dropout
     D: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     dout_stride_t = tl.num_programs(1) * GROUP * D
     key0 = tl.program_id(0) * BLOCK_N
     key_N = key0 + tl.arange(0, BLOCK_N)

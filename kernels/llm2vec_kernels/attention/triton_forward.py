@@ -41,7 +41,7 @@ def softmax_step(score_MN, peak_M, total_M):
     return weight_MN, new_peak_M, total_M * fade_M + tl.sum(weight_MN, 1), fade_M
 
 
-@triton.jit(do_not_specialize=["n_tokens", "seed"])
+@triton.jit(do_not_specialize=["n_tokens"], do_not_specialize_on_alignment=["seed_ptr"])
 def forward_kernel(
     q_ptr,  # [T, Hq, D], any strides over T and Hq
     k_ptr,  # [T, Hk, D], likewise
@@ -51,13 +51,15 @@ def forward_kernel(
     first_ptr,  # [T] int32, first token that a token sees
     past_ptr,  # [T] int32, one past the last
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    n_tokens, scale, softcap, dropout_p, seed,
+    n_tokens, scale, softcap, dropout_p,
+    seed_ptr,  # int64 scalar; None without dropout
     D: tl.constexpr,
     GROUP: tl.constexpr,  # query heads that share a key/value head
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     n_heads = tl.num_programs(1)
     query0 = tl.program_id(0) * BLOCK_M
     query_M = query0 + tl.arange(0, BLOCK_M)

@@ -227,12 +227,12 @@ def drop_quarter(x_ptr, out_ptr, word, p, element, n_elements, ADD: tl.constexpr
     tl.store(out_ptr + element, out.to(out_ptr.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
 def drop_kernel(
     x_ptr,
     out_ptr,
     p,
-    seed,
+    seed_ptr,
     n_elements,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -248,7 +248,7 @@ def drop_kernel(
     counter = program * BLOCK + lane
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
-    a, b, c, d = tl.philox(seed, low, high, zero, zero, n_rounds=PHILOX_ROUNDS)
+    a, b, c, d = tl.philox(tl.load(seed_ptr), low, high, zero, zero, n_rounds=PHILOX_ROUNDS)
     first = program * (4 * BLOCK) + lane
     drop_quarter(x_ptr, out_ptr, a, p, first, n_elements, ADD, WIDE)
     drop_quarter(x_ptr, out_ptr, b, p, first + BLOCK, n_elements, ADD, WIDE)

@@ -142,7 +142,7 @@ def _drop(x_TD: torch.Tensor, out_TD: torch.Tensor, p: float, mask: torch.Tensor
     if n_elements:
         with torch.cuda.device_of(x_TD):
             drop_kernel[(triton.cdiv(n_elements, 4 * DROP_BLOCK),)](
-                x_TD, out_TD, p, int(mask), n_elements,
+                x_TD, out_TD, p, mask, n_elements,
                 ADD=add, BLOCK=DROP_BLOCK, WIDE=_wide(x_TD.dtype), num_warps=_warps(4 * DROP_BLOCK),
             )  # fmt: skip
     return out_TD

@@ -1,0 +1,226 @@
+"""A trunk's passes as recordings, one for each length and kind of pass: a pass is then one call of Python.
+
+Pooling, heads and losses stay outside. They see the texts' own tokens alone.
+
+Shape legend: T tokens of a micro-batch, L of the recorded stream (T and filler), D width.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from llm2vec_kernels.seeds import Seeds
+from torch import nn
+
+from llm2vec_ds.batch import PackedBatch
+from llm2vec_ds.model.graphs.lengths import length_for, lengths_up_to
+from llm2vec_ds.model.graphs.recorder import Recorder, Replay
+from llm2vec_ds.model.graphs.static_inputs import StaticInputs
+from llm2vec_ds.model.hidden_states import (
+    drawn_dropout_seed,
+    seeded_hidden_states,
+    trunk_hidden_states,
+)
+
+log = logging.getLogger(__name__)
+
+
+class _Kind(NamedTuple):
+    """What one recording serves."""
+
+    length: int
+    with_gradient: bool
+    training: bool
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """Attributes: outcome: shared by all recordings; a pass's is read before the next one."""
+
+    inputs: StaticInputs
+    outcome: _Outcome
+    forward: Replay
+    backward: Replay
+
+
+class _Outcome(NamedTuple):
+    """Hidden states of a pass, and their gradient: `[L, D]` of the longest length."""
+
+    hidden_LD: torch.Tensor
+    d_hidden_LD: torch.Tensor
+
+
+class GraphedTrunk:
+    """In place of `trunk_hidden_states`: fills a batch up to one of a few lengths, and replays.
+
+    Backward adds to the `.grad` of the trunk's parameters that train, which have to be there. A pass with
+    gradient and its backward follow each other, no other pass between them.
+
+    Attributes:
+        n_tokens, n_filled: tokens of the passes so far, and filler among what ran.
+        while_recording: a context for each recording, in which nothing else is to use the device.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        recorder: Recorder,
+        *,
+        longest: int,
+        longest_text: int,
+        places: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            longest: tokens of the largest micro-batch that is recorded; a larger one runs as it is.
+            longest_text: in tokens; it chooses kernels.
+            places: where weights and gradients lie. When they have moved, recordings are made again.
+        """
+        self._trunk, self._recorder = trunk, recorder
+        self._lengths = lengths_up_to(longest)
+        self._longest_text = longest_text
+        self._places, self._recorded_at = places, places()
+        self._recordings: dict[_Kind, _Recording] = {}
+        self._outcome: _Outcome | None = None
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._turn = 0
+        self.n_tokens = self.n_filled = 0
+        self.while_recording: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+        """Last hidden state of every token, `[T, D]`."""
+        kind = self._kind(batch)
+        if kind is None:
+            return seeded_hidden_states(self._trunk, batch)
+        seed = drawn_dropout_seed() if kind.training else 0
+        recording = self._recording(kind, batch, seed)
+        self.n_tokens += batch.n_tokens
+        self.n_filled += kind.length - batch.n_tokens
+        self._turn += 1
+        recording.inputs.fill(batch, seed)
+        if kind.with_gradient:
+            replayed: torch.Tensor = _Replayed.apply(self._anchor, self, recording, batch.n_tokens)
+            return replayed
+        recording.forward()
+        return recording.outcome.hidden_LD[: batch.n_tokens].clone()
+
+    def filled(self, batch: PackedBatch) -> torch.Tensor:
+        """The same without a recording, from the same draw of torch's generator."""
+        kind = self._kind(batch)
+        assert kind is not None, "the batch is too large to be recorded"
+        inputs = self._inputs(kind.length, batch)
+        inputs.fill(batch, drawn_dropout_seed() if kind.training else 0)
+        return self._pass(inputs)[: batch.n_tokens]
+
+    def fill_share(self) -> float:
+        """Share of filler in the tokens that ran since the last call; 0: nothing ran."""
+        share = self.n_filled / max(self.n_tokens + self.n_filled, 1)
+        self.n_tokens = self.n_filled = 0
+        return share
+
+    @property
+    def turn(self) -> int:
+        """Number of passes so far: a replay overwrites what the pass before has kept for its backward."""
+        return self._turn
+
+    def _kind(self, batch: PackedBatch) -> _Kind | None:
+        length = length_for(batch.n_tokens, self._lengths)
+        if length is None:
+            return None
+        return _Kind(length, torch.is_grad_enabled(), self._trunk.training)
+
+    def _inputs(self, length: int, batch: PackedBatch) -> StaticInputs:
+        return StaticInputs.empty(length, self._longest_text, batch.input_ids.device)
+
+    def _pass(self, inputs: StaticInputs) -> torch.Tensor:
+        seeds = Seeds(inputs.seed) if self._trunk.training else None
+        return trunk_hidden_states(self._trunk, inputs.fresh_bounds(), seeds)
+
+    def _recording(self, kind: _Kind, batch: PackedBatch, seed: int) -> _Recording:
+        if (places := self._places()) != self._recorded_at:
+            log.info("weights have moved: %s recordings are made again", len(self._recordings))
+            self._recordings.clear()
+            self._recorded_at = places
+        if kind not in self._recordings:
+            started = time.perf_counter()
+            inputs = self._inputs(kind.length, batch)
+            inputs.fill(batch, seed)
+            with self.while_recording():
+                record = self._record_both if kind.with_gradient else self._record_forward
+                self._recordings[kind] = record(inputs)
+            what = "forward and backward" if kind.with_gradient else "forward"
+            log.info("recorded %s of %s tokens, %.1f s", what, kind.length, time.perf_counter() - started)
+        return self._recordings[kind]
+
+    def _record_forward(self, inputs: StaticInputs) -> _Recording:
+        outcome = self._outcome_of(inputs)
+
+        def forward() -> None:
+            outcome.hidden_LD[: inputs.batch.n_tokens].copy_(self._pass(inputs))
+
+        self._recorder.warm_up(forward)
+        _, replay = self._recorder.record(forward)
+        return _Recording(inputs, outcome, replay, _no_backward)
+
+    def _record_both(self, inputs: StaticInputs) -> _Recording:
+        """Forward and its backward; between the two recordings autograd's notes hold what is kept."""
+        trained = [p for p in self._trunk.parameters() if p.requires_grad]
+        outcome, length = self._outcome_of(inputs), inputs.batch.n_tokens
+
+        def forward() -> torch.Tensor:
+            hidden_LD = self._pass(inputs)
+            outcome.hidden_LD[:length].copy_(hidden_LD.detach())
+            return hidden_LD
+
+        def backward(hidden_LD: torch.Tensor, factor: float) -> None:
+            found = torch.autograd.grad(hidden_LD, trained, outcome.d_hidden_LD[:length], allow_unused=True)
+            pairs = [(p.grad, g) for p, g in zip(trained, found, strict=True) if g is not None]
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=factor)
+
+        self._recorder.warm_up(lambda: backward(forward(), 0.0))
+        hidden_LD, replay = self._recorder.record(forward)
+        _, replay_backward = self._recorder.record(lambda: backward(hidden_LD, 1.0))
+        return _Recording(inputs, outcome, replay, replay_backward)
+
+    def _outcome_of(self, inputs: StaticInputs) -> _Outcome:
+        if self._outcome is None:
+            with torch.no_grad():
+                hidden_LD = self._pass(inputs)
+            with torch.inference_mode(False):
+                shape = (self._lengths[-1], hidden_LD.shape[-1])
+                zeros = [torch.zeros(shape, dtype=hidden_LD.dtype, device=hidden_LD.device) for _ in range(2)]
+                self._outcome = _Outcome(*zeros)
+        return self._outcome
+
+
+def _no_backward() -> None:
+    raise AssertionError("a pass without gradient has no backward")
+
+
+class _Replayed(torch.autograd.Function):
+    """`anchor` lets autograd ask for the backward of a pass none of whose inputs has a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: torch.Tensor, graphed: GraphedTrunk, recording: _Recording, n_tokens: int
+    ) -> torch.Tensor:
+        ctx.graphed, ctx.recording, ctx.turn = graphed, recording, graphed.turn
+        recording.forward()
+        return recording.outcome.hidden_LD[:n_tokens].clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_hidden_TD: torch.Tensor) -> tuple[None, ...]:
+        if ctx.turn != ctx.graphed.turn:
+            raise RuntimeError("another pass was replayed before this one's backward: what it kept is gone")
+        n_tokens, length = len(d_hidden_TD), ctx.recording.inputs.batch.n_tokens
+        d_hidden_LD = ctx.recording.outcome.d_hidden_LD
+        d_hidden_LD[:n_tokens].copy_(d_hidden_TD)
+        d_hidden_LD[n_tokens:length].zero_()
+        ctx.recording.backward()
+        return None, None, None, None

@@ -1,0 +1,242 @@
+"""A trunk's passes as recordings, by a stand-in for CUDA graphs: filled up, and replayed to the bit."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llm2vec_ds.batch import PackedBatch
+from llm2vec_ds.data.packing import pack
+from llm2vec_ds.data.prompts import TokenizedText
+from llm2vec_ds.model.adapters import add_lora
+from llm2vec_ds.model.fused_layers import fuse_layers
+from llm2vec_ds.model.graphs.lengths import RATIO, length_for, lengths_up_to
+from llm2vec_ds.model.graphs.proof import prove
+from llm2vec_ds.model.graphs.static_inputs import StaticInputs
+from llm2vec_ds.model.graphs.suitable import cannot_be_recorded
+from llm2vec_ds.model.graphs.trunk import GraphedTrunk
+from llm2vec_ds.model.hidden_states import seeded_hidden_states, trunk_hidden_states
+from llm2vec_ds.model.recomputation import recompute_activations
+from llm2vec_ds.model.rope import choose_rope_by_text
+from llm2vec_ds.recipe.sections import AdapterConfig
+from tests.support.model_types import build
+from tests.support.recorded_operations import RecordedOperations
+from tests.support.tiny_trunk import trunk as tiny_trunk
+
+TYPES = ("llama", "qwen3", "gemma3_text", "mistral", "phi3")
+
+
+def batch_of(*lengths: int, seed: int = 0) -> PackedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, 400, (n,), generator=generator).tolist() for n in lengths]
+    return pack([TokenizedText(row, 0, len(row), number) for number, row in enumerate(rows)])
+
+
+BATCHES = (batch_of(9, 5, 9, 30), batch_of(1, 1, 60, seed=1), batch_of(40, 24, seed=2), batch_of(80, seed=3))
+"""Of 53, 62, 64 and 80 tokens: of two lengths, the last two without filler."""
+NAME = "layers.1.mlp.up_proj.lora_A.default.weight"
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+
+def trained_trunk(model_type: str = "llama", which: Any = "none", dropout: float = 0.3) -> nn.Module:
+    trunk: nn.Module = build(model_type).base_model
+    fuse_layers(trunk)
+    torch.manual_seed(1)
+    add_lora(trunk, AdapterConfig(rank=2, dropout=dropout, zero_init=False))
+    recompute_activations(trunk, which)
+    for parameter in trunk.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    return trunk.train()
+
+
+def graphed(trunk: nn.Module, **options: Any) -> tuple[GraphedTrunk, RecordedOperations]:
+    recorder = RecordedOperations()
+    return GraphedTrunk(trunk, recorder, longest=80, longest_text=80, **options), recorder
+
+
+def step(trunk: nn.Module, run: Any, batches: tuple[PackedBatch, ...] = BATCHES) -> list[torch.Tensor]:
+    """Hidden states of each batch, and the gradients of all together."""
+    trained = [p for p in trunk.parameters() if p.requires_grad]
+    for parameter in trained:
+        assert parameter.grad is not None
+        parameter.grad.zero_()
+    found = []
+    for number, batch in enumerate(batches):
+        torch.manual_seed(number)
+        hidden = run(batch)
+        weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))
+        (hidden * weight).sum().backward()
+        found.append(hidden.detach())
+    return found + [p.grad.clone() for p in trained if p.grad is not None]
+
+
+@pytest.mark.parametrize("longest", [1, 64, 100, 4096, 32_768])
+def test_neighbouring_lengths_are_close_and_hold_all(longest: int) -> None:
+    lengths = lengths_up_to(longest)
+    assert lengths[-1] - longest < 16
+    assert all(a < b <= RATIO * a for a, b in pairwise(lengths))
+    assert all(length % 16 == 0 for length in lengths)
+    for n_tokens in (1, longest // 2 + 1, longest):
+        found = length_for(n_tokens, lengths)
+        assert found is not None
+        assert found >= n_tokens
+        assert found <= max(RATIO * n_tokens + 16, lengths[0])
+    assert length_for(lengths[-1] + 1, lengths) is None
+
+
+def test_filler_is_texts_of_one_token_and_the_rest_are_empty() -> None:
+    inputs = StaticInputs.empty(8, 8, torch.device("cpu"))
+    for lengths in ((3, 2), (8,), (1, 1), (1,) * 8):
+        batch = batch_of(*lengths)
+        inputs.fill(batch, 7)
+        n = sum(lengths)
+        bounds = torch.tensor([0, *lengths]).cumsum(0).tolist() + list(range(n + 1, 9))
+        assert inputs.batch.cu_seqlens.tolist() == bounds + [8] * (9 - len(bounds))
+        assert inputs.batch.input_ids.tolist() == [*batch.input_ids, *batch.input_ids[:1].tolist() * (8 - n)]
+        assert inputs.batch.position_ids.tolist() == batch.position_ids.tolist() + [0] * (8 - n)
+        assert int(inputs.seed) == 7
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_filled_is_unfilled_to_rounding(model_type: str) -> None:
+    """Hidden states and every gradient, with dropout."""
+    trunk = trained_trunk(model_type)
+    own, _ = graphed(trunk)
+    for found, expected in zip(
+        step(trunk, own.filled), step(trunk, partial(seeded_hidden_states, trunk)), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "which"), [("llama", "selective"), *((model_type, "none") for model_type in TYPES)]
+)
+def test_a_replay_is_the_filled_pass_to_the_bit(model_type: str, which: str) -> None:
+    trunk = trained_trunk(model_type, which)
+    own, recorder = graphed(trunk)
+    expected = step(trunk, own.filled)
+    for _ in range(2):
+        found = step(trunk, own)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert recorder.n_recordings == 4  # forward and backward of two lengths
+    assert recorder.n_replays == 2 * 2 * len(BATCHES)
+
+
+def test_every_pass_draws_other_masks_which_the_generator_fixes() -> None:
+    trunk = trained_trunk()
+    own, _ = graphed(trunk)
+    batch = BATCHES[0]
+    torch.manual_seed(0)
+    first, second = own(batch), own(batch)
+    torch.manual_seed(0)
+    assert torch.equal(own(batch), first)
+    assert not torch.equal(first, second)
+    trunk.eval()
+    assert torch.equal(own(batch), own(batch))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_passes_without_gradient_have_recordings_of_their_own(context: Any) -> None:
+    trunk = trained_trunk().eval()
+    own, recorder = graphed(trunk)
+    with context():
+        for batch in BATCHES:
+            torch.testing.assert_close(own(batch), trunk_hidden_states(trunk, batch), rtol=1e-4, atol=1e-5)
+    assert recorder.n_recordings == 2
+    trunk.train()
+    expected = step(trunk, own.filled)
+    assert all(torch.equal(a, b) for a, b in zip(step(trunk, own), expected, strict=True))
+
+
+def test_a_larger_batch_runs_as_it_is() -> None:
+    trunk = trained_trunk()
+    own, recorder = graphed(trunk)
+    large = (batch_of(60, 60, seed=4),)
+    assert all(
+        map(torch.equal, step(trunk, own, large), step(trunk, partial(seeded_hidden_states, trunk), large))
+    )
+    assert recorder.n_recordings == 0
+
+
+def test_fill_share_counts_filler_since_the_last_call() -> None:
+    trunk = trained_trunk().eval()
+    own, _ = graphed(trunk)
+    with torch.no_grad():
+        own(BATCHES[0])
+        own(BATCHES[1])
+    assert own.fill_share() == (2 * 64 - 53 - 62) / 128
+    assert own.fill_share() == 0.0
+
+
+def test_moved_weights_are_recorded_again() -> None:
+    trunk = trained_trunk(dropout=0.0)
+    name, moved = next((n, p) for n, p in trunk.named_parameters() if p.requires_grad)
+    own, recorder = graphed(trunk, places=lambda: moved.data_ptr())
+    step(trunk, own)
+    moved.data = moved.data * 2
+    found = step(trunk, own)
+    assert recorder.n_recordings == 8
+    for ours, expected in zip(found, step(trunk, own.filled), strict=True):
+        assert torch.equal(ours, expected), name
+
+
+def test_another_pass_before_backward_is_an_error() -> None:
+    trunk = trained_trunk()
+    own, _ = graphed(trunk)
+    hidden = own(BATCHES[0])
+    with torch.no_grad():
+        own(BATCHES[1])
+    with pytest.raises(RuntimeError, match="what it kept is gone"):
+        hidden.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "adapter", "which", "reason"),
+    [
+        ({}, {}, "full", "activation checkpointing runs whole layers twice"),
+        ({"rope_parameters": DYNAMIC}, {}, "none", "its RoPE depends on the lengths"),
+        ({}, {"variant": "dora"}, "none", "its adapters are not plain LoRA"),
+        ({}, {}, "none", "attention 'torch' depends on the number of texts"),
+    ],
+)
+def test_what_cannot_be_recorded_is_named(
+    changes: dict[str, Any], adapter: dict[str, Any], which: Any, reason: str
+) -> None:
+    trunk = tiny_trunk(**changes)
+    choose_rope_by_text(trunk)
+    add_lora(trunk, AdapterConfig(rank=2, **adapter))
+    recompute_activations(trunk, which)
+    found = cannot_be_recorded(trunk)
+    assert found is not None
+    assert reason in found
+
+
+def test_a_proof_compares_every_gradient_and_leaves_none() -> None:
+    trunk = trained_trunk()
+    own, _ = graphed(trunk)
+    before = torch.get_rng_state()
+    assert prove(trunk, own, BATCHES[:2]) == ("hidden states of batch 0", 0.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    parameters = {name: p for name, p in trunk.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and not p.grad.any() for p in parameters.values())
+
+    def enlarge(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad *= 1.01
+
+    class Wrong(GraphedTrunk):
+        def filled(self, batch: PackedBatch) -> torch.Tensor:
+            parameters[NAME].register_post_accumulate_grad_hook(enlarge)
+            return super().filled(batch)
+
+    wrong = Wrong(trunk, RecordedOperations(), longest=80, longest_text=80)
+    proof = prove(trunk, wrong, BATCHES[:1])
+    assert proof.worst == NAME
+    assert proof.error == pytest.approx(0.01 / 1.01, rel=1e-3)
+    assert not proof.holds
