@@ -13,7 +13,7 @@ from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.graphs.proof import prove
 from llm2vec_ds.model.graphs.recorder import CudaRecorder
-from llm2vec_ds.model.graphs.suitable import cannot_be_recorded
+from llm2vec_ds.model.graphs.suitable import cannot_be_recorded, is_busy
 from llm2vec_ds.model.graphs.trunk import GraphedTrunk
 from llm2vec_ds.model.hidden_states import seeded_hidden_states
 from llm2vec_ds.model.recomputation import runs_layers_twice
@@ -21,10 +21,6 @@ from llm2vec_ds.objectives.base import Stage
 from llm2vec_ds.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
-
-BUSY_FROM = 2e13
-"""Weights × tokens of a micro-batch from which a GPU computes for longer than Python takes to launch it: 1.3
-billion weights and 16,384 tokens are 1.3e14 operations, 0.3 s of an H100. Filling up would only cost then."""
 
 SAMPLE_TEXTS = 8
 
@@ -75,7 +71,7 @@ def _obstacle(recipe: Recipe, stage: Stage, engine: Engine) -> str | None:
     if reason := cannot_be_recorded(trunk):
         return reason
     n_weights = sum(parameter.numel() for parameter in trunk.parameters())
-    if recipe.model.cuda_graphs == "auto" and n_weights * recipe.batch.micro_batch_tokens >= BUSY_FROM:
+    if recipe.model.cuda_graphs == "auto" and is_busy(n_weights, recipe.batch.micro_batch_tokens):
         return f"{n_weights / 1e9:.1f} billion weights keep the GPU busy for longer than Python needs"
     return None
 

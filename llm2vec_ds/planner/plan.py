@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llm2vec_ds.model.adapter_stack import read_stack
+from llm2vec_ds.model.graphs.suitable import is_busy
 from llm2vec_ds.model.loading import TrunkOptions, head_dim_of
 from llm2vec_ds.model.quantization import weight_storages
 from llm2vec_ds.planner.meta_model import (
@@ -50,6 +51,7 @@ class Memory:
     temporaries: int
     logits_chunk: int
     embedding_bank: int
+    graphs: int
     reserved: int
     peak: int
     host: int
@@ -127,15 +129,18 @@ class Planner:
     def memory(self, deepspeed: str | None, load: Workload | None = None) -> Memory:
         load = load or self.load
         held, bank, one = self.states(deepspeed), self.bank(load), self.shapes.one_pass(load.texts_per_pass)
-        if load.cached:
-            step = max(one.peak + bank.kept, bank.in_loss)
-        else:
-            step = max(one.peak, one.activations + bank.in_loss)
-        # The optimizer's own step, when activations are gone: gradients in fp32 and one temporary.
+        # The optimizer's own step: gradients in fp32 and one temporary.
         trainable_part = sum(s.numel() for s in self.shapes.trainable) // (
             self.world_size if self.zero(deepspeed) else 1
         )
-        step = max(step, 0 if held.optimizer == 0 else 2 * 4 * trainable_part)
+        optimizer_step = 0 if held.optimizer == 0 else 2 * 4 * trainable_part
+        graphs = self._graphs(deepspeed, load)
+        if graphs:  # their pool keeps a pass's memory for the next one, and nothing else can use it
+            step = one.peak + max(bank.kept, bank.in_loss, optimizer_step) + graphs
+        elif load.cached:
+            step = max(one.peak + bank.kept, bank.in_loss, optimizer_step)
+        else:
+            step = max(one.peak, one.activations + bank.in_loss, optimizer_step)
         tensors = held.on_device + step
         reserved = RESERVED[self.device.type] + int(FRAGMENTATION * tensors)
         return Memory(
@@ -148,10 +153,28 @@ class Planner:
             temporaries=one.peak - one.activations,
             logits_chunk=one.logits,
             embedding_bank=bank.in_loss,
+            graphs=graphs,
             reserved=reserved,
             peak=tensors + reserved,
             host=held.host,
         )
+
+    def _graphs(self, deepspeed: str | None, load: Workload) -> int:
+        """Bytes of the hidden states, and their gradient, that recorded passes write to; 0: none are."""
+        recipe = self.recipe
+        can = (
+            self.device.type == "cuda"
+            and recipe.model.cuda_graphs != "off"
+            and recipe.adapter is not None
+            and recipe.adapter.variant != "dora"
+            and recipe.optimizer.name == "adamw"
+            and recipe.model.activation_checkpointing != "full"
+            and self.zero(deepspeed).get("stage", 0) < 3
+        )
+        n_tokens = load.texts_per_pass * load.tokens_per_text
+        if not can or (recipe.model.cuda_graphs == "auto" and is_busy(self.shapes.n_parameters, n_tokens)):
+            return 0
+        return 2 * n_tokens * self.shapes.width * self.shapes.dtype.itemsize
 
     def limit(self) -> int:
         return int(self.machine.memory_gib * GIB)

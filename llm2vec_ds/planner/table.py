@@ -18,6 +18,7 @@ MEANINGS = {
     "temporaries": "the most beside them",
     "logits_chunk": "the language head's, at most: part of the temporaries",
     "embedding_bank": "a step's vectors while the loss runs",
+    "graphs": "what recorded passes (CUDA graphs) write to",
     "reserved": "context, libraries, fragmentation",
 }
 

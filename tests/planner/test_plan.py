@@ -78,6 +78,19 @@ def test_nf4_and_checkpointing_and_zero3_each_take_less() -> None:
     assert stored.activations > 5 * plain.activations
 
 
+def test_recorded_passes_keep_their_memory() -> None:
+    """Hidden states and their gradient are theirs alone, and no other part of a step uses a pass's memory."""
+    small = ROOT / "recipes" / "smollm2_135m" / "mntp.yaml"
+    plan = planner(small, gpus_per_node=1)
+    recorded, zero3 = plan.memory("ds_configs/zero2.json"), plan.memory("ds_configs/zero3.json")
+    eager = planner(small, "model.cuda_graphs=off", gpus_per_node=1).memory("ds_configs/zero2.json")
+    n_tokens = plan.load.texts_per_pass * plan.load.tokens_per_text
+    assert recorded.graphs == 2 * n_tokens * 576 * 2
+    assert recorded.peak >= eager.peak + recorded.graphs
+    assert zero3.graphs == eager.graphs == planner(small, gpus_per_node=0).memory(None).graphs == 0
+    assert planner(LLAMA, gpus_per_node=1).memory(None).graphs == 0  # too much to compute
+
+
 def test_a_machine_that_is_too_small() -> None:
     small = table.as_json(planner(LLAMA, gpus_per_node=1, memory_gib=10))
     assert not small["fits"]

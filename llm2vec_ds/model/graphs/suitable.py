@@ -16,6 +16,15 @@ from llm2vec_ds.model.lora_linear import LoraLinear
 from llm2vec_ds.model.recomputation import runs_layers_twice
 from llm2vec_ds.model.rope import RopeByText
 
+BUSY_FROM = 2e13
+"""Weights × tokens of a micro-batch. 1.3 billion weights and 16,384 tokens are 1.3e14 operations, 0.3 s of an
+H100: about what Python takes to launch them."""
+
+
+def is_busy(n_weights: int, n_tokens: int) -> bool:
+    """Does a GPU compute a micro-batch for longer than Python launches it? Then filler only costs."""
+    return n_weights * n_tokens >= BUSY_FROM
+
 
 def cannot_be_recorded(trunk: Any) -> str | None:
     """Why a recording of the trunk would not hold for other texts, in words for a log; None: it may.
