@@ -85,5 +85,12 @@ Model = Annotated[
 ]
 Attention = Annotated[str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")]
 Precision = Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")]
-MicroBatchTokens = Annotated[int, typer.Option(metavar="N", help="Tokens of one forward pass.", min=1)]
+MicroBatchTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens of one forward pass. Default: 4,096 on a CPU; on a GPU 32,768 or what fits.",
+        min=1,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]

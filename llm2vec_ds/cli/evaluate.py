@@ -72,10 +72,6 @@ def _needs_mteb() -> None:
         importlib.import_module("mteb")
 
 
-def _lower(micro_batch_tokens: int) -> str:
-    return f"lower --micro-batch-tokens (now {micro_batch_tokens})"
-
-
 def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, float]] | None:
     """What a recipe's `evaluation` measures during training."""
     if config is None:
@@ -115,7 +111,7 @@ def mteb(
     as_json: AsJson = False,
     attention: Attention = "auto",
     precision: Precision = "auto",
-    micro_batch_tokens: MicroBatchTokens = 4096,
+    micro_batch_tokens: MicroBatchTokens = None,
 ) -> None:
     """Run MTEB tasks, or local data as MTEB tasks. Queries get the task's instruction, documents stay bare.
 
@@ -125,6 +121,7 @@ def mteb(
     quiet_libraries()
     from llm2vec_ds.distributed import rank
     from llm2vec_ds.encoder.encoder import Encoder
+    from llm2vec_ds.encoder.passes import lower_pass
     from llm2vec_ds.evaluate.mteb import (
         MtebEncoder,
         evaluate_mteb,
@@ -150,7 +147,7 @@ def mteb(
             return
         try:
             meta = model_meta(model, encoder, given)
-            with enough_memory(_lower(micro_batch_tokens)):
+            with enough_memory(lower_pass(micro_batch_tokens)):
                 scores = evaluate_mteb(MtebEncoder(encoder, meta, given), tasks, output)
         finally:
             encoder.done()
@@ -198,7 +195,7 @@ def words(
     as_json: AsJson = False,
     attention: Attention = "auto",
     precision: Precision = "auto",
-    micro_batch_tokens: MicroBatchTokens = 4096,
+    micro_batch_tokens: MicroBatchTokens = None,
 ) -> None:
     """Train a linear layer on the frozen encoder's word vectors, as the paper does for POS, chunks and NER.
 
@@ -208,6 +205,7 @@ def words(
     _needs("seqeval")
     quiet_libraries()
     from llm2vec_ds.encoder.encoder import Encoder
+    from llm2vec_ds.encoder.passes import lower_pass
     from llm2vec_ds.evaluate.word_level import ProbeOptions
     from llm2vec_ds.evaluate.word_task import WordTask, run_word_task, table, write_scores
     from llm2vec_ds.process.full_memory import enough_memory
@@ -217,7 +215,7 @@ def words(
     encoder = Encoder.from_pretrained(model, causal=causal, attention=attention, precision=precision)
     probes = [ProbeOptions(max_steps=max_steps, seed=s) for s in seed or [42]]
     features = output / "features"
-    with enough_memory(_lower(micro_batch_tokens)):
+    with enough_memory(lower_pass(micro_batch_tokens)):
         result = run_word_task(encoder, model, task, probes, features, micro_batch_tokens=micro_batch_tokens)
     write_scores(result, output)
     print(json.dumps(result, indent=1) if as_json else table(result))

@@ -95,7 +95,7 @@ def mine(
     sampling: Sampling = "top",
     query_instruction: QueryInstruction = None,
     document_instruction: DocumentInstruction = None,
-    micro_batch_tokens: MicroBatchTokens = 4096,
+    micro_batch_tokens: MicroBatchTokens = None,
     seed: Annotated[int, typer.Option(help="Fixes random sampling.", min=0)] = 42,
     bad_rows: Annotated[
         str, typer.Option(help="Rows that are not what their format says: raise (stop), or skip (count).")

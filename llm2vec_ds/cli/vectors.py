@@ -92,7 +92,7 @@ def encode(
     bad_texts: BadTextsOption = "raise",
     attention: Attention = "auto",
     precision: Precision = "auto",
-    micro_batch_tokens: MicroBatchTokens = 4096,
+    micro_batch_tokens: MicroBatchTokens = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an --output of other options or texts.")
     ] = False,

@@ -30,6 +30,7 @@ from llm2vec_ds.data.prompts import (
 )
 from llm2vec_ds.encoder.inference import device_of, has_part_in_training, kept_memory, no_graph
 from llm2vec_ds.encoder.of_run import encoder_of
+from llm2vec_ds.encoder.passes import HalvedWhereFull, made_ahead, one_ahead, tokens_of_a_pass
 from llm2vec_ds.encoder.replicas import Replicas, devices, text_blocks
 from llm2vec_ds.encoder.settings import EncoderSettings, stored_settings
 from llm2vec_ds.errors import UserError, writing
@@ -170,7 +171,7 @@ class Encoder(nn.Module):
         prompt_name: str | None = ...,
         normalize: bool = ...,
         truncate_dim: int | None = ...,
-        micro_batch_tokens: int = ...,
+        micro_batch_tokens: int | None = ...,
         bad_texts: BadTexts = ...,
         show_progress: bool = ...,
         convert_to_tensor: Literal[False] = ...,
@@ -207,7 +208,7 @@ class Encoder(nn.Module):
         prompt_name: str | None = None,
         normalize: bool = False,
         truncate_dim: int | None = None,
-        micro_batch_tokens: int = 4096,
+        micro_batch_tokens: int | None = None,
         bad_texts: BadTexts = "raise",
         first_row: int = 0,
         show_progress: bool = False,
@@ -223,7 +224,8 @@ class Encoder(nn.Module):
             prompt_name: instead of it, the instruction of that name in `settings.prompts`.
             normalize: scale every vector to length 1.
             truncate_dim: keep the first dimensions only (of an encoder trained with Matryoshka lengths).
-            micro_batch_tokens: tokens of one forward pass; at least one text goes through.
+            micro_batch_tokens: tokens of one forward pass; at least one text goes through. None: 4,096 on a
+                CPU, 32,768 on a GPU, and half of it, and so on, where memory is full.
             bad_texts: `raise`, or `nan`: name it in the log and go on, its row is NaN.
             first_row: number of the first text, for messages.
 
@@ -239,17 +241,20 @@ class Encoder(nn.Module):
         total = len(texts) if isinstance(texts, Sized) else None
         hidden = None if show_progress else True  # None: where there is a terminal
         with tqdm(total=total, desc="encode", unit="text", disable=hidden) as bar:
-            for block in text_blocks(texts):
+
+            def tokens(block: tuple[int, list[str | None]]) -> dict[int, TokenizedText]:
+                return self._tokenized(block[1], instruction, block[0], bad_texts)
+
+            blocks = text_blocks(texts, first_row)
+            for (first, block), tokenized in made_ahead(tokens, blocks, self.device):
                 vectors = np.full((len(block), self.dimensions), np.nan, dtype=np.float32)
-                tokenized = self._tokenized(block, instruction, first_row, bad_texts)
                 for rows, found in self._encode_tokenized(tokenized, micro_batch_tokens):
-                    self._check_finite(found, first_row + rows)
+                    self._check_finite(found, first + rows)
                     vectors[rows] = found
                     bar.update(len(rows))
                 vectors = vectors[:, :truncate_dim]
                 if normalize:
                     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
-                first_row += len(block)
                 yield vectors
 
     def similarity(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -309,35 +314,33 @@ class Encoder(nn.Module):
             )
 
     def _encode_tokenized(
-        self, tokenized: dict[int, TokenizedText], micro_batch_tokens: int
+        self, tokenized: dict[int, TokenizedText], micro_batch_tokens: int | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows and their vectors, a micro-batch at a time."""
         texts, rows = list(tokenized.values()), np.fromiter(tokenized, dtype=np.int64)
         check_ids(max((max(text.input_ids) for text in texts), default=0), self.trunk)
         lengths = [len(text) for text in texts]
-        groups = plan_micro_batches(lengths, max(micro_batch_tokens, *lengths, 0))
+        budget = tokens_of_a_pass(self.device, micro_batch_tokens)
+        groups = plan_micro_batches(lengths, max(budget, *lengths, 0))
         was_training = self.training
         if has_part_in_training(self):  # one that was added since may be, and `eval` is slow
             self.eval()
         if len(self.devices) > 1 and len(groups) > 1 and self._replicas is None:
             self._replicas = Replicas(self.trunk, self.devices)
 
-        def vectors(trunk: Any, group: np.ndarray) -> np.ndarray:
+        def vectors(trunk: Any, group: np.ndarray) -> torch.Tensor:
+            device = device_of(trunk)
             # Outside, so that layers share what follows from the texts' bounds.
-            batch = pack([texts[i] for i in group]).to(device_of(trunk))
+            batch = pack([texts[i] for i in group]).ready_for(device).to(device)
             with no_graph(trunk):  # holds for one thread
-                found: np.ndarray = self._vectors(trunk, batch).float().cpu().numpy()
-            return found
+                return self._vectors(trunk, batch).float()
 
-        found = (
-            self._replicas.map(vectors, groups)
-            if self._replicas
-            else (vectors(self.trunk, g) for g in groups)
-        )
+        run = HalvedWhereFull(vectors, lengths) if micro_batch_tokens is None else vectors
+        found = self._replicas.map(run, groups) if self._replicas else (run(self.trunk, g) for g in groups)
         try:
             with kept_memory(self.device, sum(lengths)):
-                for group, block in zip(groups, found, strict=True):
-                    yield rows[group], block
+                for group, block in zip(groups, one_ahead(found), strict=True):
+                    yield rows[group], block.cpu().numpy()
         finally:
             if was_training:
                 self.train()

@@ -22,18 +22,22 @@ R = TypeVar("R")
 M = TypeVar("M", bound=nn.Module)
 
 
-def text_blocks(texts: Iterable[T]) -> Iterator[list[T]]:
-    """`texts` in order, at most TEXTS_PER_BLOCK at once and no more after CHARACTERS_PER_BLOCK characters."""
+def text_blocks(texts: Iterable[T], first_row: int = 0) -> Iterator[tuple[int, list[T]]]:
+    """`texts` in order, at most TEXTS_PER_BLOCK at once and no more after CHARACTERS_PER_BLOCK characters.
+
+    Before each block stands the row of its first text, `first_row` that of the first block.
+    """
     block: list[T] = []
     n_characters = 0
     for text in texts:
         block.append(text)
         n_characters += len(text) if isinstance(text, str) else 0
         if len(block) == TEXTS_PER_BLOCK or n_characters >= CHARACTERS_PER_BLOCK:
-            yield block
+            yield first_row, block
+            first_row += len(block)
             block, n_characters = [], 0
     if block:
-        yield block
+        yield first_row, block
 
 
 def devices(chosen: Device | Sequence[Device] | None) -> list[torch.device]:

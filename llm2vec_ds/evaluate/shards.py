@@ -50,7 +50,7 @@ class RankEncoder:
     """An encoder as evaluation calls it; this rank encodes everything."""
 
     encoder: Encoder
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int | None = None
 
     def encode(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
         """Vectors of `texts` in their order, `[N, D]` fp32, not normalised.

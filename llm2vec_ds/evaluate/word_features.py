@@ -16,6 +16,7 @@ from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.data.tagged import TaggedSentence
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.passes import tokens_of_a_pass
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.model.damage import check_ids, why_not_finite
 from llm2vec_ds.storage.output_folder import replaced_folder
@@ -52,7 +53,7 @@ def word_features(
     encoder: Encoder,
     sentences: Sequence[TaggedSentence],
     *,
-    micro_batch_tokens: int = 4096,
+    micro_batch_tokens: int | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> WordFeatures:
@@ -108,7 +109,7 @@ def _vectors(
     encoder: Encoder,
     texts: Sequence[TokenizedText],
     places: Sequence[Sequence[Sequence[int]]],
-    max_tokens: int,
+    micro_batch_tokens: int | None,
     progress: bool,
 ) -> dict[Shift, np.ndarray]:
     starts = np.concatenate([[0], np.cumsum([len(words) for words in places])])
@@ -117,7 +118,7 @@ def _vectors(
     vectors: dict[Shift, np.ndarray] = {shift: np.empty(shape, dtype=np.float32) for shift in SHIFTS}
     was_training = encoder.training
     encoder.eval()
-    budget = max(max_tokens, encoder.settings.max_tokens)
+    budget = max(tokens_of_a_pass(encoder.device, micro_batch_tokens), encoder.settings.max_tokens)
     with tqdm(total=len(texts), desc="words", unit="sentence", disable=None if progress else True) as bar:
         for group in plan_micro_batches([len(text) for text in texts], budget):
             batch = pack([texts[i] for i in group]).to(encoder.device)

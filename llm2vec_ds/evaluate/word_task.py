@@ -51,7 +51,7 @@ def run_word_task(
     probes: Sequence[ProbeOptions],
     cache: Path | None,
     *,
-    micro_batch_tokens: int = 4096,
+    micro_batch_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Scores by shift, the mean over seeds and each seed's.
 

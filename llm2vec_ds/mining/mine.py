@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.passes import lower_pass
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.mining.corpus import Corpus, DistinctTexts, known_positives, load_corpus, write_corpus
 from llm2vec_ds.mining.exact_search import ROUNDING, Limits, Ranked, best_rows
@@ -217,7 +218,7 @@ class _Mining:
 
     def _vectors(self, texts: list[str], instruction: str | None) -> np.ndarray:
         budget = self.options.micro_batch_tokens
-        with enough_memory(f"lower --micro-batch-tokens (now {budget})"):
+        with enough_memory(lower_pass(budget)):
             return self.encoder.encode(
                 texts, instruction=instruction, normalize=True, micro_batch_tokens=budget
             )

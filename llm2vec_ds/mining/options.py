@@ -39,7 +39,7 @@ class MiningOptions:
     sampling: str = "top"
     query_instruction: str | None = None
     document_instruction: str | None = None
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int | None = None
     seed: int = 42
     bad_rows: str = "raise"
 

@@ -25,6 +25,7 @@ from llm2vec_ds import __version__
 from llm2vec_ds.data.sources import Source, find_source
 from llm2vec_ds.data.text_rows import TextRows, count_rows
 from llm2vec_ds.encoder.encoder import BadTexts, Encoder
+from llm2vec_ds.encoder.passes import CPU_TOKENS, lower_pass
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.process.full_memory import enough_memory
 from llm2vec_ds.storage.durable import move_file, replace_json, write_at
@@ -63,7 +64,7 @@ class EncodeOptions:
     attention: str = "auto"
     precision: str = "auto"
     bad_texts: BadTexts = "raise"
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int | None = None
     stored: Stored = "float32"
 
     @property
@@ -83,7 +84,7 @@ class EncodeOptions:
     def key_of_version_1(self, source: Source, toolkit: str) -> str:
         """That of a version `toolkit` whose keys had no version."""
         values = asdict(self)
-        values["batch_tokens"] = values.pop("micro_batch_tokens")  # its name then
+        values["batch_tokens"] = values.pop("micro_batch_tokens") or CPU_TOKENS  # name and default then
         del values["stored"]
         parts = [toolkit, values, source.identity(), files_in(Path(self.model)), torch.cuda.is_available()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
@@ -229,7 +230,7 @@ class _Encoding:
             options.model, attention=options.attention, precision=options.precision
         )
         dimensions = options.truncate_dim or encoder.dimensions
-        with enough_memory(f"lower --micro-batch-tokens (now {options.micro_batch_tokens})"):
+        with enough_memory(lower_pass(options.micro_batch_tokens)):
             self._encode(encoder, start, stop, dimensions)
         if self.target.suffix != ".npy":
             write_rows(self.rows, self._blocks(start, stop), dimensions)

@@ -83,7 +83,7 @@ def test_any_iterable_is_read_no_further_than_needed(
 
 def test_few_long_texts_make_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm2vec_ds.encoder.replicas.CHARACTERS_PER_BLOCK", 10)
-    assert list(text_blocks(["a" * 6, "b" * 6, "c"])) == [["a" * 6, "b" * 6], ["c"]]
+    assert list(text_blocks(["a" * 6, "b" * 6, "c"], 5)) == [(5, ["a" * 6, "b" * 6]), (7, ["c"])]
 
 
 def test_training_goes_on_after_encoding(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""How many texts go through a trunk at once, and in which order things happen around it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from llm2vec_ds.process.full_memory import full_memory
+
+log = logging.getLogger(__name__)
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+CPU_TOKENS, GPU_TOKENS = 4096, 32_768
+"""Of a pass. A CPU gains nothing from more. An H200 encodes three to four times as fast with 32,768 as with
+4,096, and no faster with more (docs/performance.md)."""
+
+
+def tokens_of_a_pass(device: torch.device, asked: int | None = None) -> int:
+    """What is asked for, or else what suits the device."""
+    if asked is not None:
+        return asked
+    return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+
+
+def lower_pass(asked: int | None) -> str:
+    """What to do where memory is full."""
+    return f"lower --micro-batch-tokens (now {asked})" if asked else "give a small --micro-batch-tokens"
+
+
+class HalvedWhereFull:
+    """Runs groups of texts; where memory is full, it halves a group, and all later ones that are as large.
+
+    Args:
+        run: a trunk, and the places of some texts → a row for each, a tensor.
+        lengths: of all texts, in tokens.
+    """
+
+    def __init__(self, run: Callable[[Any, np.ndarray], torch.Tensor], lengths: Sequence[int]) -> None:
+        self._run = run
+        self._lengths = np.asarray(lengths)
+        self._most: float = math.inf
+
+    def __call__(self, trunk: Any, group: np.ndarray) -> torch.Tensor:
+        n_tokens = int(self._lengths[group].sum())
+        if len(group) == 1 or n_tokens <= self._most:
+            try:
+                return self._run(trunk, group)
+            except Exception as error:
+                which = full_memory(error)
+                if len(group) == 1 or which is None:
+                    raise
+            # Only here what the pass held is free, the error being gone.
+            self._most = n_tokens / 2
+            log.warning("%s is full: passes of at most %.0f tokens from here on", which, self._most)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        half = len(group) // 2
+        return torch.cat([self(trunk, group[:half]), self(trunk, group[half:])])
+
+
+def one_ahead(items: Iterable[A]) -> Iterator[A]:
+    """Each item after the next one has been made: what it starts on a GPU runs meanwhile."""
+    waiting: list[A] = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def made_ahead(make: Callable[[A], B], items: Iterable[A], device: torch.device) -> Iterator[tuple[A, B]]:
+    """`(item, make(item))`. For a GPU the next one is made in a thread meanwhile, and one item more is read.
+
+    What `make` raises comes in its turn.
+    """
+    if device.type == "cpu":
+        yield from ((item, make(item)) for item in items)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        begun = ((item, thread.submit(make, item)) for item in items)
+        for item, future in one_ahead(begun):
+            yield item, future.result()
