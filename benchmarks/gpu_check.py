@@ -70,7 +70,9 @@ PARTS = {
         "train_cached": "benchmarks/train_gpu.py cached --steps 2 --warm-up 1",
         "train_supervised": "benchmarks/train_gpu.py supervised --steps 2 --warm-up 1",
     },
-    "tests": {"tests": "-m pytest -q -m not\\ slow -p no:cacheprovider tests/kernels"},
+    "tests": {
+        "tests": "-m pytest -q -m not\\ slow -p no:cacheprovider tests/model/test_graphs.py tests/kernels"
+    },
 }
 """Rows in the order of their worth: those that a part has no time for are left out."""
 

@@ -3,7 +3,8 @@
     python benchmarks/train_gpu.py mntp --tokens 16384
 
   mntp        the batch of recipes/smollm2_135m/mntp.yaml: 32 texts, `--tokens` in all; without activation
-              checkpointing and with the default. Plain pads, its adapters in fp32 and in bf16
+              checkpointing, with the default, and without CUDA graphs. Plain pads, its adapters in fp32 and
+              in bf16
   simcse      the batch of simcse.yaml: 128 sentences
   cached      the supervised stage with five cached micro-batches of 64 tokens
   supervised  the supervised stage with 64 × 3 texts of 8 to 300 tokens, cached and in one pass
@@ -37,7 +38,12 @@ from steps.random_model import write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = ROOT / "recipes" / "smollm2_135m" / "config.json"
-CHECKPOINTING = {"none": {"activation_checkpointing": "none"}, "default": {}}
+OURS = {
+    "none": {"activation_checkpointing": "none"},
+    "default": {},
+    "default_eager": {"cuda_graphs": "off"},
+}
+"""What recipes say of the model: without recomputation, the defaults, and those without CUDA graphs."""
 TEXTS, SENTENCES, EXAMPLES = 32, 128, 64
 Case = tuple[str, Callable[[], dict[str, Any]]]
 
@@ -98,8 +104,7 @@ def mntp(bench: Bench) -> Iterator[Case]:
     drawn = drawn_lengths("wiki", TEXTS) if tokens < TEXTS * 512 else [512] * TEXTS
     data = bench.write_texts(bench.texts(scaled(drawn, tokens, 512)))
     recipes = {
-        name: bench.recipe("mntp", data, TEXTS, max(tokens, 512), model=model)
-        for name, model in CHECKPOINTING.items()
+        name: bench.recipe("mntp", data, TEXTS, max(tokens, 512), model=model) for name, model in OURS.items()
     }
     for name, recipe in recipes.items():
         yield name, lambda recipe=recipe: bench.ours(recipe)
@@ -116,7 +121,7 @@ def mntp(bench: Bench) -> Iterator[Case]:
 def simcse(bench: Bench) -> Iterator[Case]:
     texts = bench.texts(drawn_lengths("sts", SENTENCES))
     data = bench.write_texts(texts)
-    for name, model in CHECKPOINTING.items():
+    for name, model in OURS.items():
         recipe = bench.recipe("simcse", data, SENTENCES, 32768, model=model)
         yield name, lambda recipe=recipe: bench.ours(recipe)
     twice = [[text, text] for text in texts]
@@ -125,8 +130,10 @@ def simcse(bench: Bench) -> Iterator[Case]:
 
 def cached(bench: Bench) -> Iterator[Case]:
     texts = bench.texts([21] * 15)
-    recipe = bench.recipe("supervised", bench.write_triplets(texts), 5, 64, data={"max_tokens": 64})
-    yield "default", lambda: bench.ours(recipe)
+    data = bench.write_triplets(texts)
+    for name in ("default", "default_eager"):
+        recipe = bench.recipe("supervised", data, 5, 64, data={"max_tokens": 64}, model=OURS[name])
+        yield name, lambda recipe=recipe: bench.ours(recipe)
     yield "plain", lambda: bench.plain(by_threes(texts), texts_per_pass=3)
 
 

@@ -1,4 +1,7 @@
-"""A trunk's passes as recordings, by a stand-in for CUDA graphs: filled up, and replayed to the bit."""
+"""A trunk's passes as recordings: filled up, and replayed to the bit.
+
+By CUDA graphs where there is a GPU, else by a stand-in.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,11 @@ from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.model.adapters import add_lora
+from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.fused_layers import fuse_layers
 from llm2vec_ds.model.graphs.lengths import RATIO, length_for, lengths_up_to
 from llm2vec_ds.model.graphs.proof import prove
+from llm2vec_ds.model.graphs.recorder import CudaRecorder
 from llm2vec_ds.model.graphs.static_inputs import StaticInputs
 from llm2vec_ds.model.graphs.suitable import cannot_be_recorded
 from llm2vec_ds.model.graphs.trunk import GraphedTrunk
@@ -28,13 +33,14 @@ from tests.support.model_types import build
 from tests.support.recorded_operations import RecordedOperations
 from tests.support.tiny_trunk import trunk as tiny_trunk
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TYPES = ("llama", "qwen3", "gemma3_text", "mistral", "phi3")
 
 
 def batch_of(*lengths: int, seed: int = 0) -> PackedBatch:
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(3, 400, (n,), generator=generator).tolist() for n in lengths]
-    return pack([TokenizedText(row, 0, len(row), number) for number, row in enumerate(rows)])
+    return pack([TokenizedText(row, 0, len(row), number) for number, row in enumerate(rows)]).to(DEVICE)
 
 
 BATCHES = (batch_of(9, 5, 9, 30), batch_of(1, 1, 60, seed=1), batch_of(40, 24, seed=2), batch_of(80, seed=3))
@@ -43,8 +49,19 @@ NAME = "layers.1.mlp.up_proj.lora_A.default.weight"
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 
 
-def trained_trunk(model_type: str = "llama", which: Any = "none", dropout: float = 0.3) -> nn.Module:
-    trunk: nn.Module = build(model_type).base_model
+def trained_trunk(
+    model_type: str = "llama",
+    which: Any = "none",
+    dropout: float = 0.3,
+    attention: str = "auto",
+    attention_dropout: float = 0.0,
+    n_layers: int = 4,
+) -> nn.Module:
+    trunk: Any = build(model_type, register(attention)).base_model.to(DEVICE)
+    trunk.layers = trunk.layers[:n_layers]
+    trunk.config.num_hidden_layers = n_layers
+    for layer in trunk.layers:
+        layer.self_attn.attention_dropout = attention_dropout
     fuse_layers(trunk)
     torch.manual_seed(1)
     add_lora(trunk, AdapterConfig(rank=2, dropout=dropout, zero_init=False))
@@ -52,11 +69,32 @@ def trained_trunk(model_type: str = "llama", which: Any = "none", dropout: float
     for parameter in trunk.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    return trunk.train()
+    trained: nn.Module = trunk.train()
+    return trained
 
 
-def graphed(trunk: nn.Module, **options: Any) -> tuple[GraphedTrunk, RecordedOperations]:
-    recorder = RecordedOperations()
+class CountedGraphs(CudaRecorder):
+    def __init__(self) -> None:
+        super().__init__(DEVICE)
+        self.n_recordings = self.n_replays = 0
+
+    def record(self, run: Any) -> Any:
+        self.n_recordings += 1
+        outcome, replay = super().record(run)
+
+        def counted() -> None:
+            self.n_replays += 1
+            replay()
+
+        return outcome, counted
+
+
+def own_recorder() -> RecordedOperations | CountedGraphs:
+    return CountedGraphs() if DEVICE.type == "cuda" else RecordedOperations()
+
+
+def graphed(trunk: nn.Module, **options: Any) -> tuple[GraphedTrunk, RecordedOperations | CountedGraphs]:
+    recorder = own_recorder()
     return GraphedTrunk(trunk, recorder, longest=80, longest_text=80, **options), recorder
 
 
@@ -70,7 +108,7 @@ def step(trunk: nn.Module, run: Any, batches: tuple[PackedBatch, ...] = BATCHES)
     for number, batch in enumerate(batches):
         torch.manual_seed(number)
         hidden = run(batch)
-        weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))
+        weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE)
         (hidden * weight).sum().backward()
         found.append(hidden.detach())
     return found + [p.grad.clone() for p in trained if p.grad is not None]
@@ -126,6 +164,17 @@ def test_a_replay_is_the_filled_pass_to_the_bit(model_type: str, which: str) -> 
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert recorder.n_recordings == 4  # forward and backward of two lengths
     assert recorder.n_replays == 2 * 2 * len(BATCHES)
+
+
+def test_triton_sees_the_bounds_and_seeds_of_each_replay() -> None:
+    """Which tokens see each other is made again in each replay, with a window and without, and so is the
+    dropout of attention. The interpreter is slow: few tokens, two layers."""
+    trunk = trained_trunk("gemma3_text", attention="triton", attention_dropout=0.3, n_layers=2)
+    own = GraphedTrunk(trunk, own_recorder(), longest=16, longest_text=16)
+    batches = (batch_of(5, 3), batch_of(1, 9, seed=1))
+    expected = step(trunk, own.filled, batches)
+    found = step(trunk, own, batches)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_every_pass_draws_other_masks_which_the_generator_fixes() -> None:
@@ -235,7 +284,7 @@ def test_a_proof_compares_every_gradient_and_leaves_none() -> None:
             parameters[NAME].register_post_accumulate_grad_hook(enlarge)
             return super().filled(batch)
 
-    wrong = Wrong(trunk, RecordedOperations(), longest=80, longest_text=80)
+    wrong = Wrong(trunk, own_recorder(), longest=80, longest_text=80)
     proof = prove(trunk, wrong, BATCHES[:1])
     assert proof.worst == NAME
     assert proof.error == pytest.approx(0.01 / 1.01, rel=1e-3)
