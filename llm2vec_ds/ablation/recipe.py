@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -13,8 +13,6 @@ from llm2vec_ds.recipe.files import apply_override
 from llm2vec_ds.recipe.objectives import SECTIONS
 from llm2vec_ds.recipe.sections import Place, Section, WordsConfig
 from llm2vec_ds.storage.reading import parse_yaml
-
-StageName = Literal["mntp", "simcse", "supervised"]
 
 
 class EvaluateConfig(Section):
@@ -38,12 +36,26 @@ class AblationRecipe(Section):
     """`uni` (causal) or `bi`, and the stages that follow, such as `bi+mntp+simcse`."""
     seeds: list[int] = Field(default_factory=lambda: [42], min_length=1)
     """Everything that is trained is trained with each."""
-    stages: dict[StageName, dict[str, Any]] = Field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Each stage's recipe, without model, output and seed."""
-    budgets: dict[str, dict[StageName, dict[str, Any]]] = Field(default_factory=dict)
+    budgets: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     """By name: what a budget changes in the stages."""
     evaluate: EvaluateConfig
     """What every variant is measured on."""
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_are_known(cls, stages: dict[str, Any]) -> dict[str, Any]:
+        if unknown := [stage for stage in stages if stage not in SECTIONS]:
+            raise ValueError(f"stage {unknown[0]!r} is unknown: choose of {', '.join(SECTIONS)}")
+        return stages
+
+    @field_validator("budgets")
+    @classmethod
+    def _budgets_change_stages(cls, budgets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        for changes in budgets.values():
+            cls._stages_are_known(changes)
+        return budgets
 
     @field_validator("variants")
     @classmethod
@@ -58,8 +70,8 @@ class AblationRecipe(Section):
 
     def stage_values(self, stage: str, budget: str | None) -> dict[str, Any]:
         """The stage's recipe as the budget changes it."""
-        values = self.stages.get(stage, {})  # type: ignore[call-overload]
-        changes = self.budgets[budget].get(stage, {}) if budget else {}  # type: ignore[call-overload]
+        values = self.stages.get(stage, {})
+        changes = self.budgets[budget].get(stage, {}) if budget else {}
         return _merged(values, changes)
 
 

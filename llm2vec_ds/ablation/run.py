@@ -132,9 +132,10 @@ class Ablation:
         own = {
             "mntp": {"path": texts["paragraphs"], "held_out_path": texts["held_out"], "long_texts": "split"},
             "simcse": {"path": texts["sentences"]},
+            "distil": {"path": texts["sentences"]},
         }.get(stage)
         if "path" not in data and own is None:
-            raise UserError(f"stages.{stage}.data.path is missing: the supervised stage needs its own data")
+            raise UserError(f"stages.{stage}.data.path is missing: this stage needs its own data")
         causal = run.startswith("uni")
         return {
             "stage": stage,

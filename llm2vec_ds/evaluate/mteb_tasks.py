@@ -6,8 +6,9 @@ mteb is imported with this module: commands import it when they run.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from mteb.abstasks.task_metadata import TaskMetadata
 
 from llm2vec_ds.data.prompts import is_text
 from llm2vec_ds.data.row_files import BadRows, format_or_none, rows_of
+from llm2vec_ds.data.sources import find_source
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.beir import FILES, read_beir
+from llm2vec_ds.evaluate.pair_corpus import corpus_of_pairs
 from llm2vec_ds.evaluate.sts import load_graded_pairs
 from llm2vec_ds.storage.fingerprint import files_sha256
 
@@ -48,6 +51,7 @@ SUBSETS = {
 """`paper15`: 15 tasks of MTEB (eng, v1) on which the paper compares its variants. The list is not confirmed:
 no public source of it was at hand."""
 
+TEXTS_OF_A_FILE = 500
 LOCAL = ("sts", "retrieval", "clustering", "classification")
 
 
@@ -61,11 +65,11 @@ def tasks_for(
     """The tasks asked for, in order.
 
     Args:
-        names: `sts:FILE`, `retrieval:FOLDER`, `clustering:FILE`, `classification:FILE`, mteb's name of a
-            task, or such a name with one of its subsets (`STS17:en-en`).
+        names: `sts:FILE`; `retrieval:`, `clustering:` or `classification:` and a file or folder; mteb's name
+            of a task, or such a name with one of its subsets (`STS17:en-en`).
         benchmark: mteb's name of a benchmark.
         subset: a key of `SUBSETS`.
-        exclude_self: of `retrieval:FOLDER`: a document with the query's own id is not ranked.
+        exclude_self: of `retrieval:`: a document with the query's own id is not ranked.
 
     Raises:
         UserError: nothing asked for, an unknown name, unusable local data, or two tasks of one name.
@@ -120,9 +124,8 @@ def _without_kind(name: str, path: Path) -> UserError:
 def _local(kind: str, path: Path, exclude_self: bool) -> Any:
     if not path.exists():
         raise UserError(f"--task {kind}:{path}: there is no such file or folder")
-    if path.is_dir() != (kind == "retrieval"):
-        expected = "a folder in BEIR's layout" if kind == "retrieval" else "a file"
-        raise UserError(f"--task {kind}:{path}: {kind} needs {expected}")
+    if kind == "sts" and path.is_dir():
+        raise UserError(f"--task sts:{path}: sts needs a file")
     make: dict[str, Any] = {
         "sts": _sts,
         "retrieval": partial(_retrieval, exclude_self=exclude_self),
@@ -169,7 +172,7 @@ def _clustering(path: Path) -> Any:
     data = Dataset.from_dict(
         {"sentences": [row["text"] for row in rows], "labels": [row["label"] for row in rows]}
     )
-    metadata = _metadata(path, "Clustering", "v_measure", [path], "test")
+    metadata = _metadata(path, "Clustering", "v_measure", _files_of(path), "test")
     # Of a small local set all documents count; mteb's default samples 4 %.
     return _made(AbsTaskClustering, metadata, DatasetDict(test=data), max_fraction_of_documents_to_embed=None)
 
@@ -184,7 +187,7 @@ def _classification(path: Path) -> Any:
         return Dataset.from_dict({"text": [row["text"] for row in chosen], "label": labels})
 
     if not any("split" in row for row in rows):
-        metadata = _metadata(path, "Classification", "accuracy", [path], "train")
+        metadata = _metadata(path, "Classification", "accuracy", _files_of(path), "train")
         return _made(AbsTaskClassification, metadata, DatasetDict(train=part(rows)), is_cross_validation=True)
     parts = {name: [row for row in rows if row.get("split") == name] for name in ("train", "test")}
     if empty := [name for name, chosen in parts.items() if not chosen]:
@@ -197,13 +200,20 @@ def _classification(path: Path) -> Any:
         )
     if len(labels["train"]) < 2:
         raise UserError(f"{path}: its train rows need at least two different labels")
-    metadata = _metadata(path, "Classification", "accuracy", [path], "test")
+    metadata = _metadata(path, "Classification", "accuracy", _files_of(path), "test")
     data = DatasetDict({name: part(chosen) for name, chosen in parts.items()})
     return _made(AbsTaskClassification, metadata, data)
 
 
 def _labelled(path: Path) -> list[dict[str, str]]:
-    """Rows with `text` and `label`, of any format but .txt."""
+    """Rows with `text` and `label`, of any format but .txt; of a folder, whose files are the labels, with the
+    first `TEXTS_OF_A_FILE` different texts of each (column `text`, or `query` of training pairs)."""
+    if path.is_dir():
+        files = _files_of(path)
+        rows = [row for file in files for row in islice(_texts_of(file), TEXTS_OF_A_FILE)]
+        if len(files) < 2:
+            raise UserError(f"{path}: a task needs at least two files, whose names are the labels")
+        return rows
     rows = []
     for row, place in rows_of(path, ["text", "label"], BadRows(), ["split"]):
         if not all(_is_given(row.get(name)) for name in ("text", "label")):
@@ -214,14 +224,30 @@ def _labelled(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def _files_of(path: Path) -> Sequence[Path]:
+    return find_source(str(path), "--task").files if path.is_dir() else [path]
+
+
+def _texts_of(file: Path) -> Iterator[dict[str, str]]:
+    """Each text once, with the file's name without endings."""
+    label, seen = file.name.partition(".")[0], set()
+    for row, place in rows_of(file, ["text"], BadRows(), ["query"]):
+        text = row.get("text") or row.get("query")
+        if not isinstance(text, str) or not is_text(text):
+            raise UserError(f"{place}: expected a text in the column text, or query")
+        if text not in seen:
+            seen.add(text)
+            yield {"text": text, "label": label}
+
+
 def _is_given(value: Any) -> bool:
     """A label may be a number, or true and false."""
     return isinstance(value, int) or (isinstance(value, str) and bool(value.strip()) and is_text(value))
 
 
-def _retrieval(folder: Path, exclude_self: bool) -> Any:
+def _retrieval(path: Path, exclude_self: bool) -> Any:
     """As mteb's tasks, whose `ignore_identical_ids` leaves out documents with the query's own id."""
-    data = read_beir(folder)
+    data = read_beir(path) if path.is_dir() else corpus_of_pairs(path)
     titles, texts = zip(*data.corpus.values(), strict=True)
     split = {
         "corpus": Dataset.from_dict({"id": list(data.corpus), "title": titles, "text": texts}),
@@ -229,8 +255,8 @@ def _retrieval(folder: Path, exclude_self: bool) -> Any:
         "relevant_docs": data.relevant,
         "top_ranked": None,
     }
-    files = [folder / name for name in FILES]
-    metadata = _metadata(folder, "Retrieval", "ndcg_at_10", files, "test")
+    files = [path / name for name in FILES] if path.is_dir() else [path]
+    metadata = _metadata(path, "Retrieval", "ndcg_at_10", files, "test")
     if exclude_self:  # another score, so no stored one is taken for it
         metadata.dataset["revision"] += "-exclude-self"
     return _made(AbsTaskRetrieval, metadata, {"default": {"test": split}}, ignore_identical_ids=exclude_self)

@@ -218,7 +218,7 @@ def test_names_subsets_and_benchmarks() -> None:
         ({"names": ["tests"]}, "--task tests does not say what to measure: write retrieval:tests, or sts:"),
         ({"names": ["STSBenchmark", "STSBenchmark"]}, "two tasks have the name STSBenchmark"),
         ({"names": ["sts:no/such.csv"]}, "no such file"),
-        ({"names": ["retrieval:{here}/a.csv"]}, "needs a folder"),
+        ({"names": ["retrieval:{here}/a.csv"]}, "a.csv, line 2: no column 'query'"),
         ({"names": ["sts:{here}"]}, "needs a file"),
         ({"names": ["retrieval:{here}"]}, "corpus.jsonl is missing"),
         ({"names": ["clustering:{here}/a.csv"]}, "line 2: expected the columns text and label"),

@@ -1,0 +1,36 @@
+"""A file of training pairs as a retrieval task: each query against the documents of all queries."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from llm2vec_ds.data.sources import find_source, stream_pairs
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.evaluate.beir import Beir
+from llm2vec_ds.recipe.sections import PairsConfig
+
+ALL = 2**20
+
+
+def corpus_of_pairs(file: Path) -> Beir:
+    """Documents are all positives and hard negatives, each text once. A query's positives are right.
+
+    Raises:
+        UserError: a row without the columns `query` and `positive`, or the file cannot be read.
+    """
+    counts: Counter[str] = Counter()
+    queries: dict[str, str] = {}
+    documents: dict[str, str] = {}
+    relevant: dict[str, dict[str, int]] = {}
+    for query, positive, *negatives in stream_pairs(
+        find_source(str(file), "--task"), PairsConfig(max_negatives=ALL), counts
+    ):
+        own = queries.setdefault(query, f"q{len(queries)}")
+        for document in (positive, *negatives):
+            documents.setdefault(document, f"d{len(documents)}")
+        relevant.setdefault(own, {})[documents[positive]] = 1
+    if not relevant:
+        raise UserError(f"--task retrieval:{file}: no row has a query and a positive")
+    corpus = {own: ("", text) for text, own in documents.items()}
+    return Beir(corpus, {own: text for text, own in queries.items()}, relevant)

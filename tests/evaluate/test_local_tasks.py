@@ -1,0 +1,65 @@
+"""Training files as tasks: pairs to retrieve, and files whose names are labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.evaluate import mteb_tasks
+from llm2vec_ds.evaluate.mteb_tasks import tasks_for
+from llm2vec_ds.evaluate.pair_corpus import corpus_of_pairs
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_pairs_are_a_corpus_and_its_queries(tmp_path: Path) -> None:
+    """A text is one document wherever it stands; a query of two rows has two right ones."""
+    rows = [
+        {"query": "when?", "positive": "at nine", "negative": ["at sea", "in may"]},
+        {"query": "where?", "positive": "at sea"},
+        {"query": "when?", "positive": "in may"},
+    ]
+    found = corpus_of_pairs(write(tmp_path / "pairs.jsonl", rows))
+    assert [text for _, text in found.corpus.values()] == ["at nine", "at sea", "in may"]
+    assert list(found.queries.values()) == ["when?", "where?"]
+    assert found.relevant == {"q0": {"d0": 1, "d2": 1}, "q1": {"d1": 1}}
+    (task,) = tasks_for([f"retrieval:{tmp_path / 'pairs.jsonl'}"])
+    assert task.metadata.name == "Retrieval-pairs"
+
+
+@pytest.mark.parametrize("kind", ["clustering", "classification"])
+def test_files_of_a_folder_are_labels(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many different texts of each, of the column `text` or `query`."""
+    monkeypatch.setattr(mteb_tasks, "TEXTS_OF_A_FILE", 2)
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    write(folder / "web.jsonl", [{"query": text, "positive": "x"} for text in ("a", "b", "a", "c")])
+    write(folder / "news.jsonl", [{"text": text} for text in ("d", "d", "e")])
+    (task,) = tasks_for([f"{kind}:{folder}"])
+    task.load_data()
+    (split,) = task.dataset.values()
+    texts = split["sentences" if kind == "clustering" else "text"]
+    assert sorted(texts) == ["a", "b", "d", "e"]
+    labels = split["labels" if kind == "clustering" else "label"]
+    assert len(set(labels)) == 2
+    assert labels[texts.index("a")] == labels[texts.index("b")]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a"], "a task needs at least two files, whose names are the labels"),
+        ([3], "line 1: expected a text in the column text, or query"),
+    ],
+)
+def test_mistakes_in_a_folder_of_labels(texts: list[Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path / "news.jsonl", [{"text": text} for text in texts])
+    with pytest.raises(UserError, match=message):
+        tasks_for([f"clustering:{tmp_path}"])
