@@ -40,6 +40,7 @@ def use_graphs(recipe: Recipe, stage: Stage, engine: Engine) -> GraphedTrunk | N
     if asked == "off":
         return None
     reason = _obstacle(recipe, stage, engine)
+    failed = reason is None
     if reason is None:
         graphed = GraphedTrunk(
             encoder.trunk,
@@ -54,7 +55,7 @@ def use_graphs(recipe: Recipe, stage: Stage, engine: Engine) -> GraphedTrunk | N
             return graphed
     if asked == "on":
         raise UserError(f"model.cuda_graphs is on, but {reason}: set it to off or auto")
-    log.info("CUDA graphs: not used, %s", reason)
+    log.log(logging.WARNING if failed else logging.INFO, "CUDA graphs: not used, %s", reason)
     return None
 
 
@@ -85,8 +86,8 @@ def _disproof(stage: Stage, engine: Engine, graphed: GraphedTrunk) -> str | None
         log.info("CUDA graphs: replays give the gradients of eager passes %s", proof)
         if not proof.holds:
             reason = f"replays differ from eager passes by {proof.error:.1e} in {proof.worst}"
-    except RuntimeError as error:
-        reason = f"recording failed: {' '.join(str(error).split())[:200]}"
+    except Exception as error:  # whatever it is: the run can go on without
+        reason = f"recording failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     failed = all_reduce_max_int(int(reason is not None), stage.encoder.device)
     return reason or ("another rank cannot record" if failed else None)
 

@@ -16,6 +16,7 @@ from torch import nn
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
+from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.fused_layers import fuse_layers
@@ -233,6 +234,27 @@ def test_moved_weights_are_recorded_again() -> None:
     assert recorder.n_recordings == 8
     for ours, expected in zip(found, step(trunk, own.filled), strict=True):
         assert torch.equal(ours, expected), name
+
+
+def test_what_cannot_be_recorded_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = trained_trunk().eval()
+    own, recorder = graphed(trunk)
+    monkeypatch.setattr(recorder, "record", raising(RuntimeError("operation not permitted")))
+    with (
+        torch.no_grad(),
+        pytest.raises(UserError, match=r"64 tokens cannot be recorded \(operation"),
+    ):
+        own(BATCHES[0])
+    monkeypatch.setattr(recorder, "record", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        own(BATCHES[0])
+
+
+def raising(error: Exception) -> Any:
+    def record(run: Any) -> None:
+        raise error
+
+    return record
 
 
 def test_another_pass_before_backward_is_an_error() -> None:

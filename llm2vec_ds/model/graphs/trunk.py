@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from llm2vec_kernels.seeds import Seeds
 from torch import nn
 
 from llm2vec_ds.batch import PackedBatch
+from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.graphs.lengths import length_for, lengths_up_to
 from llm2vec_ds.model.graphs.recorder import Recorder, Replay
 from llm2vec_ds.model.graphs.static_inputs import StaticInputs
@@ -27,6 +28,7 @@ from llm2vec_ds.model.hidden_states import (
     seeded_hidden_states,
     trunk_hidden_states,
 )
+from llm2vec_ds.process.full_memory import full_memory
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +153,7 @@ class GraphedTrunk:
             started = time.perf_counter()
             inputs = self._inputs(kind.length, batch)
             inputs.fill(batch, seed)
-            with self.while_recording():
+            with self.while_recording(), _explained(kind.length):
                 record = self._record_both if kind.with_gradient else self._record_forward
                 self._recordings[kind] = record(inputs)
             what = "forward and backward" if kind.with_gradient else "forward"
@@ -197,6 +199,20 @@ class GraphedTrunk:
                 zeros = [torch.zeros(shape, dtype=hidden_LD.dtype, device=hidden_LD.device) for _ in range(2)]
                 self._outcome = _Outcome(*zeros)
         return self._outcome
+
+
+@contextmanager
+def _explained(length: int) -> Iterator[None]:
+    """A full memory stays that error: a smaller micro-batch may fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if full_memory(error) is not None:
+            raise
+        words = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"a pass of {length} tokens cannot be recorded ({words}): set model.cuda_graphs=off"
+        ) from error
 
 
 def _no_backward() -> None:
