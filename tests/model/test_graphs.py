@@ -6,7 +6,7 @@ By CUDA graphs where there is a GPU, else by a stand-in.
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -191,12 +191,15 @@ def test_every_pass_draws_other_masks_which_the_generator_fixes() -> None:
     assert torch.equal(own(batch), own(batch))
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_passes_without_gradient_have_recordings_of_their_own(context: Any) -> None:
+@pytest.mark.parametrize(
+    "contexts", [[torch.no_grad, torch.inference_mode], [torch.inference_mode, torch.no_grad]]
+)
+def test_passes_without_gradient_share_recordings_that_training_does_not(contexts: list[Any]) -> None:
+    """Whichever came first."""
     trunk = trained_trunk().eval()
     own, recorder = graphed(trunk)
-    with context():
-        for batch in BATCHES:
+    for context, batch in product(contexts, BATCHES):
+        with context():
             torch.testing.assert_close(own(batch), trunk_hidden_states(trunk, batch), rtol=1e-4, atol=1e-5)
     assert recorder.n_recordings == 2
     trunk.train()

@@ -33,9 +33,11 @@ class StaticInputs:
         def zeros(n: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(n, dtype=dtype, device=device)
 
-        count = torch.arange(length + 1, dtype=torch.int32, device=device)
-        batch = PackedBatch(zeros(length), zeros(length), count.clone(), longest_text, zeros(length).bool())
-        return cls(batch, torch.zeros((), dtype=torch.int64, device=device), count)
+        with torch.inference_mode(False):  # whose tensors could be written under it alone
+            count = torch.arange(length + 1, dtype=torch.int32, device=device)
+            mask = zeros(length).bool()
+            batch = PackedBatch(zeros(length), zeros(length), count.clone(), longest_text, mask)
+            return cls(batch, torch.zeros((), dtype=torch.int64, device=device), count)
 
     def fill(self, batch: PackedBatch, seed: int) -> None:
         """Writes a batch of at most L tokens. Nothing waits for the device."""
