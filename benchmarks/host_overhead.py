@@ -11,8 +11,9 @@ thread. Times are medians. The parts:
   model    forward and backward alone: no engine, no optimizer
   encode   `Encoder.encode` of three texts
 
-Beside each, transformers, peft and torch's AdamW do the same. Prints one JSON line; `ratio` is ours over
-plain in processor time. On CUDA wall clock, the GPU's own time, launches and waits stand beside it.
+Beside each, transformers, peft and torch's AdamW do the same, step by step in turn with ours. Prints one JSON
+line; `ratio` is ours over plain in processor time. On CUDA wall clock, the GPU's own time, launches and waits
+stand beside it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,8 @@ CHECKPOINTING = {"none": "none", "default": None, "full": "full"}
 """`default`: the recipe says nothing."""
 ENGINES = {"no_json": False, "zero2": True}
 PASSES, TEXTS_PER_PASS = 5, 3
-Cases = dict[str, dict[str, Any]]
+Figures = dict[str, Any]
+Rivals = dict[str, Callable[[], Any]]
 
 
 class Bench:
@@ -63,8 +66,17 @@ class Bench:
         triplets = [dict(zip(names, example, strict=True)) for example in self.examples]
         (folder / "triplets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in triplets))
 
-    def meter(self) -> StepMeter:
-        return StepMeter(self.device, self.options.warm_up, self.options.steps)
+    def measured(self, rivals: Rivals, run: Callable[[StepMeter], Figures]) -> dict[str, Figures]:
+        """`ours` and each rival, whose steps take turns with ours."""
+        options = self.options
+        meters = {name: StepMeter(self.device, options.warm_up, options.steps) for name in rivals}
+
+        def turns() -> None:
+            for name, step in rivals.items():
+                meters[name].alone(step)
+
+        ours = run(StepMeter(self.device, options.warm_up, options.steps, between=turns))
+        return {"ours": ours, **{name: meter.figures() for name, meter in meters.items()}}
 
     def recipe(self, stage: str, checkpointing: str | None, zero2: bool) -> Any:
         cached = stage == "supervised"
@@ -79,82 +91,69 @@ class Bench:
         data = self.folder / ("triplets.jsonl" if cached else "text.txt")
         return ours.recipe_of(stage, self.model, data, self.folder, values)
 
-    def train(self, zero2: bool) -> Cases:
-        return {name: self.run("mntp", kind, zero2) for name, kind in CHECKPOINTING.items()}
+    def run(self, stage: str, checkpointing: str | None, zero2: bool, rivals: Rivals) -> dict[str, Figures]:
+        recipe = self.recipe(stage, checkpointing, zero2)
+        return self.measured(rivals, lambda meter: ours.measured_run(recipe, meter))
 
-    def run(self, stage: str, checkpointing: str | None, zero2: bool) -> dict[str, Any]:
-        return ours.measured_run(self.recipe(stage, checkpointing, zero2), self.meter())
-
-    def train_plain(self) -> Cases:
+    def plain_mntp(self, recompute: bool = False) -> plain.PlainRun:
         batches = ours.masked_batches(self.recipe("mntp", "none", False), 2, self.device)
-        return {
-            name: plain.mntp_run(
-                self.model, batches, self.device, fp32_adapters=self.fp32, recompute=name == "full"
-            ).measured(self.meter())
-            for name in ("none", "full")
-        }
+        return plain.mntp_run(self.model, batches, self.device, fp32_adapters=self.fp32, recompute=recompute)
 
-    def cached_plain(self) -> dict[str, Any]:
-        run = plain.contrastive_run(self.model, self.examples, self.device, texts_per_pass=TEXTS_PER_PASS)
-        return run.measured(self.meter())
+    def plain_cached(self) -> plain.PlainRun:
+        return plain.contrastive_run(self.model, self.examples, self.device, texts_per_pass=TEXTS_PER_PASS)
 
-    def model_alone(self) -> Cases:
+    def pass_of(self, checkpointing: str | None) -> Callable[[], Any]:
         """Forward and backward of the product's model, as the objective runs it."""
-        figures = {}
-        for name, checkpointing in CHECKPOINTING.items():
-            stage = ours.build_stage(self.recipe("mntp", checkpointing, False), self.device)
-            packed, _ = stage.batches(0, stage.global_batch(0))
-            batch, model = packed[0].to(self.device), stage.model.train()
-            figures[name] = self.meter().measure(lambda m=model, b=batch: m(b)[0].mean().backward())
-        return figures
-
-    def plain_model_alone(self) -> Cases:
-        (batch,) = ours.masked_batches(self.recipe("mntp", "none", False), 1, self.device)
-        run = plain.mntp_run(self.model, [batch], self.device, fp32_adapters=self.fp32)
-        return {"none": self.meter().measure(run.backward)}
-
-    def encode(self) -> Cases:
-        from llm2vec_ds import Encoder
-
-        encoder = Encoder.from_pretrained(str(self.model), device=self.device)
-        texts = self.short[:TEXTS_PER_PASS]
-        theirs = plain.encoder_of(self.model, self.device)
-        return {
-            "ours": self.meter().measure(lambda: encoder.encode(texts)),
-            "plain": self.meter().measure(lambda: theirs(texts)),
-        }
+        stage = ours.build_stage(self.recipe("mntp", checkpointing, False), self.device)
+        packed, _ = stage.batches(0, stage.global_batch(0))
+        batch, model = packed[0].to(self.device), stage.model.train()
+        return lambda: model(batch)[0].mean().backward()
 
 
-def ratio(ours: dict[str, Any], plain: dict[str, Any]) -> float:
-    return round(ours["processor_ms"] / plain["processor_ms"], 3)
-
-
-def ratios(ours: Cases, base: Cases) -> dict[str, float]:
-    """Over the plain one that keeps all it computes; `full` also over the one that recomputes."""
-    made = {name: ratio(case, base["none"]) for name, case in ours.items()}
-    return made | ({"full_over_full": ratio(ours["full"], base["full"])} if "full" in base else {})
+def with_ratios(figures: dict[str, Figures]) -> dict[str, Any]:
+    """Processor time of ours over each rival's."""
+    own = figures["ours"]["processor_ms"]
+    ratios = {name: round(own / figures[name]["processor_ms"], 3) for name in figures if name != "ours"}
+    return {**figures, "ratio": ratios}
 
 
 def train_part(bench: Bench, engines: list[str]) -> dict[str, Any]:
-    figures = {name: bench.train(ENGINES[name]) for name in engines}
-    base = bench.train_plain()
-    return {"ours": figures, "plain": base, "ratio": {n: ratios(f, base) for n, f in figures.items()}}
+    """`plain` keeps all that it computes; beside our `full` stands one that recomputes, too."""
+    found: dict[str, Any] = {}
+    for engine in engines:
+        found[engine] = {}
+        for name, checkpointing in CHECKPOINTING.items():
+            rivals = {"plain": bench.plain_mntp().step}
+            if name == "full":
+                rivals["plain_full"] = bench.plain_mntp(recompute=True).step
+            found[engine][name] = with_ratios(bench.run("mntp", checkpointing, ENGINES[engine], rivals))
+    return found
 
 
 def cached_part(bench: Bench, engines: list[str]) -> dict[str, Any]:
-    figures = {name: bench.run("supervised", "none", ENGINES[name]) for name in engines}
-    base = bench.cached_plain()
-    return {"ours": figures, "plain": base, "ratio": {n: ratio(f, base) for n, f in figures.items()}}
+    return {
+        engine: with_ratios(
+            bench.run("supervised", "none", ENGINES[engine], {"plain": bench.plain_cached().step})
+        )
+        for engine in engines
+    }
 
 
 def model_part(bench: Bench, engines: list[str]) -> dict[str, Any]:
-    figures, base = bench.model_alone(), bench.plain_model_alone()
-    return {"ours": figures, "plain": base, "ratio": ratios(figures, base)}
+    found = {}
+    for name, checkpointing in CHECKPOINTING.items():
+        rivals, own = {"plain": bench.plain_mntp().backward}, bench.pass_of(checkpointing)
+        found[name] = with_ratios(bench.measured(rivals, lambda meter, own=own: meter.measure(own)))
+    return found
 
 
 def encode_part(bench: Bench, engines: list[str]) -> dict[str, Any]:
-    figures = bench.encode()
-    return {**figures, "ratio": ratio(figures["ours"], figures["plain"])}
+    from llm2vec_ds import Encoder
+
+    encoder = Encoder.from_pretrained(str(bench.model), device=bench.device)
+    theirs, texts = plain.encoder_of(bench.model, bench.device), bench.short[:TEXTS_PER_PASS]
+    rivals = {"plain": lambda: theirs(texts)}
+    return with_ratios(bench.measured(rivals, lambda meter: meter.measure(lambda: encoder.encode(texts))))
 
 
 PARTS = {"train": train_part, "cached": cached_part, "model": model_part, "encode": encode_part}

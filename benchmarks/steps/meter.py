@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,13 +34,24 @@ class StepMeter:
         warm_up: steps at the start that do not count.
         timed: steps whose median is reported.
         profiled: steps after them, under torch's profiler, on CUDA only: it slows them down.
+        between: called after each boundary but those of profiled steps; its time does not count. Two ways
+            that take turns see the same machine, whose speed may change.
     """
 
-    def __init__(self, device: torch.device, warm_up: int = 3, timed: int = 8, profiled: int = 1) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        warm_up: int = 3,
+        timed: int = 8,
+        profiled: int = 1,
+        between: Callable[[], Any] | None = None,
+    ) -> None:
         self.on_cuda = device.type == "cuda"
         self.warm_up, self.timed = warm_up, timed
         self.profiled = profiled if self.on_cuda else 0
-        self._marks: list[tuple[float, float]] = []
+        self.between = between
+        self._begun: tuple[float, float] | None = None
+        self._spans: list[tuple[float, float]] = []
         self._profiler: Any = None
         self._profile: dict[str, float] = {}
         self._peak_mib = 0.0
@@ -52,11 +62,11 @@ class StepMeter:
 
     def boundary(self, *unused: Any) -> dict[str, float]:
         """Takes and ignores what the trainer gives an evaluation, and returns no metrics."""
-        done = len(self._marks)
+        done = 0 if self._begun is None else len(self._spans) + 1
         last_timed = self.warm_up + self.timed
         if self.on_cuda and (done <= last_timed or done == self.n_steps):
             torch.cuda.synchronize()
-        self._marks.append((time.perf_counter(), time.process_time()))
+        self._end_span()
         if self.on_cuda and done == self.warm_up:
             torch.cuda.reset_peak_memory_stats()
         if self.profiled and done == last_timed:
@@ -66,7 +76,25 @@ class StepMeter:
         if self.profiled and done == self.n_steps:
             self._profiler.stop()
             self._profile = self._read_profile()
+        if self.between is not None and done < last_timed:
+            self.between()
+        self._begun = _now()
         return {}
+
+    def alone(self, step: Callable[[], Any]) -> None:
+        """One step of another way, between those of one that takes its turn."""
+        if self.on_cuda:
+            torch.cuda.synchronize()
+        self._begun = _now()
+        step()
+        if self.on_cuda:
+            torch.cuda.synchronize()
+        self._end_span()
+
+    def _end_span(self) -> None:
+        if self._begun is not None:
+            wall, processor = _now()
+            self._spans.append((wall - self._begun[0], processor - self._begun[1]))
 
     def measure(self, step: Callable[[], Any]) -> dict[str, float]:
         """Runs `step` as often as it takes."""
@@ -78,8 +106,8 @@ class StepMeter:
 
     def figures(self) -> dict[str, float]:
         """Milliseconds of a step, medians; on CUDA also counts a step of the profiled ones, and MiB."""
-        marks = self._marks[self.warm_up : self.warm_up + self.timed + 1]
-        wall, processor = ([b - a for a, b in pairwise(x)] for x in zip(*marks, strict=True))
+        spans = self._spans[self.warm_up : self.warm_up + self.timed]
+        wall, processor = zip(*spans, strict=True)
         figures = {
             "wall_ms": round(1e3 * median(wall), 2),
             "wall_ms_least": round(1e3 * min(wall), 2),
@@ -96,6 +124,10 @@ class StepMeter:
             self._profiler.export_chrome_trace(str(path))
             events = json.loads(path.read_text())["traceEvents"]
         return profile_figures(events, self.profiled)
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def profile_figures(events: Iterable[dict[str, Any]], n_steps: int) -> dict[str, float]:
