@@ -25,6 +25,8 @@ SCALARS = 100
 CASES: list[tuple[int, int, str]] = [
     (0, 1, "gather"),
     (0, 2, "ring"),
+    (0, 1, "gather, all terms"),
+    (0, 1, "ring, all terms"),
     (1, 2, "gather"),
     (2, 2, "gather"),
     (3, 1, "gather"),
@@ -45,12 +47,14 @@ def counted(
     folder = tmp_path_factory.mktemp("bytes")
     recipes = {}
     for case in CASES:
-        zero_stage, micro_batches, exchange = case
+        zero_stage, micro_batches, terms = case
+        exchange, all_terms = terms.split(",")[0], "all" in terms
         run = folder / "-".join(map(str, case))
         values = recipe_of(
             (WORLD, zero_stage, micro_batches, exchange, "lora"), tiny_model_dir, pairs_file, run
         )
-        values["supervised"]["symmetric"] = False
+        for term in ("symmetric", "between_queries", "between_documents"):
+            values["supervised"][term] = all_terms
         # Under ZeRO-3 what backward computes again it may gather again.
         values["model"]["activation_checkpointing"] = "none"
         recipes[case] = values
@@ -65,14 +69,18 @@ def counted(
 
 
 def exchange_bytes(exchange: str) -> dict[str, int]:
-    """What the loss sends: documents with their ids, and their gradients."""
-    documents_per_rank = EXAMPLES * (TEXTS_AN_EXAMPLE - 1) // WORLD
-    vectors = documents_per_rank * WIDTH * FP32_BYTES
-    ids = documents_per_rank * ID_BYTES
+    """What the loss sends: documents with their ids, and their gradients. With all terms the queries too, and
+    each side is compared twice: with the other one and with itself."""
     pairs = (WORLD - 1) * EXAMPLES // WORLD * 2 * ID_BYTES  # which text is a positive of which query
-    if exchange == "ring":
-        return {"send": 2 * (WORLD - 1) * (vectors + ids) + WORLD * vectors, "all_gather": pairs}
-    return {"all_gather": (WORLD - 1) * (vectors + ids) + pairs, "reduce_scatter": (WORLD - 1) * vectors}
+    texts, times = EXAMPLES * (TEXTS_AN_EXAMPLE - 1) // WORLD, 1
+    if "all" in exchange:
+        texts, times, pairs = EXAMPLES * TEXTS_AN_EXAMPLE // WORLD, 2, 2 * pairs
+    vectors, ids = texts * WIDTH * FP32_BYTES, texts * ID_BYTES
+    if "ring" in exchange:
+        a_round = 2 * (WORLD - 1) * (vectors + ids) + WORLD * vectors
+        return {"send": times * a_round, "all_gather": pairs}
+    there = (WORLD - 1) * (vectors + times * ids)
+    return {"all_gather": there + pairs, "reduce_scatter": (WORLD - 1) * vectors}
 
 
 def engine_bytes(zero_stage: int, micro_batches: int) -> dict[str, int]:
