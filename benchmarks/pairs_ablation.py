@@ -1,18 +1,18 @@
-"""Do a guide and rounding in training make a better encoder? The supervised stage on files of pairs, three seeds.
+"""Do a guide, and rounding in training, make a better encoder? The supervised stage on files of pairs.
 
     python benchmarks/pairs_ablation.py --model LLM --pairs snli.jsonl mrpc.jsonl wordnet.jsonl \
         --guide MODEL --dev stsb_dev.csv --questions wikiqa.jsonl --output runs/pairs_ablation
 
-Variants: `plain`; `guide` (`supervised.guide`, nothing else changed); `stored` (`supervised.stored_as: [int8,
-binary]`). Each trains with the same seeds, so the same batches. Measured of each encoder, with vectors as float32,
-int8 and binary:
+Variants: `plain`; `guide` (`supervised.guide`, nothing else changed); `stored` (`supervised.stored_as:
+[int8, binary]`). Each trains with the same seeds, so on the same batches. Measured of each encoder, with
+vectors as float32, int8 and binary:
 
 - Spearman's correlation on --dev, both sentences stored in that form;
-- nDCG@10 of the queries of --questions against all its positives and negatives; documents are stored in that form and
-  queries are not, as `search` compares them.
+- nDCG@10 of the queries of --questions against all its positives and negatives. Documents are stored in that
+  form and queries are not, as `search` compares them.
 
-Writes a JSON line a run into OUTPUT/results.jsonl, and leaves out what is there already. Then prints means and
-standard deviations over seeds. --dev and --questions must not be in --pairs, nor be test sets.
+Writes a JSON line a run into OUTPUT/results.jsonl, and leaves out what is there already. Then prints means
+and standard deviations over seeds. --dev and --questions must not be in --pairs, nor be test sets.
 """
 
 from __future__ import annotations
@@ -95,8 +95,7 @@ def sts(encoder: Encoder, pairs: GradedPairs) -> dict[str, float]:
 
 def retrieval(encoder: Encoder, file: str) -> dict[str, float]:
     rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-    queries = {row["query"]: n for n, row in reversed(list(enumerate(rows)))}
-    queries = {text: n for n, text in enumerate(queries)}
+    queries = {text: n for n, text in enumerate(dict.fromkeys(row["query"] for row in rows))}
     texts = [row[key] for row in rows for key in ("positive", "negative") if row.get(key)]
     documents = {text: n for n, text in enumerate(dict.fromkeys(texts))}
     relevant_QN = np.zeros((len(queries), len(documents)))

@@ -79,10 +79,9 @@ class ContrastiveConfig(ObjectiveConfig):
     symmetric: bool = False
     """Adds the loss of each positive against all ranks' queries; the mean of both is the loss."""
     between_queries: bool = False
-    """Other queries, too, are negatives of a query (arXiv 2308.03281), but for those that known pairs connect
-    with it."""
+    """Other queries are negatives of a query too (arXiv 2308.03281), unless known pairs connect both."""
     between_documents: bool = False
-    """Documents, too, are negatives of a query's positive, with the same exception."""
+    """Other documents are negatives of a query's positive too, unless known pairs connect both."""
     matryoshka_dims: list[Positive] | None = None
     """The loss is the mean of one loss for each of these vector lengths (arXiv 2205.13147)."""
     stored_as: list[Rounding] | None = None

@@ -202,22 +202,28 @@ def test_ranks_together_equal_the_formula(world: int) -> None:
         assert_equal(case, torch.stack([part[0] for part in of_ranks]).sum(), gradients, n_out)
 
 
-def test_bf16_on_the_wire_does_not_depend_on_the_way() -> None:
-    """The positive's score is the rounded one in every sum."""
-    query, positive, negative, scale, *_ = vectors()
-    ids = [torch.tensor(x) for x in (QUERY_IDS, IDS, NEGATIVE_IDS)]
-    found = []
-    for exchange, precision in (("gather", "bf16"), ("ring", "bf16"), ("gather", "fp32")):
-        config = SupervisedConfig(
-            exchange=exchange,  # type: ignore[arg-type]
-            exchange_precision=precision,  # type: ignore[arg-type]
-            between_queries=True,
-            between_documents=True,
-            symmetric=True,
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_what_travels_in_bf16_is_rounded_in_every_sum_and_the_positive_too(exchange: Any) -> None:
+    query, positive, *_ = (x.detach() for x in vectors())
+    ids = torch.arange(N_QUERIES)
+    config = SupervisedConfig(
+        exchange=exchange,
+        exchange_precision="bf16",
+        between_queries=True,
+        between_documents=True,
+        symmetric=True,
+    )
+    pairs = PairVectors(query, positive, query[:0], ids, ids + 50, ids[:0])
+    share = ContrastiveLoss(config)(pairs, torch.tensor(20.0)).share
+    q, p = (F.normalize(x, dim=-1) for x in (query, positive))
+    losses = []
+    for a, b in ((q, p), (p, q)):
+        across, *inside = (
+            20 * x.double() @ y.to(torch.bfloat16).double().T for x, y in ((a, b), (q, q), (p, p))
         )
-        found.append(ContrastiveLoss(config)(PairVectors(query, positive, negative, *ids), scale).share)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
-    assert 1e-6 < abs(found[0] - found[2]) < 1e-2
+        others = [x.masked_fill(torch.eye(N_QUERIES, dtype=torch.bool), -torch.inf) for x in inside]
+        losses.append(torch.cat([across, *others], 1).logsumexp(1) - across.diagonal())
+    torch.testing.assert_close(share.double(), torch.stack(losses).mean(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
