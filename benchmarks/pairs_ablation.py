@@ -179,7 +179,7 @@ def main() -> None:
             file.write(json.dumps(rows[-1]) + "\n")
         print(json.dumps(rows[-1]), flush=True)
     show(rows)
-    print({name: version(name) for name in ("torch", "transformers", "deepspeed", "peft", "numpy")})
+    print(json.dumps({name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")}))
 
 
 if __name__ == "__main__":
