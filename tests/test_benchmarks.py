@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.teachers import save_teacher
+
 pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -381,6 +383,31 @@ def test_the_speed_of_a_work_alone(work: str, tiny_model_dir: Path) -> None:
     assert result["ours"]["peak_mib"] > 100
     assert 0 < result["share_of_peak"] < 1
     assert result["units"] == {"mntp": 4 * 512, "encode": 1000}[work]
+
+
+@pytest.mark.slow
+def test_the_ablation_of_pairs_leaves_out_what_it_has(tmp_path: Path, tiny_model_dir: Path) -> None:
+    data = BENCHMARKS.parent / "recipes" / "data"
+    questions = str(data / "smoke_pairs" / "questions.jsonl")
+    options = {
+        "model": tiny_model_dir,
+        "guide": save_teacher(tmp_path),
+        "dev": data / "smoke_sts.csv",
+        "questions": questions,
+        "output": tmp_path / "out",
+        "steps": 2,
+        "batch": 8,
+    }
+    line = ["pairs_ablation.py", *(f"--{name}={value}" for name, value in options.items())]
+    line += ["--pairs", questions, str(data / "smoke_pairs" / "paraphrases.jsonl")]
+    rows = figures(run(*line, "--seeds", "1"))[:-1]
+    assert [row["variant"] for row in rows] == ["before", "plain", "guide", "stored"]
+    (out, negatives), *_ = rows[2]["left_out"].values()
+    assert 0 < out < negatives
+    assert len({json.dumps(row["sts"]) for row in rows}) == 4
+    again = run(*line, "--seeds", "1", "2", "--variants", "plain")
+    assert [row["seed"] for row in figures(again)[:-1]] == [2]
+    assert "retrieval plain     n=2" in again.stdout
 
 
 def test_a_rival_without_the_work_is_refused() -> None:

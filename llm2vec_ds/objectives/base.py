@@ -112,6 +112,7 @@ class PlannedWork:
         texts_per_row: of a row of the global batch.
         documents_per_row: those of them that all ranks see; 0: ranks exchange no vectors, and no embedding
             cache runs.
+        rounds_again_per_row: those that go round once more where `exchange` is `ring`.
         exchange, bytes_per_number: how vectors travel.
         head_rows_per_token: rows of the language head for each token of the batch.
         trainable: shapes of what trains beside the trunk and its adapters.
@@ -120,6 +121,7 @@ class PlannedWork:
 
     texts_per_row: int = 1
     documents_per_row: int = 0
+    rounds_again_per_row: int = 0
     exchange: str = "gather"
     bytes_per_number: int = 4
     head_rows_per_token: float = 0.0

@@ -43,14 +43,14 @@ def step_bytes(
 
 
 def _loss_bytes(load: Workload, width: int) -> int:
-    world = load.world_size
-    there = load.documents * (load.objective.bytes_per_number * width + ID_BYTES)
-    home = load.documents * FP32 * width
+    world, work = load.world_size, load.objective
+    there, home = work.bytes_per_number * width + ID_BYTES, FP32 * width
     if world == 1:
         return 0
-    if load.objective.exchange == "ring":
-        return 2 * (world - 1) * there + world * home
-    return (world - 1) * (there + home)
+    if work.exchange == "ring":
+        n_sent = load.documents + load.rows * work.rounds_again_per_row
+        return n_sent * (2 * (world - 1) * there + world * home)
+    return load.documents * (world - 1) * (there + home)
 
 
 def bandwidth_gbps(machine: MachineConfig) -> float:

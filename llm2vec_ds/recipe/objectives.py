@@ -78,6 +78,10 @@ class ContrastiveConfig(ObjectiveConfig):
     """Trains the scale, starting at `scale` and held at 100 at most (CLIP, arXiv 2103.00020)."""
     symmetric: bool = False
     """Adds the loss of each positive against all ranks' queries; the mean of both is the loss."""
+    between_queries: bool = False
+    """Other queries are negatives of a query too (arXiv 2308.03281), unless known pairs connect both."""
+    between_documents: bool = False
+    """Other documents are negatives of a query's positive too, unless known pairs connect both."""
     matryoshka_dims: list[Positive] | None = None
     """The loss is the mean of one loss for each of these vector lengths (arXiv 2205.13147)."""
     stored_as: list[Rounding] | None = None
@@ -96,6 +100,11 @@ class ContrastiveConfig(ObjectiveConfig):
     """What documents are rounded to before ranks exchange them; gradients travel in fp32."""
 
     def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
+        if batch.global_batch_size == 1 and self.between_queries:
+            return (
+                f"{stage}.between_queries does nothing with batch.global_batch_size=1: raise the batch size, "
+                "or leave it out"
+            )
         if batch.global_batch_size > 1 or (data.pairs is not None and data.pairs.max_negatives > 0):
             return None
         return (

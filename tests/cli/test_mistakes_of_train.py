@@ -72,6 +72,11 @@ MISTAKES = {
         "always 0: raise it",
         ("train", "RECIPE", "batch.global_batch_size=1"),
     ),
+    "no other query in a batch of one": Mistake(
+        "TMP/r.yaml: simcse.between_queries does nothing with batch.global_batch_size=1: raise the batch "
+        "size, or leave it out",
+        ("train", "RECIPE", "batch.global_batch_size=1", "simcse.between_queries=true"),
+    ),
     "a batch of one pair, its negatives not read": Mistake(
         "TMP/r.yaml: batch.global_batch_size=1 leaves the supervised loss without negatives, so that it is "
         "always 0: raise it",

@@ -11,6 +11,8 @@ import pytest
 
 from llm2vec_ds.engine.comm_bytes import MESSAGES, SILENT, CountedBackend
 from llm2vec_ds.engine.run import train
+from llm2vec_ds.planner.traffic import step_bytes
+from llm2vec_ds.planner.workload import workload
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.global_batch import EXAMPLES, TEXTS_AN_EXAMPLE, recipe_of
 from tests.support.ranks import run_ranks
@@ -25,11 +27,24 @@ SCALARS = 100
 CASES: list[tuple[int, int, str]] = [
     (0, 1, "gather"),
     (0, 2, "ring"),
+    (0, 1, "gather, all terms"),
+    (0, 1, "ring, all terms"),
     (1, 2, "gather"),
     (2, 2, "gather"),
     (3, 1, "gather"),
     (3, 2, "ring"),
 ]
+
+
+def _recipe(case: tuple[int, int, str], model: Path, pairs: Path, run: Path) -> dict[str, Any]:
+    zero_stage, micro_batches, terms = case
+    exchange = terms.split(",")[0]
+    values = recipe_of((WORLD, zero_stage, micro_batches, exchange, "lora"), model, pairs, run)
+    for term in ("symmetric", "between_queries", "between_documents"):
+        values["supervised"][term] = "all" in terms
+    # Under ZeRO-3 what backward computes again it may gather again.
+    values["model"]["activation_checkpointing"] = "none"
+    return values
 
 
 def _train_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> None:
@@ -43,17 +58,9 @@ def counted(
 ) -> dict[tuple[int, int, str], dict[str, int]]:
     """The last step's bytes by kind, of rank 0."""
     folder = tmp_path_factory.mktemp("bytes")
-    recipes = {}
-    for case in CASES:
-        zero_stage, micro_batches, exchange = case
-        run = folder / "-".join(map(str, case))
-        values = recipe_of(
-            (WORLD, zero_stage, micro_batches, exchange, "lora"), tiny_model_dir, pairs_file, run
-        )
-        values["supervised"]["symmetric"] = False
-        # Under ZeRO-3 what backward computes again it may gather again.
-        values["model"]["activation_checkpointing"] = "none"
-        recipes[case] = values
+    recipes = {
+        case: _recipe(case, tiny_model_dir, pairs_file, folder / "-".join(map(str, case))) for case in CASES
+    }
     run_ranks(partial(_train_all, recipes=list(recipes.values())), WORLD)
     results = {}
     for case, values in recipes.items():
@@ -65,14 +72,18 @@ def counted(
 
 
 def exchange_bytes(exchange: str) -> dict[str, int]:
-    """What the loss sends: documents with their ids, and their gradients."""
-    documents_per_rank = EXAMPLES * (TEXTS_AN_EXAMPLE - 1) // WORLD
-    vectors = documents_per_rank * WIDTH * FP32_BYTES
-    ids = documents_per_rank * ID_BYTES
+    """What the loss sends: documents with their ids, and their gradients. With all terms the queries too, and
+    each side is compared twice: with the other one and with itself."""
     pairs = (WORLD - 1) * EXAMPLES // WORLD * 2 * ID_BYTES  # which text is a positive of which query
-    if exchange == "ring":
-        return {"send": 2 * (WORLD - 1) * (vectors + ids) + WORLD * vectors, "all_gather": pairs}
-    return {"all_gather": (WORLD - 1) * (vectors + ids) + pairs, "reduce_scatter": (WORLD - 1) * vectors}
+    texts, times = EXAMPLES * (TEXTS_AN_EXAMPLE - 1) // WORLD, 1
+    if "all" in exchange:
+        texts, times, pairs = EXAMPLES * TEXTS_AN_EXAMPLE // WORLD, 2, 2 * pairs
+    vectors, ids = texts * WIDTH * FP32_BYTES, texts * ID_BYTES
+    if "ring" in exchange:
+        a_round = 2 * (WORLD - 1) * (vectors + ids) + WORLD * vectors
+        return {"send": times * a_round, "all_gather": pairs}
+    there = (WORLD - 1) * (vectors + times * ids)
+    return {"all_gather": there + pairs, "reduce_scatter": (WORLD - 1) * vectors}
 
 
 def engine_bytes(zero_stage: int, micro_batches: int) -> dict[str, int]:
@@ -102,6 +113,15 @@ def test_count_equals_formula(
     for kind in {*expected, *counted[case]}:
         difference = counted[case].get(kind, 0) - expected.get(kind, 0)
         assert 0 <= difference <= SCALARS, (kind, counted[case], expected)
+
+
+@pytest.mark.parametrize("terms", ["gather", "ring", "gather, all terms", "ring, all terms"])
+def test_the_planner_counts_the_vectors_too(terms: str, tmp_path: Path) -> None:
+    recipe = parse_recipe(_recipe((0, 1, terms), tmp_path, tmp_path / "pairs.jsonl", tmp_path / "run"))
+    nothing = {"gradient_bytes": 0, "weight_bytes": 0, "recomputes": False}
+    planned = step_bytes(workload(recipe, WORLD), {}, width=WIDTH, **nothing)  # type: ignore[arg-type]
+    ids_of_texts_and_pairs = ID_BYTES * EXAMPLES * (TEXTS_AN_EXAMPLE + 2)
+    assert abs(sum(exchange_bytes(terms).values()) - planned) <= ids_of_texts_and_pairs
 
 
 def test_gather_and_ring_differ_and_stages_differ(

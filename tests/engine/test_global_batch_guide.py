@@ -1,4 +1,7 @@
-"""A guide, and a source without in-batch negatives, on 1, 2 and 4 ranks × ZeRO 0 to 3 × micro-batches."""
+"""A guide, and a source without in-batch negatives, on 1, 2 and 4 ranks × ZeRO 0 to 3 × micro-batches.
+
+Texts of the same side are negatives as well.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ def recipe_of(case: Case, folder: Path, model: Path, output: Path) -> dict[str, 
     world, zero_stage, micro_batches, exchange, trains = case
     texts = -(-EXAMPLES * TEXTS_AN_EXAMPLE // world)
     own = {"symmetric": True, "guide_margin": 0.05} if exchange == "ring" else {"guide_ratio": 0.9}
+    own |= {"between_queries": True, "between_documents": True}
     return {
         "stage": "supervised",
         "model": {"path": str(model)},

@@ -44,3 +44,28 @@ def info_nce(
     positive_score_Q = score_QN[positive_QN]
     hit_Q = positive_score_Q > score_QN.masked_fill(positive_QN, float("-inf")).amax(1)
     return lse_Q - positive_score_Q, hit_Q, lse_Q
+
+
+def log_sum_exp(
+    query_QD: torch.Tensor,
+    document_ND: torch.Tensor,
+    *,
+    scale: float | torch.Tensor,
+    query_id_Q: torch.Tensor | None = None,
+    document_id_N: torch.Tensor | None = None,
+    score_limit_Q: torch.Tensor | None = None,
+    guide: Guide | None = None,
+    hardness: float = 0.0,
+) -> torch.Tensor:
+    """`[Q]`, over the documents that count where none is a positive."""
+    cosine_QN = query_QD @ document_ND.T
+    score_QN = scale * cosine_QN
+    excluded_QN = torch.zeros_like(score_QN, dtype=torch.bool)
+    if query_id_Q is not None and document_id_N is not None:
+        excluded_QN |= query_id_Q[:, None] == document_id_N
+    if score_limit_Q is not None:
+        excluded_QN |= score_QN > score_limit_Q[:, None]
+    if guide is not None:
+        excluded_QN |= guide.query_QG @ guide.document_NG.T > guide.limit_Q[:, None]
+    weighted_QN = score_QN + hardness * cosine_QN.detach()
+    return weighted_QN.masked_fill(excluded_QN, float("-inf")).logsumexp(1)

@@ -9,15 +9,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from llm2vec_kernels.info_nce.api import info_nce
-from llm2vec_kernels.info_nce.tiles import Guide
 
-from llm2vec_ds.distributed import all_gather_counts, all_reduce_sum, gather_rows, rank
-from llm2vec_ds.objectives.contrastive.known_positives import KnownPositives, with_pairs_not_known
+from llm2vec_ds.distributed import all_reduce_sum, gather_rows
+from llm2vec_ds.objectives.contrastive.candidates import Candidates, Rows
+from llm2vec_ds.objectives.contrastive.known_positives import (
+    ConnectedTexts,
+    KnownPositives,
+    with_pairs_not_known,
+)
 from llm2vec_ds.objectives.contrastive.own_negatives import against_own_negatives
-from llm2vec_ds.objectives.contrastive.ring import ring_info_nce
 from llm2vec_ds.objectives.contrastive.rounding import Form, rounded
-from llm2vec_ds.objectives.contrastive.texts import Limits, Outcome, Texts
+from llm2vec_ds.objectives.contrastive.same_side import SameSide, same_side
+from llm2vec_ds.objectives.contrastive.texts import Limits, Outcome, Texts, positive_scores
 from llm2vec_ds.objectives.similarities import TaughtTexts, similarity_loss
 from llm2vec_ds.recipe.objectives import ContrastiveConfig, SupervisedConfig
 
@@ -78,6 +81,27 @@ class LossOutcome(NamedTuple):
     guided_Q: torch.Tensor
 
 
+class Known(NamedTuple):
+    """What known pairs say of a global batch, the same on every rank.
+
+    Attributes:
+        positives: the documents that are right for a query.
+        back: the queries that are right for a positive, for the symmetric loss.
+        connected: texts that are no negatives of one side, where the loss has such.
+    """
+
+    positives: KnownPositives
+    back: KnownPositives | None
+    connected: ConnectedTexts | None
+
+    @classmethod
+    def of(cls, query_id_Q: torch.Tensor, positive_id_Q: torch.Tensor, config: ContrastiveConfig) -> Known:
+        positives = KnownPositives.of(query_id_Q, positive_id_Q)
+        back = KnownPositives.of(positive_id_Q, query_id_Q) if config.symmetric else None
+        one_side = config.between_queries or config.between_documents
+        return cls(positives, back, ConnectedTexts.of(positives) if one_side else None)
+
+
 class ContrastiveLoss:
     """loss_i = −log ( exp(s · cos(q_i, p_i)) / Σ_d exp(s · cos(q_i, d)) ), averaged over all ranks' queries.
 
@@ -85,9 +109,9 @@ class ContrastiveLoss:
     (van den Oord et al., 2018, arXiv 1807.03748; Karpukhin et al., 2020, arXiv 2004.04906): texts that are
     a positive of the same query in any row (`known_positives.py`), and those that a guide takes to be right
     (`texts.Limits`). A query of a source without in-batch negatives has its own hard ones alone
-    (`own_negatives.py`). With Matryoshka lengths, or documents in fewer bytes (`rounding.py`), it is the mean
-    of one such loss for each length and form. Neither value nor gradient depends on how ranks share the
-    batch.
+    (`own_negatives.py`). Texts of the same side are negatives too where the recipe says so (`same_side.py`).
+    With Matryoshka lengths, or documents in fewer bytes (`rounding.py`), it is the mean of one such loss for
+    each length and form. Neither value nor gradient depends on how ranks share the batch.
     """
 
     def __init__(self, config: ContrastiveConfig) -> None:
@@ -99,16 +123,13 @@ class ContrastiveLoss:
         n_alone = int(vectors.own.alone_Q.sum()) if vectors.own is not None else 0
         counts = torch.tensor([n_queries, n_queries - n_alone], dtype=torch.float32, device=device)
         n_global, n_in_batch = all_reduce_sum(counts).tolist()
-        known = KnownPositives.of(vectors.query_id_Q, vectors.positive_id_Q)
-        back = KnownPositives.of(vectors.positive_id_Q, vectors.query_id_Q) if self.config.symmetric else None
+        known = Known.of(vectors.query_id_Q, vectors.positive_id_Q, self.config)
         dims = self.config.matryoshka_dims or [vectors.query_QD.shape[1]]
         share = vectors.query_QD.new_zeros((), dtype=torch.float32)
         forms: list[Form] = [*(self.config.stored_as or []), "float32"]  # hits are those of the last
         for form, dim in product(forms, dims):
             texts = vectors.texts(dim, form)
-            total, outcome = self._of_texts(
-                *texts, vectors.own, scale, known, back, any_in_batch=n_in_batch > 0
-            )
+            total, outcome = self._of_texts(*texts, vectors.own, scale, known, any_in_batch=n_in_batch > 0)
             share = share + total / (len(forms) * len(dims) * n_global)
         if (
             isinstance(self.config, SupervisedConfig)
@@ -125,28 +146,24 @@ class ContrastiveLoss:
         negatives: Texts,
         own: OwnNegatives | None,
         scale: torch.Tensor,
-        known: KnownPositives,
-        back: KnownPositives | None,
+        known: Known,
         *,
         any_in_batch: bool,
     ) -> tuple[torch.Tensor, Outcome]:
         """Summed loss of this rank's queries, and what they have each.
 
         Args:
-            back: the queries that are known to be right for a positive, for the symmetric loss.
             any_in_batch: a query of some rank has in-batch negatives.
         """
         if own is None:
-            return self._in_batch(queries, positives, negatives, len(queries), known, back, scale)
+            return self._in_batch(queries, positives, negatives, len(queries), known, scale)
         # First those with in-batch negatives, whose documents are then first, too.
         order = own.alone_Q.to(torch.int8).argsort(stable=True)
         n_first = len(queries) - int(own.alone_Q.sum())
         place = order.argsort()
         parts, total = [], scale.new_zeros(())
         if any_in_batch:
-            total, first = self._in_batch(
-                queries[order], positives[order], negatives, n_first, known, back, scale
-            )
+            total, first = self._in_batch(queries[order], positives[order], negatives, n_first, known, scale)
             parts.append(first)
         alone = order[n_first:]
         of_alone = own.alone_Q[own.query_of_M]
@@ -155,7 +172,7 @@ class ContrastiveLoss:
             positives[alone],
             negatives[of_alone],
             place[own.query_of_M[of_alone]] - n_first,
-            known,
+            known.positives,
             scale,
             Limits.of(queries[alone], positives[alone], scale, self.config),
             self.config.hardness,
@@ -169,65 +186,70 @@ class ContrastiveLoss:
         positives: Texts,
         negatives: Texts,
         n_first: int,
-        known: KnownPositives,
-        back: KnownPositives | None,
+        known: Known,
         scale: torch.Tensor,
     ) -> tuple[torch.Tensor, Outcome]:
         """Summed loss of the first `n_first` queries against all texts, and what they have each."""
-        outcome = self._against_all_ranks(queries[:n_first], positives + negatives, known, scale)
+        all_queries, all_documents = (
+            Candidates(own, self.config, self.wire_dtype) for own in (queries, positives + negatives)
+        )
+        queries, positives = queries[:n_first], positives[:n_first]
+        further = self._of_same_side(queries, positives, all_queries, all_documents, known.connected, scale)
+        outcome = self._against(queries, positives, all_documents, known.positives, scale, further)
         total = outcome.loss_Q.sum()
-        if back is not None:
-            total = (
-                total + self._against_all_ranks(positives[:n_first], queries, back, scale).loss_Q.sum()
-            ) / 2
+        if known.back is not None:
+            back = self._against(positives, queries, all_queries, known.back, scale, further)
+            total = (total + back.loss_Q.sum()) / 2
         return total, outcome
 
-    def _against_all_ranks(
-        self, queries: Texts, documents: Texts, known: KnownPositives, scale: torch.Tensor
-    ) -> Outcome:
-        """The first Q of this rank's documents are its queries' positives."""
-        limits = Limits.of(queries, documents[: len(queries)], scale, self.config)
-        group_R = known.groups(documents.id_N)
-        outcome = self._without_groups(queries, documents, group_R, scale, limits)
-        if not len(known.incomplete):
-            return outcome
-        return with_pairs_not_known(
-            outcome, queries, documents, group_R, known, scale, limits, self.config.hardness, self.wire_dtype
-        )
+    def _of_same_side(
+        self,
+        queries: Texts,
+        positives: Texts,
+        all_queries: Candidates,
+        all_documents: Candidates,
+        connected: ConnectedTexts | None,
+        scale: torch.Tensor,
+    ) -> SameSide | None:
+        if connected is None:
+            return None
+        sides = [(queries, all_queries)] if self.config.between_queries else []
+        sides += [(positives, all_documents)] if self.config.between_documents else []
+        return same_side(sides, connected, Limits.of(queries, positives, scale, self.config), scale)
 
-    def _without_groups(
-        self, queries: Texts, documents: Texts, group_R: torch.Tensor, scale: torch.Tensor, limits: Limits
+    def _against(
+        self,
+        queries: Texts,
+        positives: Texts,
+        candidates: Candidates,
+        known: KnownPositives,
+        scale: torch.Tensor,
+        further: SameSide | None,
     ) -> Outcome:
-        """The same where each query leaves out all documents of its group but its own positive."""
-        query_QD, document_RD, query_group_Q = queries.vector_ND, documents.vector_ND, group_R[: len(queries)]
-        guide = None
-        if queries.guide_NG is not None and documents.guide_NG is not None and limits.guide_Q is not None:
-            guide = Guide(queries.guide_NG, documents.guide_NG, limits.guide_Q)
-        if self.config.exchange == "ring":
-            return ring_info_nce(
-                query_QD,
-                document_RD,
-                group_R,
-                scale=scale,
-                query_id_Q=query_group_Q,
-                score_limit_Q=limits.score_Q,
-                guide=guide,
-                hardness=self.config.hardness,
-                wire_dtype=self.wire_dtype,
+        """The first Q of this rank's candidates are its queries' positives. A hit is one among candidates."""
+        limits = Limits.of(queries, positives, scale, self.config)
+        label_R = known.groups(candidates.own.id_N)
+        # Here each query leaves out all documents of its group but its own positive.
+        outcome = candidates.info_nce(Rows(queries, label_R[: len(queries)], label_R, limits), scale)
+        if len(known.incomplete):
+            outcome = with_pairs_not_known(
+                outcome,
+                queries,
+                candidates.own,
+                label_R,
+                known,
+                scale,
+                limits,
+                self.config.hardness,
+                self.wire_dtype,
             )
-        counts = all_gather_counts(len(document_RD), query_QD.device)
-        result = info_nce(
-            query_QD,
-            gather_rows(document_RD, self.wire_dtype),
-            sum(counts[: rank()]) + torch.arange(len(query_QD), device=query_QD.device),
-            scale=scale,
-            query_id_Q=query_group_Q,
-            document_id_N=gather_rows(group_R),
-            score_limit_Q=limits.score_Q,
-            guide=guide._replace(document_NG=gather_rows(guide.document_NG)) if guide else None,
-            hardness=self.config.hardness,
+        if further is None:
+            return outcome
+        positive_Q = positive_scores(queries, positives, scale, self.wire_dtype)
+        return outcome._replace(
+            loss_Q=further.added_to(outcome.loss_Q, positive_Q),
+            guided_Q=outcome.guided_Q + further.guided_Q,
         )
-        return Outcome(result.loss_Q, result.hit_Q, result.guided_Q)
 
 
 def guided_share(vectors: PairVectors, config: SupervisedConfig, n_global: float) -> torch.Tensor:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from llm2vec_ds.distributed import gather_rows
-from llm2vec_ds.objectives.contrastive.texts import Limits, Outcome, Texts
+from llm2vec_ds.objectives.contrastive.texts import Limits, Outcome, Texts, positive_scores
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class KnownPositives:
 
     def groups(self, text_id: torch.Tensor) -> torch.Tensor:
         """The group of each text that is a positive of any row; of others their own id."""
-        ids = text_id.cpu().numpy()
-        place, known = _places(self.positives, ids)
-        return torch.from_numpy(np.where(known, self.group_of_positive[place], ids)).to(text_id.device)
+        return _labels(self.positives, self.group_of_positive, text_id)
 
     def in_incomplete(self, group_N: torch.Tensor) -> torch.Tensor:
         """Places `[C]` of the groups in which a pair is not known."""
@@ -70,6 +68,31 @@ class KnownPositives:
         positive, of_positive = _places(self.positives, positive_id.cpu().numpy())
         _, paired = _places(self.pairs, query * len(self.positives) + positive)
         return torch.from_numpy(of_query & of_positive & paired).to(query_id.device)
+
+
+@dataclass(frozen=True)
+class ConnectedTexts:
+    """Texts that known pairs connect, directly or through others, whichever side they stand on.
+
+    Attributes:
+        texts: ids of all queries and positives, sorted.
+        label_of_text: the least id among those that each is connected with.
+    """
+
+    texts: np.ndarray
+    label_of_text: np.ndarray
+
+    @classmethod
+    def of(cls, known: KnownPositives) -> ConnectedTexts:
+        query, positive = np.divmod(known.pairs, len(known.positives))
+        both = np.concatenate([known.queries[query], known.positives[positive]])
+        texts, text = np.unique(both, return_inverse=True)
+        _, label_of_text = _groups(np.tile(np.arange(len(known.pairs)), 2), text, texts)
+        return cls(texts, label_of_text)
+
+    def labels(self, text_id: torch.Tensor) -> torch.Tensor:
+        """Equal for connected texts; of a text in no pair its own id."""
+        return _labels(self.texts, self.label_of_text, text_id)
 
 
 def with_pairs_not_known(
@@ -97,8 +120,6 @@ def with_pairs_not_known(
     document_CD = gather_rows(documents.vector_ND[here_R], wire_dtype)
     id_C, group_C = gather_rows(torch.stack([documents.id_N[here_R], group_R[here_R]], 1)).unbind(1)
     near, group_B = queries[here_Q], group_R[here_Q]
-    own_BD = documents.vector_ND[here_Q]
-    own_BD = own_BD + (own_BD.to(wire_dtype).to(own_BD) - own_BD).detach()
     score_BC = scale * (near.vector_ND @ document_CD.T)
     counts_BC = (group_B[:, None] == group_C) & ~known.are_known(near.id_N[:, None], id_C[None, :])
     guided_B = torch.zeros_like(outcome.guided_Q[here_Q])
@@ -109,7 +130,7 @@ def with_pairs_not_known(
         counts_BC &= ~guided_BC
     if limits.score_Q is not None:
         counts_BC &= ~(score_BC > limits.score_Q[here_Q, None])
-    above_BC = score_BC - scale * (near.vector_ND * own_BD).sum(1, keepdim=True)
+    above_BC = score_BC - positive_scores(near, documents[here_Q], scale, wire_dtype)[:, None]
     above_BC = above_BC.masked_fill(~counts_BC, float("-inf"))
     weighted_BC = above_BC + hardness * (near.vector_ND @ document_CD.T).detach()
     loss_Q, hit_Q, guided_Q = outcome
@@ -131,6 +152,13 @@ def _groups(query: np.ndarray, positive: np.ndarray, ids: np.ndarray) -> tuple[n
         np.minimum.at(of_query, query, of_positive[positive])
         np.minimum.at(of_positive, positive, of_query[query])
     return of_query, of_positive
+
+
+def _labels(sorted_ids: np.ndarray, label_of_id: np.ndarray, text_id: torch.Tensor) -> torch.Tensor:
+    """The label of each text; its own id where it has none."""
+    ids = text_id.cpu().numpy()
+    place, known = _places(sorted_ids, ids)
+    return torch.from_numpy(np.where(known, label_of_id[place], ids)).to(text_id.device)
 
 
 def _counts(groups: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -64,9 +64,11 @@ class ContrastiveObjective(Objective):
         config = section_of(recipe)
         pairs = recipe.data.pairs
         documents = 1 + (pairs.max_negatives if pairs is not None else 0)
+        rounds_of_queries = config.symmetric + config.between_queries
         return PlannedWork(
             texts_per_row=1 + documents,
-            documents_per_row=documents,
+            documents_per_row=documents + (rounds_of_queries > 0),
+            rounds_again_per_row=documents * config.between_documents + (rounds_of_queries == 2),
             exchange=config.exchange,
             bytes_per_number=2 if config.exchange_precision == "bf16" else 4,
             trainable=(torch.Size([1]),) if config.learn_scale else (),
@@ -175,8 +177,11 @@ class ContrastiveStage:
         """What the guide left out, by source."""
         if self.tally is None or packed.source_Q is None:
             return {}
-        n_documents = all_reduce_sum(torch.tensor(float(packed.n_documents), device=guided_Q.device))
-        others_Q = (n_documents - 1).expand(len(guided_Q))
+        counts = torch.tensor([packed.n_queries, packed.n_documents], device=guided_Q.device)
+        other_queries, other_documents = (all_reduce_sum(counts.float()) - 1).unbind()
+        config = self.loss.config
+        n_others = other_documents * (1 + config.between_documents) + other_queries * config.between_queries
+        others_Q = n_others.expand(len(guided_Q))
         if packed.own is not None:
             own_Q = torch.bincount(packed.own.query_of_M, minlength=len(guided_Q)).to(others_Q)
             others_Q = torch.where(packed.own.alone_Q.to(guided_Q.device), own_Q, others_Q)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from llm2vec_kernels.info_nce.api import block_gradients, block_log_sum_exp, merge_statistics
+from llm2vec_kernels.info_nce.log_sum_exp import LogSumExp
 from llm2vec_kernels.info_nce.tiles import Guide
 from torch.autograd.function import once_differentiable
 
@@ -28,8 +29,8 @@ NOT_HERE = -1
 def ring_info_nce(
     query_QD: torch.Tensor,
     document_RD: torch.Tensor,
-    document_id_R: torch.Tensor,
     *,
+    document_id_R: torch.Tensor,
     scale: torch.Tensor,
     query_id_Q: torch.Tensor,
     score_limit_Q: torch.Tensor | None,
@@ -39,15 +40,33 @@ def ring_info_nce(
 ) -> Outcome:
     """This rank's queries against all ranks' documents.
 
-    The first Q documents are the queries' positives. Documents are rounded to `wire_dtype` (on every
-    rank alike); gradients and a guide's vectors travel in fp32. Ranks may hold different numbers of
+    The first Q of this rank's documents are the queries' positives. Documents are rounded to `wire_dtype` (on
+    every rank alike); gradients and a guide's vectors travel in fp32. Ranks may hold different numbers of
     documents.
 
     Args:
         guide: of this rank's queries and documents.
     """
-    others = (document_id_R, query_id_Q, score_limit_Q, guide, hardness, wire_dtype)
-    return Outcome(*_RingInfoNce.apply(query_QD, document_RD, scale, others))
+    others = (document_id_R, query_id_Q, score_limit_Q, guide, hardness, wire_dtype, True)
+    return Outcome(*_Ring.apply(query_QD, document_RD, scale, others))
+
+
+def ring_log_sum_exp(
+    query_QD: torch.Tensor,
+    document_RD: torch.Tensor,
+    *,
+    document_id_R: torch.Tensor,
+    scale: torch.Tensor,
+    query_id_Q: torch.Tensor,
+    score_limit_Q: torch.Tensor | None,
+    guide: Guide | None,
+    hardness: float,
+    wire_dtype: torch.dtype,
+) -> LogSumExp:
+    """The same where no document is a query's positive: the sum alone, which is −inf where none counts."""
+    others = (document_id_R, query_id_Q, score_limit_Q, guide, hardness, wire_dtype, False)
+    lse_Q, _, guided_Q = _Ring.apply(query_QD, document_RD, scale, others)
+    return LogSumExp(lse_Q, guided_Q)
 
 
 def _blocks(counts: list[int], *of_documents: torch.Tensor) -> Iterator[tuple[int, list[torch.Tensor]]]:
@@ -67,12 +86,12 @@ def _padded(x: torch.Tensor, n_rows: int) -> torch.Tensor:
     return out
 
 
-class _RingInfoNce(torch.autograd.Function):
+class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query_QD: torch.Tensor, document_RD: torch.Tensor, scale: torch.Tensor, others: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        document_id_R, query_id_Q, limit_Q, guide, ctx.hardness, wire_dtype = others
+        document_id_R, query_id_Q, limit_Q, guide, ctx.hardness, wire_dtype, ctx.with_positives = others
         ctx.scale, ctx.counts = float(scale), all_gather_counts(len(document_RD), document_RD.device)
         of_documents = [document_RD.to(wire_dtype), document_id_R]
         of_queries = [query_id_Q, limit_Q]
@@ -88,7 +107,10 @@ class _RingInfoNce(torch.autograd.Function):
         ctx.save_for_backward(query_QD, statistics.lse_Q, *of_documents, *of_queries)
         hit_Q = statistics.positive_score_Q > statistics.best_negative_Q
         ctx.mark_non_differentiable(hit_Q, statistics.guided_Q)
-        return statistics.lse_Q - statistics.positive_score_Q, hit_Q, statistics.guided_Q
+        loss_Q = statistics.lse_Q
+        if ctx.with_positives:
+            loss_Q = loss_Q - statistics.positive_score_Q
+        return loss_Q, hit_Q, statistics.guided_Q
 
     @staticmethod
     @once_differentiable
@@ -127,10 +149,11 @@ def _options(
 ) -> dict[str, Any]:
     query_id_Q, score_limit_Q, *guide = of_queries
     row_Q = torch.arange(len(query_id_Q), device=query_id_Q.device)
+    is_here = ctx.with_positives and owner == rank()
     return {
         "scale": ctx.scale,
         "hardness": ctx.hardness,
-        "positive_Q": row_Q if owner == rank() else torch.full_like(row_Q, NOT_HERE),
+        "positive_Q": row_Q if is_here else torch.full_like(row_Q, NOT_HERE),
         "query_id_Q": query_id_Q,
         "document_id_N": document_id_N,
         "score_limit_Q": score_limit_Q,

@@ -41,6 +41,15 @@ class Texts:
         return Texts(vector_ND, torch.cat([self.id_N, other.id_N]), guide_NG)
 
 
+def positive_scores(
+    queries: Texts, positives: Texts, scale: torch.Tensor, wire_dtype: torch.dtype
+) -> torch.Tensor:
+    """Score of each query and its positive, `[Q]`, which is rounded as on its way to other ranks."""
+    own_QD = positives.vector_ND
+    own_QD = own_QD + (own_QD.to(wire_dtype).to(own_QD) - own_QD).detach()
+    return scale * (queries.vector_ND * own_QD).sum(-1)
+
+
 class Outcome(NamedTuple):
     """Of each query, `[Q]`: the loss; whether the positive beats every negative (bool); how many documents
     the guide leaves out that would be negatives without it (fp32)."""

@@ -1,0 +1,96 @@
+"""The sum of InfoNCE's denominator alone, for texts among which a query has no positive; in tiles.
+
+    lse(q) = log Σ_d exp score(q, d)
+
+Other queries of a query are such texts, and other documents of its positive. Joined with a loss by
+`logaddexp(loss, lse − score of the positive)` they are further negatives (Li et al., 2023, arXiv 2308.03281).
+
+Shape legend: Q queries, N documents, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from llm2vec_kernels.info_nce.api import TILE_MIB, block_gradients, block_log_sum_exp
+from llm2vec_kernels.info_nce.tiles import Guide
+
+
+class LogSumExp(NamedTuple):
+    """`lse_Q` fp32 (fp64 for fp64), differentiable, −inf where no document counts; `guided_Q`: how many
+    documents the guide leaves out that ids do not."""
+
+    lse_Q: torch.Tensor
+    guided_Q: torch.Tensor
+
+
+def log_sum_exp(
+    query_QD: torch.Tensor,
+    document_ND: torch.Tensor,
+    *,
+    scale: float | torch.Tensor,
+    query_id_Q: torch.Tensor | None = None,
+    document_id_N: torch.Tensor | None = None,
+    score_limit_Q: torch.Tensor | None = None,
+    guide: Guide | None = None,
+    hardness: float = 0.0,
+    tile_mib: float = TILE_MIB,
+    allow_tf32: bool = False,
+) -> LogSumExp:
+    """Of each query over all documents that count, differentiable in query, document and a tensor `scale`.
+
+    Arguments are those of `block_log_sum_exp`, without a positive: a document of the query's id counts for
+    nothing. A query for which none counts has no gradient. Backward recomputes the scores: four matrix
+    products in all. Memory beyond the vectors and their gradients is about one tile.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    others = {
+        "query_id_Q": query_id_Q,
+        "document_id_N": document_id_N,
+        "score_limit_Q": score_limit_Q,
+        "guide": guide,
+        "hardness": hardness,
+        "tile_mib": tile_mib,
+        "allow_tf32": allow_tf32,
+    }
+    return LogSumExp(*_LogSumExp.apply(query_QD, document_ND, scale, others))
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_QD: torch.Tensor,
+        document_ND: torch.Tensor,
+        scale: float | torch.Tensor,
+        others: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        nobody_Q = torch.full((len(query_QD),), -1, device=query_QD.device)
+        statistics = block_log_sum_exp(query_QD, document_ND, scale=scale, positive_Q=nobody_Q, **others)
+        ctx.save_for_backward(query_QD, document_ND, statistics.lse_Q, nobody_Q)
+        ctx.scale, ctx.others = scale, others
+        ctx.mark_non_differentiable(statistics.guided_Q)
+        return statistics.lse_Q, statistics.guided_Q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight_Q: torch.Tensor, *unused: Any) -> tuple[torch.Tensor | None, ...]:
+        query_QD, document_ND, lse_Q, nobody_Q = ctx.saved_tensors
+        whole = block_gradients(
+            query_QD,
+            document_ND,
+            scale=ctx.scale,
+            positive_Q=nobody_Q,
+            lse_Q=lse_Q,
+            weight_Q=weight_Q,
+            **ctx.others,
+        )
+        d_scale = None
+        if isinstance(ctx.scale, torch.Tensor):
+            d_scale = whole.d_scale.to(ctx.scale).view_as(ctx.scale)
+        return whole.d_query_QD.to(query_QD), whole.d_document_ND.to(document_ND), d_scale, None
