@@ -3,7 +3,7 @@
     python benchmarks/contrastive_loss.py --n 32768 --dim 1024
 
 Vectors of N queries and N documents come in fp32, as pooling gives them. Ours normalises them and runs
-InfoNCE in tiles, in the precision that training takes. The others hold all N×N scores and call
+InfoNCE in tiles, in each precision that a recipe can ask for. The others hold all N×N scores and call
 `F.cross_entropy`; their products are in fp32, TF32 and bf16. They run where four such matrices fit into
 free memory.
 
@@ -33,12 +33,12 @@ SCALE = 20.0
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def ours(query: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+def ours(query: torch.Tensor, document: torch.Tensor, score_precision: Any = "fp32") -> torch.Tensor:
     """The product's own call, on one rank and without hard negatives."""
     ids = torch.arange(len(query), device=query.device)
     vectors = PairVectors(query, document, document[:0], ids, ids, ids[:0])
-    share, *_ = ContrastiveLoss(SimcseConfig(scale=SCALE))(vectors, torch.tensor(SCALE, device=query.device))
-    return share
+    config = SimcseConfig(scale=SCALE, score_precision=score_precision)
+    return ContrastiveLoss(config)(vectors, torch.tensor(SCALE, device=query.device)).share
 
 
 def full_matrix(query: torch.Tensor, document: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -101,7 +101,8 @@ def contenders(n: int, device: torch.device) -> dict[str, tuple[Loss, str]]:
     on_cuda = device.type == "cuda"
     if on_cuda and 4 * n * n * 4 > torch.cuda.mem_get_info()[0]:
         full = {}
-    return {**full, "ours": (ours, "highest")}
+    in_each = {f"ours_{name}": (partial(ours, score_precision=name), "highest") for name in ("tf32", "bf16")}
+    return {**full, "ours": (ours, "highest"), **in_each}
 
 
 def apart(a: list[torch.Tensor], b: list[torch.Tensor]) -> dict[str, float]:

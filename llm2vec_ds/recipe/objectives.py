@@ -93,6 +93,9 @@ class ContrastiveConfig(ObjectiveConfig):
     hardness: Annotated[float, Field(ge=0)] = 0.0
     """A negative counts exp(hardness · its cosine with the query) times, a factor without gradient: hard
     negatives weigh more (cf. arXiv 2010.04592); 0: each once."""
+    score_precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """What the products of vectors round their operands to; normalisation and sums stay fp32. On a GPU `tf32`
+    and `bf16` run on tensor cores, which large batches need (docs/info_nce.md)."""
     exchange: Literal["gather", "ring"] = "gather"
     """How ranks see each other's documents: all at once, or one rank's at a time (memory flat in the
     number of ranks). The numbers are the same."""

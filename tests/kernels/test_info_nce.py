@@ -48,6 +48,36 @@ def test_equals_the_full_matrix(shape: tuple[int, int], masks: dict[str, Any], e
         assert_equals_reference(case, weight.double(), torch.float32, 2e-5)
 
 
+@pytest.mark.parametrize("equal_weights", [True, False])
+def test_bf16_products_of_fp32_vectors(equal_weights: bool) -> None:
+    """Operands are rounded and nothing else is: on a CPU the coefficients, too, stay as they are. Gradients
+    are fp32, and near those of the vectors as they came."""
+    case = example(130, 70, ids=True, guide=True, hardness=2.0)
+    weight = torch.full((130,), 0.3) if equal_weights else torch.linspace(-1.0, 2.0, 130)
+    leaves = case.leaves(torch.float32)
+    options = {"tile_mib": SMALL_TILE_MIB, **case.options()}
+    ours = info_nce(*leaves[:2], case.positive, scale=leaves[2], precision="bf16", **options)
+    rounded = replace(case, query=case.query.bfloat16().double(), document=case.document.bfloat16().double())
+    found = [ours.loss_Q.detach(), *torch.autograd.grad((ours.loss_Q * weight).sum(), leaves)]
+    assert all(x.dtype == torch.float32 for x in found)
+    for own, tolerance in ((rounded, 2e-5), (case, 2**-8 * float(case.scale))):
+        exact = own.leaves(torch.float64)
+        loss, *_ = reference.info_nce(*exact[:2], own.positive, scale=exact[2], **own.options())
+        expected = [loss.detach(), *torch.autograd.grad((loss * weight).sum(), exact)]
+        for a, b in zip(found, expected, strict=True):
+            assert (a.double() - b).abs().max() <= tolerance * float(1 + b.abs().max())
+
+
+def test_a_second_backward_through_bf16_products_is_the_first() -> None:
+    case = example(40, 50)
+    leaves = case.leaves(torch.float32)
+    loss_Q = info_nce(*leaves[:2], case.positive, scale=leaves[2], precision="bf16").loss_Q
+    weight_Q = torch.linspace(0.5, 2.0, 40)
+    first, second = (torch.autograd.grad(loss_Q, leaves, weight_Q, retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_a_guide_looks_at_a_few_documents_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info_nce_tiles, "HELD_ELEMENTS", 64 * 7)
     case = example(70, 60, ids=True, guide=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -155,11 +156,11 @@ def test_ranks_together_equal_one_process(world: int) -> None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def _rounded(rank: int, world: int) -> dict[str, Any]:
+def _rounded(rank: int, world: int, key: str) -> dict[str, Any]:
     queries, negatives = ((slice(0, 4), slice(0, 3)), (slice(4, 7), slice(3, 5)))[rank]
     return {
         exchange: share_and_gradients(
-            ContrastiveConfig(exchange=exchange, exchange_precision="bf16"),  # type: ignore[arg-type]
+            ContrastiveConfig(exchange=exchange, **{key: "bf16"}),  # type: ignore[arg-type]
             queries,
             negatives,
         )
@@ -167,12 +168,14 @@ def _rounded(rank: int, world: int) -> dict[str, Any]:
     }
 
 
-def test_rounding_on_the_wire_does_not_depend_on_ranks_or_way() -> None:
-    rounded = ContrastiveConfig(exchange_precision="bf16")
+@pytest.mark.parametrize("key", ["exchange_precision", "score_precision"])
+def test_rounding_does_not_depend_on_ranks_or_way(key: str) -> None:
+    """On the wire, or in the products."""
+    rounded = ContrastiveConfig(**{key: "bf16"})  # type: ignore[arg-type]
     expected, gradients = share_and_gradients(rounded, slice(None), slice(None))
     exact, _ = share_and_gradients(ContrastiveConfig(), slice(None), slice(None))
     assert 1e-6 < abs(expected[0] - exact[0]) < 1e-2
-    parts = run_ranks(_rounded, 2)
+    parts = run_ranks(partial(_rounded, key=key), 2)
     for exchange in ("gather", "ring"):
         together = sum(part[exchange][0] for part in parts)
         torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-6)

@@ -22,7 +22,7 @@ Shape legend: Q queries, N documents, D width, B queries of one tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import isqrt
 from typing import Any, NamedTuple
@@ -38,9 +38,11 @@ from llm2vec_kernels.info_nce.tiles import (
     Block,
     BlockStatistics,
     Guide,
+    Precision,
     add_product,
+    computed_in,
     document_chunks,
-    full_precision,
+    operand,
     product,
     score_tiles,
     slices,
@@ -79,7 +81,7 @@ def block_log_sum_exp(
     guide: Guide | None = None,
     hardness: float = 0.0,
     tile_mib: float = TILE_MIB,
-    allow_tf32: bool = False,
+    precision: Precision = "fp32",
 ) -> BlockStatistics:
     """Log-sum-exp, positive's score and best negative of each query over one block; without gradient.
 
@@ -95,14 +97,15 @@ def block_log_sum_exp(
         hardness: a negative counts exp(hardness · q·d) times in the sum, a constant for the gradient (cf.
             Robinson et al., 2021, arXiv 2010.04592).
         tile_mib: size of the score tile in MiB; it holds at least 64 rows.
-        allow_tf32: lets fp32 products on a GPU round their operands to TF32.
+        precision: what products of fp32 vectors round their operands to; what is returned stays fp32. Scores
+            of vectors of length 1 are off by 2⁻⁸ · scale at most in `bf16`, by 2⁻¹¹ · scale in `tf32`.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
     others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
-    block = Block(query_QD, document_ND, float(scale), *others, guide=guide, hardness=hardness)
-    with full_precision(allow_tf32):
+    block = _block(query_QD, document_ND, scale, others, guide, hardness, precision)
+    with computed_in(precision):
         return _statistics(block, tile_mib)
 
 
@@ -130,7 +133,7 @@ def block_gradients(
     guide: Guide | None = None,
     hardness: float = 0.0,
     tile_mib: float = TILE_MIB,
-    allow_tf32: bool = False,
+    precision: Precision = "fp32",
 ) -> BlockGradients:
     """What one block adds to the gradient of Σ_q weight · (lse − positive score); scores are recomputed.
 
@@ -141,8 +144,8 @@ def block_gradients(
     The others are those of `block_log_sum_exp`. Sums over blocks give the gradients of the whole.
     """
     others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
-    block = Block(query_QD, document_ND, float(scale), *others, guide=guide, hardness=hardness)
-    with full_precision(allow_tf32):
+    block = _block(query_QD, document_ND, scale, others, guide, hardness, precision)
+    with computed_in(precision):
         return _block_gradients(block, lse_Q, weight_Q, tile_mib)
 
 
@@ -158,7 +161,7 @@ def info_nce(
     guide: Guide | None = None,
     hardness: float = 0.0,
     tile_mib: float = TILE_MIB,
-    allow_tf32: bool = False,
+    precision: Precision = "fp32",
 ) -> InfoNce:
     """Loss of each query over all documents, differentiable in query, document and a tensor `scale`.
 
@@ -174,11 +177,36 @@ def info_nce(
         raise ValueError(f"positive_Q must be rows of document_ND, 0 to {len(document_ND) - 1}")
     others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
     if torch.is_grad_enabled():
-        options = (hardness, tile_mib, allow_tf32)
+        options = (hardness, tile_mib, precision)
         return InfoNce(*_InfoNce.apply(query_QD, document_ND, scale, others, guide, options))
-    block = Block(query_QD, document_ND, float(scale), *others, guide=guide, hardness=hardness)
-    with full_precision(allow_tf32):
+    block = _block(query_QD, document_ND, scale, others, guide, hardness, precision)
+    with computed_in(precision):
         return _outcome(_statistics(block, tile_mib))
+
+
+def _block(
+    query_QD: torch.Tensor,
+    document_ND: torch.Tensor,
+    scale: float | torch.Tensor,
+    others: Sequence[torch.Tensor | None],
+    guide: Guide | None,
+    hardness: float,
+    precision: Precision,
+) -> Block:
+    """Args: others: `positive_Q`, `query_id_Q`, `document_id_N`, `score_limit_Q`."""
+    positive_Q, query_id_Q, document_id_N, score_limit_Q = others
+    assert positive_Q is not None
+    return Block(
+        operand(query_QD, precision),
+        operand(document_ND, precision),
+        float(scale),
+        positive_Q,
+        query_id_Q,
+        document_id_N,
+        score_limit_Q,
+        guide,
+        hardness,
+    )
 
 
 def _outcome(statistics: BlockStatistics) -> InfoNce:
@@ -231,11 +259,11 @@ def _block_gradients(
 
 
 def _document_gradient(
-    block: Block, lse_Q: torch.Tensor, weight_Q: torch.Tensor, tile_mib: float
+    block: Block, lse_Q: torch.Tensor, weight_Q: torch.Tensor, tile_mib: float, like_ND: torch.Tensor
 ) -> torch.Tensor:
-    """As `_block_gradients`, in the documents' dtype: a few documents at a time against all queries."""
+    """As `_block_gradients`, in the dtype of `like_ND`: a few documents at a time against all queries."""
     relative_Q, largest = _relative(weight_Q.to(block.score_dtype))
-    out_ND = torch.empty_like(block.document_ND)
+    out_ND = torch.empty_like(like_ND)
     for documents in slices(len(out_ND), _documents_of_a_tile(block, tile_mib)):
         part = block.part(documents=documents)
         sums = _Sums(part, query=False, document=True)
@@ -265,14 +293,17 @@ def _relative(weight_Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class _Sums:
     """`query_QD` = scale · Σ_d g d, `document_ND` = factor · Σ_q w g q, `slope_Q` = q · Σ_d g d."""
 
-    def __init__(self, block: Block, *, query: bool, document: bool, like_input: bool = False) -> None:
+    def __init__(
+        self, block: Block, *, query: bool, document: bool, query_dtype: torch.dtype | None = None
+    ) -> None:
+        """Args: query_dtype: of `query_QD`; None: that of the scores."""
         self.block = block
         self.with_query, self.with_document = query, document
         # fp16's smallest numbers are as large as a softmax over 10^5 documents: coefficients are raised.
         self.factor = 2.0**15 if block.operand_dtype == torch.float16 else 1.0
         wide = block.score_dtype
         if query:
-            self.query_QD = torch.empty_like(block.query_QD, dtype=None if like_input else wide)
+            self.query_QD = torch.empty_like(block.query_QD, dtype=query_dtype or wide)
             self.slope_Q = block.query_QD.new_empty(len(block.query_QD), dtype=wide)
         if document:
             self.document_ND = torch.zeros_like(block.document_ND, dtype=wide)
@@ -307,24 +338,18 @@ class _InfoNce(torch.autograd.Function):
         scale: float | torch.Tensor,
         others: tuple[torch.Tensor | None, ...],
         guide: Guide | None,
-        options: tuple[float, float, bool],
+        options: tuple[float, float, Precision],
     ) -> tuple[torch.Tensor, ...]:
-        hardness, tile_mib, allow_tf32 = options
-        block = Block(
-            query_QD,
-            document_ND,
-            float(scale),
-            *others,  # type: ignore[arg-type, misc]
-            guide=guide,
-            hardness=hardness,
-        )
+        hardness, tile_mib, precision = options
+        wide = query_QD.dtype
+        block = _block(query_QD, document_ND, scale, others, guide, hardness, precision)
         needs_query, needs_document, needs_scale = ctx.needs_input_grad[:3]
-        with full_precision(allow_tf32):
+        with computed_in(precision):
             sums = _Sums(
                 block,
                 query=needs_query or needs_scale,
-                document=needs_document and query_QD.dtype == block.score_dtype,
-                like_input=True,
+                document=needs_document and wide == block.score_dtype,
+                query_dtype=wide,
             )
             outcome = _outcome(_statistics(block, tile_mib, sums if any(ctx.needs_input_grad) else None))
         ctx.save_for_backward(query_QD, document_ND, outcome.lse_Q, *others, *(guide or ()))
@@ -337,23 +362,18 @@ class _InfoNce(torch.autograd.Function):
     def backward(ctx: Any, weight_Q: torch.Tensor, *unused: None) -> tuple[torch.Tensor | None, ...]:
         query_QD, document_ND, lse_Q, *others = ctx.saved_tensors
         guide = Guide(*others[4:]) if others[4:] else None
-        hardness, tile_mib, allow_tf32 = ctx.options
-        block = Block(
-            query_QD,
-            document_ND,
-            float(ctx.scale),
-            *others[:4],
-            guide=guide,  # type: ignore[misc]
-            hardness=hardness,
-        )
+        hardness, tile_mib, precision = ctx.options
+        block = _block(query_QD, document_ND, ctx.scale, others[:4], guide, hardness, precision)
         gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-        with full_precision(allow_tf32):
+        with computed_in(precision):
             sums, ctx.sums = ctx.sums, None
             if sums is None:  # a second backward through one graph: the first has overwritten the sums
                 whole = _block_gradients(block, lse_Q, weight_Q, tile_mib)
                 gradients = whole.d_query_QD.to(query_QD), whole.d_document_ND.to(document_ND), whole.d_scale
             else:
-                gradients = _finish(sums, lse_Q, weight_Q, tile_mib, needs_document=ctx.needs_input_grad[1])
+                gradients = _finish(
+                    sums, lse_Q, weight_Q, tile_mib, document_ND if ctx.needs_input_grad[1] else None
+                )
         d_query_QD, d_document_ND, d_scale = gradients
         if isinstance(ctx.scale, torch.Tensor) and d_scale is not None:
             d_scale = d_scale.to(ctx.scale).view_as(ctx.scale)
@@ -363,9 +383,17 @@ class _InfoNce(torch.autograd.Function):
 
 
 def _finish(
-    sums: _Sums, lse_Q: torch.Tensor, weight_Q: torch.Tensor, tile_mib: float, *, needs_document: bool
+    sums: _Sums,
+    lse_Q: torch.Tensor,
+    weight_Q: torch.Tensor,
+    tile_mib: float,
+    document_ND: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of query, document and scale from forward's sums, which are overwritten."""
+    """Gradients of query, document and scale from forward's sums, which are overwritten.
+
+    Args:
+        document_ND: which the gradient is to be like; None: none is needed.
+    """
     block = sums.block
     d_query_QD = d_document_ND = d_scale = None
     if sums.with_query:
@@ -373,8 +401,8 @@ def _finish(
         d_query_QD = sums.query_QD.mul_(weight_Q[:, None])
     if sums.with_document and len(weight_Q) and bool((weight_Q == weight_Q[:1]).all()):
         d_document_ND = sums.document_ND.mul_(block.scale * weight_Q[:1])
-    elif needs_document:
+    elif document_ND is not None:
         if sums.with_document:
             del sums.document_ND
-        d_document_ND = _document_gradient(block, lse_Q, weight_Q, tile_mib)
+        d_document_ND = _document_gradient(block, lse_Q, weight_Q, tile_mib, document_ND)
     return d_query_QD, d_document_ND, d_scale

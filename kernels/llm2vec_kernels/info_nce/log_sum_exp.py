@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from llm2vec_kernels.info_nce.api import TILE_MIB, block_gradients, block_log_sum_exp
-from llm2vec_kernels.info_nce.tiles import Guide
+from llm2vec_kernels.info_nce.tiles import Guide, Precision
 
 
 class LogSumExp(NamedTuple):
@@ -38,7 +38,7 @@ def log_sum_exp(
     guide: Guide | None = None,
     hardness: float = 0.0,
     tile_mib: float = TILE_MIB,
-    allow_tf32: bool = False,
+    precision: Precision = "fp32",
 ) -> LogSumExp:
     """Of each query over all documents that count, differentiable in query, document and a tensor `scale`.
 
@@ -56,7 +56,7 @@ def log_sum_exp(
         "guide": guide,
         "hardness": hardness,
         "tile_mib": tile_mib,
-        "allow_tf32": allow_tf32,
+        "precision": precision,
     }
     return LogSumExp(*_LogSumExp.apply(query_QD, document_ND, scale, others))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -137,12 +137,21 @@ def slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
+Precision = Literal["fp32", "tf32", "bf16"]
+"""What matrix products of fp32 vectors round their operands to (tf32 on a GPU alone). Sums are fp32."""
+
+
+def operand(x: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """Vectors as the products read them."""
+    return x.bfloat16() if precision == "bf16" and x.dtype == torch.float32 else x
+
+
 @contextmanager
-def full_precision(allow_tf32: bool) -> Iterator[None]:
-    """fp32 products are fp32, whatever the process-wide TF32 switch says; and no graph."""
+def computed_in(precision: Precision) -> Iterator[None]:
+    """fp32 products are fp32 or tf32, whatever the process-wide switch says; and no graph."""
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
-    switch.fp32_precision = "tf32" if allow_tf32 else "ieee"
+    switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         with torch.no_grad():
             yield

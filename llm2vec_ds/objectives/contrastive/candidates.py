@@ -43,6 +43,7 @@ class Candidates:
         """Args: own: this rank's. wire_dtype: what they are rounded to on their way to other ranks."""
         self.own, self.wire_dtype = own, wire_dtype
         self.goes_round, self.hardness = config.exchange == "ring", config.hardness
+        self.precision = config.score_precision
 
     @cached_property
     def _vector_ND(self) -> torch.Tensor:
@@ -81,6 +82,7 @@ class Candidates:
             "score_limit_Q": limits.score_Q,
             "guide": guide,
             "hardness": self.hardness,
+            "precision": self.precision,
         }
         if self.goes_round:
             return shared | {"document_id_R": rows.label_R, "wire_dtype": self.wire_dtype}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from llm2vec_kernels.info_nce.api import block_gradients, block_log_sum_exp, merge_statistics
 from llm2vec_kernels.info_nce.log_sum_exp import LogSumExp
-from llm2vec_kernels.info_nce.tiles import Guide
+from llm2vec_kernels.info_nce.tiles import Guide, Precision
 from torch.autograd.function import once_differentiable
 
 from llm2vec_ds.distributed import all_gather_counts, rank, rotate, world_size
@@ -36,6 +36,7 @@ def ring_info_nce(
     score_limit_Q: torch.Tensor | None,
     guide: Guide | None,
     hardness: float,
+    precision: Precision,
     wire_dtype: torch.dtype,
 ) -> Outcome:
     """This rank's queries against all ranks' documents.
@@ -47,7 +48,7 @@ def ring_info_nce(
     Args:
         guide: of this rank's queries and documents.
     """
-    others = (document_id_R, query_id_Q, score_limit_Q, guide, hardness, wire_dtype, True)
+    others = (document_id_R, query_id_Q, score_limit_Q, guide, (hardness, precision), wire_dtype, True)
     return Outcome(*_Ring.apply(query_QD, document_RD, scale, others))
 
 
@@ -61,10 +62,11 @@ def ring_log_sum_exp(
     score_limit_Q: torch.Tensor | None,
     guide: Guide | None,
     hardness: float,
+    precision: Precision,
     wire_dtype: torch.dtype,
 ) -> LogSumExp:
     """The same where no document is a query's positive: the sum alone, which is −inf where none counts."""
-    others = (document_id_R, query_id_Q, score_limit_Q, guide, hardness, wire_dtype, False)
+    others = (document_id_R, query_id_Q, score_limit_Q, guide, (hardness, precision), wire_dtype, False)
     lse_Q, _, guided_Q = _Ring.apply(query_QD, document_RD, scale, others)
     return LogSumExp(lse_Q, guided_Q)
 
@@ -91,7 +93,8 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, query_QD: torch.Tensor, document_RD: torch.Tensor, scale: torch.Tensor, others: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        document_id_R, query_id_Q, limit_Q, guide, ctx.hardness, wire_dtype, ctx.with_positives = others
+        document_id_R, query_id_Q, limit_Q, guide, how, wire_dtype, ctx.with_positives = others
+        ctx.hardness, ctx.precision = how
         ctx.scale, ctx.counts = float(scale), all_gather_counts(len(document_RD), document_RD.device)
         of_documents = [document_RD.to(wire_dtype), document_id_R]
         of_queries = [query_id_Q, limit_Q]
@@ -153,6 +156,7 @@ def _options(
     return {
         "scale": ctx.scale,
         "hardness": ctx.hardness,
+        "precision": ctx.precision,
         "positive_Q": row_Q if is_here else torch.full_like(row_Q, NOT_HERE),
         "query_id_Q": query_id_Q,
         "document_id_N": document_id_N,
