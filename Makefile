@@ -11,7 +11,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow lint chaos gpu-check install clean
+.PHONY: help demo docs test test-slow lint chaos gpu-check install clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ test-slow: $(INSTALLED)  ## what takes longer: the real model, a SLURM cluster, 
 
 chaos: $(INSTALLED)  ## over a hundred kills at every file operation of a save: nothing may be lost (KILLS=100)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.chaos --kills $(KILLS)
+
+docs: $(INSTALLED)  ## the documentation as a site, into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

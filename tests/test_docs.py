@@ -15,6 +15,7 @@ from llm2vec_ds.recipe.habits import HABITS
 from llm2vec_ds.recipe.recipe import documented_keys
 
 ROOT = Path(__file__).resolve().parents[1]
+KEYS = ROOT / "docs" / "recipe_keys.md"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -35,10 +36,30 @@ def check_table(path: Path, head: str, rows: list[str]) -> None:
         assert written.group() == table
 
 
-def test_table_of_recipe_keys_is_that_of_the_code() -> None:
-    """`UPDATE_DOCS=1 pytest tests/test_docs.py` writes it."""
-    rows = [f"| `{key}` | `{default}` | {meaning} |" for key, default, meaning in documented_keys()]
-    check_table(ROOT / "docs" / "recipe.md", "| key | default | meaning |\n|---|---|---|\n", rows)
+def test_tables_of_recipe_keys_are_those_of_the_code() -> None:
+    """`UPDATE_DOCS=1 pytest tests/test_docs.py` writes them."""
+    path, start, end = KEYS, "<!-- keys -->\n", "<!-- end of keys -->\n"
+    before, _, rest = path.read_text().partition(start)
+    written, found, after = rest.partition(end)
+    assert found
+    if os.environ.get("UPDATE_DOCS"):
+        path.write_text(before + start + key_tables() + end + after)
+    else:
+        assert written == key_tables()
+
+
+def key_tables() -> str:
+    """A heading and a table for each section of a recipe, in the order of the code."""
+    sections: dict[str, list[str]] = {"": []}
+    for key, default, meaning in documented_keys():
+        linked = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", meaning)
+        rows = sections.setdefault(key.rpartition(".")[0], [])
+        rows.append(f"| `{key}` | `{default}` | {linked} |\n")
+    head = "| key | default | meaning |\n|---|---|---|\n"
+    return "".join(
+        f"\n## {f'Section `{name}`' if name else 'Keys of no section'}\n\n{head}{''.join(rows)}"
+        for name, rows in sections.items()
+    )
 
 
 def test_table_of_habits_is_that_of_the_code() -> None:
@@ -47,7 +68,7 @@ def test_table_of_habits_is_that_of_the_code() -> None:
     for name, answer in HABITS.items():
         names.setdefault(answer, []).append(f"`{name}`")
     rows = [f"| {', '.join(known)} | {answer} |" for answer, known in names.items()]
-    check_table(ROOT / "docs" / "recipe.md", "| known elsewhere as | set here |\n|---|---|\n", rows)
+    check_table(KEYS, "| known elsewhere as | set here |\n|---|---|\n", rows)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -55,8 +55,9 @@ LARGEST_FILE = "4GB"
 class Encoder(nn.Module):
     """A decoder-only LLM as text encoder (LLM2Vec, arXiv 2404.05961).
 
-    >>> encoder = Encoder.from_pretrained("path/to/encoder")
-    >>> vectors = encoder.encode(["a text", "another"])      # numpy [2, d], fp32
+    Examples:
+        >>> encoder = Encoder.from_pretrained("path/to/encoder")
+        >>> vectors = encoder.encode(["a text", "another"])  # numpy [2, d], fp32
     """
 
     def __init__(self, trunk: nn.Module, tokenizer: Any, settings: EncoderSettings | None = None) -> None:

@@ -1,7 +1,7 @@
 """Keys that other tools have taught people to type, and what says the same in a recipe.
 
 The tools are transformers' Trainer, peft, sentence-transformers, upstream `llm2vec`, and the trainers around
-them. The answer is what an error says behind the key; docs/recipe.md has the table.
+them. The answer is what an error says behind the key; docs/recipe_keys.md has the table.
 """
 
 from __future__ import annotations
