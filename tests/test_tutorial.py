@@ -32,6 +32,8 @@ def test_its_recipes_are_valid(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_makes_an_encoder_that_finds_and_serves(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment["LLM2VEC_DS_CACHE"] = str(Path.home() / ".cache" / "llm2vec-ds")
+    environment.pop("HF_HUB_OFFLINE", None)
     said = ""
     for language, name, text in blocks():
         if name:

@@ -25,7 +25,7 @@ NAMED_FENCE = re.compile(r"^```(\w+) ([\w.]+)$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the page of commands, the project's pages, and a copy of each file beside docs/ that has a link."""
+    """Adds the page of commands, the pages of the project, and a copy of each linked file beside docs/."""
     files.append(File.generated(config, "cli.md", content=command_line()))
     for name, page in PROJECT_PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
