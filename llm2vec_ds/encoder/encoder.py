@@ -91,24 +91,24 @@ class Encoder(nn.Module):
         precision: str = "auto",
         device: torch.device | str | Sequence[torch.device | str] | None = None,
     ) -> Encoder:
-        """Loads an encoder folder, or any decoder-only LLM (untrained, bidirectional unless `causal`).
+        """Loads an encoder, or any decoder-only LLM, which is then untrained.
 
         Args:
-            path: a folder that `save` wrote, that of a finished run, a transformers folder, or a hub id.
-            adapters: folders or hub ids of LoRA adapters (as peft and upstream `llm2vec` save them), merged
-                in this order; a `path` that holds an adapter alone stands for the model it names, and that
-                adapter comes first.
-            settings: changes to what the folder's llm2vec_ds.json (or `llm2vec_config.json`) says, by the
-                names of `EncoderSettings`.
-            causal: None keeps what the folder says.
-            attention: backend: `auto`, `triton`, `flash_attn`, `varlen` or `torch`.
-            precision: `auto` (bf16 on CUDA, fp32 on CPU), `fp32` or `bf16`.
-            device: one, or several that share the work of `encode`; None takes every GPU there is (under a
-                launcher this rank's), else the CPU.
+            path: the folder of an encoder or of a finished run, a transformers folder, or a hub id.
+            adapters: folders or hub ids of LoRA adapters, as peft and upstream `llm2vec` save them. They are
+                merged in this order. If `path` holds only an adapter, it stands for the model that it names,
+                and its adapter comes first.
+            settings: changes to the settings of the folder, by the names of `EncoderSettings`.
+            causal: whether a token sees only those before it. None keeps what the folder says. An LLM is
+                bidirectional unless this is True.
+            attention: the backend: `auto`, `triton`, `flash_attn`, `varlen` or `torch`.
+            precision: `auto` (bf16 on CUDA, fp32 on a CPU), `fp32` or `bf16`.
+            device: one device, or several that share the work of `encode`. None takes every GPU, or under a
+                launcher the GPU of this rank. Without a GPU it takes the CPU.
 
         Raises:
-            UserError: no such model, a type that cannot be made bidirectional, an adapter that does not
-                fit, or unknown settings.
+            UserError: there is no such model, its type cannot be made bidirectional, an adapter does not fit,
+                or a setting is unknown.
         """
         chosen = devices(device)
         path = encoder_of(os.path.expanduser(path))  # noqa: PTH111  (a hub id stays as it is)
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
 
     @property
     def causal(self) -> bool:
-        """Does a token see only those before it?"""
+        """Whether a token sees only those before it."""
         return bool(is_causal(self.trunk.config))
 
     def train(self, mode: bool = True) -> Encoder:
@@ -186,9 +186,15 @@ class Encoder(nn.Module):
     def encode(
         self, texts: str | Iterable[str], *, convert_to_tensor: bool = False, **options: Any
     ) -> np.ndarray | torch.Tensor:
-        """Vectors of `texts` in their order, `[N, D]` fp32; of a single string, `[D]`.
+        """Turns texts into vectors, in the order of the texts.
 
-        Takes the options of `encode_blocks`, and `convert_to_tensor` for a torch tensor on the CPU.
+        Args:
+            texts: any iterable of strings, or one string.
+            convert_to_tensor: give a torch tensor on the CPU in place of a numpy array.
+            **options: those of `encode_blocks`, such as `instruction` and `normalize`.
+
+        Returns:
+            `[N, D]` fp32. For a single string `[D]`.
 
         Raises:
             UserError: as `encode_blocks`.
@@ -214,25 +220,29 @@ class Encoder(nn.Module):
         first_row: int = 0,
         show_progress: bool = False,
     ) -> Iterator[np.ndarray]:
-        """The vectors of `encode` block by block, so that neither texts nor vectors need to fit in memory.
+        """Gives the vectors of `encode` block by block. Neither texts nor vectors need to fit in memory.
 
-        A text longer than `settings.max_tokens` is cut at its end. Texts are packed by length, so the order
-        costs nothing.
+        A block is at most 4,096 texts or 16 million characters. Texts are packed by length without padding,
+        so their order costs nothing. A text longer than `settings.max_tokens` is cut at its end.
 
         Args:
-            texts: any iterable; what is not a string, or empty, is a bad text.
-            instruction: put before each text, attended and not pooled.
-            prompt_name: instead of it, the instruction of that name in `settings.prompts`.
-            normalize: scale every vector to length 1.
-            truncate_dim: keep the first dimensions only (of an encoder trained with Matryoshka lengths).
-            micro_batch_tokens: tokens of one forward pass; at least one text goes through. None: 4,096 on a
-                CPU, 32,768 on a GPU, and half of it, and so on, where memory is full.
-            bad_texts: `raise`, or `nan`: name it in the log and go on, its row is NaN.
+            texts: any iterable. A bad text is one that is empty or is not a string.
+            instruction: goes before each text. The model attends to it, but it is not pooled.
+            prompt_name: takes the instruction of this name from `settings.prompts`.
+            normalize: scale every vector to length 1, after `truncate_dim`.
+            truncate_dim: keep this many dimensions, for an encoder that was trained with `matryoshka_dims`.
+            micro_batch_tokens: tokens of one forward pass. At least one text goes through. None takes 4,096
+                on a CPU and 32,768 on a GPU. If memory is full, it takes half of that, and so on.
+            bad_texts: `raise` stops at a bad text. `nan` names it in the log and gives NaN in its row.
             first_row: number of the first text, for messages.
+            show_progress: show a bar, if there is a terminal.
+
+        Yields:
+            `[rows, D]` fp32.
 
         Raises:
-            UserError: a bad text, an unknown `prompt_name`, an impossible `truncate_dim`, or a model that
-                gives NaN.
+            UserError: a text is bad, `prompt_name` is unknown, `truncate_dim` is impossible, or a good text
+                gets a vector with NaN or infinity. The message then names the weight that is not finite.
         """
         if bad_texts not in ("raise", "nan"):
             raise UserError(f"bad_texts {bad_texts!r} is unknown: choose raise or nan")
@@ -259,7 +269,7 @@ class Encoder(nn.Module):
                 yield vectors
 
     def similarity(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Cosine similarity of each row of `first [A, D]` with each of `second [B, D]`, `[A, B]` fp32."""
+        """Cosine of each row of `first [A, D]` with each row of `second [B, D]`, as `[A, B]` fp32."""
         a, b = (torch.as_tensor(x).float() for x in (first, second))
         cosines: np.ndarray = (
             nn.functional.normalize(a, dim=-1) @ nn.functional.normalize(b, dim=-1).T
@@ -352,17 +362,19 @@ class Encoder(nn.Module):
         state_dict: dict[str, torch.Tensor] | None = None,
         adapters: dict[str, dict[str, torch.Tensor]] | None = None,
     ) -> None:
-        """Writes trunk (safetensors), config, tokenizer and settings; the folder appears when complete.
+        """Writes weights (safetensors), config, tokenizer and settings into a folder.
 
-        An encoder that this class wrote there before is replaced in one move; what others have put beside it
-        stays.
+        The folder appears in one move when it is complete. A kill leaves the old one or the new one. An
+        encoder that was written there before is replaced, by its list of files (`llm2vec_ds_files.json`).
+        Other files stay.
 
         Args:
-            state_dict: the trunk's weights where they differ from the live ones (merged adapters).
+            folder: a new or empty folder, or one with such an encoder.
+            state_dict: the trunk's weights, if they differ from the live ones (merged adapters).
             adapters: `adapter_state`, for a trunk whose parameters are not whole here.
 
         Raises:
-            UserError: the folder holds other things, cannot be written, or the disk is full; what is there
+            UserError: the folder holds other things, cannot be written, or the disk is full. What is there
                 stays.
         """
         folder = Path(folder)

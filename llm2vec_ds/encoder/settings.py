@@ -21,11 +21,18 @@ SETTINGS_FILE = "llm2vec_ds.json"
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What an encoder folder says beside the trunk's own config.json.
+    """How an encoder prepares and pools texts. Its folder holds this beside the model's config.json.
 
-    `pooled_tokens`: `text` leaves instruction, template and special tokens out of a vector; `all` takes the
-    whole input, as servers do. `prompts`: instructions by the name that `encode` knows them by. `text_span`:
-    see `data.prompts.TEXT_SPANS`; under `upstream`, a text of more than `max_text_tokens` loses words first.
+    Attributes:
+        pooling: `mean`, `weighted_mean`, `last`, `eos` or `bos`.
+        max_tokens: a longer text is cut at its end.
+        template: what stands around instruction and text.
+        special_tokens: whether the tokenizer adds its own tokens.
+        pooled_tokens: `text` leaves instruction, template and special tokens out of a vector. `all` pools the
+            whole input, as servers do.
+        text_span: `offsets` finds a text's tokens by character offsets, `upstream` as `llm2vec` does.
+        max_text_tokens: under `upstream`, a longer text loses words first.
+        prompts: instructions by name, for `encode(prompt_name=…)`.
     """
 
     pooling: str = "mean"

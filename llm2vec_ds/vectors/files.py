@@ -96,10 +96,16 @@ def note_of(file: Path) -> Path:
 
 
 def load_vectors(path: str | Path) -> np.ndarray:
-    """Vectors of a file or of a folder of shards, `[rows, dimensions]` fp32 in the order of the input.
+    """Reads the vectors of a file or of a folder of shards, in the order of the input.
 
-    One `.npy` file of float32 comes memory-mapped; several parts are joined in memory, and int8 and binary
-    vectors made fp32 again (`vector_blocks` does it by the block).
+    One `.npy` file of float32 comes memory-mapped. Several files are joined in memory. int8 and binary
+    vectors become fp32 again. `vector_blocks` does the same by the block.
+
+    Args:
+        path: a `.npy`, `.jsonl` or `.parquet` file that `llm2vec-ds encode` wrote, or a folder of its shards.
+
+    Returns:
+        `[rows, dimensions]` fp32.
 
     Raises:
         UserError: as `vector_blocks`.
@@ -113,11 +119,17 @@ def load_vectors(path: str | Path) -> np.ndarray:
 
 
 def vector_blocks(path: str | Path) -> Iterator[np.ndarray]:
-    """The same a bounded number of rows at a time.
+    """Gives what `load_vectors` reads, a bounded number of rows at a time.
+
+    Args:
+        path: as for `load_vectors`.
+
+    Yields:
+        `[rows, dimensions]` fp32.
 
     Raises:
-        UserError: nothing there, a file is damaged, shards are missing, or they come from different inputs,
-            models or options.
+        UserError: there are no vectors, a file is damaged, shards are missing, or they come from different
+            inputs, models or options.
     """
     for file in vector_files(path):
         yield from _read_blocks(file)

@@ -163,9 +163,8 @@ def info_nce(
     tile_mib: float = TILE_MIB,
     precision: Precision = "fp32",
 ) -> InfoNce:
-    """Loss of each query over all documents, differentiable in query, document and a tensor `scale`.
+    """The loss of each query over all documents. It has a gradient for query, document and a tensor `scale`.
 
-    `positive_Q` names a document for every query; the other arguments are those of `block_log_sum_exp`.
     Memory beyond the vectors and their gradients is about one tile.
 
     The queries' gradient, and for fp32 vectors the documents' for equal weights, are computed along with
