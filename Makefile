@@ -43,8 +43,9 @@ test-slow: $(INSTALLED)  ## what takes longer: the real model, a SLURM cluster, 
 chaos: $(INSTALLED)  ## over a hundred kills at every file operation of a save: nothing may be lost (KILLS=100)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.chaos --kills $(KILLS)
 
+# Without --quiet, which drops the warnings that --strict counts.
 docs: $(INSTALLED)  ## the documentation as a site, into build/site; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
