@@ -46,40 +46,40 @@ class Recipe(Section):
     model: ModelConfig
     data: DataConfig
     output_dir: Place
-    """The run's folder: recipe.yaml, metrics.jsonl and, at the end, encoder/."""
+    """The run's folder. It gets recipe.yaml, metrics.jsonl and, at the end, encoder/."""
     overwrite: bool = False
-    """Start again in an `output_dir` that holds a run."""
+    """True starts again in an `output_dir` that holds a run."""
     resume: bool | Literal["force"] = False
-    """Go on from the newest valid checkpoint in `output_dir`; start there if there is none. `force`: even
-    where recipe, data or model have changed since."""
+    """True goes on from the newest valid checkpoint in `output_dir`, or starts if there is none. `force` goes
+    on even if recipe, data or model have changed since (docs/checkpoints.md)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
-    """Fixes data order, masking, dropout and adapter initialisation."""
+    """Fixes the order of the data, masking, dropout and the adapters' start."""
     max_steps: Positive = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training texts, in place of `max_steps`, which becomes this times the whole batches of
-    all sources, rounded up; null: `max_steps` counts."""
+    """Passes over the training texts, in place of `max_steps`. `max_steps` becomes this number times the
+    whole batches of all sources, rounded up. null: `max_steps` counts."""
     deepspeed: Place | None = None
-    """Path of a DeepSpeed JSON (see ds_configs/); null: one process or plain data parallelism."""
+    """Path of a DeepSpeed JSON (see ds_configs/). null: one process, or plain data parallelism."""
     step_timeout_s: Annotated[float, Field(ge=0)] = 1800.0
-    """A step, measurement or save that takes longer ends the run with a line that names rank and step;
-    0: wait for ever."""
+    """A step, measurement or save that takes longer ends the run. The line names rank and step. 0: wait for
+    ever."""
     deterministic: bool = False
-    """On a GPU: only operations that give the same bits each time, so that a resumed run equals an
-    undisturbed one exactly; slower. On a CPU they always do, the number of threads being the same."""
+    """True takes only operations that give the same bits each time on a GPU, which is slower. A resumed run
+    then equals an undisturbed one exactly. On a CPU they always do, with the same number of threads."""
     held_out_every_steps: Annotated[int, Field(ge=0)] = 0
-    """Measure on `data.held_out_path` this often; 0: at the start and at the end only."""
+    """Measure on `data.held_out_path` after this many steps. 0: at the start and at the end only."""
     monitor: Monitors = []  # noqa: RUF012  (pydantic copies it)
-    """Where metrics go beside metrics.jsonl, a word or a list: `tensorboard`, `wandb` or `csv`; files under
+    """Where metrics go beside metrics.jsonl, a word or a list: `tensorboard`, `wandb`, `csv`. Files lie under
     `monitor/` of the run."""
     pooling: Literal["mean", "weighted_mean", "last", "eos", "bos"] = "mean"
-    """How token vectors become the text's vector: mean of its tokens (weighted: by position), its last
-    token, or the end or beginning of the sequence (`eos` is added to each text)."""
+    """How token vectors become the text's vector. `mean` of its tokens, `weighted_mean` by position, its
+    `last` token, or the end (`eos`, which is added to each text) or the beginning (`bos`) of the sequence."""
     pooled_tokens: Literal["text", "all"] = "text"
-    """What pooling sees: the text alone, or also instruction, template and special tokens, as vLLM and
-    text-embeddings-inference pool (see docs/serving.md)."""
+    """What pooling sees. `text`: the text alone. `all`: instruction, template and special tokens too, as vLLM
+    and text-embeddings-inference pool (docs/serving.md)."""
     adapter: AdapterConfig | None = AdapterConfig()
-    """LoRA; `null` trains every weight of the trunk (full fine-tuning, docs/recipe.md)."""
+    """LoRA. `null` trains every weight of the trunk (full fine-tuning, docs/recipe.md)."""
     machine: MachineConfig = MachineConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
