@@ -49,15 +49,15 @@ class MntpConfig(ObjectiveConfig):
     """Masked next token prediction (BehnamGhader et al., 2024, arXiv 2404.05961, section 2)."""
 
     mask_token: str = "_"
-    """What replaces a masked token; must be one token of the tokenizer."""
+    """What replaces a masked token. It must be one token of the tokenizer."""
     mask_rate: MaskRate = 0.2
-    """Share of a text's ordinary tokens that are predicted; or two, `[0.1, 0.7]`: each text's own share is
-    drawn between them in each step (as masked diffusion does, arXiv 2406.07524)."""
+    """Share of a text's ordinary tokens that are predicted. Or two, `[0.1, 0.7]`: each step draws each text's
+    share between them (as masked diffusion does, arXiv 2406.07524)."""
     masking: Literal["bert", "all"] = "bert"
     """`bert`: of the predicted tokens 80 % become the mask token, 10 % a random one, 10 % stay.
     `all`: every one becomes the mask token."""
     head_chunk_tokens: Positive = 1024
-    """Masked tokens whose logits are held at once."""
+    """How many masked tokens have their logits held at once."""
 
     @property
     def mask_rates(self) -> tuple[float, float]:
@@ -75,9 +75,9 @@ class ContrastiveConfig(ObjectiveConfig):
     scale: Annotated[float, Field(gt=0)] = 20.0
     """Factor on cosine similarities, the inverse of the temperature."""
     learn_scale: bool = False
-    """Trains the scale, starting at `scale` and held at 100 at most (CLIP, arXiv 2103.00020)."""
+    """True trains the scale. It starts at `scale` and stays at 100 at most (CLIP, arXiv 2103.00020)."""
     symmetric: bool = False
-    """Adds the loss of each positive against all ranks' queries; the mean of both is the loss."""
+    """True adds the loss of each positive against all ranks' queries. The loss is the mean of both."""
     between_queries: bool = False
     """Other queries are negatives of a query too (arXiv 2308.03281), unless known pairs connect both."""
     between_documents: bool = False
@@ -85,22 +85,22 @@ class ContrastiveConfig(ObjectiveConfig):
     matryoshka_dims: list[Positive] | None = None
     """The loss is the mean of one loss for each of these vector lengths (arXiv 2205.13147)."""
     stored_as: list[Rounding] | None = None
-    """`int8`, `binary` or both: the mean has one more loss for each, with documents rounded as `encode
-    --store` does it, and queries as they are (docs/quantization.md)."""
+    """`int8`, `binary` or both. Each adds a loss to the mean. In it, documents are rounded as `encode
+    --store` rounds them, and queries are not (docs/quantization.md)."""
     false_negative_margin: Annotated[float, Field(ge=0)] | None = None
-    """A document whose cosine with a query exceeds the positive's by more than this is no negative for
-    it. null: only texts that are a positive of the same query, in any row, are left out."""
+    """A document is no negative for a query if its cosine exceeds the positive's by more than this. null:
+    only texts that are a positive of the same query, in any row, are left out."""
     hardness: Annotated[float, Field(ge=0)] = 0.0
-    """A negative counts exp(hardness · its cosine with the query) times, a factor without gradient: hard
-    negatives weigh more (cf. arXiv 2010.04592); 0: each once."""
+    """A negative counts exp(hardness · its cosine with the query) times, so hard negatives weigh more (cf.
+    arXiv 2010.04592). This factor has no gradient. 0: each counts once."""
     score_precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """What the products of vectors round their operands to; normalisation and sums stay fp32. On a GPU `tf32`
-    and `bf16` run on tensor cores, which large batches need (docs/info_nce.md)."""
+    """What the products of vectors round their operands to. Normalisation and sums stay fp32. On a GPU,
+    `tf32` and `bf16` run on tensor cores, which large batches need (docs/info_nce.md)."""
     exchange: Literal["gather", "ring"] = "gather"
-    """How ranks see each other's documents: all at once, or one rank's at a time (memory flat in the
-    number of ranks). The numbers are the same."""
+    """How ranks see each other's documents. `gather`: all at once. `ring`: one rank's at a time, so memory
+    does not grow with the number of ranks. The numbers are the same."""
     exchange_precision: Literal["fp32", "bf16"] = "fp32"
-    """What documents are rounded to before ranks exchange them; gradients travel in fp32."""
+    """What documents are rounded to before ranks exchange them. Gradients travel in fp32."""
 
     def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
         if batch.global_batch_size == 1 and self.between_queries:
@@ -120,7 +120,7 @@ class SimcseConfig(ContrastiveConfig):
     """Unsupervised SimCSE (Gao et al., 2021, arXiv 2104.08821): a text's two dropout passes agree."""
 
     attention_dropout: Share = 0.3
-    """Dropout on attention weights: what makes the two passes differ (LLM2Vec: 0.3)."""
+    """Dropout on attention weights. It makes the two passes differ (LLM2Vec: 0.3)."""
 
 
 class SupervisedConfig(ContrastiveConfig):
@@ -133,23 +133,23 @@ class SupervisedConfig(ContrastiveConfig):
     """Factor on cosine similarities, the inverse of the temperature (LLM2Vec: 50)."""
     guide: Place | None = None
     """Another encoder that decides which negatives count (GISTEmbed, arXiv 2402.16829), in the forms that
-    `distil.teacher` takes; null: all. A document is no negative for a query where the guide's cosine of both
-    is above `guide_ratio` times that of the query and its positive, minus `guide_margin`."""
+    `distil.teacher` takes. A document is no negative for a query if the guide's cosine of both is above
+    `guide_ratio` times that of the query and its positive, minus `guide_margin`. null: all count."""
     guide_query_prompt: str | None = None
-    """Put before each query, for the guide only (of an encoder of this toolkit: its instruction)."""
+    """Goes before each query, for the guide only. If it is an encoder of this toolkit: its instruction."""
     guide_document_prompt: str | None = None
     """The same before each document."""
     guide_margin: Annotated[float, Field(ge=0)] = 0.0
-    """Absolute margin of the guide: larger leaves out more."""
+    """Absolute margin of the guide. Larger leaves out more."""
     guide_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Relative margin of the guide, such as 0.95: smaller leaves out more."""
+    """Relative margin of the guide, such as 0.95. Smaller leaves out more."""
     guide_filters: bool = True
-    """False: the guide leaves nothing out, and teaches by `guide_weight` alone."""
+    """False: the guide leaves nothing out. It only teaches, by `guide_weight`."""
     guide_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Factor on a second loss: of a query's cosines with all documents of the global batch, and the guide's
-    (distillation beside InfoNCE); 0: none."""
+    """Factor on a second loss (distillation beside InfoNCE). It compares a query's cosines with all documents
+    of the global batch with the guide's. 0: no second loss."""
     guide_loss: Literal["kl", "mse"] = "kl"
-    """Of that loss: `kl`, the divergence of their softmax, or `mse`, the mean squared difference."""
+    """The second loss: `kl`, the divergence of their softmax, or `mse`, the mean squared difference."""
     guide_temperature: Annotated[float, Field(gt=0)] = 0.05
     """Cosines are divided by it before the softmax of `kl`."""
 
@@ -185,29 +185,29 @@ class DistilConfig(ObjectiveConfig):
     places: ClassVar[tuple[str, ...]] = ("teacher",)
 
     teacher: Place
-    """A sentence-transformers model or an encoder of this toolkit (folder or hub id), or vectors that
+    """A sentence-transformers model or an encoder of this toolkit (folder or hub id). Or vectors that
     `llm2vec-ds encode` wrote: a .npy file, or a folder of .npy shards."""
     teacher_prompt: str | None = None
-    """Put before each text, for the teacher only (of an encoder of this toolkit: its instruction)."""
+    """Goes before each text, for the teacher only. If it is an encoder of this toolkit: its instruction."""
     vector_loss: Literal["cosine", "mse"] = "cosine"
-    """Of a text's vector and the teacher's: 1 − cosine, or the mean squared difference of components."""
+    """Compares a text's vector and the teacher's. `cosine`: 1 − cosine. `mse`: mean squared difference."""
     vector_weight: Weight = 0.0
-    """Factor on that loss; 0: none, for the similarity loss alone gave the better encoder (docs/log.md)."""
+    """Factor on the vector loss. 0: none, because the similarity loss alone was better (docs/log.md)."""
     projection: Literal["linear", "none"] = "linear"
-    """`linear` maps the vector to the teacher's length for that loss, and is not part of the encoder;
+    """`linear` maps the vector to the teacher's length for the vector loss. It is no part of the encoder.
     `none` compares the vector itself, whose components beyond the teacher's length should be 0."""
     similarity_loss: Literal["kl", "mse"] = "kl"
-    """Of a text's cosines with all others of the global batch, and the teacher's: `kl`, the divergence of
-    their softmax (the teacher's is the target), or `mse`, the mean squared difference."""
+    """Compares a text's cosines with all others of the global batch with the teacher's. `kl`: the divergence
+    of their softmax, where the teacher's is the target. `mse`: the mean squared difference."""
     similarity_weight: Weight = 1.0
-    """Factor on that loss; 0: none."""
+    """Factor on the similarity loss. 0: none."""
     temperature: Annotated[float, Field(gt=0)] = 0.05
     """Cosines are divided by it before the softmax of `kl`."""
     simcse_weight: Weight = 0.0
-    """Factor on SimCSE's loss beside it: each text goes through the encoder twice, with `attention_dropout`
-    (0.3 in SimCSE) and the adapter's dropout; 0: none."""
+    """Factor on SimCSE's loss beside it. Each text then goes through the encoder twice, with
+    `attention_dropout` (0.3 in SimCSE) and the adapter's dropout. 0: none."""
     simcse_scale: Annotated[float, Field(gt=0)] = 20.0
-    """Of that loss: factor on cosines."""
+    """Factor on the cosines of SimCSE's loss."""
 
     def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
         if not self.vector_weight and not self.similarity_weight:
@@ -230,15 +230,15 @@ class DistilScoresConfig(ObjectiveConfig):
     reads_pairs: ClassVar[bool] = True
 
     score_column: str = "scores"
-    """Column of the pairs with a list of scores, the positive's first, then the negatives'; `llm2vec-ds
+    """Column of the pairs with a list of scores: the positive's first, then the negatives'. `llm2vec-ds
     score` writes it."""
     loss: Literal["kl", "margin_mse"] = "kl"
-    """`kl`: softmax over a query's documents, the judge's is the target. `margin_mse`: the squared difference
-    between both margins of the positive over each negative."""
+    """`kl`: the divergence of the softmax over a query's documents, where the judge's is the target.
+    `margin_mse`: the squared difference between both margins of the positive over each negative."""
     scale: Annotated[float, Field(gt=0)] = 20.0
     """Factor on the encoder's cosines."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Of `kl`: the judge's scores are divided by it."""
+    """For `kl`: the judge's scores are divided by it."""
 
     def mistake_with(self, stage: str, batch: BatchConfig, data: DataConfig) -> str | None:
         if data.pairs is None or data.pairs.max_negatives:
