@@ -12,6 +12,7 @@ import yaml
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.export.vllm import start_of
 from llm2vec_ds.recipe.files import load_recipe
 from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.storage.reading import parse_yaml, read_json, read_json_lines
@@ -44,6 +45,14 @@ class Origin:
         return (
             Path(self.base).name if Path(self.base).exists() or Path(self.base).is_absolute() else self.base
         )
+
+    @property
+    def matryoshka_dims(self) -> list[int] | None:
+        """Shorter lengths of vectors that the last stage trained."""
+        found: list[int] | None = None
+        if self.stages:
+            found = getattr(self.stages[-1][0].objective, "matryoshka_dims", None)
+        return found
 
 
 def origin(source: Path) -> Origin:
@@ -206,11 +215,12 @@ def _how_to_load(encoder: Encoder, format: str) -> str:
         "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
         f'vectors = SentenceTransformer("FOLDER").encode(["a text"]{named}, normalize_embeddings=True)\n```'
     )
-    servers = (
-        "```\nvllm serve FOLDER --runner pooling\n"
-        "text-embeddings-router --model-id FOLDER --dtype float16\n```"
-    )
-    return f"{standard}\n\n{own}\n\nServers (see the limits below):\n\n{servers}\n\n{trunk}"
+    vllm = start_of(encoder.trunk.config, encoder.settings.max_tokens)
+    lines = ["text-embeddings-router --model-id FOLDER --dtype float16"]
+    if vllm.refusal is None:
+        lines.insert(0, f"vllm serve FOLDER --runner pooling{vllm.line}")
+    servers = "\n".join(lines)
+    return f"{standard}\n\n{own}\n\nServers (see the limits below):\n\n```\n{servers}\n```\n\n{trunk}"
 
 
 def _stages(origin: Origin) -> str:

@@ -35,6 +35,7 @@ from llm2vec_ds.export.sentence_transformers import (
     write_config,
     write_sentence_transformers,
 )
+from llm2vec_ds.export.vllm import vllm_notes
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.storage.output_folder import check_replaceable, replaced_folder
 
@@ -82,7 +83,7 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     expected = _expected(encoder)
     with writing(what), replaced_folder(output, what, [source, folder]) as unfinished:
         dtype = stored_dtype(folder) if options.dtype == "auto" else DTYPES[options.dtype]
-        write_folder(unfinished, encoder, as_modules, dtype)
+        write_folder(unfinished, encoder, as_modules, dtype, found.matryoshka_dims)
         encoder.settings.write(unfinished)
         write_card(unfinished, encoder, found, licence_name, notes, options.format)
         copied = copy_licence_files(found.base, unfinished)
@@ -157,7 +158,7 @@ def limits(encoder: Encoder, as_modules: Plan | None) -> list[str]:
         notes.append(f"text-embeddings-inference does not know RoPE of the type {rope} for Llama.")
     if settings.pooling == "weighted_mean":
         notes.append("vLLM and text-embeddings-inference have no weighted mean.")
-    return notes
+    return notes + vllm_notes(config, settings.max_tokens)
 
 
 def push_folder(folder: Path, repository: str) -> str:
@@ -206,7 +207,13 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return dtype
 
 
-def write_folder(folder: Path, encoder: Encoder, as_modules: Plan | None, dtype: torch.dtype) -> None:
+def write_folder(
+    folder: Path,
+    encoder: Encoder,
+    as_modules: Plan | None,
+    dtype: torch.dtype,
+    matryoshka_dims: list[int] | None = None,
+) -> None:
     """Weights, config and tokenizer as transformers reads them, and sentence-transformers' modules."""
     state = {name: value.to(dtype) for name, value in encoder.trunk.state_dict().items()}
     encoder.trunk.config.dtype = dtype
@@ -214,7 +221,7 @@ def write_folder(folder: Path, encoder: Encoder, as_modules: Plan | None, dtype:
     prompts = as_modules.prompts if as_modules else {}
     tokenizer = tokenizer_for(encoder, prompts) if as_modules else padded_tokenizer(encoder.tokenizer)
     save_tokenizer(tokenizer, folder)
-    write_config(folder, tokenizer)
+    write_config(folder, tokenizer, matryoshka_dims)
     if as_modules is not None:
         write_sentence_transformers(folder, encoder, as_modules)
 

@@ -175,7 +175,7 @@ def test_weights_may_be_rounded(dtype: str, stored: torch.dtype, tmp_path: Path)
 def test_a_wrong_folder_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make(tmp_path / "encoder")
 
-    def forget(folder: Path, _: Any) -> None:
+    def forget(folder: Path, *_: Any) -> None:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "is_causal": True}))
 
