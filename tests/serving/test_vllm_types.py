@@ -108,12 +108,12 @@ def test_poolings_and_instructions(vllm: Path, tmp_path: Path) -> None:
         encoder = tiny_encoder(kind, windows=kind == "gemma3_text", **settings)
         folder = exported(encoder, tmp_path / str(i))
         encoders.append(encoder)
-        jobs += [job(folder), job(folder, [asked(encoder, text) for text in TEXTS])]
-    answers = iter(done(vllm, jobs, tmp_path))
+        jobs.append(job(folder, [*TEXTS, *(asked(encoder, text) for text in TEXTS)]))
+    answers = done(vllm, jobs, tmp_path)
     name = f"vLLM {version('vllm')}"
     rows = [
-        pooling_row(name, kind, encoder, next(answers), next(answers))
-        for (kind, _), encoder in zip(SERVED, encoders, strict=True)
+        pooling_row(name, kind, encoder, np.asarray(vectors))
+        for (kind, _), encoder, vectors in zip(SERVED, encoders, answers, strict=True)
     ]
     for row, (_, settings) in zip(rows, SERVED, strict=True):
         exact = settings["pooling"] in POOLINGS and settings.get("pooled_tokens") != "text"

@@ -25,7 +25,7 @@ def main(command: list[str]) -> int:
 
 
 def _end_with_input(group: int) -> None:
-    while sys.stdin.buffer.read(4096):
+    while os.read(0, 4096):  # not by sys.stdin, whose lock would be held when Python ends
         pass
     _end(group)
 

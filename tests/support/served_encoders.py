@@ -80,6 +80,18 @@ def asked(encoder: Encoder, text: str) -> str:
     return Template(encoder.settings.template).render(INSTRUCTION, text)[0]
 
 
+def lines_of(block: str) -> str:
+    """The document's block whose fence says `block`."""
+    found = re.search(rf"^```{block}\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"), re.M | re.S)
+    assert found is not None, block
+    return found[1]
+
+
+def same_order(a: np.ndarray, b: np.ndarray, tie: float = 1e-5) -> bool:
+    """Of two lists of scores; what differs by less than `tie` has no order."""
+    return bool((np.diff(b[np.argsort(a)]) > -tie).all())
+
+
 def write_or_check_rows(head: str, first: str, rows: list[str]) -> list[str]:
     """The rows below `head` that begin with `first`, which UPDATE_DOCS makes those given.
 
@@ -121,10 +133,13 @@ TABLE = (
 )
 
 
-def pooling_row(consumer: str, kind: str, encoder: Encoder, plain: np.ndarray, with_it: np.ndarray) -> str:
-    """Of TABLE: how near the vectors of TEXTS are, `[N, D]` each; far is far, and no figure."""
+def pooling_row(consumer: str, kind: str, encoder: Encoder, vectors: np.ndarray) -> str:
+    """Of TABLE: how near the vectors `[2 N, D]` of TEXTS are, without and with the instruction.
+
+    Those that are not near get no figure: they are other vectors.
+    """
     cells = []
-    for found, instruction in ((plain, None), (with_it, INSTRUCTION)):
+    for found, instruction in zip(np.split(vectors, 2), (None, INSTRUCTION), strict=True):
         gap = difference(found, encoder.encode(TEXTS, instruction=instruction))
         cells.append(str(gap) if gap.largest < ROUNDING else "other vectors")
     tokens = "" if encoder.settings.pooled_tokens == "all" else ", the text's own tokens"

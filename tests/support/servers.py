@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 GUARD = Path(__file__).with_name("guard.py")
 START_S = 300
@@ -39,9 +40,11 @@ def guarded(command: list[str], environment: dict[str, str], log: Path) -> Itera
         try:
             yield guard
         finally:
+            all_of_it = psutil.Process(guard.pid).children(recursive=True) if guard.poll() is None else []
             assert guard.stdin is not None
             guard.stdin.close()
             guard.wait()
+            assert not psutil.wait_procs(all_of_it, timeout=5)[1], "a server outlived its test"
 
 
 @contextmanager
