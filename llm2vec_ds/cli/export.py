@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +19,7 @@ from llm2vec_ds.recipe.sections import EvaluationConfig
 
 if TYPE_CHECKING:
     from llm2vec_ds.encoder.encoder import Encoder
+    from llm2vec_ds.export.export import ExportOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             "export runs/smoke_simcse --output exported",
-            "export demo-output --output exported --dtype bf16 --push owner/name",
+            "export demo-output --output exported --dtype bf16 --push owner/name --dry-run",
             "export demo-output --output encoder.gguf --format gguf --dtype q8_0",
             "export demo-output --output exported --format onnx --dtype int8",
             "export runs/my_run --output exported --prompt 'query=Find passages that answer'",
@@ -78,6 +81,14 @@ def export(
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to this hub repository.")
     ] = None,
+    private: Annotated[bool, typer.Option(help="Of a repository that --push makes: only you see it.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what --push would upload, and upload nothing.")
+    ] = False,
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="scores.json of `evaluate mteb`, for the model card.", callback=expanded),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export; what others put beside it stays.")
     ] = False,
@@ -92,27 +103,53 @@ def export(
     if wrong := [name for name, equals, text in pairs if not (name and equals and text)]:
         raise UserError(f"--prompt {wrong[0]!r} is not NAME=TEXT, such as query=Find passages that answer")
     quiet_libraries()
-    if format == "gguf" and push is not None:
-        raise UserError(f"--push takes a folder: upload the file with `hf upload {push} {output}`")
-    from llm2vec_ds.export.export import ExportOptions, push_folder
+    from llm2vec_ds.export.card import CardOptions
+    from llm2vec_ds.export.export import ExportOptions
 
     prompts = {name: text for name, _, text in pairs}
-    with kept("nothing is left behind, run the same command again"):
-        _exporter(format)(source, output, ExportOptions(dtype, licence, prompts, overwrite, format))
+    options = ExportOptions(dtype, licence, prompts, overwrite, format, CardOptions(scores, push))
     if push is not None:
+        _write_and_push(source, output, options, push, private=private, dry_run=dry_run)
+    elif dry_run:
+        raise UserError("--dry-run shows what --push would upload: give --push OWNER/NAME too")
+    else:
+        _write(source, output, options)
+
+
+def _write_and_push(
+    source: Path, output: Path, options: ExportOptions, repository: str, *, private: bool, dry_run: bool
+) -> None:
+    from llm2vec_ds.export.push import Upload, check_repository, described, files_of, push
+
+    check_repository(repository)
+    with TemporaryDirectory() as beside:
+        _write(source, output, options, Path(beside))
+        upload = Upload(repository, private, files_of(output, Path(beside)))
+        if dry_run:
+            print(described(upload))
+            return
         with kept(f"{output} is written but not uploaded, run the same command with --overwrite"):
-            print(push_folder(output, push))
+            print(push(upload))
 
 
-def _exporter(format: str) -> Callable[[Path, Path, Any], list[str]]:
-    """What writes a format. Raises UserError where a package for it is missing."""
+def _write(source: Path, output: Path, options: ExportOptions, card_folder: Path | None = None) -> None:
+    with kept("nothing is left behind, run the same command again"):
+        _exporter(options.format, card_folder)(source, output, options)
+
+
+def _exporter(format: str, card_folder: Path | None) -> Callable[[Path, Path, Any], list[str]]:
+    """What writes a format; of a single file it writes the card into `card_folder`.
+
+    Raises:
+        UserError: a package for it is missing.
+    """
     needed = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}.get(format, ())
     if missing := [name for name in needed if not find_spec(name)]:
         raise UserError(f"{missing[0]} is not installed: pip install 'llm2vec-ds[{format}]'")
     if format == "gguf":
         from llm2vec_ds.export.gguf.export import export_gguf
 
-        return export_gguf
+        return partial(export_gguf, card_folder=card_folder)
     if format == "onnx":
         from llm2vec_ds.export.onnx.export import export_onnx
 

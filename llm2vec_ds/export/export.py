@@ -24,7 +24,15 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.of_run import check_is_of_finished_run, encoder_of
 from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.export.card import Origin, copy_licence_files, licence, origin, write_card
+from llm2vec_ds.export.card import (
+    NOTHING_MORE,
+    CardOptions,
+    Origin,
+    copy_licence_files,
+    licence,
+    origin,
+    write_card,
+)
 from llm2vec_ds.export.checked import checked_texts, compare
 from llm2vec_ds.export.sentence_transformers import (
     Plan,
@@ -55,6 +63,7 @@ class ExportOptions:
         dtype: auto keeps what the encoder's folder holds (ONNX: fp32).
         prompts: more instructions by name.
         format: of `export` alone, one of FORMATS.
+        card: what the model card says beside what is found.
     """
 
     dtype: str = "auto"
@@ -62,6 +71,7 @@ class ExportOptions:
     prompts: dict[str, str] = field(default_factory=dict)
     overwrite: bool = False
     format: str = "sentence-transformers"
+    card: CardOptions = NOTHING_MORE
 
 
 def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
@@ -85,7 +95,7 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
         dtype = stored_dtype(folder) if options.dtype == "auto" else DTYPES[options.dtype]
         write_folder(unfinished, encoder, as_modules, dtype, found.matryoshka_dims)
         encoder.settings.write(unfinished)
-        write_card(unfinished, encoder, found, licence_name, notes, options.format)
+        write_card(unfinished, encoder, found, licence_name, notes, options.format, options.card)
         copied = copy_licence_files(found.base, unfinished)
         _verify(unfinished, encoder, expected, as_modules, LOWEST_COSINE[dtype])
     log.info("%s: %s, %s", output, options.format, str(dtype).removeprefix("torch."))
@@ -159,26 +169,6 @@ def limits(encoder: Encoder, as_modules: Plan | None) -> list[str]:
     if settings.pooling == "weighted_mean":
         notes.append("vLLM and text-embeddings-inference have no weighted mean.")
     return notes + vllm_notes(config, settings.max_tokens)
-
-
-def push_folder(folder: Path, repository: str) -> str:
-    """Uploads an export to the hub, private where the repository is new; returns its address.
-
-    Raises:
-        UserError: the hub refuses.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, private=True, exist_ok=True)
-        return str(api.upload_folder(folder_path=folder, repo_id=repository))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--push {repository}: {reason}; log in with `hf auth login`. {folder} is kept"
-        ) from None
 
 
 def _check(options: ExportOptions) -> None:

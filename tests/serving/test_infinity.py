@@ -1,4 +1,4 @@
-"""infinity's server, started by the line of docs/serving.md, beside the transformers 5 that it does not ask for."""
+"""infinity's server, started by the line of docs/serving.md, beside transformers 5."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Case(NamedTuple):
     def name(self) -> str:
         said = [f"`{self.kind}`"]
         if "sliding_window" in TYPES[self.kind]:
-            said.append(f"windows of {WINDOW}" if self.windows else "no windows")
+            said.append(f"windows of {WINDOW}" if self.windows else "no window that cuts")
         if self.changes:
             said.append("capped scores")
         return ", ".join(said)

@@ -61,7 +61,8 @@ def tiny_encoder(
     """Of a type of `model_types.TYPES`; with `windows` those of its layers that may have one have it."""
     changes = {**SIZES, **model_types.TYPES[kind], **CHANGES.get(kind, {}), **(changes or {})}
     if "sliding_window" in changes:
-        changes |= {"sliding_window": WINDOW} if windows else {"sliding_window": None}
+        none = 512 if "layer_types" in changes else None  # layers that are listed as windowed need one
+        changes["sliding_window"] = WINDOW if windows else none
     if not windows and "use_sliding_window" in changes:
         changes["use_sliding_window"] = False
     chosen = {"pooled_tokens": "all", "prompts": {"query": INSTRUCTION}, **settings}
