@@ -54,14 +54,9 @@ def vllm_notes(config: Any, max_tokens: int) -> list[str]:
     start = start_of(config, max_tokens)
     if start.refusal is not None:
         return [f"{start.refusal}, so its vectors are wrong there: serve with sentence-transformers."]
-    notes = []
     if start.options:
-        notes.append(
-            f"vLLM needs this to attend to both sides: vllm serve FOLDER --runner pooling{start.line}"
-        )
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        notes.append("vLLM on a CPU leaves out the cap on attention scores: its vectors differ there.")
-    return notes
+        return [f"vLLM needs this: vllm serve FOLDER --runner pooling{start.line}"]
+    return []
 
 
 def _layer_types(config: Any) -> list[str]:

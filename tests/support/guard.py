@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-PATIENCE_S = 10
+PATIENCE_S = 5
 
 
 def main(command: list[str]) -> int:

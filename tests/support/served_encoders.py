@@ -33,7 +33,6 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 CHANGES: dict[str, dict[str, Any]] = {
-    "gemma2": {"attn_logit_softcapping": None},
     "gemma3_text": {"query_pre_attn_scalar": 32},
     "gemma4_text": {"per_layer_config": {1: {"head_dim": 64}, 3: {"head_dim": 64}}},
     "deepseek_v3": {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32},
@@ -55,11 +54,9 @@ def difference(found: np.ndarray, expected: np.ndarray) -> Difference:
     return Difference(float(np.abs(a - b).max()), float(cosines(a, b).min()))
 
 
-def tiny_encoder(
-    kind: str, *, windows: bool = True, changes: dict[str, Any] | None = None, **settings: Any
-) -> Encoder:
+def tiny_encoder(kind: str, *, windows: bool = True, **settings: Any) -> Encoder:
     """Of a type of `model_types.TYPES`; with `windows` those of its layers that may have one have it."""
-    changes = {**SIZES, **model_types.TYPES[kind], **CHANGES.get(kind, {}), **(changes or {})}
+    changes = {**SIZES, **model_types.TYPES[kind], **CHANGES.get(kind, {})}
     if "sliding_window" in changes:
         none = 512 if "layer_types" in changes else None  # layers that are listed as windowed need one
         changes["sliding_window"] = WINDOW if windows else none
