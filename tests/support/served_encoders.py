@@ -131,14 +131,21 @@ TABLE = (
 )
 
 
-def pooling_row(consumer: str, kind: str, encoder: Encoder, vectors: np.ndarray) -> str:
+def pooling_row(
+    consumer: str, kind: str, encoder: Encoder, vectors: np.ndarray, largest: float = ROUNDING
+) -> str:
     """Of TABLE: how near the vectors `[2 N, D]` of TEXTS are, without and with the instruction.
 
-    Those that are not near get no figure: they are other vectors.
+    Those that differ by more than `largest` get no figure: they are other vectors.
     """
     cells = []
     for found, instruction in zip(np.split(vectors, 2), (None, INSTRUCTION), strict=True):
         gap = difference(found, encoder.encode(TEXTS, instruction=instruction))
-        cells.append(str(gap) if gap.largest < ROUNDING else "other vectors")
+        cells.append(str(gap) if gap.largest < largest else "other vectors")
+    return named_row(consumer, kind, encoder, *cells)
+
+
+def named_row(consumer: str, kind: str, encoder: Encoder, *cells: str) -> str:
+    """Of TABLE."""
     tokens = "" if encoder.settings.pooled_tokens == "all" else ", the text's own tokens"
     return f"| {consumer} | `{kind}` | `{encoder.settings.pooling}`{tokens} | {' | '.join(cells)} |"
