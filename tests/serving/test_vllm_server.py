@@ -49,7 +49,7 @@ def served(vllm: Path, folder: Path) -> Iterator[Embed]:
     for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING"):
         del environment[name]
     command = ["bash", "-euc", here(lines_of("bash vllm"))]
-    with serving(command, environment, folder / "server.log", port):
+    with serving(command, environment, folder.with_suffix(".log"), port):
         yield names["embed"]
 
 
