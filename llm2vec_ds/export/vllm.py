@@ -53,7 +53,9 @@ def vllm_notes(config: Any, max_tokens: int) -> list[str]:
     """What to know before one serves the export with vLLM, each as a sentence."""
     start = start_of(config, max_tokens)
     if start.refusal is not None:
-        return [f"{start.refusal}, so its vectors are wrong there: serve with sentence-transformers."]
+        return [
+            f"{start.refusal}, so it does not give the encoder's vectors: serve with sentence-transformers."
+        ]
     if start.options:
         return [f"vLLM needs this: vllm serve FOLDER --runner pooling{start.line}"]
     return []
