@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from llm2vec_ds.model.bidirectional import is_causal
+
 READS_IS_CAUSAL = frozenset({"llama", "mistral", "ministral3", "phi3", "qwen2", "qwen3", "gemma3_text"})
 """By vLLM's own code for the type."""
 READ_BY_TRANSFORMERS = frozenset({"gemma", "gemma2"})
@@ -35,8 +37,10 @@ class Start:
 def start_of(config: Any, max_tokens: int) -> Start:
     """For a trunk's config and texts of up to `max_tokens` tokens."""
     kind = config.model_type
+    if is_causal(config) is not False:
+        return Start({})
     if kind not in READS_IS_CAUSAL | READ_BY_TRANSFORMERS:
-        return Start({}, f"vLLM attends to the past alone in model type {kind!r}")
+        return Start({}, f"vLLM is not known to attend to both sides in model type {kind!r}")
     options: dict[str, Any] = {"model_impl": "transformers"} if kind in READ_BY_TRANSFORMERS else {}
     layers = _layer_types(config)
     if kind in MIXED_WINDOWS_REFUSED and len(set(layers)) > 1:
@@ -53,9 +57,7 @@ def vllm_notes(config: Any, max_tokens: int) -> list[str]:
     """What to know before one serves the export with vLLM, each as a sentence."""
     start = start_of(config, max_tokens)
     if start.refusal is not None:
-        return [
-            f"{start.refusal}, so it does not give the encoder's vectors: serve with sentence-transformers."
-        ]
+        return [f"{start.refusal}: serve with sentence-transformers, which gives the encoder's vectors."]
     if start.options:
         return [f"vLLM needs this: vllm serve FOLDER --runner pooling{start.line}"]
     return []

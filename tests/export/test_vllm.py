@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from llm2vec_ds.export.export import ExportOptions, export
 from llm2vec_ds.export.vllm import start_of, vllm_notes
+from llm2vec_ds.model.bidirectional import with_causal
 from tests.support.served_encoders import tiny_encoder
 
 MIXED = {"use_sliding_window": True, "max_window_layers": 2, "num_hidden_layers": 4, "sliding_window": 16}
@@ -28,7 +29,7 @@ STARTS: list[tuple[str, dict[str, Any], int, str]] = [
         512,
         """ --model-impl transformers --hf-overrides '{"sliding_window": 17}'""",
     ),
-    ("gemma3_text", {"sliding_window": 16, "use_bidirectional_attention": True}, 512, ""),
+    ("gemma3_text", {"sliding_window": 16}, 512, ""),
 ]
 
 
@@ -36,7 +37,7 @@ STARTS: list[tuple[str, dict[str, Any], int, str]] = [
 def test_options_widen_a_window_that_cuts(
     kind: str, values: dict[str, Any], max_tokens: int, line: str
 ) -> None:
-    config = AutoConfig.for_model(kind, **values)
+    config = with_causal(AutoConfig.for_model(kind, **values), False)
     start = start_of(config, max_tokens)
     assert (start.line, start.refusal) == (line, None)
     said = vllm_notes(config, max_tokens)
@@ -46,20 +47,22 @@ def test_options_widen_a_window_that_cuts(
 @pytest.mark.parametrize(
     ("kind", "values", "said"),
     [
-        ("olmo2", {}, "vLLM attends to the past alone in model type 'olmo2'"),
+        ("olmo2", {}, "vLLM is not known to attend to both sides in model type 'olmo2'"),
         ("qwen2", MIXED, "vLLM does not load 'qwen2' with a window in some of its layers"),
     ],
 )
 def test_what_vllm_cannot_serve_is_said(kind: str, values: dict[str, Any], said: str) -> None:
-    (note,) = vllm_notes(AutoConfig.for_model(kind, **values), 512)
-    assert note == f"{said}, so it does not give the encoder's vectors: serve with sentence-transformers."
+    config = AutoConfig.for_model(kind, **values)
+    (note,) = vllm_notes(with_causal(config, False), 512)
+    assert note == f"{said}: serve with sentence-transformers, which gives the encoder's vectors."
+    assert vllm_notes(with_causal(config, True), 512) == []
 
 
 def test_the_card_has_no_line_for_vllm_where_it_gives_other_vectors(tmp_path: Path) -> None:
     tiny_encoder("olmo2").save(tmp_path / "encoder")
     notes = export(tmp_path / "encoder", tmp_path / "out", ExportOptions())
     card = (tmp_path / "out" / "README.md").read_text()
-    assert any("past alone in model type 'olmo2'" in note and note in card for note in notes)
+    assert any("both sides in model type 'olmo2'" in note and note in card for note in notes)
     assert "vllm serve" not in card
     assert "text-embeddings-router" in card
 
