@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from llm2vec_ds.export.export import ExportOptions
 
 
+Push = Annotated[
+    str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to this hub repository.")
+]
+Private = Annotated[bool, typer.Option(help="Of a repository that --push makes: only you see it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what --push would upload, and upload nothing.")]
+Scores = Annotated[
+    Path | None,
+    typer.Option(help="scores.json of `evaluate mteb`, for the model card.", callback=expanded),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
     app.command(
@@ -78,17 +89,10 @@ def export(
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", help="Of the base model, where its card lacks it.")
     ] = None,
-    push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to this hub repository.")
-    ] = None,
-    private: Annotated[bool, typer.Option(help="Of a repository that --push makes: only you see it.")] = True,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what --push would upload, and upload nothing.")
-    ] = False,
-    scores: Annotated[
-        Path | None,
-        typer.Option(help="scores.json of `evaluate mteb`, for the model card.", callback=expanded),
-    ] = None,
+    push: Push = None,
+    private: Private = True,
+    dry_run: DryRun = False,
+    scores: Scores = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export; what others put beside it stays.")
     ] = False,
@@ -99,21 +103,27 @@ def export(
     loaded again by transformers and sentence-transformers (a GGUF file by llama.cpp, an ONNX graph by
     onnxruntime) and must give the encoder's vectors. What a reader cannot express is said here.
     """
-    pairs = [text.partition("=") for text in prompt or []]
-    if wrong := [name for name, equals, text in pairs if not (name and equals and text)]:
-        raise UserError(f"--prompt {wrong[0]!r} is not NAME=TEXT, such as query=Find passages that answer")
+    prompts = _named(prompt or [])
     quiet_libraries()
     from llm2vec_ds.export.card import CardOptions
     from llm2vec_ds.export.export import ExportOptions
+    from llm2vec_ds.export.scores import mteb_scores
 
-    prompts = {name: text for name, _, text in pairs}
-    options = ExportOptions(dtype, licence, prompts, overwrite, format, CardOptions(scores, push))
+    card = CardOptions(mteb_scores(scores) if scores else (), push)
+    options = ExportOptions(dtype, licence, prompts, overwrite, format, card)
     if push is not None:
         _write_and_push(source, output, options, push, private=private, dry_run=dry_run)
     elif dry_run:
         raise UserError("--dry-run shows what --push would upload: give --push OWNER/NAME too")
     else:
         _write(source, output, options)
+
+
+def _named(prompts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in prompts]
+    if wrong := [name for name, equals, text in pairs if not (name and equals and text)]:
+        raise UserError(f"--prompt {wrong[0]!r} is not NAME=TEXT, such as query=Find passages that answer")
+    return {name: text for name, _, text in pairs}
 
 
 def _write_and_push(

@@ -16,7 +16,6 @@ from llm2vec_ds.export.scores import (
     Score,
     demo_scores,
     model_index,
-    mteb_scores,
     score_table,
     stage_table,
 )
@@ -33,9 +32,9 @@ LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 @dataclass(frozen=True)
 class CardOptions:
-    """`scores`: the `scores.json` of `evaluate mteb`. `repository`: of the hub, where the card will stand."""
+    """`scores`: measured by `evaluate mteb`. `repository`: of the hub, where the card will stand."""
 
-    scores: Path | None = None
+    scores: tuple[Score, ...] = ()
     repository: str | None = None
 
 
@@ -162,10 +161,10 @@ def write_card(
     options: CardOptions = NOTHING_MORE,
 ) -> None:
     """README.md with the front matter that the hub reads; `format`: of ONNX and GGUF the file's name."""
-    scores = [*demo_scores(origin.scores), *(mteb_scores(options.scores) if options.scores else [])]
+    scores = [*demo_scores(origin.scores), *options.scores]
     tables = [
         *([stage_table(origin.scores)] if origin.scores else []),
-        *([score_table(mteb_scores(options.scores))] if options.scores else []),
+        *([score_table(options.scores)] if options.scores else []),
     ]
     limits = limits or ["None known beyond its base model's."]
     parts = [

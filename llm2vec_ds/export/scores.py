@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2vec_ds.errors import UserError
 from llm2vec_ds.storage.reading import read_json
 
 
@@ -47,14 +49,16 @@ def demo_scores(metrics: dict[str, Any]) -> list[Score]:
     ]
 
 
-def mteb_scores(file: Path) -> list[Score]:
+def mteb_scores(file: Path) -> tuple[Score, ...]:
     """Of the `scores.json` that `evaluate mteb` writes.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it is not there, or cannot be read.
     """
+    if not file.is_file():
+        raise UserError(f"--scores {file} is not there: give the scores.json of llm2vec-ds evaluate mteb")
     found = read_json(file, _Summary, "measure again with llm2vec-ds evaluate mteb")
-    return [Score(task.type, name, task.metric, task.main_score) for name, task in found.tasks.items()]
+    return tuple(Score(task.type, name, task.metric, task.main_score) for name, task in found.tasks.items())
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def stage_table(metrics: dict[str, Any]) -> str:
     return "\n".join([*rows, "", f"Measured on {run.get('sts', '?')}; {versions}."])
 
 
-def score_table(scores: list[Score]) -> str:
+def score_table(scores: Iterable[Score]) -> str:
     """Of Markdown."""
     rows = ["| task | data | metric | score |", "|---|---|---|---|"]
     return "\n".join([*rows, *(f"| {s.type} | {s.data} | {s.metric} | {s.value:.4f} |" for s in scores)])

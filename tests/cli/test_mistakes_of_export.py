@@ -25,6 +25,10 @@ MISTAKES = {
         "--push takes OWNER/NAME of a repository on the hub, such as my-team/my-encoder",
         ("export", "TMP/none", "--output", "TMP/out", "--push", "name"),
     ),
+    "scores that are not there": Mistake(
+        "--scores TMP/scores.json is not there: give the scores.json of llm2vec-ds evaluate mteb",
+        ("export", "TMP/encoder", "--output", "TMP/out", "--scores", "TMP/scores.json"),
+    ),
     "a dry run of nothing": Mistake(
         "--dry-run shows what --push would upload: give --push OWNER/NAME too",
         ("export", "TMP/none", "--output", "TMP/out", "--dry-run"),

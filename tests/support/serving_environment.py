@@ -82,5 +82,5 @@ def _run(*command: object) -> str:
     outcome = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, check=False)
     if outcome.returncode:
         said = [line for line in outcome.stderr.splitlines() if line.startswith("ERROR")]
-        raise CannotInstallError(f"{' '.join(words[1:])}: {said[0] if said else outcome.stderr[-500:]}")
+        raise CannotInstallError(f"{' '.join(words[1:])}: {said[-1] if said else outcome.stderr[-500:]}")
     return outcome.stdout
