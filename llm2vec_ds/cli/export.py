@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from llm2vec_ds.export.export import ExportOptions
 
 
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=TEXT", help="An instruction under a name, such as 'query=Find passages'; repeatable."
+    ),
+]
 Push = Annotated[
     str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to this hub repository.")
 ]
@@ -79,13 +85,7 @@ def export(
             "onnx has fp32 (its auto), fp16 and int8."
         ),
     ] = "auto",
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=TEXT",
-            help="An instruction under a name, such as 'query=Find passages'; repeatable.",
-        ),
-    ] = None,
+    prompt: Prompts = None,
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", help="Of the base model, where its card lacks it.")
     ] = None,
