@@ -36,7 +36,7 @@ demo: $(INSTALLED)  ## a real 135M LLM through LLM2Vec, measured after every ste
 test: $(INSTALLED)  ## the tests, about 10 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n $(TEST_WORKERS) --dist loadscope
 
-test-slow: $(INSTALLED)  ## what takes longer: the real model, a SLURM cluster, the README's commands
+test-slow: $(INSTALLED)  ## what takes longer: the real model, a SLURM cluster, servers, the README's commands
 	@tests/slurm/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(TEST_WORKERS) --dist loadgroup
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +19,24 @@ from llm2vec_ds.recipe.sections import EvaluationConfig
 
 if TYPE_CHECKING:
     from llm2vec_ds.encoder.encoder import Encoder
+    from llm2vec_ds.export.export import ExportOptions
+
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=TEXT", help="An instruction under a name, such as 'query=Find passages'; repeatable."
+    ),
+]
+Push = Annotated[
+    str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to this hub repository.")
+]
+Private = Annotated[bool, typer.Option(help="Of a repository that --push makes: only you see it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what --push would upload, and upload nothing.")]
+Scores = Annotated[
+    Path | None,
+    typer.Option(help="scores.json of `evaluate mteb`, for the model card.", callback=expanded),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +44,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             "export runs/smoke_simcse --output exported",
-            "export demo-output --output exported --dtype bf16 --push owner/name",
+            "export demo-output --output exported --dtype bf16 --push owner/name --dry-run",
             "export demo-output --output encoder.gguf --format gguf --dtype q8_0",
             "export demo-output --output exported --format onnx --dtype int8",
             "export runs/my_run --output exported --prompt 'query=Find passages that answer'",
@@ -65,19 +85,14 @@ def export(
             "onnx has fp32 (its auto), fp16 and int8."
         ),
     ] = "auto",
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=TEXT",
-            help="An instruction under a name, such as 'query=Find passages'; repeatable.",
-        ),
-    ] = None,
+    prompt: Prompts = None,
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", help="Of the base model, where its card lacks it.")
     ] = None,
-    push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to this hub repository.")
-    ] = None,
+    push: Push = None,
+    private: Private = True,
+    dry_run: DryRun = False,
+    scores: Scores = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export; what others put beside it stays.")
     ] = False,
@@ -88,31 +103,63 @@ def export(
     loaded again by transformers and sentence-transformers (a GGUF file by llama.cpp, an ONNX graph by
     onnxruntime) and must give the encoder's vectors. What a reader cannot express is said here.
     """
-    pairs = [text.partition("=") for text in prompt or []]
+    prompts = _named(prompt or [])
+    quiet_libraries()
+    from llm2vec_ds.export.card import CardOptions
+    from llm2vec_ds.export.export import ExportOptions
+    from llm2vec_ds.export.scores import mteb_scores
+
+    card = CardOptions(mteb_scores(scores) if scores else (), push)
+    options = ExportOptions(dtype, licence, prompts, overwrite, format, card)
+    if push is not None:
+        _write_and_push(source, output, options, push, private=private, dry_run=dry_run)
+    elif dry_run:
+        raise UserError("--dry-run shows what --push would upload: give --push OWNER/NAME too")
+    else:
+        _write(source, output, options)
+
+
+def _named(prompts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in prompts]
     if wrong := [name for name, equals, text in pairs if not (name and equals and text)]:
         raise UserError(f"--prompt {wrong[0]!r} is not NAME=TEXT, such as query=Find passages that answer")
-    quiet_libraries()
-    if format == "gguf" and push is not None:
-        raise UserError(f"--push takes a folder: upload the file with `hf upload {push} {output}`")
-    from llm2vec_ds.export.export import ExportOptions, push_folder
+    return {name: text for name, _, text in pairs}
 
-    prompts = {name: text for name, _, text in pairs}
-    with kept("nothing is left behind, run the same command again"):
-        _exporter(format)(source, output, ExportOptions(dtype, licence, prompts, overwrite, format))
-    if push is not None:
+
+def _write_and_push(
+    source: Path, output: Path, options: ExportOptions, repository: str, *, private: bool, dry_run: bool
+) -> None:
+    from llm2vec_ds.export.push import Upload, check_repository, described, files_of, push
+
+    check_repository(repository)
+    with TemporaryDirectory() as beside:
+        _write(source, output, options, Path(beside))
+        upload = Upload(repository, private, files_of(output, Path(beside)))
+        if dry_run:
+            print(described(upload))
+            return
         with kept(f"{output} is written but not uploaded, run the same command with --overwrite"):
-            print(push_folder(output, push))
+            print(push(upload))
 
 
-def _exporter(format: str) -> Callable[[Path, Path, Any], list[str]]:
-    """What writes a format. Raises UserError where a package for it is missing."""
+def _write(source: Path, output: Path, options: ExportOptions, card_folder: Path | None = None) -> None:
+    with kept("nothing is left behind, run the same command again"):
+        _exporter(options.format, card_folder)(source, output, options)
+
+
+def _exporter(format: str, card_folder: Path | None) -> Callable[[Path, Path, Any], list[str]]:
+    """What writes a format; of a single file it writes the card into `card_folder`.
+
+    Raises:
+        UserError: a package for it is missing.
+    """
     needed = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}.get(format, ())
     if missing := [name for name in needed if not find_spec(name)]:
         raise UserError(f"{missing[0]} is not installed: pip install 'llm2vec-ds[{format}]'")
     if format == "gguf":
         from llm2vec_ds.export.gguf.export import export_gguf
 
-        return export_gguf
+        return partial(export_gguf, card_folder=card_folder)
     if format == "onnx":
         from llm2vec_ds.export.onnx.export import export_onnx
 

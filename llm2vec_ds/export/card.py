@@ -12,12 +12,33 @@ import yaml
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.export.scores import (
+    Score,
+    demo_scores,
+    model_index,
+    score_table,
+    stage_table,
+)
+from llm2vec_ds.export.usage import how_to_load
 from llm2vec_ds.recipe.files import load_recipe
 from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.storage.reading import parse_yaml, read_json, read_json_lines
 
 ELSEWHERE = "export the encoder folder from another place, without it"
+LIBRARIES = {".onnx": "transformers.js", ".gguf": "llama.cpp"}
+"""What the hub calls what loads a file; a folder's library is its format."""
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """`scores`: measured by `evaluate mteb`. `repository`: of the hub, where the card will stand."""
+
+    scores: tuple[Score, ...] = ()
+    repository: str | None = None
+
+
+NOTHING_MORE = CardOptions()
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,14 @@ class Origin:
         return (
             Path(self.base).name if Path(self.base).exists() or Path(self.base).is_absolute() else self.base
         )
+
+    @property
+    def matryoshka_dims(self) -> list[int] | None:
+        """Shorter lengths of vectors that the last stage trained."""
+        found: list[int] | None = None
+        if self.stages:
+            found = getattr(self.stages[-1][0].objective, "matryoshka_dims", None)
+        return found
 
 
 def origin(source: Path) -> Origin:
@@ -123,29 +152,51 @@ def copy_licence_files(base: str | None, folder: Path) -> list[str]:
 
 
 def write_card(
-    folder: Path, encoder: Encoder, origin: Origin, licence: str | None, limits: list[str], format: str
+    folder: Path,
+    encoder: Encoder,
+    origin: Origin,
+    licence: str | None,
+    limits: list[str],
+    format: str,
+    options: CardOptions = NOTHING_MORE,
 ) -> None:
-    """README.md with the front matter that the hub reads; `format`: of an ONNX export the graph's file."""
-    readers = ["onnx"] if _is_onnx(format) else ["text-embeddings-inference"]
+    """README.md with the front matter that the hub reads; `format`: of ONNX and GGUF the file's name."""
+    scores = [*demo_scores(origin.scores), *options.scores]
+    tables = [
+        *([stage_table(origin.scores)] if origin.scores else []),
+        *([score_table(options.scores)] if options.scores else []),
+    ]
+    limits = limits or ["None known beyond its base model's."]
+    parts = [
+        f"---\n{yaml.safe_dump(_front(origin, licence, format, scores, options), sort_keys=False)}---",
+        f"# Text encoder from {origin.base_name}\n\n{_what(encoder)}",
+        "## How to load it\n\n" + how_to_load(encoder, format, options.repository),
+        "## How it was made\n\n" + _stages(origin),
+        *(["## Scores\n\n" + "\n\n".join(tables)] if tables else []),
+        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits),
+        "## Licence\n\n" + _licence_words(origin, licence),
+    ]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _front(
+    origin: Origin, licence: str | None, format: str, scores: list[Score], options: CardOptions
+) -> dict[str, Any]:
+    library = LIBRARIES.get(Path(format).suffix, format)
+    tags = {"transformers.js": ["onnx"], "llama.cpp": ["gguf"]}
+    readers = tags.get(library, ["text-embeddings-inference"])
+    is_pooled = format == "sentence-transformers"
     front: dict[str, Any] = {
-        "library_name": "transformers.js" if _is_onnx(format) else format,
-        "pipeline_tag": "sentence-similarity" if format == "sentence-transformers" else "feature-extraction",
+        "library_name": library,
+        "pipeline_tag": "sentence-similarity" if is_pooled else "feature-extraction",
         "tags": ["llm2vec", "feature-extraction", "sentence-similarity", *readers],
         "license": licence or "other",
     }
     if origin.base is not None and "/" in origin.base_name:
         front["base_model"] = origin.base_name
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# Text encoder from {origin.base_name}\n\n{_what(encoder)}",
-        "## How to load it\n\n" + _how_to_load(encoder, format),
-        "## How it was made\n\n" + _stages(origin),
-        *(["## Scores\n\n" + _scores(origin.scores)] if origin.scores else []),
-        "## Limits\n\n"
-        + "\n".join(f"- {limit}" for limit in limits or ["None known beyond its base model's."]),
-        "## Licence\n\n" + _licence_words(origin, licence),
-    ]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    if scores:
+        front["model-index"] = model_index(options.repository or f"encoder-{origin.base_name}", scores)
+    return front
 
 
 def _what(encoder: Encoder) -> str:
@@ -164,53 +215,6 @@ def _bidirectional(encoder: Encoder) -> bool:
     from llm2vec_ds.model.bidirectional import is_causal
 
     return is_causal(encoder.trunk.config) is False
-
-
-def _is_onnx(format: str) -> bool:
-    return format.endswith(".onnx")
-
-
-def _how_to_load_onnx(encoder: Encoder, file: str) -> str:
-    length = encoder.settings.max_tokens
-    return (
-        "```python\nimport numpy as np\nimport onnxruntime\nfrom tokenizers import Tokenizer\n\n"
-        'tokenizer = Tokenizer.from_file("FOLDER/tokenizer.json")\n'
-        f"tokenizer.enable_truncation({length})\ntokenizer.enable_padding()\n"
-        f'session = onnxruntime.InferenceSession("FOLDER/{file}")\n'
-        'encoded = tokenizer.encode_batch(["a text"])\n'
-        'inputs = {"input_ids": np.array([e.ids for e in encoded]), '
-        '"attention_mask": np.array([e.attention_mask for e in encoded])}\n'
-        '(vectors,) = session.run(["sentence_embedding"], inputs)  # of length 1\n```\n\n'
-        "transformers.js: `AutoModel.from_pretrained`; take `sentence_embedding` of its output. "
-        "sentence-transformers: "
-        f'`SentenceTransformer("FOLDER", backend="onnx", model_kwargs={{"file_name": "{file}"}})`.'
-    )
-
-
-def _how_to_load(encoder: Encoder, format: str) -> str:
-    if _is_onnx(format):
-        return _how_to_load_onnx(encoder, format)
-    prompt = next(iter(encoder.settings.prompts), None)
-    named = f', prompt_name="{prompt}"' if prompt else ""
-    own = (
-        "```python\nfrom llm2vec_ds import Encoder\n\n"
-        f'vectors = Encoder.from_pretrained("FOLDER").encode(["a text"]{named}, normalize=True)\n```'
-    )
-    trunk = (
-        "`AutoModel.from_pretrained` of transformers ≥ 5.2 gives the token vectors (earlier versions ignore "
-        "`is_causal` and stay causal)."
-    )
-    if format == "transformers":
-        return f"{own}\n\n{trunk}"
-    standard = (
-        "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
-        f'vectors = SentenceTransformer("FOLDER").encode(["a text"]{named}, normalize_embeddings=True)\n```'
-    )
-    servers = (
-        "```\nvllm serve FOLDER --runner pooling\n"
-        "text-embeddings-router --model-id FOLDER --dtype float16\n```"
-    )
-    return f"{standard}\n\n{own}\n\nServers (see the limits below):\n\n{servers}\n\n{trunk}"
 
 
 def _stages(origin: Origin) -> str:
@@ -246,24 +250,6 @@ def _measured(folder: Path) -> tuple[str, str]:
     steps = list(read_json_lines(file, _Step, ELSEWHERE))
     n_tokens, ms = sum(step.n_tokens for step in steps), sum(step.step_ms for step in steps)
     return f"{n_tokens:,}", f"{n_tokens / ms * 1e3:,.0f}" if ms else "–"
-
-
-def _scores(scores: dict[str, Any]) -> str:
-    """The demo's metrics.json: figures after each stage."""
-    run = scores.get("run", {})
-    figures = {
-        stage: {name: value for name, value in values.items() if isinstance(value, float)}
-        for stage, values in scores.items()
-        if stage != "run" and isinstance(values, dict)
-    }
-    names = list(
-        dict.fromkeys(name for found in figures.values() for name in found if name != "tokens_per_s")
-    )
-    rows = [f"| after | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for stage, found in figures.items():
-        rows.append(f"| {stage} | {' | '.join(f'{found[n]:.4f}' if n in found else '–' for n in names)} |")
-    versions = ", ".join(f"{n} {run[n]}" for n in ("python", "torch", "transformers") if n in run)
-    return "\n".join([*rows, "", f"Measured on {run.get('sts', '?')}; {versions}."])
 
 
 def _licence_words(origin: Origin, licence: str | None) -> str:

@@ -24,7 +24,15 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.of_run import check_is_of_finished_run, encoder_of
 from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.export.card import Origin, copy_licence_files, licence, origin, write_card
+from llm2vec_ds.export.card import (
+    NOTHING_MORE,
+    CardOptions,
+    Origin,
+    copy_licence_files,
+    licence,
+    origin,
+    write_card,
+)
 from llm2vec_ds.export.checked import checked_texts, compare
 from llm2vec_ds.export.sentence_transformers import (
     Plan,
@@ -35,6 +43,7 @@ from llm2vec_ds.export.sentence_transformers import (
     write_config,
     write_sentence_transformers,
 )
+from llm2vec_ds.export.vllm import vllm_notes
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.storage.output_folder import check_replaceable, replaced_folder
 
@@ -54,6 +63,7 @@ class ExportOptions:
         dtype: auto keeps what the encoder's folder holds (ONNX: fp32).
         prompts: more instructions by name.
         format: of `export` alone, one of FORMATS.
+        card: what the model card says beside what is found.
     """
 
     dtype: str = "auto"
@@ -61,6 +71,7 @@ class ExportOptions:
     prompts: dict[str, str] = field(default_factory=dict)
     overwrite: bool = False
     format: str = "sentence-transformers"
+    card: CardOptions = NOTHING_MORE
 
 
 def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
@@ -82,9 +93,9 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     expected = _expected(encoder)
     with writing(what), replaced_folder(output, what, [source, folder]) as unfinished:
         dtype = stored_dtype(folder) if options.dtype == "auto" else DTYPES[options.dtype]
-        write_folder(unfinished, encoder, as_modules, dtype)
+        write_folder(unfinished, encoder, as_modules, dtype, found.matryoshka_dims)
         encoder.settings.write(unfinished)
-        write_card(unfinished, encoder, found, licence_name, notes, options.format)
+        write_card(unfinished, encoder, found, licence_name, notes, options.format, options.card)
         copied = copy_licence_files(found.base, unfinished)
         _verify(unfinished, encoder, expected, as_modules, LOWEST_COSINE[dtype])
     log.info("%s: %s, %s", output, options.format, str(dtype).removeprefix("torch."))
@@ -157,27 +168,7 @@ def limits(encoder: Encoder, as_modules: Plan | None) -> list[str]:
         notes.append(f"text-embeddings-inference does not know RoPE of the type {rope} for Llama.")
     if settings.pooling == "weighted_mean":
         notes.append("vLLM and text-embeddings-inference have no weighted mean.")
-    return notes
-
-
-def push_folder(folder: Path, repository: str) -> str:
-    """Uploads an export to the hub, private where the repository is new; returns its address.
-
-    Raises:
-        UserError: the hub refuses.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, private=True, exist_ok=True)
-        return str(api.upload_folder(folder_path=folder, repo_id=repository))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--push {repository}: {reason}; log in with `hf auth login`. {folder} is kept"
-        ) from None
+    return notes + vllm_notes(config, settings.max_tokens)
 
 
 def _check(options: ExportOptions) -> None:
@@ -206,7 +197,13 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return dtype
 
 
-def write_folder(folder: Path, encoder: Encoder, as_modules: Plan | None, dtype: torch.dtype) -> None:
+def write_folder(
+    folder: Path,
+    encoder: Encoder,
+    as_modules: Plan | None,
+    dtype: torch.dtype,
+    matryoshka_dims: list[int] | None = None,
+) -> None:
     """Weights, config and tokenizer as transformers reads them, and sentence-transformers' modules."""
     state = {name: value.to(dtype) for name, value in encoder.trunk.state_dict().items()}
     encoder.trunk.config.dtype = dtype
@@ -214,7 +211,7 @@ def write_folder(folder: Path, encoder: Encoder, as_modules: Plan | None, dtype:
     prompts = as_modules.prompts if as_modules else {}
     tokenizer = tokenizer_for(encoder, prompts) if as_modules else padded_tokenizer(encoder.tokenizer)
     save_tokenizer(tokenizer, folder)
-    write_config(folder, tokenizer)
+    write_config(folder, tokenizer, matryoshka_dims)
     if as_modules is not None:
         write_sentence_transformers(folder, encoder, as_modules)
 

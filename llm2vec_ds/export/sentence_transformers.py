@@ -103,8 +103,13 @@ def _check(encoder: Encoder, template: Template, before: list[int], after: list[
         raise UserError(f"pooling `last` under a tokenizer that adds tokens at the end: {fix}")
 
 
-def write_config(folder: Path, tokenizer: Any) -> None:
-    """Makes `config.json` say the same to every reader; `tokenizer`: the exported one."""
+def write_config(folder: Path, tokenizer: Any, matryoshka_dims: list[int] | None = None) -> None:
+    """Makes `config.json` say the same to every reader.
+
+    Args:
+        tokenizer: the exported one.
+        matryoshka_dims: lengths that the encoder was trained for; vLLM gives no others.
+    """
     from transformers import AutoConfig
 
     file = folder / "config.json"
@@ -117,6 +122,8 @@ def write_config(folder: Path, tokenizer: Any) -> None:
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
+    if matryoshka_dims:
+        config["matryoshka_dimensions"] = matryoshka_dims
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -21,9 +21,17 @@ MISTAKES = {
         "--output TMP/out: a GGUF is one file: name it out.gguf",
         ("export", "TMP/encoder", "--output", "TMP/out", "--format", "gguf"),
     ),
-    "a GGUF to be pushed": Mistake(
-        "--push takes a folder: upload the file with `hf upload owner/name TMP/e.gguf`",
-        ("export", "TMP/none", "--output", "TMP/e.gguf", "--format", "gguf", "--push", "owner/name"),
+    "a repository without an owner": Mistake(
+        "--push takes OWNER/NAME of a repository on the hub, such as my-team/my-encoder",
+        ("export", "TMP/none", "--output", "TMP/out", "--push", "name"),
+    ),
+    "scores that are not there": Mistake(
+        "--scores TMP/scores.json is not there: give the scores.json of llm2vec-ds evaluate mteb",
+        ("export", "TMP/encoder", "--output", "TMP/out", "--scores", "TMP/scores.json"),
+    ),
+    "a dry run of nothing": Mistake(
+        "--dry-run shows what --push would upload: give --push OWNER/NAME too",
+        ("export", "TMP/none", "--output", "TMP/out", "--dry-run"),
     ),
     "a dtype that a graph has not": Mistake(
         "--dtype 'q8_0' is not in --format onnx: choose auto, fp32, fp16, int8",

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from llm2vec_ds import Encoder, UserError
 from llm2vec_ds.demo import model as demo_model
 from llm2vec_ds.export.card import licence, origin
-from llm2vec_ds.export.export import ExportOptions, export, push_folder
+from llm2vec_ds.export.export import ExportOptions, export
 from tests.support.encoder_folders import TEXTS, cosines, make
 from tests.support.model_types import build
 from tests.support.tiny import tiny_tokenizer
@@ -175,7 +174,7 @@ def test_weights_may_be_rounded(dtype: str, stored: torch.dtype, tmp_path: Path)
 def test_a_wrong_folder_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make(tmp_path / "encoder")
 
-    def forget(folder: Path, _: Any) -> None:
+    def forget(folder: Path, *_: Any) -> None:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "is_causal": True}))
 
@@ -324,22 +323,3 @@ def test_an_unknown_licence_is_said_not_guessed(tmp_path: Path, caplog: pytest.L
     assert "licence: none found" in caplog.text
     export(source, tmp_path / "out2", ExportOptions(licence="apache-2.0"))
     assert "license: apache-2.0\n" in (tmp_path / "out2" / "README.md").read_text()
-
-
-def test_a_push_is_private_and_one_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, Any]] = []
-    api = SimpleNamespace(
-        create_repo=lambda name, **options: calls.append((name, options)),
-        upload_folder=lambda **options: calls.append(("upload", options)) or "https://hub/owner/name",
-    )
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
-    assert push_folder(tmp_path, "owner/name") == "https://hub/owner/name"
-    assert calls[0] == ("owner/name", {"private": True, "exist_ok": True})
-    assert calls[1] == ("upload", {"folder_path": tmp_path, "repo_id": "owner/name"})
-
-    def refuse(**_: Any) -> None:
-        raise OSError("no network")
-
-    api.upload_folder = refuse
-    with pytest.raises(UserError, match="no network; log in with"):
-        push_folder(tmp_path, "owner/name")

@@ -15,7 +15,7 @@ import torch
 from llm2vec_ds.data.prompts import Prompt, Template, tokenize
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.export.card import licence, origin
+from llm2vec_ds.export.card import copy_licence_files, licence, origin, write_card
 from llm2vec_ds.export.checked import checked_texts, compare
 from llm2vec_ds.export.export import ExportOptions, find_encoder, load_for_export, stored_dtype
 from llm2vec_ds.export.gguf.file import plan, write
@@ -43,8 +43,13 @@ TOKENS_OF_ALL_KINDS = [
 """Where ways of cutting texts differ: digits, apostrophes, blanks, scripts, case, signs."""
 
 
-def export_gguf(source: Path, output: Path, options: ExportOptions) -> list[str]:
+def export_gguf(
+    source: Path, output: Path, options: ExportOptions, card_folder: Path | None = None
+) -> list[str]:
     """Writes `output` and returns what one has to know beside llama.cpp, each as a sentence.
+
+    Args:
+        card_folder: gets a model card and the base model's licence files.
 
     Raises:
         UserError: nothing to export there, an encoder that llama.cpp cannot express, an output that exists or
@@ -70,6 +75,9 @@ def export_gguf(source: Path, output: Path, options: ExportOptions) -> list[str]
                 move_file(unfinished, place)
             finally:
                 unfinished.unlink(missing_ok=True)
+    if card_folder is not None:
+        write_card(card_folder, encoder, found, said, planned.notes, place.name, options.card)
+        copy_licence_files(found.base, card_folder)
     log.info("%s: gguf, %s, texts of up to %s tokens", output, name, planned.longest)
     if said is None:
         log.warning("licence: none found for %s: look it up and give it with --licence", found.base_name)

@@ -60,7 +60,8 @@ def export_onnx(source: Path, output: Path, options: ExportOptions) -> list[str]
     licence_name = licence(found.base, options.licence)
     with writing(what), replaced_folder(output, what, [source, folder]) as unfinished:
         write_folder(unfinished, encoder, planned.as_modules, torch.float32)
-        write_card(unfinished, encoder, found, licence_name, planned.notes, f"onnx/{NAMES[dtype]}")
+        graph = f"onnx/{NAMES[dtype]}"
+        write_card(unfinished, encoder, found, licence_name, planned.notes, graph, options.card)
         encoder.trunk = None  # its memory is needed for the fresh copy
         gc.collect()
         file = write_file(unfinished, planned.pooled, dtype, length)

@@ -1,0 +1,107 @@
+"""What a model card says of an encoder's scores: a table, and the hub's `model-index`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.storage.reading import read_json
+
+
+@dataclass(frozen=True)
+class Score:
+    """`type`: what the hub calls a task. `data`: the name of what was measured on."""
+
+    type: str
+    data: str
+    metric: str
+    value: float
+
+
+DEMO = {
+    "sts_spearman": ("STS", "spearman", "sts"),
+    "retrieval_ndcg_at_10": ("Retrieval", "ndcg_at_10", "text"),
+}
+"""Of the demo's figures: the task, the metric, and which key of its `run` names the data."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Of `scores.json`."""
+
+    type: str
+    metric: str
+    main_score: float
+
+
+def demo_scores(metrics: dict[str, Any]) -> list[Score]:
+    """After the last stage of a demo's `metrics.json`."""
+    run = metrics.get("run", {})
+    last = [values for stage, values in metrics.items() if stage != "run"][-1:]
+    return [
+        Score(task, str(run.get(data, "unknown")), metric, float(values[name]))
+        for values in last
+        for name, (task, metric, data) in DEMO.items()
+        if name in values
+    ]
+
+
+def mteb_scores(file: Path) -> tuple[Score, ...]:
+    """Of the `scores.json` that `evaluate mteb` writes.
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    if not file.is_file():
+        raise UserError(f"--scores {file} is not there: give the scores.json of llm2vec-ds evaluate mteb")
+    found = read_json(file, _Summary, "measure again with llm2vec-ds evaluate mteb")
+    return tuple(Score(task.type, name, task.metric, task.main_score) for name, task in found.tasks.items())
+
+
+@dataclass(frozen=True)
+class _Summary:
+    tasks: dict[str, _Task]
+
+
+def model_index(name: str, scores: list[Score]) -> list[dict[str, Any]]:
+    """As the hub reads it from a card's front matter."""
+    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+    results = [
+        EvalResult(
+            task_type=score.type,
+            dataset_type=score.data,
+            dataset_name=score.data,
+            metric_type=score.metric,
+            metric_value=round(score.value, 6),
+        )
+        for score in scores
+    ]
+    return eval_results_to_model_index(name, results)
+
+
+def stage_table(metrics: dict[str, Any]) -> str:
+    """The demo's figures after each stage, as a table of Markdown."""
+    run = metrics.get("run", {})
+    figures = {
+        stage: {name: value for name, value in values.items() if isinstance(value, float)}
+        for stage, values in metrics.items()
+        if stage != "run"
+    }
+    names = list(
+        dict.fromkeys(name for found in figures.values() for name in found if name != "tokens_per_s")
+    )
+    rows = [f"| after | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for stage, found in figures.items():
+        rows.append(f"| {stage} | {' | '.join(f'{found[n]:.4f}' if n in found else '–' for n in names)} |")
+    versions = ", ".join(f"{n} {run[n]}" for n in ("python", "torch", "transformers") if n in run)
+    return "\n".join([*rows, "", f"Measured on {run.get('sts', '?')}; {versions}."])
+
+
+def score_table(scores: Iterable[Score]) -> str:
+    """Of Markdown."""
+    rows = ["| task | data | metric | score |", "|---|---|---|---|"]
+    return "\n".join([*rows, *(f"| {s.type} | {s.data} | {s.metric} | {s.value:.4f} |" for s in scores)])
