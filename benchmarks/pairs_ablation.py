@@ -40,11 +40,14 @@ VARIANTS = ("plain", "guide", "stored")
 
 
 def first_rows(files: list[str], n_rows: int, folder: Path) -> None:
-    """Copies of the files' first rows: each remains a source of its own."""
+    """Copies of the files' first rows: each remains a source of its own. One that is there stays as old as it
+    is, so that what was prepared from it is found again."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in map(Path, files):
-        lines = file.read_text().splitlines(keepends=True)[:n_rows]
-        (folder / file.name).write_text("".join(lines))
+        rows = "".join(file.read_text().splitlines(keepends=True)[:n_rows])
+        copy = folder / file.name
+        if not copy.exists() or copy.read_text() != rows:
+            copy.write_text(rows)
 
 
 def recipe(arguments: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
