@@ -47,14 +47,13 @@ class InputDropout:
         """What comes next depends on torch's generator alone."""
         self._seeds = self._masks = self._last = None
 
+    def _take_seeds(self, _: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        self._seeds = options.get("dropout_seeds")
+
     def follow(self, trunk: nn.Module) -> None:
         """Takes the `dropout_seeds` of each pass of the trunk. Two passes never share a mask, and none stays
         alive after one."""
-
-        def take_seeds(_: nn.Module, args: Any, options: dict[str, Any]) -> None:
-            self._seeds = options.get("dropout_seeds")
-
-        trunk.register_forward_pre_hook(take_seeds, with_kwargs=True)
+        trunk.register_forward_pre_hook(self._take_seeds, with_kwargs=True)
         trunk.register_forward_hook(self.forget, always_call=True)
 
 
