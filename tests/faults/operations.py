@@ -22,13 +22,14 @@ class Fault:
         rank: where.
         kind: `kill` (SIGKILL) or `full` (no space left) at a file operation, `hang`, `nan`, `memory` in a
             step, `signal` (USR1 to itself) in a step, `absent` (SIGKILL) once the ranks have met.
-        at: number of the file operation, or of the step, counted from 0.
+        at: number of the file operation, or of the step, counted from 0; or the first operation of a phase,
+            such as `write:1`: how many come before it differs a little from run to run.
         half: a write is cut in the middle instead of before its first byte.
     """
 
     rank: int
     kind: str
-    at: int = 0
+    at: int | str = 0
     half: bool = False
 
 
@@ -59,9 +60,10 @@ class Operations:
         return run
 
     def _count(self, kind: str, operation: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        number, fault = len(self.seen), self.fault
-        self.seen.append(f"{kind}:{self.phase}")
-        if fault is None or fault.kind not in ("kill", "full") or fault.at != number:
+        fault, name = self.fault, f"{kind}:{self.phase}"
+        here = (len(self.seen), None if name in self.seen else name)
+        self.seen.append(name)
+        if fault is None or fault.kind not in ("kill", "full") or fault.at not in here:
             return
         if fault.half and kind in WRITES:
             descriptor, content, *rest = arguments
