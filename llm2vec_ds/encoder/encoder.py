@@ -28,7 +28,13 @@ from llm2vec_ds.data.prompts import (
     tokenize,
     truncate,
 )
-from llm2vec_ds.encoder.inference import device_of, has_part_in_training, kept_memory, no_graph
+from llm2vec_ds.encoder.inference import (
+    device_of,
+    has_part_in_training,
+    is_partitioned,
+    kept_memory,
+    no_graph,
+)
 from llm2vec_ds.encoder.of_run import encoder_of
 from llm2vec_ds.encoder.passes import HalvedWhereFull, made_ahead, one_ahead, tokens_of_a_pass
 from llm2vec_ds.encoder.replicas import Replicas, devices, text_blocks
@@ -346,7 +352,9 @@ class Encoder(nn.Module):
             with no_graph(trunk):  # holds for one thread
                 return self._vectors(trunk, batch).float()
 
-        run = HalvedWhereFull(vectors, lengths) if micro_batch_tokens is None else vectors
+        # Under ZeRO-3 all ranks run equally many passes.
+        may_halve = micro_batch_tokens is None and not is_partitioned(self.trunk)
+        run = HalvedWhereFull(vectors, lengths) if may_halve else vectors
         found = self._replicas.map(run, groups) if self._replicas else (run(self.trunk, g) for g in groups)
         try:
             with kept_memory(self.device, sum(lengths)):

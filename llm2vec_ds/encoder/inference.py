@@ -35,8 +35,12 @@ def no_graph(trunk: nn.Module) -> torch.inference_mode | torch.no_grad:
 
     ZeRO-3 fills its parameters in forward. Training could not change those that inference mode has filled.
     """
-    partitioned = hasattr(next(trunk.parameters()), "ds_id")
-    return torch.no_grad() if partitioned else torch.inference_mode()
+    return torch.no_grad() if is_partitioned(trunk) else torch.inference_mode()
+
+
+def is_partitioned(trunk: nn.Module) -> bool:
+    """Are its parameters shared among ranks (ZeRO-3)?"""
+    return hasattr(next(trunk.parameters()), "ds_id")
 
 
 def kept_memory(device: torch.device, n_tokens: int) -> AbstractContextManager[None]:

@@ -137,6 +137,7 @@ def _fits(stage: Stage, recipe: Recipe) -> bool:
     parameters = [p for p in stage.model.parameters() if p.requires_grad]
     stage.model.train()
     full = False
+    recorded, stage.encoder.run_trunk = stage.encoder.run_trunk, None  # its backward asks for nothing
     try:
         outcome = stage.model(batch.to(stage.encoder.device))
         torch.autograd.grad(outcome[0].sum(), parameters, allow_unused=True)
@@ -144,6 +145,8 @@ def _fits(stage: Stage, recipe: Recipe) -> bool:
         if full_memory(error) is None:
             raise
         full = True  # what the pass holds is freed only when this error is gone
+    finally:
+        stage.encoder.run_trunk = recorded
     if full and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return not full

@@ -164,6 +164,8 @@ class Trainer:
         rows, batches = self.prefetch(step)
         data_s = time.perf_counter() - started
         self.engine.train()
+        if self.graphed is not None:
+            self.graphed.fill_share()  # of a measurement before this step
         result = self.stage.step(step, rows, batches, self.engine.forward, self._backward)
         self.check.stop_if_not_finite(step + 1, result.bad_rows, self._describe)
         lr = learning_rate(step, recipe.max_steps, recipe.optimizer)

@@ -136,7 +136,8 @@ class Planner:
         optimizer_step = 0 if held.optimizer == 0 else 2 * 4 * trainable_part
         graphs = self._graphs(deepspeed, load)
         if graphs:  # their pool keeps a pass's memory for the next one, and nothing else can use it
-            step = one.peak + max(bank.kept, bank.in_loss, optimizer_step) + graphs
+            # The warm-up of a further length runs beside the pool.
+            step = one.peak + max(bank.kept, bank.in_loss, optimizer_step, one.activations) + graphs
         elif load.cached:
             step = max(one.peak + bank.kept, bank.in_loss, optimizer_step)
         else:

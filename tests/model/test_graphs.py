@@ -198,7 +198,7 @@ def test_passes_without_gradient_share_recordings_that_training_does_not(context
     """Whichever came first."""
     trunk = trained_trunk().eval()
     own, recorder = graphed(trunk)
-    for context, batch in product(contexts, BATCHES):
+    for context, batch in product(contexts, 2 * BATCHES):  # a length is recorded when it comes again
         with context():
             torch.testing.assert_close(own(batch), trunk_hidden_states(trunk, batch), rtol=1e-4, atol=1e-5)
     assert recorder.n_recordings == 2
@@ -239,23 +239,57 @@ def test_moved_weights_are_recorded_again() -> None:
         assert torch.equal(ours, expected), name
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_a_recording_that_fails_leaves_the_device_as_it_was() -> None:
+    recorder, x = CudaRecorder(torch.device("cuda", 0)), torch.ones(5, device=DEVICE)
+    stream = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        recorder.record(x.nonzero)
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+    assert torch.randn(3, device=DEVICE).isfinite().all()
+    outcome, replay = recorder.record(lambda: x + 1)
+    replay()
+    assert outcome.tolist() == [2.0] * 5
+
+
+def test_a_length_that_comes_once_is_not_recorded_without_gradient() -> None:
+    own, recorder = graphed(trained_trunk().eval())
+    with torch.no_grad():
+        first = own(BATCHES[0])
+        assert recorder.n_recordings == 0
+        assert torch.equal(own(BATCHES[0]), first)
+        assert recorder.n_recordings == 1
+
+
 def test_what_cannot_be_recorded_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    trunk = trained_trunk().eval()
-    own, recorder = graphed(trunk)
+    """By what the device refused first, not by what came of it."""
+    own, recorder = graphed(trained_trunk())
     monkeypatch.setattr(recorder, "record", raising(RuntimeError("operation not permitted")))
-    with (
-        torch.no_grad(),
-        pytest.raises(UserError, match=r"64 tokens cannot be recorded \(operation"),
-    ):
+    with pytest.raises(UserError, match=r"64 tokens cannot be recorded \(operation not permitted"):
         own(BATCHES[0])
+
+
+def test_a_full_memory_ends_recording_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = trained_trunk()
+    own, recorder = graphed(trunk)
+    expected = step(trunk, own.filled)
+    step(trunk, own, BATCHES[:1])
     monkeypatch.setattr(recorder, "record", raising(torch.OutOfMemoryError("CUDA out of memory")))
-    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
-        own(BATCHES[0])
+    n_before = recorder.n_replays
+    found = step(trunk, own)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert recorder.n_replays - n_before == 6  # three batches of the length that was recorded
 
 
 def raising(error: Exception) -> Any:
+    """As CUDA does: the end of a recording that failed raises another error."""
+
     def record(run: Any) -> None:
-        raise error
+        try:
+            raise error
+        except Exception:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
 
     return record
 
@@ -273,6 +307,8 @@ def test_another_pass_before_backward_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("changes", "adapter", "which", "reason"),
     [
+        ({"num_experts": 4}, {}, "none", "its experts take tokens in groups"),
+        ({"layer_types": ["chunked_attention", "full_attention"]}, {}, "none", "its chunked attention cuts"),
         ({}, {}, "full", "activation checkpointing runs whole layers twice"),
         ({"rope_parameters": DYNAMIC}, {}, "none", "its RoPE depends on the lengths"),
         ({}, {"variant": "dora"}, "none", "its adapters are not plain LoRA"),
@@ -294,9 +330,10 @@ def test_what_cannot_be_recorded_is_named(
 def test_a_proof_compares_every_gradient_and_leaves_none() -> None:
     trunk = trained_trunk()
     own, _ = graphed(trunk)
-    before = torch.get_rng_state()
+    before, weights = torch.get_rng_state(), [p.detach().clone() for p in trunk.parameters()]
     assert prove(trunk, own, BATCHES[:2]) == ("hidden states of batch 0", 0.0)
     assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, weights, trunk.parameters()))
     parameters = {name: p for name, p in trunk.named_parameters() if p.requires_grad}
     assert all(p.grad is not None and not p.grad.any() for p in parameters.values())
 
@@ -312,5 +349,5 @@ def test_a_proof_compares_every_gradient_and_leaves_none() -> None:
     wrong = Wrong(trunk, own_recorder(), longest=80, longest_text=80)
     proof = prove(trunk, wrong, BATCHES[:1])
     assert proof.worst == NAME
-    assert proof.error == pytest.approx(0.01 / 1.01, rel=1e-3)
+    assert 0.005 < proof.error < 0.05
     assert not proof.holds

@@ -28,6 +28,9 @@ class RecordedOperations:
         self.n_recordings = self.n_replays = 0
         self._made: list[torch.Tensor] = []
 
+    def forget(self) -> None:
+        self._made.clear()
+
     def warm_up(self, run: Callable[[], Any]) -> None:
         run()
 

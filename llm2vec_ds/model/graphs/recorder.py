@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,13 +26,20 @@ class Recorder(Protocol):
         """What `run` returns, holding no values yet, and what computes them: each call computes them again
         in the same tensors."""
 
+    def forget(self) -> None:
+        """All recordings are gone."""
+
 
 class CudaRecorder:
     """One memory pool for all recordings: no two are in use at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._device = device
         self._stream = torch.cuda.Stream(device)
+        self.forget()
+
+    def forget(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], Any]) -> None:
         with self._aside():
@@ -42,7 +49,7 @@ class CudaRecorder:
     def record(self, run: Callable[[], T]) -> tuple[T, Replay]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        collects = gc.isenabled()
+        stream, collects = torch.cuda.current_stream(), gc.isenabled()
         gc.disable()  # a tensor that dies in a recording belongs to another pool
         try:
             # Backward in this thread: only what this thread does is held to the rules of a recording.
@@ -53,6 +60,13 @@ class CudaRecorder:
                 ),
             ):
                 outcome = run()
+        except BaseException:
+            # torch leaves its own stream current, and before 2.12 its allocator in the recording
+            # (pytorch#180395). What is over already says so by an error.
+            torch.cuda.set_stream(stream)
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            raise
         finally:
             if collects:
                 gc.enable()

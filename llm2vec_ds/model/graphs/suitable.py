@@ -13,6 +13,7 @@ from llm2vec_ds.model.attention import NAME
 from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.loading import head_dim_of
 from llm2vec_ds.model.lora_linear import LoraLinear
+from llm2vec_ds.model.probe.small_config import EXPERTS
 from llm2vec_ds.model.recomputation import runs_layers_twice
 from llm2vec_ds.model.rope import RopeByText
 
@@ -38,6 +39,11 @@ def cannot_be_recorded(trunk: Any) -> str | None:
         )
     if any(isinstance(part, RopeByText) for part in trunk.modules()):
         return "its RoPE depends on the lengths of the texts"
+    config = trunk.config.get_text_config()
+    if any(EXPERTS.search(key) and isinstance(n, int) and n > 1 for key, n in config.to_dict().items()):
+        return "its experts take tokens in groups whose sizes differ"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return "its chunked attention cuts texts on the host"
     adapted = [layer for layer in trunk.modules() if isinstance(layer, LoraLayer)]
     if not all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in adapted):
         return "its adapters are not plain LoRA, and draw their dropout in another way"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,6 +89,8 @@ class GraphedTrunk:
         self._longest_text = longest_text
         self._places, self._recorded_at = places, places()
         self._recordings: dict[_Kind, _Recording] = {}
+        self._seen_once: set[_Kind] = set()
+        self._is_full = False
         self._outcome: _Outcome | None = None
         self._anchor = torch.zeros((), requires_grad=True)
         self._turn = 0
@@ -101,10 +103,12 @@ class GraphedTrunk:
         if kind is None:
             return seeded_hidden_states(self._trunk, batch)
         seed = drawn_dropout_seed() if kind.training else 0
-        recording = self._recording(kind, batch, seed)
         self.n_tokens += batch.n_tokens
         self.n_filled += kind.length - batch.n_tokens
         self._turn += 1
+        recording = self._recording(kind, batch, seed)
+        if recording is None:
+            return self._filled(kind, batch, seed)
         recording.inputs.fill(batch, seed)
         if kind.with_gradient:
             replayed: torch.Tensor = _Replayed.apply(self._anchor, self, recording, batch.n_tokens)
@@ -116,8 +120,11 @@ class GraphedTrunk:
         """The same without a recording, from the same draw of torch's generator."""
         kind = self._kind(batch)
         assert kind is not None, "the batch is too large to be recorded"
+        return self._filled(kind, batch, drawn_dropout_seed() if kind.training else 0)
+
+    def _filled(self, kind: _Kind, batch: PackedBatch, seed: int) -> torch.Tensor:
         inputs = self._inputs(kind.length, batch)
-        inputs.fill(batch, drawn_dropout_seed() if kind.training else 0)
+        inputs.fill(batch, seed)
         return self._pass(inputs)[: batch.n_tokens]
 
     def fill_share(self) -> float:
@@ -144,21 +151,45 @@ class GraphedTrunk:
         seeds = Seeds(inputs.seed) if self._trunk.training else None
         return trunk_hidden_states(self._trunk, inputs.fresh_bounds(), seeds)
 
-    def _recording(self, kind: _Kind, batch: PackedBatch, seed: int) -> _Recording:
+    def _recording(self, kind: _Kind, batch: PackedBatch, seed: int) -> _Recording | None:
+        """None: this pass is not worth a recording, or memory is full and holds no more of them."""
         if (places := self._places()) != self._recorded_at:
             log.info("weights have moved: %s recordings are made again", len(self._recordings))
             self._recordings.clear()
+            self._recorder.forget()
             self._recorded_at = places
-        if kind not in self._recordings:
-            started = time.perf_counter()
-            inputs = self._inputs(kind.length, batch)
-            inputs.fill(batch, seed)
-            with self.while_recording(), _explained(kind.length):
+        if kind in self._recordings:
+            return self._recordings[kind]
+        if self._is_full or not (kind.with_gradient or kind in self._seen_once):
+            self._seen_once.add(kind)  # evaluation has many lengths that never come again
+            return None
+        started = time.perf_counter()
+        inputs = self._inputs(kind.length, batch)
+        inputs.fill(batch, seed)
+        try:
+            with self.while_recording():
                 record = self._record_both if kind.with_gradient else self._record_forward
-                self._recordings[kind] = record(inputs)
-            what = "forward and backward" if kind.with_gradient else "forward"
-            log.info("recorded %s of %s tokens, %.1f s", what, kind.length, time.perf_counter() - started)
-        return self._recordings[kind]
+                recording = record(inputs)
+        except RuntimeError as error:
+            self._explain(error, kind.length)
+            return None
+        self._recordings[kind] = recording
+        what = "forward and backward" if kind.with_gradient else "forward"
+        log.info("recorded %s of %s tokens, %.1f s", what, kind.length, time.perf_counter() - started)
+        return recording
+
+    def _explain(self, error: BaseException, length: int) -> None:
+        """A full memory ends recording: the pass itself may fit. Any other error is the user's to know."""
+        chain = [error]
+        while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(before)  # the last one is what CUDA refused, the first what came of it
+        if any(full_memory(link) for link in chain):
+            log.warning("memory is full: passes of %s tokens, and all new lengths, are not recorded", length)
+            self._is_full = True
+            return
+        words = " ".join(str(chain[-1]).split())[:200]
+        what = f"a pass of {length} tokens cannot be recorded ({words})"
+        raise UserError(f"{what}: set model.cuda_graphs=off") from error
 
     def _record_forward(self, inputs: StaticInputs) -> _Recording:
         outcome = self._outcome_of(inputs)
@@ -199,20 +230,6 @@ class GraphedTrunk:
                 zeros = [torch.zeros(shape, dtype=hidden_LD.dtype, device=hidden_LD.device) for _ in range(2)]
                 self._outcome = _Outcome(*zeros)
         return self._outcome
-
-
-@contextmanager
-def _explained(length: int) -> Iterator[None]:
-    """A full memory stays that error: a smaller micro-batch may fit."""
-    try:
-        yield
-    except RuntimeError as error:
-        if full_memory(error) is not None:
-            raise
-        words = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"a pass of {length} tokens cannot be recorded ({words}): set model.cuda_graphs=off"
-        ) from error
 
 
 def _no_backward() -> None:
