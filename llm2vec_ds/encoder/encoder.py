@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -38,10 +36,10 @@ from llm2vec_ds.encoder.inference import (
 from llm2vec_ds.encoder.of_run import encoder_of
 from llm2vec_ds.encoder.passes import HalvedWhereFull, made_ahead, one_ahead, tokens_of_a_pass
 from llm2vec_ds.encoder.replicas import Replicas, devices, text_blocks
+from llm2vec_ds.encoder.saving import save_trunk
 from llm2vec_ds.encoder.settings import EncoderSettings, stored_settings
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.model.adapter_stack import AdapterStack, adapter_state, write_stack
-from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.model.attention import register_for
 from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.damage import check_ids, check_vocabulary, why_not_finite
@@ -54,8 +52,6 @@ from llm2vec_ds.storage.output_folder import replaced_folder
 log = logging.getLogger(__name__)
 
 BadTexts = Literal["raise", "nan"]
-LARGEST_FILE = "4GB"
-"""Of an encoder's weights; so much of a GPU's weights is on the host at once while they are written."""
 
 
 class Encoder(nn.Module):
@@ -396,27 +392,4 @@ class Encoder(nn.Module):
 
     def save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """The trunk alone: weights and config.json."""
-        try:
-            if getattr(self.trunk, "is_loaded_in_4bit", False):
-                self._save_dequantized(folder, state_dict)
-            else:
-                self.trunk.save_pretrained(folder, state_dict=state_dict, max_shard_size=LARGEST_FILE)
-        except SafetensorError as error:  # its name for what the system said
-            number = re.search(r"os error (\d+)", str(error))
-            reason = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
-            raise OSError(*reason) from None
-        for weights in folder.glob("*.safetensors"):  # which come readable to their owner alone
-            weights.chmod((folder / "config.json").stat().st_mode)
-
-    def _save_dequantized(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """A plain checkpoint: transformers would write the 4-bit settings into config.json."""
-        from huggingface_hub import save_torch_state_dict
-
-        config = type(self.trunk.config).from_dict(self.trunk.config.to_dict())
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        config.architectures = [type(self.trunk).__name__]
-        config.save_pretrained(folder)
-        save_torch_state_dict(
-            state_dict or merged_state_dict(self.trunk), folder, max_shard_size=LARGEST_FILE
-        )
+        save_trunk(self.trunk, folder, state_dict)

@@ -19,8 +19,8 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 CPU_TOKENS, GPU_TOKENS = 4096, 32_768
-"""Of a pass. A CPU gains nothing from more. An H200 encodes three to four times as fast with 32,768 as with
-4,096, and no faster with more (docs/performance.md)."""
+"""Of a pass. An H200 encodes three to four times as fast with 32,768 as with 4,096 (docs/performance.md).
+More was not measured."""
 
 
 def tokens_of_a_pass(device: torch.device, asked: int | None = None) -> int:

@@ -83,9 +83,12 @@ def _disproof(stage: Stage, engine: Engine, graphed: GraphedTrunk) -> str | None
     reason = None
     try:
         proof = prove(stage.encoder.trunk, graphed, _sample_batches(stage))
-        log.info("CUDA graphs: replays give the gradients of eager passes %s", proof)
-        if not proof.holds:
+        if graphed.is_full:
+            reason = "memory is full"
+        elif not proof.holds:
             reason = f"replays differ from eager passes by {proof.error:.1e} in {proof.worst}"
+        else:
+            log.info("CUDA graphs: replays give the gradients of eager passes %s", proof)
     except Exception as error:  # whatever it is: the run can go on without
         reason = f"recording failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     failed = all_reduce_max_int(int(reason is not None), stage.encoder.device)

@@ -134,6 +134,25 @@ def test_replays_that_differ_are_not_used(
     assert said in found
 
 
+def without_memory(rank: int, world: int, values: dict[str, Any]) -> str:
+    """What a run logs whose recordings do not fit; it goes on without them, and claims no proof."""
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    with (
+        mock.patch.object(RecordedOperations, "record", side_effect=full),
+        mock.patch.object(graphs.log, "log") as said,
+        mock.patch.object(graphs.log, "info") as claimed,
+    ):
+        counts = train_all(rank, world, [values], recorded=True)
+    return f"{counts} {said.call_args.args[-1]} {claimed.called}"
+
+
+def test_recordings_that_do_not_fit_are_not_taken_for_proven(
+    tmp_path: Path, tiny_model_dir: Path, texts_file: Path
+) -> None:
+    values = recipe("mntp", tiny_model_dir, texts_file, tmp_path / "run", max_steps=1, **DROPOUT)
+    assert run_ranks(partial(without_memory, values=values), 1) == ["[0] memory is full False"]
+
+
 def test_a_cpu_has_no_graphs(tmp_path: Path, tiny_model_dir: Path, texts_file: Path) -> None:
     values = recipe("mntp", tiny_model_dir, texts_file, tmp_path / "run", max_steps=1)
     values["model"]["cuda_graphs"] = "on"

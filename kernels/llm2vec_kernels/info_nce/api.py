@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +33,6 @@ from llm2vec_kernels.devices import runs_triton
 from llm2vec_kernels.info_nce.epilogue import Epilogue, TorchEpilogue
 from llm2vec_kernels.info_nce.tiles import (
     HELD_ELEMENTS,
-    MIN_TILE_ROWS,
     Block,
     BlockStatistics,
     Guide,
@@ -42,6 +40,7 @@ from llm2vec_kernels.info_nce.tiles import (
     add_product,
     computed_in,
     document_chunks,
+    documents_of_a_tile,
     operand,
     product,
     score_tiles,
@@ -263,23 +262,13 @@ def _document_gradient(
     """As `_block_gradients`, in the dtype of `like_ND`: a few documents at a time against all queries."""
     relative_Q, largest = _relative(weight_Q.to(block.score_dtype))
     out_ND = torch.empty_like(like_ND)
-    for documents in slices(len(out_ND), _documents_of_a_tile(block, tile_mib)):
+    for documents in slices(len(out_ND), documents_of_a_tile(block, tile_mib)):
         part = block.part(documents=documents)
         sums = _Sums(part, query=False, document=True)
         for rows, tile, _ in _tiles(part, tile_mib):
             sums.add(rows, tile.coefficients(lse_Q[rows], sums.factor, relative_Q[rows]))
         out_ND[documents] = sums.document_ND.mul_(block.scale * largest / sums.factor).to(out_ND.dtype)
     return out_ND
-
-
-def _documents_of_a_tile(block: Block, tile_mib: float) -> int:
-    """Neither side of a tile is to be short (a product whose result is small does not fill a GPU), nor is the
-    documents' total, which is fp32, to be much larger than a tile."""
-    elements = int(tile_mib * 2**20) // block.score_dtype.itemsize
-    n_queries, width = block.query_QD.shape
-    n_documents = max(isqrt(elements) // 2, elements // max(1, n_queries))
-    n_documents = min(n_documents, HELD_ELEMENTS // max(1, width))
-    return max(MIN_TILE_ROWS, n_documents // MIN_TILE_ROWS * MIN_TILE_ROWS)  # rows aligned for tensor cores
 
 
 def _relative(weight_Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

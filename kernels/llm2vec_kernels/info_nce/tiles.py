@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Literal, NamedTuple
 
 import torch
@@ -240,3 +241,13 @@ def document_chunks(block: Block) -> Iterator[tuple[slice, torch.Tensor]]:
     step = max(1, CHUNK_ELEMENTS // width) if cast else n_documents
     for documents in slices(n_documents, step):
         yield documents, block.document_ND[documents].to(block.operand_dtype)
+
+
+def documents_of_a_tile(block: Block, tile_mib: float) -> int:
+    """Neither side of a tile is to be short (a product whose result is small does not fill a GPU), nor is the
+    documents' total, which is fp32, to be much larger than a tile."""
+    elements = int(tile_mib * 2**20) // block.score_dtype.itemsize
+    n_queries, width = block.query_QD.shape
+    n_documents = max(isqrt(elements) // 2, elements // max(1, n_queries))
+    n_documents = min(n_documents, HELD_ELEMENTS // max(1, width))
+    return max(MIN_TILE_ROWS, n_documents // MIN_TILE_ROWS * MIN_TILE_ROWS)  # rows aligned for tensor cores

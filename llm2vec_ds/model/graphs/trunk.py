@@ -66,6 +66,7 @@ class GraphedTrunk:
 
     Attributes:
         n_tokens, n_filled: tokens of the passes so far, and filler among what ran.
+        is_full: memory holds no more recordings. Passes without one run as they are.
         while_recording: a context for each recording, in which nothing else is to use the device.
     """
 
@@ -90,7 +91,7 @@ class GraphedTrunk:
         self._places, self._recorded_at = places, places()
         self._recordings: dict[_Kind, _Recording] = {}
         self._seen_once: set[_Kind] = set()
-        self._is_full = False
+        self.is_full = False
         self._outcome: _Outcome | None = None
         self._anchor = torch.zeros((), requires_grad=True)
         self._turn = 0
@@ -160,7 +161,7 @@ class GraphedTrunk:
             self._recorded_at = places
         if kind in self._recordings:
             return self._recordings[kind]
-        if self._is_full or not (kind.with_gradient or kind in self._seen_once):
+        if self.is_full or not (kind.with_gradient or kind in self._seen_once):
             self._seen_once.add(kind)  # evaluation has many lengths that never come again
             return None
         started = time.perf_counter()
@@ -185,7 +186,7 @@ class GraphedTrunk:
             chain.append(before)  # the last one is what CUDA refused, the first what came of it
         if any(full_memory(link) for link in chain):
             log.warning("memory is full: passes of %s tokens, and all new lengths, are not recorded", length)
-            self._is_full = True
+            self.is_full = True
             return
         words = " ".join(str(chain[-1]).split())[:200]
         what = f"a pass of {length} tokens cannot be recorded ({words})"
