@@ -3,8 +3,8 @@
     srun … python slurm/preflight.py [--cpu] [--folder OUTPUT_DIR]
 
 Each node first checks its own GPUs and disks. Then all report to rank 0, which shows who is missing. Then
-they run an all-reduce and compare clocks. PREFLIGHT_NODES names the nodes in the order of ranks. The exit code
-says nothing, because srun would blame rank 0's node for it, which need not be the bad one.
+they run an all-reduce and compare clocks. PREFLIGHT_NODES names the nodes in the order of ranks. The exit
+code says nothing, because srun would blame rank 0's node for it, which need not be the bad one.
 """
 
 from __future__ import annotations
