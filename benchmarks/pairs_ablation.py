@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True, help="LLM or encoder folder to start from")
     parser.add_argument("--pairs", required=True, nargs="+", help=".jsonl files of pairs to train on")
-    parser.add_argument("--rows", type=int, default=6400, help="first rows used of each (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=6400, help="first rows of each (default %(default)s)")
     parser.add_argument("--guide", required=True, help="as supervised.guide")
     parser.add_argument("--dev", required=True, help="sentence1, sentence2, score")
     parser.add_argument("--questions", required=True, help=".jsonl: query, positive, negative")
