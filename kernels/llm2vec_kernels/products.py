@@ -21,8 +21,8 @@ MUCH_FASTER = 1.5
 """Midway between two that are as fast and twice the width of vectors, so that chance hardly decides: a run
 that goes on in another process has the same bits."""
 LEAST_FOR_ONEDNN = 2**20
-"""oneDNN computes products of at least this many multiplications (T · I · O). One call takes 10 µs or more. On
-a Zen 4 it is half as fast as MKL at 2^18, as fast at 2^20, twice as fast at 2^24. It has no empty products."""
+"""oneDNN computes products of at least this many multiplications (T · I · O). One call takes 10 µs or more.
+On a Zen 4 it is half as fast as MKL at 2^18, as fast at 2^20, twice as fast at 2^24. It has no empty ones."""
 _SIZE, _ROUNDS = 512, 5
 _CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "1"}
 """oneDNN compiles a product for its shapes, up to a megabyte of code, and keeps 1,024 of them; PyTorch's
