@@ -28,12 +28,12 @@ class CpuLinear(nn.Linear):
     def _is_left_to_torch(self, input: torch.Tensor) -> bool:
         """Mixed dtypes, tracing, compiling, autocast, weights that ZeRO-3 partitioned, and small products."""
         return (
-            self.weight.dtype != input.dtype
-            or torch.compiler.is_compiling()
+            torch.compiler.is_compiling()
+            or not is_for_onednn(input, self.out_features)
+            or self.weight.dtype != input.dtype
             or torch.jit.is_tracing()
             or torch.is_autocast_enabled("cpu")
             or hasattr(self.weight, "ds_id")
-            or not is_for_onednn(input, self.out_features)
         )
 
 
