@@ -155,8 +155,7 @@ def dkdv_kernel(
     dk_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    # All query heads of this key/value head add to one sum, one after the other. So no atomics are needed.
-    for member in range(0, GROUP):
+    for member in range(0, GROUP):  # query heads of this key/value head, in one order: no atomics
         head = kv_head * GROUP + member
         q_base = q_ptr + head.to(tl.int64) * q_stride_h
         dout_base = dout_ptr + head.to(tl.int64) * D
