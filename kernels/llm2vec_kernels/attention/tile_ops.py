@@ -100,7 +100,8 @@ def sees_others(first_R, past_R):
     """Returns `[R]` bool: the token sees another token than itself.
 
     A token that sees only itself has weight 1 for any score. So dq and dk of this token are exactly 0. The
-    kernels would compute do·v − delta, a difference of equal numbers. Rounding can make it nonzero.
+    kernels would compute do·v − delta, a difference of equal numbers that rounding can make nonzero. So they
+    write 0 instead.
     """
     return past_R - first_R != 1
 
