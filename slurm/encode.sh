@@ -30,7 +30,7 @@ main() {
   local model=$1 input=$2 output=$3 index n code=0
   shift 3
   need_job
-  [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || exit_code=2 fail "this is no job array: submit with --array=0-7 for 8 shards"
+  [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || exit_code=2 fail "this is not a job array: submit with --array=0-7 for 8 shards"
   index=$SLURM_ARRAY_TASK_ID n=$SLURM_ARRAY_TASK_COUNT
   # shellcheck disable=SC2153 # SLURM's name, not a misspelling
   # A part of an array (--array=3,5) would count as a whole one and cut the corpus differently.
