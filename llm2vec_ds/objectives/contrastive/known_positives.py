@@ -6,8 +6,8 @@ no negative for q: neither as the positive of another row, nor as a hard negativ
 The kernel can leave out the documents of one id for each query. So queries and positives that known pairs
 connect form a group, and the group's number is that id. In most groups every pair is known: one query with
 several positives, or one positive of several queries. A group with an unknown pair is incomplete. There the
-id leaves out too much, and `with_pairs_not_known` adds the missing negatives. Nothing is
-ever subtracted from a sum, so no digits cancel.
+id leaves out too much, and `with_pairs_not_known` adds the missing negatives. Nothing is ever subtracted from
+a sum, so no digits cancel.
 
 Shape legend: Q this rank's queries, R its documents, D width. In incomplete groups: B this rank's queries,
 C the documents of all ranks.

@@ -1,11 +1,11 @@
 """InfoNCE around a ring of ranks. A rank holds the documents of one other rank at a time.
 
-Forward: each rank's documents travel from rank to rank as one block. Each rank computes the log-sum-exp of
-    its queries over each block. Merging these is exact.
+In forward, each rank's documents travel from rank to rank as one block. Each rank computes the log-sum-exp of
+its queries over each block. Merging these is exact.
 
-Backward: the documents travel around once more. A sum of gradients travels with each block, and each rank
-    adds its own part. After the last turn the sum is complete and back at the block's owner (cf. Cheng et
-    al., 2024, arXiv 2410.17243).
+In backward, the documents travel around once more. A sum of gradients travels with each block, and each rank
+adds its own part. After the last turn the sum is complete and back at the block's owner (cf. Cheng et al.,
+2024, arXiv 2410.17243).
 
 Memory does not grow with the number of ranks.
 
