@@ -29,7 +29,7 @@ def checked_texts() -> list[str]:
 def ask_reader(reader: str, module: str, file: Path, n_tokens: int, texts: list[Any]) -> Any:
     """Runs another tool on an exported file and returns its answer.
 
-    The tool runs in its own process, because its errors may end the process.
+    The tool runs in another process, because its errors may end that process.
 
     Args:
         module: run as `python -m MODULE FILE N_TOKENS`. It gets `texts` as JSON and answers with JSON.

@@ -1,7 +1,6 @@
 """Exports a run's encoder as a folder that other tools load without any code of this package.
 
-    run, demo or encoder folder ─► trunk, flags, tokenizer, pooling, card ─► loaded again and checked ─►
-    OUTPUT
+    run, demo or encoder folder ─► trunk, flags, tokenizer, pooling, card ─► loaded and checked ─► OUTPUT
 
 OUTPUT appears only after the written files give the encoder's vectors.
 """

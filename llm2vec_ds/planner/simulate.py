@@ -86,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def fresh_peak(self) -> Iterator[None]:
-        """Measures the peak of its block alone, above what lives at its end, as `last`."""
+        """Sets `last` to the peak inside the block, above the bytes that still live at its end."""
         before, self.peak = self.peak, self.now
         yield
         self.last, self.peak = self.peak - self.now, max(before, self.peak)

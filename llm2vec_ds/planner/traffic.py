@@ -35,9 +35,10 @@ def step_bytes(
     g, p = gradient_bytes * share, weight_bytes * share
     stage = int(zero.get("stage", 0))
     engine = {
-        0: 2 * g,
-        1: 3 * g,
-        2: 2 * m * g + g,
+        0: 2 * g,  # one all-reduce of gradients a step
+        1: 3 * g,  # the same, and one gather of new parameters
+        2: 2 * m * g + g,  # an all-reduce for each micro-batch, and one gather
+        # A reduce-scatter for each micro-batch. Each forward, backward and recomputation gathers weights.
         3: m * g + (load.forwards + m + (m if recomputes else 0)) * p,
     }[stage]
     return int(engine) + _loss_bytes(load, width)
@@ -48,6 +49,8 @@ def _loss_bytes(load: Workload, width: int) -> int:
     there, home = work.bytes_per_number * width + ID_BYTES, FP32 * width
     if world == 1:
         return 0
+    # Ring: documents go around in forward and again in backward. Their gradients take one turn more, back to
+    # the owner. Gather: each rank sends documents to all others and gets their gradients back.
     if work.exchange == "ring":
         n_sent = load.documents + load.rows * work.rounds_again_per_row
         return n_sent * (2 * (world - 1) * there + world * home)

@@ -106,7 +106,7 @@ def window_of(config: Any) -> int | None:
 
 
 def window_period(config: Any) -> int:
-    """Returns the period of full layers: llama.cpp expects one full layer every so many layers.
+    """Returns the period of full layers. With a period of n, every n-th layer has no window.
 
     Raises:
         UserError: there is no such period, or all layers are of one kind, which makes llama.cpp exit.

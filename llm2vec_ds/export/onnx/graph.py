@@ -25,8 +25,8 @@ class Pooled:
     def weights(self, mask_BT: torch.Tensor) -> torch.Tensor:
         """Returns each token's weight in its text's vector, `[B, T]` int64.
 
-        The mask is 1 at tokens and 0 at padding. Places decide, not token ids. So a text may contain the names
-        of special tokens.
+        The mask is 1 at tokens and 0 at padding. Places decide, not token ids. So a text may contain the
+        names of special tokens.
         """
         place_BT = mask_BT.cumsum(1) - 1
         length_B1 = mask_BT.sum(1, keepdim=True)

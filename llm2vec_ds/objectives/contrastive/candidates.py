@@ -68,7 +68,7 @@ class Candidates:
         return Outcome(result.loss_Q, result.hit_Q, result.guided_Q)
 
     def log_sum_exp(self, rows: Rows, scale: torch.Tensor) -> LogSumExp:
-        """Returns the sum alone, for rows without a positive among the candidates; −inf if none counts."""
+        """Returns log Σ exp(score), for rows without a positive among the candidates; −inf if none counts."""
         options = self._options(rows, scale)
         if self.goes_round:
             return ring_log_sum_exp(rows.texts.vector_ND, self.own.vector_ND, **options)

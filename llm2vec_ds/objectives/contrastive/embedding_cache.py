@@ -24,6 +24,7 @@ from llm2vec_ds.recipe.objectives import ContrastiveConfig
 
 Share = torch.Tensor
 LARGEST_SCALE = 100.0
+"""A learned scale cannot grow beyond this."""
 
 
 class ContrastiveModel(nn.Module):

@@ -94,7 +94,7 @@ class LossOutcome(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the known pairs of a global batch tell the loss, the same on every rank.
+    """The known pairs of a global batch in the form that the loss needs, the same on every rank.
 
     Attributes:
         positives: the documents that are right for each query.

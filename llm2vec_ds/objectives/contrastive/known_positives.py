@@ -50,6 +50,7 @@ class KnownPositives:
         pairs = np.unique(query * len(positives) + positive)
         query, positive = np.divmod(pairs, len(positives))
         group_of_query, group_of_positive = _groups(query, positive, positives)
+        # A group of a queries and b positives is complete if it has a · b known pairs.
         wanted = _counts(group_of_query, positives) * _counts(group_of_positive, positives)
         incomplete = positives[_counts(group_of_query[query], positives) < wanted]
         return cls(queries, positives, pairs, group_of_positive, incomplete)

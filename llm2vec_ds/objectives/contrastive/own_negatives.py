@@ -43,6 +43,7 @@ def against_own_negatives(
         counts_M = counts_M & ~near_M
     if limits.score_Q is not None:
         counts_M = counts_M & ~(score_M.detach() > limits.score_Q[query_of_M])
+    # Each query's negatives become one row of a table [O, K], padded with −inf.
     n_of_O = torch.bincount(query_of_M, minlength=len(queries))
     slot_M = torch.arange(len(negatives), device=query_of_M.device) - (n_of_O.cumsum(0) - n_of_O)[query_of_M]
     above_M = (score_M - positive_O[query_of_M]).masked_fill(~counts_M, float("-inf"))

@@ -97,6 +97,8 @@ def _padded(x: torch.Tensor, n_rows: int) -> torch.Tensor:
 
 
 class _Ring(torch.autograd.Function):
+    """Forward and backward around the ring. `others` holds the inputs that get no gradient."""
+
     @staticmethod
     def forward(
         ctx: Any, query_QD: torch.Tensor, document_RD: torch.Tensor, scale: torch.Tensor, others: Any
@@ -159,6 +161,7 @@ def _options(
     document_id_N: torch.Tensor,
     guide_NG: torch.Tensor | None = None,
 ) -> dict[str, Any]:
+    """Returns the kernel's options for one block. Positives are in this rank's own block only."""
     query_id_Q, score_limit_Q, *guide = of_queries
     row_Q = torch.arange(len(query_id_Q), device=query_id_Q.device)
     is_here = ctx.with_positives and owner == rank()

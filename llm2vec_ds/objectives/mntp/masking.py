@@ -32,6 +32,7 @@ class Masking:
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, config: MntpConfig) -> Masking:
         """Raises UserError if the mask token is not a single token of the tokenizer."""
+        # `encode` may split the string or put a space before it, so the vocabulary's own entry comes first.
         ids = tokenizer.encode(config.mask_token, add_special_tokens=False)
         direct = tokenizer.convert_tokens_to_ids(config.mask_token)
         if direct is not None and direct != tokenizer.unk_token_id:

@@ -21,6 +21,7 @@ from llm2vec_ds.storage.kept_folder import keep, read_kept
 FORMAT_VERSION = 1
 KEYS, SCORES = "keys.npy", "scores.npy"
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
+"""2⁶⁴ divided by the golden ratio, as in Fibonacci hashing."""
 
 
 class ScoreTable:
@@ -49,7 +50,7 @@ class ScoreTable:
 
 def pair_keys(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
     """Joins two 64-bit hashes into one 64-bit key."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # the sum wraps around at 2⁶⁴
         keys: np.ndarray = queries.astype(np.uint64) * _FACTOR + documents.astype(np.uint64)
     return keys
 
