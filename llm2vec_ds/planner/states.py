@@ -10,8 +10,7 @@ holds:
     2       b · N       b · N / W   12 · N / W
     3       b · N / W   b · N / W   12 · N / W
 
-A moving average (EMA) adds 4 bytes an element to the optimizer. 8-bit moments take about 2 bytes instead of
-8.
+A moving average (EMA) adds 4 bytes an element to the optimizer. 8-bit moments take about 2 bytes, not 8.
 """
 
 from __future__ import annotations
