@@ -109,5 +109,5 @@ def test_mistakes(
     if missing != "recipe.yaml":
         write_recipe(values, folder / "recipe.yaml")
     assert run(monkeypatch, "plan", str(path), "--measured", str(folder)) == 2
-    assert f"measured {folder}: " in (line := error_line(capsys))
+    assert f"--measured {folder}" in (line := error_line(capsys))
     assert message in line
