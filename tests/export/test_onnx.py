@@ -66,7 +66,7 @@ def test_a_graph_gives_the_vectors_by_the_documents_lines(tmp_path: Path) -> Non
     ]
     assert said[0]["transformers.js_config"] == {"dtype": "fp32"}
     assert said[1]["model_max_length"] == 512
-    assert any("pools an instruction too" in note and "'query'" in note for note in notes)
+    assert any("also pools the instruction" in note and "'query'" in note for note in notes)
 
 
 @pytest.mark.parametrize("pooled_tokens", ["text", "all"])
