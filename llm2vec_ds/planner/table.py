@@ -93,7 +93,9 @@ def assumptions(planner: Planner, fit: Fit | None = None) -> list[str]:
             "NF4 take no time"
         )
     if device == "cuda":
-        lines.append(f"each GPU sends at {planner.bandwidth_gbps():g} Gb/s, not while it computes")
+        lines.append(
+            f"each GPU sends at {planner.bandwidth_gbps():g} Gb/s, and sending does not overlap with compute"
+        )
     return lines
 
 
@@ -113,7 +115,7 @@ def as_table(plan: dict[str, Any]) -> str:
     """Returns the plan as text for people."""
     machine, step, memory = plan["machine"], plan["step"], plan["memory_bytes"]
     place = (
-        f"{machine['nodes']} × {machine['gpus_per_node']} GPUs of {machine['memory_gib']:g} GiB"
+        f"{machine['nodes']} node(s) × {machine['gpus_per_node']} GPU(s) of {machine['memory_gib']:g} GiB"
         if machine["gpus_per_node"]
         else f"one CPU process, {machine['memory_gib']:g} GiB"
     )
