@@ -57,9 +57,9 @@ def compare(reader: str, prompt: str | None, found: np.ndarray, expected: np.nda
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (np.float64(found), np.float64(expected)))
     cosine = float((a * b).sum(axis=1).min(initial=1.0 if len(a) else 0.0))
     words = f" with prompt {prompt!r}" if prompt else ""
-    log.info("checked: %s%s, lowest cosine with the encoder's vectors %.6f", reader, words, cosine)
     if not cosine >= lowest:
         raise UserError(
             f"{reader}{words} does not give the encoder's vectors (lowest cosine {cosine:.4f}, expected at "
             f"least {lowest}): nothing was exported"
         )
+    log.info("checked: %s%s, lowest cosine with the encoder's vectors %.6f", reader, words, cosine)

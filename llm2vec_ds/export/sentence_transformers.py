@@ -91,6 +91,8 @@ def _head(template: Template, instruction: str | None) -> str:
 
 def _check(encoder: Encoder, template: Template, before: list[int], after: list[int]) -> None:
     settings, fix = encoder.settings, "use --format transformers"
+    if settings.pooling not in POOLING_MODES:
+        raise UserError(f"sentence-transformers has no pooling {settings.pooling!r}: {fix}")
     if template.form.partition("{text}")[2]:
         raise UserError(f"sentence-transformers cannot put {settings.template!r} around a text: {fix}")
     if not settings.special_tokens and (before or after):

@@ -17,6 +17,7 @@ from llm2vec_ds import Encoder, UserError
 from llm2vec_ds.demo import model as demo_model
 from llm2vec_ds.export.card import licence, origin
 from llm2vec_ds.export.export import ExportOptions, export
+from llm2vec_ds.model.pooling import POOLINGS
 from tests.support.encoder_folders import TEXTS, cosines, make
 from tests.support.model_types import build
 from tests.support.tiny import tiny_tokenizer
@@ -225,6 +226,16 @@ def test_what_cannot_be_exported_is_refused(settings: dict[str, Any], said: str,
     with pytest.raises(UserError, match=said):
         export(source, tmp_path / "out", ExportOptions())
     export(source, tmp_path / "out", ExportOptions(format="transformers"))
+
+
+@pytest.mark.parametrize("format_", ["sentence-transformers", "onnx", "gguf"])
+def test_a_pooling_that_a_format_does_not_know_is_refused(
+    format_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POOLINGS, "first_and_last", POOLINGS["mean"])
+    source = make(tmp_path / "encoder", pooling="first_and_last")
+    with pytest.raises(UserError, match="no pooling 'first_and_last': use --format"):
+        export(source, tmp_path / f"out.{format_}", ExportOptions(format=format_))
 
 
 def test_wrong_options_are_refused(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def test_operations_by_hand(tiny_model_dir: Path, texts_file: Path, tmp_path: Pa
     assert work.operations == pytest.approx(2 * forward + 300 * 4 * config["vocab_size"] * d)
     full = Planner(load_recipe(path, ["model.activation_checkpointing=full"]), path).work(1000)
     assert full.operations - work.operations == pytest.approx(forward)
+    whole = Planner(load_recipe(path, ["adapter=null"]), path).work(1000)
+    assert whole.operations == pytest.approx(3 * forward + 300 * 8 * config["vocab_size"] * d)
 
 
 def test_real_runs_time_a_step_on_a_cpu(tiny_model_dir: Path, texts_file: Path, tmp_path: Path) -> None:
