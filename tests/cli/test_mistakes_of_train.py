@@ -133,7 +133,7 @@ MISTAKES = {
         variables={"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
     ),
     "ranks that know no address": Mistake(
-        "several ranks need MASTER_ADDR and MASTER_PORT: the node and port of rank 0",
+        "several ranks need MASTER_ADDR and MASTER_PORT: set the node and port of rank 0",
         variables={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
     ),
     # Where it goes.
@@ -206,9 +206,9 @@ def test_a_port_that_is_taken(tmp_path: Path, tiny_model_dir: Path, texts_file: 
     assert "Traceback" not in done.stderr
     assert_reads(
         done.stderr.splitlines()[-1],
-        f"llm2vec-ds: error: rank 0 of 2 does not meet the others at 127.0.0.1:{place['MASTER_PORT']} (…"
-        "address already in use): start every rank, each with this MASTER_ADDR and a MASTER_PORT that is "
-        "free on rank 0's node and open to the others",
+        f"llm2vec-ds: error: rank 0 of 2 cannot connect to the others at 127.0.0.1:{place['MASTER_PORT']} (…"
+        "address already in use): start every rank with this MASTER_ADDR, and with a MASTER_PORT that is "
+        "free on rank 0's node and open to the other nodes",
     )
 
 
