@@ -132,10 +132,10 @@ MISTAKES = {
     ("A", "B", "C", "--method", "slerp"): ("--method slerp lies between two encoders, not 3: use linear"),
     ("A", "B", "--weights", "0.5,0.6"): "--weights add up to 1.1: make it 1",
     ("A", "B", "--weights", "1"): "--weights has 1 numbers for 2 encoders: give one each",
-    ("A", "B", "--weights", "a,b"): "--weights 'a,b' must be numbers with commas, such as 0.6,0.4",
-    ("A", "B", "--last", "2"): "--last has no effect here: see llm2vec-ds merge --help",
+    ("A", "B", "--weights", "a,b"): "--weights 'a,b' must be numbers separated by commas, e.g. 0.6,0.4",
+    ("A", "B", "--last", "2"): "--last has no effect here: leave it out, or see llm2vec-ds merge --help",
     ("A", "--last", "2"): "… holds no run (recipe.yaml): name the folder of a run",
-    ("A", "--weights", "1"): "--weights has no effect here: see llm2vec-ds merge --help",
+    ("A", "--weights", "1"): "--weights has no effect here: leave it out, or see llm2vec-ds merge --help",
 }
 
 
