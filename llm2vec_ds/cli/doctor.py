@@ -23,7 +23,7 @@ def doctor(
 ) -> None:
     """Check this machine: what it has, what a run would use, and how to get what is missing.
 
-    ✓ is fine. ! may matter to you. · is optional. ✗ blocks every run.
+    ✓: it is there. !: some runs need it. ·: optional. ✗: no run is possible without it.
     """
     quiet_libraries()
     from llm2vec_ds.doctor import examine, training_check

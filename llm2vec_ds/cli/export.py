@@ -253,9 +253,7 @@ def _mix(sources: list[str], output: Path, weights: str | None, method: str, eva
     try:
         parsed = [float(weight) for weight in weights.split(",")] if weights else None
     except ValueError:
-        raise UserError(
-            f"--weights {weights!r} must be numbers separated by commas, such as 0.6,0.4"
-        ) from None
+        raise UserError(f"--weights {weights!r} must be numbers separated by commas, e.g. 0.6,0.4") from None
     measured = evaluation_of(EvaluationConfig(tasks=[evaluate])) if evaluate else None
 
     def measure(encoder: Encoder) -> tuple[str, float]:

@@ -47,7 +47,7 @@ MISTAKES = {
         changes={"data": {}, "sed": 1},
     ),
     "unknown stage": Mistake(
-        "TMP/r.yaml: `stage`: Input should be … (got 'mlm')", ("train", "RECIPE", "stage=mlm")
+        "TMP/r.yaml: `stage` must be one of … (got 'mlm')", ("train", "RECIPE", "stage=mlm")
     ),
     "section of another stage": Mistake(
         "TMP/r.yaml: section `mntp` has no effect in stage `simcse`: remove it", changes={"mntp": {}}
@@ -68,8 +68,8 @@ MISTAKES = {
         ("plan", "RECIPE", "--gpu-memory-gib", "inf"),
     ),
     "a batch of one text": Mistake(
-        "TMP/r.yaml: batch.global_batch_size=1 leaves the simcse loss without negatives, so that it is "
-        "always 0: raise it",
+        "TMP/r.yaml: batch.global_batch_size=1 leaves the simcse loss without negatives, so it is always 0: "
+        "raise the batch size",
         ("train", "RECIPE", "batch.global_batch_size=1"),
     ),
     "no other query in a batch of one": Mistake(
@@ -78,8 +78,8 @@ MISTAKES = {
         ("train", "RECIPE", "batch.global_batch_size=1", "simcse.between_queries=true"),
     ),
     "a batch of one pair, its negatives not read": Mistake(
-        "TMP/r.yaml: batch.global_batch_size=1 leaves the supervised loss without negatives, so that it is "
-        "always 0: raise it",
+        "TMP/r.yaml: batch.global_batch_size=1 leaves the supervised loss without negatives, so it is always "
+        "0: raise the batch size",
         ("train", "TMP/r.yaml", "stage=supervised", "simcse=null", "batch.global_batch_size=1"),
         {"data": {"path": "TMP/p.jsonl", "pairs": {"max_negatives": 0}}},
         PAIRS,
@@ -110,8 +110,8 @@ MISTAKES = {
         "DeepSpeed config TMP/ds.json must be a JSON object: …", changes=DEEPSPEED, files={"ds.json": b"{"}
     ),
     "auto in DeepSpeed JSON": Mistake(
-        'DeepSpeed config TMP/ds.json: `zero_optimization.stage` is "auto", give a value (or leave the key '
-        "out)",
+        'DeepSpeed config TMP/ds.json: `zero_optimization.stage` is "auto": give a value, or leave the key '
+        "out",
         changes=DEEPSPEED,
         files={"ds.json": b'{"zero_optimization": {"stage": "auto"}}'},
     ),
