@@ -41,7 +41,7 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     given = [name for name in launcher if name in environment]
     if given and len(given) < len(launcher):
         missing = sorted(set(launcher) - set(given))
-        raise UserError(f"{', '.join(given)} set without {', '.join(missing)}: set all three, or none")
+        raise UserError(f"{', '.join(given)} set without {', '.join(missing)}: set all three or none")
     if given:
         names = launcher
     elif "SLURM_STEP_ID" in environment and all(name in environment for name in slurm):

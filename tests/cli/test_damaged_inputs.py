@@ -139,9 +139,9 @@ COMMANDS: dict[str, tuple[str, list[str], bytes]] = {
     ),
     "random jsonl": ("a.jsonl, line 1: not valid JSON: …", ["prepare", "R"], RANDOM),
     "random text": ("a.txt: no text in it (…)", ["prepare", "R"], RANDOM),
-    "random csv": ("a.csv: not text in UTF-8, or as its byte order mark says: …", ["prepare", "R"], RANDOM),
+    "random csv": ("a.csv is not text in UTF-8, or as its byte order mark says: …", ["prepare", "R"], RANDOM),
     "random pairs": ("a.jsonl, line 1: not valid JSON: …", ["mine", "--pairs", "F"], RANDOM),
-    "random corpus": ("a.parquet: not a Parquet file: …", ["encode", "--input", "F"], RANDOM),
+    "random corpus": ("a.parquet is not a Parquet file: …", ["encode", "--input", "F"], RANDOM),
     "bytes as text": (
         "text 0 (counted from 0) is not text: remove it, or get NaN in its place with bad texts `nan`",
         ["encode", "--input", "F"],

@@ -20,12 +20,12 @@ MISTAKES = {
         mine(pairs="texts.txt"),
     ),
     "no such column of pairs": Mistake(
-        "TMP/p.jsonl, line 1: no column 'question'; set --query-column to one of: query, positive",
+        "TMP/p.jsonl, line 1: no column 'question': set --query-column to one of query, positive",
         mine("--query-column", "question"),
         files=PAIRS,
     ),
     "no such column of the corpus": Mistake(
-        "TMP/c.jsonl, line 1: no column 'text'; set --corpus-column to one of: title",
+        "TMP/c.jsonl, line 1: no column 'text': set --corpus-column to one of title",
         mine("--corpus", "TMP/c.jsonl"),
         files=PAIRS | {"c.jsonl": b'{"title": "rain"}\n'},
     ),

@@ -96,7 +96,7 @@ MISTAKES = {
     ),
     # Its batch and its engine.
     "batch larger than data": Mistake(
-        "64 texts do not fill one batch of 1000: lower batch.global_batch_size or give more data",
+        "64 texts do not fill one batch of 1000: lower batch.global_batch_size, or give more data",
         changes={"batch": {"global_batch_size": 1000}},
     ),
     "token budget": Mistake(

@@ -121,7 +121,7 @@ GOOD = {
         ("corpus.jsonl", RANDOM, "corpus.jsonl, line 1: not valid JSON: "),
         ("corpus.jsonl", b'{"_id": "d", "title": [1], "text": "trout"}\n', "its title, if any, is text"),
         ("queries.jsonl", DEEP, "queries.jsonl, line 1: not valid JSON: it is nested too deep"),
-        ("qrels/test.tsv", RANDOM, "test.tsv: not text in UTF-8"),
+        ("qrels/test.tsv", RANDOM, "test.tsv is not text in UTF-8"),
     ],
 )
 def test_damaged_retrieval_data_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:

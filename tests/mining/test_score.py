@@ -101,7 +101,7 @@ MISTAKES = {
         "--reranker TMP/three gives 3 numbers a pair: use a reranker that gives one"
     ),
     ("--output", "TMP/o.jsonl", "--query-column", "question"): (
-        "TMP/pairs.jsonl, line 1: no column 'question'; set the column of queries to one of: query, "
+        "TMP/pairs.jsonl, line 1: no column 'question': set the column of queries to one of query, "
         "positive, negative"
     ),
 }
