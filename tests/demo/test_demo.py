@@ -60,7 +60,7 @@ def test_a_demo_writes_over_nothing_of_others(name: str, tmp_path: Path) -> None
     file = tmp_path / "out" / name
     file.parent.mkdir(parents=True)
     file.write_text("precious")
-    with pytest.raises(UserError, match=f"out holds {name.partition('/')[0]}, which would be written over"):
+    with pytest.raises(UserError, match=f"out holds {name.partition('/')[0]}, which would be overwritten"):
         run_demo(tmp_path / "out", budget="quick", model="none")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
@@ -68,7 +68,7 @@ def test_a_demo_writes_over_nothing_of_others(name: str, tmp_path: Path) -> None
 def test_a_demo_does_not_write_over_its_text(tmp_path: Path) -> None:
     (tmp_path / "mntp").mkdir()  # a demo's folder
     (tmp_path / "sentences.txt").write_text("precious")
-    with pytest.raises(UserError, match=r"would write over .*sentences.txt, which it reads"):
+    with pytest.raises(UserError, match=r"would overwrite .*sentences.txt, which is an input"):
         run_demo(tmp_path, budget="quick", model="none", text=tmp_path / "sentences.txt")
 
 

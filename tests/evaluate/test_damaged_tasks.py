@@ -120,7 +120,7 @@ GOOD = {
     [
         ("corpus.jsonl", RANDOM, "corpus.jsonl, line 1: not valid JSON: "),
         ("corpus.jsonl", b'{"_id": "d", "title": [1], "text": "trout"}\n', "its title, if any, is text"),
-        ("queries.jsonl", DEEP, "queries.jsonl, line 1: not valid JSON: it is nested too deep"),
+        ("queries.jsonl", DEEP, "queries.jsonl, line 1: not valid JSON: it is nested too deeply"),
         ("qrels/test.tsv", RANDOM, "test.tsv is not text in UTF-8"),
     ],
 )

@@ -66,7 +66,7 @@ def test_the_micro_batch_size_is_no_part_of_what_vectors_are(
         with pytest.raises(ZeroDivisionError):
             encode(options, tmp_path / "v", "0/2")
     encode(smaller, tmp_path / "v", "0/2")
-    assert "going on with what an earlier run left" in caplog.text
+    assert "continuing what an earlier run began" in caplog.text
     encode(options, tmp_path / "v", "0/2")
     assert "done already, left alone" in caplog.text
     encode(smaller, tmp_path / "v", "1/2")
@@ -93,7 +93,7 @@ def test_an_output_that_is_the_input_is_refused(output: str, options: EncodeOpti
     file.write_text(row)
     (tmp_path / "link.jsonl").symlink_to("in.jsonl")
     own = replace(options, input=str(file))
-    with pytest.raises(UserError, match="would write over .*, which it reads: choose another output"):
+    with pytest.raises(UserError, match="would overwrite .*, which is an input: choose another output"):
         encode(own, tmp_path / output, format="jsonl", overwrite=True)
     assert file.read_text() == row
 
@@ -106,7 +106,7 @@ def test_standard_input_is_not_written_over(options: EncodeOptions, tmp_path: Pa
     with file.open() as opened:
         os.dup2(opened.fileno(), 0)
         try:
-            with pytest.raises(UserError, match=r"would write over .*t\.jsonl, which it reads"):
+            with pytest.raises(UserError, match=r"would overwrite .*t\.jsonl, which is an input"):
                 encode(replace(options, input="-"), file, overwrite=True)
         finally:
             os.dup2(kept, 0)
