@@ -68,7 +68,7 @@ def score(
     part = None
     if shard is not None:
         if output.suffix == ".jsonl":
-            raise UserError(f"--shard needs a folder, --output {output} is a file: drop .jsonl")
+            raise UserError(f"--shard needs a folder, but --output {output} is a file: leave out .jsonl")
         part = Shard.parse(shard)
         output = part.file(output, ".jsonl")
         output.parent.mkdir(parents=True, exist_ok=True)

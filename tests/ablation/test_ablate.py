@@ -125,7 +125,7 @@ def test_means_and_spread_over_seeds() -> None:
     [
         ("variants: [uni]\nevaluate: {}", "quick", "it has none"),
         ("variants: [uni+nli]\nevaluate: {}", None, "write uni or bi, then stages"),
-        ("variants: [uni, uni]\nevaluate: {}", None, "name each variant once"),
+        ("variants: [uni, uni]\nevaluate: {}", None, "give at least one variant, and each only once"),
         ("variants: [uni]\nevaluate: {}\nseeds: []", None, "`seeds`"),
         ("variants: [uni]\nevaluate: {}\nsteps: 3", None, "`steps`"),
         ("variants: [uni]\nevaluate: {}\nstages: {nli: {}}", None, "stage 'nli' is unknown"),

@@ -58,7 +58,7 @@ MISTAKES = {
         "--shard '4/4' must be I/N with 0 ≤ I < N, such as 0/16", encode("--shard", "4/4", output="v")
     ),
     "shard of a file": Mistake(
-        "--shard needs a folder, --output TMP/v.npy is a file: drop .npy", encode("--shard", "0/4")
+        "--shard needs a folder, but --output TMP/v.npy is a file: leave out .npy", encode("--shard", "0/4")
     ),
     "shard of standard input": Mistake(
         "--shard needs a file as --input: standard input is read once",

@@ -101,14 +101,14 @@ def test_a_negative_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_text_is_refused(column: str, value: Any, kind: str, tmp_path: Path) -> None:
     """It would be trained as Python writes it."""
     rows = [ROWS[0], {**ROWS[0], column: value}]
-    with pytest.raises(UserError, match=f"a.jsonl, line 2: column '{column}' holds {kind}, no text"):
+    with pytest.raises(UserError, match=f"a.jsonl, line 2: column '{column}' holds {kind}, not a text"):
         load(write(tmp_path / "a.jsonl", rows))
 
 
 def test_bytes_are_refused(tmp_path: Path) -> None:
     rows = [{"query": b"the river", "positive": "runs"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="column 'query' holds bytes, no text"):
+    with pytest.raises(UserError, match="column 'query' holds bytes, not a text"):
         load(tmp_path / "a.parquet")
 
 

@@ -251,7 +251,7 @@ def test_unusable_instructions(content: str, tmp_path: Path) -> None:
 
 def test_data_that_the_hub_does_not_give_are_a_users_mistake(folder: Path, tmp_path: Path) -> None:
     """Tests run offline."""
-    with pytest.raises(UserError, match="STSBenchmark: its data cannot be had from the hub"):
+    with pytest.raises(UserError, match="STSBenchmark: its data cannot be loaded from the hub"):
         evaluate_mteb(wrapped(folder), tasks_for(["STSBenchmark"]), tmp_path)
 
 

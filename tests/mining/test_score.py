@@ -94,7 +94,7 @@ MISTAKES = {
     ("--output", "TMP/out.csv"): "--output TMP/out.csv must end in .jsonl",
     ("--output", "TMP/pairs.jsonl"): "--output TMP/pairs.jsonl exists: choose another, or give --overwrite",
     ("--output", "TMP/o.jsonl", "--shard", "0/2"): (
-        "--shard needs a folder, --output TMP/o.jsonl is a file: drop .jsonl"
+        "--shard needs a folder, but --output TMP/o.jsonl is a file: leave out .jsonl"
     ),
     ("--output", "TMP/o.jsonl", "--reranker", "TMP/none"): "--reranker TMP/none: there is no such folder",
     ("--output", "TMP/o.jsonl", "--reranker", "TMP/three"): (

@@ -68,7 +68,7 @@ def test_the_micro_batch_size_is_no_part_of_what_vectors_are(
     encode(smaller, tmp_path / "v", "0/2")
     assert "continuing what an earlier run began" in caplog.text
     encode(options, tmp_path / "v", "0/2")
-    assert "done already, left alone" in caplog.text
+    assert "already done, nothing to do" in caplog.text
     encode(smaller, tmp_path / "v", "1/2")
     assert len(load_vectors(tmp_path / "v")) == len(TEXTS)
 
@@ -117,7 +117,7 @@ def test_standard_input_is_not_written_over(options: EncodeOptions, tmp_path: Pa
 def test_a_note_replaces_nothing_of_others(options: EncodeOptions, tmp_path: Path) -> None:
     (tmp_path / "v.npy.json").write_text('{"a thesis": "about vectors"}')
     before = (tmp_path / "v.npy.json").read_text()
-    with pytest.raises(UserError, match="its note would replace .*npy.json, which is none"):
+    with pytest.raises(UserError, match="its note would overwrite .*npy.json, which is another file"):
         encode(options, tmp_path / "v.npy", overwrite=True)
     assert (tmp_path / "v.npy.json").read_text() == before
 
