@@ -159,7 +159,7 @@ def _check_stored(options: EncodeOptions, target: Target) -> None:
 
 
 def _key(options: EncodeOptions, source: Source, target: Target) -> str:
-    """Returns today's key, or that of version 1 if these shards were begun with it. All shards need one key."""
+    """Returns today's key, or that of version 1 if these shards began with it. All shards need one key."""
     shard, folder = target.shard, target.path.parent
     parts = [Shard(index, shard.count).file(folder, target.suffix) for index in range(shard.count)]
     files = [file for file in (parts if target.path in parts else [target.path]) if file.exists()]
@@ -193,8 +193,8 @@ def _check_note(file: Path) -> None:
         VectorNote.read(file)
     except UserError:
         raise UserError(
-            f"--output {file}: its note would overwrite {note_of(file)}, which is another file: choose another "
-            "--output"
+            f"--output {file}: its note would overwrite {note_of(file)}, which is another file: choose "
+            "another --output"
         ) from None
 
 
