@@ -293,6 +293,7 @@ class _GatherRows(torch.autograd.Function):
         if world_size() == 1:
             return rounded.to(x_ND.dtype, copy=True)
         ctx.counts = counts = all_gather_counts(len(x_ND), x_ND.device)
+        # An all-gather needs equal shapes, so every rank pads its rows to the largest number.
         padded = rounded.new_zeros(max(counts), *x_ND.shape[1:])
         padded[: len(x_ND)] = rounded
         whole = padded.new_empty(len(counts), *padded.shape)
@@ -304,6 +305,8 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         if world_size() == 1:
             return gradient, None
+        # Row i of rank r was copied to every rank. So its gradient is the sum over ranks: a reduce-scatter,
+        # which also needs equal shapes.
         n_most = max(ctx.counts)
         padded = gradient.new_zeros(len(ctx.counts), n_most, *gradient.shape[1:])
         for block, rows in zip(padded, gradient.split(ctx.counts), strict=True):

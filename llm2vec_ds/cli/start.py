@@ -28,7 +28,7 @@ def init(
 ) -> None:
     """Write recipes, DeepSpeed configs, SLURM scripts and a README into a folder.
 
-    Files that you have changed stay, unless you give --overwrite.
+    If a file is there with other content, nothing is written, unless you give --overwrite.
     """
     from llm2vec_ds.start.files import README, write_to
 

@@ -66,8 +66,8 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenise a recipe's texts ahead of training.
 
-    Training then starts at once, and its nodes need no network. It finds the result if data, model and the
-    keys about texts are the same. If the command is stopped, run it again. It continues where it stopped.
+    Training then starts at once, and its nodes need no network. With the same keys, it finds the prepared
+    texts by itself. If the command is stopped, run it again. It continues where it stopped.
     """
     from llm2vec_ds.recipe.files import load_stages
 

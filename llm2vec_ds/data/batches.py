@@ -112,8 +112,8 @@ class SourceBatches:
         n_batches = np.asarray(self.source_sizes) // self.global_batch_size
         share = np.where(n_batches > 0, n_batches, 0) ** (1 / self.temperature)
         edges = np.cumsum(share / share.sum())
-        # The numbers of a stream do not depend on how many are drawn. So a length is rounded up to a power of
-        # two, and the cache of `_uniform` has few different lengths.
+        # The first numbers of a stream do not depend on how many are drawn. So the length is rounded up to a
+        # power of two, and `_uniform` is called with few different lengths, which its cache holds.
         uniform = _uniform(self.seed, 1 << (n_steps - 1).bit_length())[:n_steps]
         return np.minimum(np.searchsorted(edges, uniform, side="right"), len(edges) - 1)
 
@@ -145,6 +145,7 @@ class QueryBatches:
         source, turn = self._queries.source_of(step)
         batches = self._queries.of_source(source)
         query = batches(turn)
+        # A share in [0, 1) of the query's examples picks one of them: floor(share · count).
         share = _share(batches.n_rows, batches.seed, batches.epoch_of(turn))[query]
         place = self._firsts[source][query] + (share * self._counts[source][query]).astype(np.int64)
         found: np.ndarray = self._examples[source][place] + self._offsets[source]

@@ -106,6 +106,7 @@ class ShardedEncoder(RankEncoder):
         own = agreed(lambda: RankEncoder._vectors(self, texts[rank() :: world_size()], instruction))
         if world_size() == 1:
             return own
+        # Gathered rows come rank by rank. Rank r has the texts r, r + W, r + 2W, …
         order = np.concatenate([np.arange(r, len(texts), world_size()) for r in range(world_size())])
         vectors = np.empty((len(texts), own.shape[1]), dtype=np.float32)
         vectors[order] = gather_rows(torch.from_numpy(own).to(self.encoder.device)).cpu().numpy()

@@ -177,6 +177,7 @@ class _Writer:
 
 def _distinct(hashes: array[int]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first row of each distinct text, in order, and for each row the number of its text."""
+    # np.unique orders texts by hash. `number` gives them the order of their first appearance instead.
     _, first, inverse = np.unique(np.asarray(hashes), return_index=True, return_inverse=True)
     order = np.argsort(first)
     number = np.empty_like(order)
@@ -193,6 +194,7 @@ class KnownPositives:
 
     def of(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns (place in `queries`, document) of each known positive."""
+        # Query q has the documents starts[q] to starts[q + 1]. `within` counts 0, 1, … inside each range.
         begin, n = self.starts[queries], self.starts[queries + 1] - self.starts[queries]
         within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
         return np.repeat(np.arange(len(queries)), n), self.documents[np.repeat(begin, n) + within]

@@ -62,6 +62,7 @@ def best_rows(
         n_near_B += _exclude(scores_BT, start, limits)
         score, row = scores_BT.topk(min(k, len(tile_TD)))
         row = torch.where(score > -torch.inf, row + start, -1)
+        # The k best of this tile and of all earlier tiles are the k best so far.
         best_BK, order = torch.cat([best_BK, score], dim=1).topk(k)
         rows_BK = torch.cat([rows_BK, row], dim=1).gather(1, order)
     return Ranked(rows_BK.cpu().numpy(), n_near_B.cpu().numpy())

@@ -122,7 +122,7 @@ HABITS: dict[str, str] = {
     "load_best_model_at_end": BEST,
     "metric_for_best_model": BEST,
     "greater_is_better": "`checkpoint.lowest_is_best`, which is the opposite",
-    "resume_from_checkpoint": "`resume: true`, which finds the newest one in `output_dir`",
+    "resume_from_checkpoint": "`resume: true`, which finds the newest checkpoint in `output_dir`",
     "overwrite_output_dir": "`overwrite`",
     "data_seed": "`seed`",
     "full_determinism": "`deterministic`",

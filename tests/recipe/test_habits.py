@@ -127,7 +127,7 @@ ANSWERS = [
     ("load_best_model_at_end", "`checkpoint.best_by`, a held-out metric such as loss"),
     ("metric_for_best_model", "`checkpoint.best_by`, a held-out metric such as loss"),
     ("greater_is_better", "`checkpoint.lowest_is_best`, which is the opposite"),
-    ("resume_from_checkpoint", "`resume: true`, which finds the newest one in `output_dir`"),
+    ("resume_from_checkpoint", "`resume: true`, which finds the newest checkpoint in `output_dir`"),
     ("overwrite_output_dir", "`overwrite`"),
     ("data_seed", "`seed`"),
     ("full_determinism", "`deterministic`"),
