@@ -49,7 +49,7 @@ def test_text_of_the_user(tmp_path: Path) -> None:
     text = training_text(path)
     assert len(text.sentences) == 90
     path.write_text("Short.")
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match="has only 0 paragraphs"):
         training_text(path)
     with pytest.raises(UserError, match="No such file"):
         training_text(tmp_path / "none.txt")
