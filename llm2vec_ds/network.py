@@ -1,6 +1,6 @@
 """Addresses and interfaces of this host, and the model hub when it is unreachable.
 
-Nothing here resolves names of hosts in a cluster, because they often lead nowhere.
+Addresses are found without resolving host names, because on clusters these often lead nowhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A folder of files that are made once and used by many runs. It is complete or absent, and always checked.
+"""A folder of files that are made once and used by many runs.
+
+It is complete or absent, and it is checked before use.
 
 .NAME.unfinished ─► filled, perhaps by several runs ─► manifest with SHA-256 ─► NAME
 """
