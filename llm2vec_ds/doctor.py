@@ -133,8 +133,12 @@ def _devices() -> Iterator[Finding]:
         size = f"{card.total_memory / GIB:.0f} GiB, compute capability {card.major}.{card.minor}"
         yield Finding(f"GPU {index}", f"{card.name}, {size}, CUDA {torch.version.cuda}")
     if not torch.cuda.is_available():
-        fix = "install a driver and torch's CUDA build: https://pytorch.org"
-        yield Finding("GPU", "none that torch can use", fix if shutil.which("nvidia-smi") else "")
+        fix = (
+            "install a driver and torch's CUDA build: https://pytorch.org"
+            if shutil.which("nvidia-smi")
+            else ""
+        )
+        yield Finding("GPU", "none that torch can use", fix)
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend = choose_attention_backend("auto", AttentionNeeds(device))
