@@ -215,7 +215,10 @@ def test_names_subsets_and_benchmarks() -> None:
         ({"names": [], "benchmark": "MTEB(eng, v9)"}, "Did you mean"),
         ({"names": [], "subset": "paper16"}, "choose paper15"),
         ({"names": ["pairs.csv"]}, "--task pairs.csv does not say what to measure: write sts:pairs.csv, or"),
-        ({"names": ["tests"]}, "--task tests does not say what to measure: write retrieval:tests, or sts:"),
+        (
+            {"names": ["tests"]},
+            "--task tests does not say what to measure: write retrieval:tests, or put sts:",
+        ),
         ({"names": ["STSBenchmark", "STSBenchmark"]}, "two tasks have the name STSBenchmark"),
         ({"names": ["sts:no/such.csv"]}, "no such file"),
         ({"names": ["retrieval:{here}/a.csv"]}, "a.csv, line 2: no column 'query'"),
