@@ -1,9 +1,10 @@
-"""Attention forward, backward and both, ours against what else there is. One JSON line a case, for a GPU.
+"""Times attention forward, backward and both on a GPU, ours and its rivals. Prints one JSON line a case.
 
-`python benchmarks/attention.py --help`. A line gives `ms` and `tflops` of each contender on real tokens
-(padding counts for nothing), and `ratio_to_best_rival`: the best rival's time over ours, above 1 where ours
-is faster. `auto` is what the product would choose, and `best_of_torch_to_auto` the time of the best that
-torch offers over that one's. A contender that refuses or fails is listed under `refused` with its reason.
+See `python benchmarks/attention.py --help`. A line gives `ms` and `tflops` of each contender on real
+tokens; padding does not count. `ratio_to_best_rival` is the best rival's time over ours: above 1, ours is
+faster. `auto` is the backend that the product would choose. `best_of_torch_to_auto` is the time of the best
+that torch offers over the time of `auto`. A contender that refuses or fails is listed under `refused` with
+its reason.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ if "--smoke" in sys.argv:
 import torch
 from length_mixes import MIXES, length_mix
 
-BACKWARD_FLOPS = 2.5  # of forward's, five matrix products against two
+BACKWARD_FLOPS = 2.5  # times forward's: five matrix products instead of two
 
 
 def milliseconds(function: Callable[[], Any], device: torch.device, leaves: list[torch.Tensor]) -> float:
-    """Median time of a call; the caches are cleared between calls on a GPU."""
+    """Returns the median time of a call. On a GPU the caches are cleared between calls."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -39,7 +40,7 @@ def milliseconds(function: Callable[[], Any], device: torch.device, leaves: list
 
 
 def time_passes(contender: Any, device: torch.device) -> dict[str, float]:
-    """Milliseconds of forward, backward and both."""
+    """Returns the milliseconds of forward, backward and both."""
     out = contender.run()
     gradient = torch.randn_like(out)
     passes: dict[str, Callable[[], Any]] = {
@@ -51,7 +52,7 @@ def time_passes(contender: Any, device: torch.device) -> dict[str, float]:
 
 
 def measure(problem: Any, with_flex: bool) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """→ milliseconds by contender and pass; and what was refused, and what was prepared untimed."""
+    """Returns milliseconds by contender and pass, refusals, and untimed preparation."""
     from attention_rivals import contenders
 
     times: dict[str, dict[str, float]] = {}
@@ -60,7 +61,7 @@ def measure(problem: Any, with_flex: bool) -> tuple[dict[str, dict[str, float]],
         try:
             contender = make()
             times[name] = time_passes(contender, problem.device)
-        except Exception as error:  # a rival's failure is a result, ours too
+        except Exception as error:  # a failure is a result, of a rival and of ours
             notes["refused"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             continue
         if contender.setup_ms:
@@ -70,7 +71,7 @@ def measure(problem: Any, with_flex: bool) -> tuple[dict[str, dict[str, float]],
 
 
 def report(case: dict[str, Any], problem: Any, with_flex: bool) -> Iterator[dict[str, Any]]:
-    """One line a pass."""
+    """Returns one line for each pass."""
     from attention_rivals import OURS, chosen_by_auto
 
     times, notes = measure(problem, with_flex)
@@ -91,7 +92,7 @@ def report(case: dict[str, Any], problem: Any, with_flex: bool) -> Iterator[dict
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], tuple[int, ...], bool]]:
-    """(what it is, lengths, FlexAttention too): the mixes first, then dense."""
+    """Yields (name, lengths, whether FlexAttention runs): the mixes first, then dense texts."""
     for head_dim in options.head_dims:
         for mix in options.mixes:
             lengths = length_mix(mix, options.tokens)

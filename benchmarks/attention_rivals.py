@@ -1,4 +1,4 @@
-"""The ways to compute the same attention that `attention.py` compares. Each gives a function of no argument.
+"""The ways to compute attention that `attention.py` compares. Each gives a function without arguments.
 
 Shape legend: T tokens of all texts, N texts, L length with padding, H heads, D head dim.
 """
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass(frozen=True)
 class Problem:
-    """One packed stream of texts; `dropout_p` of its attention weights are dropped."""
+    """One packed stream of texts. A share `dropout_p` of its attention weights is dropped."""
 
     lengths: tuple[int, ...]
     heads: int
@@ -32,14 +32,14 @@ class Problem:
 
     @property
     def forward_flops(self) -> int:
-        """Two matrix products over the pairs that see each other: what has to be computed, no padding."""
+        """Counts two matrix products over the pairs that see each other, without padding."""
         return 4 * self.heads * self.head_dim * sum(length**2 for length in self.lengths)
 
     def cu_seqlens(self) -> torch.Tensor:
         return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
     def tensors(self) -> list[torch.Tensor]:
-        """q, k, v that want gradients."""
+        """Returns q, k and v that require gradients."""
         generator = torch.Generator(self.device).manual_seed(0)
         shapes = [(sum(self.lengths), heads, self.head_dim) for heads in (self.heads, *[self.kv_heads] * 2)]
         make = partial(torch.randn, generator=generator, device=self.device, dtype=self.dtype)
@@ -48,7 +48,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contender:
-    """`run()` gives the output from `leaves`; `setup_ms` is what was prepared once and is not timed."""
+    """`run()` computes the output from `leaves`. `setup_ms` is the time of untimed preparation."""
 
     name: str
     run: Callable[[], torch.Tensor]
@@ -57,7 +57,7 @@ class Contender:
 
 
 OURS = ("triton", "flash_attn")
-"""Contenders that torch does not bring."""
+"""Contenders that are not part of torch."""
 
 
 def options_of(problem: Problem) -> AttentionOptions:
@@ -75,7 +75,7 @@ def needs_of(problem: Problem) -> AttentionNeeds:
 
 
 def chosen_by_auto(problem: Problem) -> str:
-    """The contender that the product's `attention: auto` is."""
+    """Returns the contender that the product's `attention: auto` chooses."""
     return choose_attention_backend("auto", needs_of(problem)).name
 
 
@@ -89,7 +89,7 @@ def packed(problem: Problem, backend: str) -> Contender:
 
 
 def sdpa(problem: Problem, name: str, backend: SDPBackend) -> Contender:
-    """`scaled_dot_product_attention`; texts of unlike length are padded and masked, as models do it."""
+    """`scaled_dot_product_attention`. Texts of different lengths are padded and masked, as in models."""
     n_texts, length = len(problem.lengths), max(problem.lengths)
     lengths_N = torch.tensor(problem.lengths, device=problem.device)
     real_NL = torch.arange(length, device=problem.device)[None] < lengths_N[:, None]
@@ -116,7 +116,7 @@ def sdpa(problem: Problem, name: str, backend: SDPBackend) -> Contender:
 
 
 def flex(problem: Problem) -> Contender:
-    """FlexAttention over the packed stream with a mask of texts; making the mask is `setup_ms`."""
+    """FlexAttention over the packed stream with a mask of texts. Making the mask counts as `setup_ms`."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if problem.dropout_p > 0:
@@ -148,7 +148,7 @@ def flex(problem: Problem) -> Contender:
 
 
 def contenders(problem: Problem, with_flex: bool) -> Iterator[tuple[str, Callable[[], Contender]]]:
-    """Names and makers, ours first. A maker, or the first run, may refuse the problem."""
+    """Returns names and makers, ours first. A maker or the first run may refuse the problem."""
     yield "triton", partial(packed, problem, "triton")
     if problem.device.type == "cpu":
         yield "torch", partial(packed, problem, "torch")

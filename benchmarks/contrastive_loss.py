@@ -1,4 +1,4 @@
-"""The contrastive loss as training calls it, forward and backward, against the full score matrix.
+"""Compares the contrastive loss as training calls it, forward and backward, with the full score matrix.
 
     python benchmarks/contrastive_loss.py --n 32768 --dim 1024
 
@@ -7,9 +7,9 @@ InfoNCE in tiles, in each precision that a recipe can ask for. The others hold a
 `F.cross_entropy`; their products are in fp32, TF32 and bf16. They run where four such matrices fit into
 free memory.
 
-One JSON line a case: milliseconds (median), useful TFLOP/s (6·N²·D operations: scores and two gradients),
-memory beyond vectors and gradients, and how far the loss and the queries' gradient are from those of the
-full matrix in fp32 (relative).
+It prints one JSON line a case: milliseconds (median), useful TFLOP/s (6·N²·D operations: scores and two
+gradients) and memory beyond vectors and gradients. The line also has the relative distance of the loss and
+the queries' gradient from those of the full matrix in fp32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def ours(query: torch.Tensor, document: torch.Tensor, score_precision: Any = "fp32") -> torch.Tensor:
-    """The product's own call, on one rank and without hard negatives."""
+    """Computes the loss by the product's own call, on one rank and without hard negatives."""
     ids = torch.arange(len(query), device=query.device)
     vectors = PairVectors(query, document, document[:0], ids, ids, ids[:0])
     config = SimcseConfig(scale=SCALE, score_precision=score_precision)
@@ -48,7 +48,7 @@ def full_matrix(query: torch.Tensor, document: torch.Tensor, dtype: torch.dtype)
 
 
 def vectors(n: int, dim: int, device: torch.device) -> list[torch.Tensor]:
-    """Each query leans towards its document; not normalised."""
+    """Returns vectors that are not normalised. Each query leans towards its document."""
     torch.manual_seed(0)
     document = torch.randn(n, dim, device=device)
     query = torch.randn(n, dim, device=device) + document
@@ -66,7 +66,7 @@ def run(loss: Loss, leaves: list[torch.Tensor]) -> torch.Tensor:
 def measure(
     loss: Loss, leaves: list[torch.Tensor], repeats: int
 ) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Figures, and loss and queries' gradient."""
+    """Returns the figures, the loss and the queries' gradient."""
     device, (n, dim) = leaves[0].device, leaves[0].shape
     result = [run(loss, leaves)]  # compiles, picks algorithms
     result.append(leaves[0].grad.clone())  # type: ignore[union-attr]
@@ -81,7 +81,7 @@ def measure(
         "useful_tflop_per_s": round(6 * n * n * dim / seconds / 1e12, 2),
     }
     if device.type == "cuda":
-        # Gradients are there before and after; they are freed in between.
+        # Gradients exist before and after. They are freed in between.
         figures["extra_mib"] = round(torch.cuda.max_memory_allocated() / 2**20 - before, 1)
     return figures, result
 
@@ -91,7 +91,7 @@ def memory_mib(device: torch.device) -> float:
 
 
 def contenders(n: int, device: torch.device) -> dict[str, tuple[Loss, str]]:
-    """Name → loss, and torch's precision of fp32 products. The first is what the others are held against."""
+    """Returns name → loss, and torch's precision of fp32 products. The others are compared with the first."""
     fp32: Loss = partial(full_matrix, dtype=torch.float32)
     full: dict[str, tuple[Loss, str]] = {
         "full_fp32": (fp32, "highest"),

@@ -1,4 +1,4 @@
-"""What this device can do at best, measured: its matrix products and its copies."""
+"""Measures the best speed of this device: matrix products and copies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def matmul_peak_tflop_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Best of the square products tried, over ten in a row."""
+    """Returns the best speed of several square products, each over ten in a row."""
     best = 0.0
     for size in (4096, 8192, 16384) if device.type == "cuda" else (1024,):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -33,7 +33,7 @@ def matmul_peak_tflop_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def copy_gb_per_s(device: torch.device, mib: int = 2048) -> float:
-    """Best of five copies within the device's memory; bytes read and bytes written both count."""
+    """Returns the best of five copies within the device's memory. Bytes read and written both count."""
     source = torch.randn(mib * 2**20 // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)

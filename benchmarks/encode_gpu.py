@@ -1,11 +1,11 @@
-"""`Encoder.encode` on this GPU against `SentenceTransformer.encode`: texts a second, bf16, the same weights.
+"""Times `Encoder.encode` and `SentenceTransformer.encode` on this GPU, in bf16 with the same weights.
 
     python benchmarks/encode_gpu.py
 
-A model in the shape of SmolLM2-135M with random weights, without a head; sentences of STS-B's lengths, and
-paragraphs of WikiText's. The rival takes sdpa, its best attention without a package more, and the best of
-the batch sizes given. One JSON line a case, with the least cosine between both tools' vectors. `--cpu` runs
-in fp32, to see that it works.
+The model has the shape of SmolLM2-135M, random weights and no head. Texts are sentences of STS-B's lengths
+and paragraphs of WikiText's. The rival uses sdpa, its best attention without another package, and the best
+of the given batch sizes. It prints one JSON line a case, with texts a second and the least cosine between
+both tools' vectors. `--cpu` runs in fp32, to check that the script works.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Encode = Callable[[list[str]], Any]
 
 
 def write_trunk(folder: Path, config_file: str, dtype: torch.dtype) -> int:
-    """Random weights without a language head; its number of token ids."""
+    """Writes random weights without a language head. Returns the number of token ids."""
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(config_file, trust_remote_code=False)
@@ -75,7 +75,7 @@ def seconds(encode: Encode, texts: list[str], rounds: int) -> tuple[list[float],
     times = []
     for _ in range(rounds):
         started = time.perf_counter()
-        encode(texts)  # vectors end on the host: nothing is left to wait for
+        encode(texts)  # vectors end on the host, so nothing is left to wait for
         times.append(time.perf_counter() - started)
     return times, np.asarray(vectors, dtype=np.float32)
 
@@ -118,8 +118,8 @@ def main() -> int:
     )
     parser.add_argument("--micro-batch-tokens", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128, 512])
-    parser.add_argument("--rounds", type=int, default=2, help="timed ones after one that is not")
-    parser.add_argument("--divide", type=int, default=1, help="so many times fewer texts")
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds after one untimed round")
+    parser.add_argument("--divide", type=int, default=1, help="divides the number of texts")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
     if not options.cpu and not torch.cuda.is_available():

@@ -1,10 +1,10 @@
-"""Peak memory of a contrastive step against the number of texts in its global batch.
+"""Measures the peak memory of a contrastive step for several numbers of texts in its global batch.
 
     python benchmarks/global_batch_memory.py --model "$(llm2vec-ds demo --print-model-dir)"
 
-SimCSE with LoRA on one process, one step a size, the token budget of a micro-batch being the same: with the
-embedding cache, memory must not grow with the batch but for its vectors. One JSON line a size, each measured
-in a process of its own. Each text is encoded twice, so that there are twice as many vectors as texts.
+It runs SimCSE with LoRA, one step a size, with the same token budget of a micro-batch. With the embedding
+cache, only the memory of the vectors may grow with the batch. Each size runs in its own process and gives
+one JSON line. Each text is encoded twice, so there are twice as many vectors as texts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import yaml
 
 
 def write_texts(path: Path, n_texts: int) -> None:
-    """Pieces of 3 to 6 words of Python's help topics."""
+    """Writes pieces of 3 to 6 words of Python's help topics."""
     from pydoc_data.topics import topics
 
     words = " ".join(topics.values()).split()
@@ -32,7 +32,7 @@ def write_texts(path: Path, n_texts: int) -> None:
 
 
 def measure(model: str, folder: Path, n_texts: int, max_tokens: int) -> dict[str, float]:
-    """Metrics of one step."""
+    """Returns the metrics of one step."""
     recipe = {
         "stage": "simcse",
         "model": {"path": model},

@@ -1,13 +1,14 @@
-"""Checks and benchmarks on this machine's GPU, a file of results for each part. Run by `make gpu-check`.
+"""Runs checks and benchmarks on this machine's GPU. `make gpu-check` calls it. Each part has a results file.
 
     python benchmarks/gpu_check.py --part kernels
     python benchmarks/gpu_check.py --part training --rows train_mntp_4670 mntp_7b
 
-Every row is a process of its own and ends after 45 seconds at the latest; a part ends after four minutes.
-The file is written after each row, so that a run that is cut keeps what it has, and a row that runs again on
-the same day replaces what it said before. All parts need torch with CUDA, triton, transformers and peft. The
-parts `training` and `contrastive` need what `llm2vec-ds train` needs, and sentence-transformers; `tests`
-needs pytest and hypothesis. Importing takes most of a row where Python may not keep the libraries' bytecode.
+Every row is a separate process and ends after at most 45 seconds. A part ends after four minutes. The file
+is written after each row, so a run that is cut keeps its rows. A row that runs again on the same day
+replaces its earlier result. All parts need torch with CUDA, triton, transformers and peft. The parts
+`training` and `contrastive` also need what `llm2vec-ds train` needs, and sentence-transformers. `tests`
+needs pytest and hypothesis. If Python cannot store the libraries' bytecode, importing takes most of a row's
+time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 ROW_S, PART_S = 45.0, 240.0
 ROW_OPS_BOUND = 2**-7
-"""How far results of bf16 may be from transformers', whose roundings are others: relative, by their norms."""
+"""Allowed distance of bf16 results from transformers', which round differently: relative, by their norms."""
 VERSIONS = (
     "torch",
     "triton",
@@ -43,7 +44,7 @@ VERSIONS = (
     "flash-attn-3",
 )
 ATTENTION = "benchmarks/attention.py --flex none --mixes sts wiki blocks long --lengths 4096 --head-dims"
-"""Without FlexAttention, whose compilation alone outlasts a row's limit: that is run by hand."""
+"""FlexAttention is left out, because compiling it alone exceeds a row's limit. Run it by hand."""
 HOST = "benchmarks/host_overhead.py"
 PARTS = {
     "kernels": {
@@ -74,7 +75,7 @@ PARTS = {
         "tests": "-m pytest -q -m not\\ slow -p no:cacheprovider tests/model/test_graphs.py tests/kernels"
     },
 }
-"""Rows in the order of their worth: those that a part has no time for are left out."""
+"""The most important rows come first. A part leaves out rows that it has no time for."""
 
 
 def hardware(torch: Any) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def hardware(torch: Any) -> dict[str, Any]:
 
 
 def run_row(command: str, limit_s: float) -> dict[str, Any]:
-    """What a child printed, and how it ended; what it said counts even where it ran out of time."""
+    """Returns what a child printed and how it ended. Its output counts even if it ran out of time."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path[:2], *inherited()])}
     environment.pop("TRITON_INTERPRET", None)
     started = time.monotonic()
@@ -116,7 +117,7 @@ def run_row(command: str, limit_s: float) -> dict[str, Any]:
         output, _ = child.communicate(timeout=max(1.0, limit_s))
     except subprocess.TimeoutExpired:
         cut = True
-        os.killpg(child.pid, signal.SIGKILL)  # its own children too: one that lives holds the pipe
+        os.killpg(child.pid, signal.SIGKILL)  # its own children too: a living one holds the pipe open
         output, _ = child.communicate()
     print(output, flush=True)
     lines = output.splitlines()
@@ -135,7 +136,7 @@ def inherited() -> list[str]:
 
 
 def problems(name: str, row: dict[str, Any]) -> Iterable[str]:
-    """A row that its limit ended is none, if it had figures by then."""
+    """Returns a row's problems. A row that hit its time limit is no problem if it has figures."""
     if row["exit_status"] and not row["cut"]:
         yield f"{name}: exit status {row['exit_status']}"
     if not row["lines"] and name != "tests":
@@ -150,7 +151,7 @@ def problems(name: str, row: dict[str, Any]) -> Iterable[str]:
 def run_part(
     part: str, wanted: list[str] | None, path: Path, about: dict[str, Any], row_s: float, part_s: float
 ) -> list[str]:
-    """Runs the rows of a part and writes them; what went wrong."""
+    """Runs the rows of a part and writes them. Returns what went wrong."""
     result = {**about, "part": part, "rows": earlier_rows(path)}
     path.parent.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + part_s

@@ -1,9 +1,9 @@
-"""Processor time of a step whose products cost nothing: what Python and its libraries take, ours and plain.
+"""Measures the processor time of Python and its libraries in a step whose products cost nothing.
 
     OMP_NUM_THREADS=1 python benchmarks/host_overhead.py
 
 The model is a Llama of 30 layers and width 64, with LoRA of rank 16 and dropout 0.05, on 64 tokens and one
-thread. Times are medians. The parts:
+thread. Times are medians. These are the parts:
 
   train    steps of `llm2vec-ds train`, MNTP, with each kind of activation checkpointing, without a DeepSpeed
            JSON and under ZeRO-2
@@ -11,9 +11,9 @@ thread. Times are medians. The parts:
   model    forward and backward alone: no engine, no optimizer
   encode   `Encoder.encode` of three texts
 
-Beside each, transformers, peft and torch's AdamW do the same, step by step in turn with ours. Prints one JSON
-line; `ratio` is ours over plain in processor time. On CUDA wall clock, the GPU's own time, launches and waits
-stand beside it.
+In turn with each step of ours, transformers, peft and torch's AdamW do the same. This is "plain". The script
+prints one JSON line. `ratio` is ours over plain in processor time. On CUDA the line also has wall clock, the
+GPU's own time, launches and waits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from steps.random_model import small_config, write_model
 
 ZERO2 = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 CHECKPOINTING = {"none": "none", "default": None, "full": "full"}
-"""`default`: the recipe says nothing."""
+"""`default`: the recipe does not set it."""
 ENGINES = {"no_json": False, "zero2": True}
 PASSES, TEXTS_PER_PASS = 5, 3
 Figures = dict[str, Any]
@@ -48,7 +48,7 @@ Rivals = dict[str, Callable[[], Any]]
 
 
 class Bench:
-    """A small model and its texts in `folder`, measured in one way after another."""
+    """A small model and its texts in `folder`. Each method measures one part."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -67,7 +67,7 @@ class Bench:
         (folder / "triplets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in triplets))
 
     def measured(self, rivals: Rivals, run: Callable[[StepMeter], Figures]) -> dict[str, Figures]:
-        """`ours` and each rival, whose steps take turns with ours."""
+        """Measures `ours` and each rival. Their steps take turns."""
         options = self.options
         meters = {name: StepMeter(self.device, options.warm_up, options.steps) for name in rivals}
 
@@ -103,7 +103,7 @@ class Bench:
         return plain.contrastive_run(self.model, self.examples, self.device, texts_per_pass=TEXTS_PER_PASS)
 
     def pass_of(self, checkpointing: str | None) -> Callable[[], Any]:
-        """Forward and backward of the product's model, as the objective runs it."""
+        """Returns forward and backward of the product's model, as the objective runs it."""
         stage = ours.build_stage(self.recipe("mntp", checkpointing, False), self.device)
         packed, _ = stage.batches(0, stage.global_batch(0))
         batch, model = packed[0].to(self.device), stage.model.train()
@@ -111,14 +111,14 @@ class Bench:
 
 
 def with_ratios(figures: dict[str, Figures]) -> dict[str, Any]:
-    """Processor time of ours over each rival's."""
+    """Adds the processor time of ours over each rival's."""
     own = figures["ours"]["processor_ms"]
     ratios = {name: round(own / figures[name]["processor_ms"], 3) for name in figures if name != "ours"}
     return {**figures, "ratio": ratios}
 
 
 def train_part(bench: Bench, engines: list[str]) -> dict[str, Any]:
-    """`plain` keeps all that it computes; beside our `full` stands one that recomputes, too."""
+    """Measures `train`. `plain` keeps all that it computes. Our `full` also has a rival that recomputes."""
     found: dict[str, Any] = {}
     for engine in engines:
         found[engine] = {}
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--vocab", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=15, help="timed ones (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=15, help="timed steps (default %(default)s)")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))

@@ -1,8 +1,8 @@
-"""InfoNCE in tiles against the full score matrix: time and peak memory of forward and backward.
+"""Compares InfoNCE in tiles with the full score matrix: time and peak memory of forward and backward.
 
     python benchmarks/info_nce.py --n 32768 --dim 576 --json
 
-N queries against N documents, unit vectors, scale 20. What is printed, one case a line:
+There are N queries against N documents, with unit vectors and scale 20. Each case prints one line:
 
   time_ms                      forward and backward, median of --repeats runs
   peak_extra_mib               largest memory in use over forward and backward, beyond the vectors and their
@@ -14,9 +14,9 @@ N queries against N documents, unit vectors, scale 20. What is printed, one case
                                same size, without softmax
   time_ratio_to_matmuls        the same against the bare products, always
 
-The two and the baseline are timed in turn within each repeat, so that a busy machine hits all alike. On CUDA
-memory is torch's allocator's peak; on a CPU it is what the process's resident memory grew by (VmHWM), seen in
-a process of its own.
+The tiles, the bare products and the baseline are timed in turn within each repeat. So a busy machine affects
+all alike. On CUDA memory is the peak of torch's allocator. On a CPU it is the growth of resident memory
+(VmHWM), measured in a separate process.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TABLES = {
 
 
 def vectors(n: int, dim: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and documents, where each query leans towards its document."""
+    """Returns queries and documents. Each query leans towards its document."""
     torch.manual_seed(0)
     document = F.normalize(torch.randn(n, dim, device=device), dim=-1)
     query = F.normalize(torch.randn(n, dim, device=device).mul_(dim**-0.5).add_(document), dim=-1)
@@ -66,7 +66,7 @@ def full_matrix(query: torch.Tensor, document: torch.Tensor) -> None:
 
 
 def matmuls(query: torch.Tensor, document: torch.Tensor, tile_mib: float) -> None:
-    """Scores, queries' gradient, documents' gradient: the products alone, a tile at a time."""
+    """Computes the products of scores and both gradients alone, a tile at a time."""
     query, document = query.detach(), document.detach()
     d_query, d_document = torch.empty_like(query), torch.zeros_like(document)
     n_rows = max(64, int(tile_mib * 2**20) // (query.element_size() * len(document)))
@@ -92,7 +92,7 @@ def seconds(run: Callable[[], None], device: str, leaves: tuple[torch.Tensor, ..
 
 
 def resident_mib(field: str) -> float:
-    """A field of /proc/self/status, VmRSS or VmHWM."""
+    """Returns a field of /proc/self/status, VmRSS or VmHWM."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
@@ -100,9 +100,9 @@ def resident_mib(field: str) -> float:
 
 
 def peak_extra_mib(n: int, dim: int, dtype: torch.dtype, device: str, tile_mib: float) -> float:
-    """Peak over one forward and backward beyond vectors and gradients, which are all there beforehand."""
+    """Returns the peak over one forward and backward, beyond the vectors and gradients that exist before."""
     if device == "cpu":
-        tiled(*vectors(256, dim, dtype, device), tile_mib)  # libraries' own buffers, threads
+        tiled(*vectors(256, dim, dtype, device), tile_mib)  # makes the libraries' buffers and threads
     leaves = vectors(n, dim, dtype, device)
     gradient_mib = sum(x.nbytes for x in leaves) / 2**20
     if device == "cuda":
@@ -110,7 +110,7 @@ def peak_extra_mib(n: int, dim: int, dtype: torch.dtype, device: str, tile_mib: 
         before = torch.cuda.memory_allocated() / 2**20
         tiled(*leaves, tile_mib)
         return torch.cuda.max_memory_allocated() / 2**20 - before - gradient_mib
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at VmRSS
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     before = resident_mib("VmRSS")
     tiled(*leaves, tile_mib)
     return resident_mib("VmHWM") - before - gradient_mib

@@ -1,8 +1,8 @@
-"""The attention kernels' output and gradients on this GPU against double precision, beside naive PyTorch's.
+"""Compares the attention kernels' output and gradients on this GPU with double precision.
 
     python benchmarks/kernel_checks.py --texts long
 
-One JSON line a check; ends with 1 if an error is more than twice the naive one's.
+It prints one JSON line a check. Its exit code is 1 if an error is more than twice that of naive PyTorch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LENGTHS = {"long": (0, 1, 127, 128, 129, 0, 515), "short": (13, 1, 0, 63, 64, 17
 
 
 def check(lengths: tuple[int, ...], device: str) -> Iterator[dict[str, Any]]:
-    """Every one of `CHECKS`; the first of a kind compiles its kernels."""
+    """Runs all `CHECKS`. The first of a kind compiles its kernels."""
     for dtype, heads, kv_heads, head_dim, options in CHECKS:
         started = time.monotonic()
         errors, naive = errors_against_reference(device, lengths, dtype, heads, kv_heads, head_dim, options)
@@ -59,7 +59,7 @@ def errors_against_reference(
     head_dim: int,
     options: dict[str, Any],
 ) -> tuple[list[float], list[float]]:
-    """Largest errors of output, dq, dk, dv against double precision: ours, and naive PyTorch's."""
+    """Returns the largest errors of output, dq, dk, dv against double precision: ours and naive PyTorch's."""
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]

@@ -1,12 +1,12 @@
-"""MNTP with LoRA in the shape of a 7B model on this GPU: tokens a second, and the share of its matmul peak.
+"""Times MNTP with LoRA in the shape of a 7B model on this GPU: tokens a second, and share of its matmul peak.
 
     python benchmarks/mntp_gpu.py
 
-Random bf16 weights in the shape of Llama-2-7B (or what `--layers`, `--width` … say), adapters of rank 16
-and dropout 0.05 on all linear layers, packed texts of one length, a fifth of the tokens masked; forward,
-backward and AdamW by the product's own modules, without DeepSpeed. The peak is that of the best bf16
-product measured in the same process. One JSON line for each way of recomputation. With `--cpu` it runs in
-fp32, to see that it works. Without an installation: `PYTHONPATH=.:kernels`.
+Weights are random bf16 in the shape of Llama-2-7B (or of `--layers`, `--width` …). Adapters of rank 16 and
+dropout 0.05 are on all linear layers. Texts are packed and have one length. A fifth of the tokens is
+masked. Forward, backward and AdamW are the product's own modules, without DeepSpeed. The peak is the best
+bf16 product in the same process. There is one JSON line for each kind of recomputation. `--cpu` runs in
+fp32, to check that the script works. Without an installation, set `PYTHONPATH=.:kernels`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def packed_batch(vocab_size: int, n_texts: int, length: int) -> PackedBatch:
 
 
 def random_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, MaskedTokenHead]:
-    """Trunk with trainable adapters, and head, with random weights in the shape of `options`."""
+    """Returns a trunk with trainable adapters and a head, with random weights in the shape of `options`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     dtype = torch.float32 if options.cpu else torch.bfloat16
@@ -75,7 +75,7 @@ def random_model(options: argparse.Namespace, device: torch.device) -> tuple[Any
     fuse_layers(trunk)
     head = MaskedTokenHead(linear, config, chunk_tokens=1024)
     add_lora(trunk, AdapterConfig(dropout=options.dropout))
-    for parameter in trunk.parameters():  # as the engine's bf16 does
+    for parameter in trunk.parameters():  # like the engine's bf16
         parameter.data = parameter.data.to(dtype)
     return trunk.train(), head
 
@@ -133,7 +133,7 @@ def main() -> int:
     parser.add_argument("--texts", type=int, default=16)
     parser.add_argument("--length", type=int, default=512, help="tokens of a text (default %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.05, help="of the adapters (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="timed ones (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps (default %(default)s)")
     parser.add_argument("--recomputation", nargs="+", default=["selective", "none", "full"])
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()

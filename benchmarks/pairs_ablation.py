@@ -1,18 +1,19 @@
-"""Do a guide, and rounding in training, make a better encoder? The supervised stage on files of pairs.
+"""Tests whether a guide, or rounding in training, makes a better encoder in the supervised stage.
 
     python benchmarks/pairs_ablation.py --model LLM --pairs snli.jsonl mrpc.jsonl wordnet.jsonl \
         --guide MODEL --dev stsb_dev.csv --questions wikiqa.jsonl --output runs/pairs_ablation
 
-Variants: `plain`; `guide` (`supervised.guide`, nothing else changed); `stored` (`supervised.stored_as:
-[int8, binary]`). Each trains with the same seeds, so on the same batches. Measured of each encoder, with
+Variants are `plain`, `guide` (only `supervised.guide` is changed) and `stored` (`supervised.stored_as: [int8,
+binary]`). Each trains with the same seeds, so on the same batches. These are measured of each encoder, with
 vectors as float32, int8 and binary:
 
-- Spearman's correlation on --dev, both sentences stored in that form;
+- Spearman's correlation on --dev, with both sentences stored in that form;
 - nDCG@10 of the queries of --questions against all its positives and negatives. Documents are stored in that
-  form and queries are not, as `search` compares them.
+  form and queries are not, as in `search`.
 
-Writes a JSON line a run into OUTPUT/results.jsonl, and leaves out what is there already. Then prints means
-and standard deviations over seeds. --dev and --questions must not be in --pairs, nor be test sets.
+It writes one JSON line a run into OUTPUT/results.jsonl and skips runs that are there already. Then it prints
+means and standard deviations over seeds. --dev and --questions must not be in --pairs, and must not be test
+sets.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ VARIANTS = ("plain", "guide", "stored")
 
 
 def first_rows(files: list[str], n_rows: int, folder: Path) -> None:
-    """Copies of the files' first rows: each remains a source of its own. One that is there stays as old as it
-    is, so that what was prepared from it is found again."""
+    """Copies the files' first rows. Each file stays a separate source.
+
+    An equal copy is not written again, so its time stamp stays and its prepared pairs are found again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for file in map(Path, files):
         rows = "".join(file.read_text().splitlines(keepends=True)[:n_rows])
@@ -73,7 +76,7 @@ def recipe(arguments: argparse.Namespace, variant: str, seed: int) -> dict[str, 
 
 
 def cosines(query_QD: np.ndarray, document_ND: np.ndarray) -> np.ndarray:
-    """`[Q, N]`."""
+    """Returns scores `[Q, N]`."""
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query_QD, document_ND)]
     scores_QN: np.ndarray = unit[0] @ unit[1].T
     return scores_QN
@@ -112,7 +115,7 @@ def retrieval(encoder: Encoder, file: str) -> dict[str, float]:
 
 
 def left_out(run: Path) -> dict[str, list[float]]:
-    """Of each source: negatives that the guide left out, and all."""
+    """Returns for each source the number of negatives that the guide left out, and of all negatives."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for line in (run / "metrics.jsonl").read_text().splitlines():
         for key, value in json.loads(line).items():

@@ -1,10 +1,11 @@
-"""`llm2vec-ds prepare` on a large file: does it stay within 1 GiB, and can it be killed and resumed?
+"""Checks that `llm2vec-ds prepare` on a large file stays within 1 GiB and can be killed and resumed.
 
     python benchmarks/prepare_memory.py --model "$(llm2vec-ds demo --print-model-dir)" --megabytes 2000
 
-Makes a text file of seeded random English words and prepares it with the model's tokenizer: killed with
-SIGKILL when half of the lines are done and started anew, then once more without interruption. Both
-manifests must be equal. Prints one JSON line; exit code 1 where memory or equality fails.
+It makes a text file of seeded random English words and prepares it with the model's tokenizer. The first
+run is killed with SIGKILL when half of the lines are done, and started anew. The second one is not
+interrupted. Both manifests must be equal. It prints one JSON line. Exit code 1 means that memory or
+equality failed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LINES_PER_WRITE = 20_000
 
 
 def make_text(path: Path, megabytes: int, seed: int) -> int:
-    """Lines of 5 to 80 words of Python's help topics, Zipf-distributed; returns their number."""
+    """Writes lines of 5 to 80 words of Python's help topics, Zipf-distributed. Returns their number."""
     from pydoc_data.topics import topics
 
     random = np.random.default_rng(seed)
@@ -60,7 +61,7 @@ def write_recipe(folder: Path, model: str, text: Path) -> Path:
 
 
 def prepare(recipe: Path, output: Path, kill_at_line: int | None = None) -> dict[str, Any]:
-    """Runs the command, kills it once parts with `kill_at_line` lines are done; time and peak memory."""
+    """Runs the command and kills it after `kill_at_line` lines. Returns time and peak memory."""
     command = [sys.executable, "-m", "llm2vec_ds", "prepare", str(recipe), f"data.prepared_dir={output}"]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -98,7 +99,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="folder or hub id of the model with the tokenizer")
     parser.add_argument("--megabytes", type=int, default=2000, help="at least 200: parts hold 64 MB")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where files go for the time (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="where files go meanwhile (default: a temporary one)")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="prepare-memory-", dir=options.folder))
     try:

@@ -1,11 +1,12 @@
-"""Peak memory and speed of QLoRA steps beside the plan, on a GPU held to a smaller one's memory.
+"""Compares peak memory and speed of QLoRA steps with the plan, on a GPU limited to a smaller one's memory.
 
     python benchmarks/qlora_memory.py recipes/qlora_7b_24gb.yaml --steps 5
 
-Writes a model of random weights in the shape that the recipe's `model.config_file` gives (13.5 GB for 7B),
-then trains MNTP and SimCSE steps on texts of the longest length that the recipe allows, with
-`torch.cuda.set_per_process_memory_fraction` at the recipe's `machine.memory_gib`. One JSON line a stage.
-With `--cpu` it runs without the limit and with plain AdamW, to see that it works. Not yet run on a GPU.
+It writes a model of random weights in the shape of the recipe's `model.config_file` (13.5 GB for 7B). Then it
+trains MNTP and SimCSE steps on texts of the longest length that the recipe allows.
+`torch.cuda.set_per_process_memory_fraction` sets the limit to the recipe's `machine.memory_gib`. There is one
+JSON line a stage. `--cpu` runs without the limit and with plain AdamW, to check that the script works. It has
+not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SPECIAL = ["_", "<unk>", "</s>"]
 
 
 def write_model(config_file: Path, folder: Path, cpu: bool) -> None:
-    """Random weights, made on the host, in bf16 (fp32 for a CPU run), and a tokenizer of a few words."""
+    """Writes random weights in bf16 (fp32 for a CPU run), made on the host, and a tokenizer of few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -43,7 +44,7 @@ def write_model(config_file: Path, folder: Path, cpu: bool) -> None:
 
 
 def write_texts(path: Path, n_texts: int, n_words: int) -> None:
-    """Distinct texts of `n_words` tokens each."""
+    """Writes distinct texts of `n_words` tokens each."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(WORDS), (n_texts, n_words), generator=generator).tolist()
     path.write_text("\n".join(" ".join(WORDS[i] for i in row) for row in rows) + "\n")
@@ -52,7 +53,7 @@ def write_texts(path: Path, n_texts: int, n_words: int) -> None:
 def measure(
     recipe_file: Path, stage: str, model: Path, scratch: Path, steps: int, cpu: bool
 ) -> dict[str, Any]:
-    """A few steps of one stage through the ordinary command's function."""
+    """Runs a few steps of one stage through the function of the ordinary command."""
     from llm2vec_ds.engine.run_stages import train_stages
     from llm2vec_ds.recipe.files import load_recipe
 
@@ -68,7 +69,7 @@ def measure(
     ]
     changes += ["optimizer.name=adamw"] if cpu else []
     recipe = load_recipe(recipe_file, changes)
-    # Each stage starts from the base: its cost does not depend on the weights.
+    # Each stage starts from the base model, because its cost does not depend on the weights.
     moved = {"model": recipe.model.model_copy(update={"path": str(model)}), "output_dir": str(run)}
     train_stages([recipe.model_copy(update=moved)])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

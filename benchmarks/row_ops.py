@@ -1,12 +1,13 @@
-"""RMSNorm, rotary embedding and SwiGLU as one operation each, against transformers' Llama spelt out.
+"""Compares RMSNorm, rotary embedding and SwiGLU as one operation each with transformers' Llama.
 
     python benchmarks/row_ops.py
 
-Forward and backward together, weights frozen. On the GPU in bf16 if there is one: its own time, without
-launches, on inputs that are not in its cache. Else on the CPU in fp32. One JSON line an operation:
-milliseconds of both, their ratio (above 1: ours is faster), GB/s of what must be read and written at least,
-the share of that in what a copy reaches on this device, and how far apart the results are (outputs and
-gradients, relative, by their norms). Without an installation: `PYTHONPATH=.:kernels`.
+It times forward and backward together, with frozen weights. On a GPU it runs in bf16 and takes the GPU's
+own time, without launches, on inputs that are not in its cache. Without a GPU it runs on the CPU in fp32.
+There is one JSON line an operation: milliseconds of both, and their ratio (above 1, ours is faster). GB/s
+count the bytes that must be read and written, also as a share of a copy's speed on this device. The last
+figure is the distance of the results (outputs and gradients, relative, by their norms). Without an
+installation, set `PYTHONPATH=.:kernels`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Case = tuple[Callable[..., Any], Callable[..., Any], list[torch.Tensor], int]
 
 
 def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
-    """Ours, transformers', the inputs that have a gradient, and elements moved at least."""
+    """Returns ours, transformers', the inputs with a gradient, and the least number of elements moved."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
@@ -37,7 +38,7 @@ def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     tokens, width, heads = options.tokens, options.width, options.width // options.head_dim
     norm = llama.LlamaRMSNorm(width, EPS).to(device, dtype).requires_grad_(False)
     cos, sin = random(1, tokens, options.head_dim), random(1, tokens, options.head_dim)
-    both = random(1, tokens, heads, options.head_dim).transpose(1, 2)  # of queries, and as many keys
+    both = random(1, tokens, heads, options.head_dim).transpose(1, 2)  # queries, and as many keys
     n_queries = heads - heads // 2
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
@@ -60,7 +61,7 @@ def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
 
 
 def results(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Output and gradients."""
+    """Returns output and gradients."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves)
     gradient = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).reshape(out.shape)
@@ -68,13 +69,13 @@ def results(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -
 
 
 def relative_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """The largest of all tensors'."""
+    """Returns the largest relative difference of all tensors."""
     pairs = [(a.flatten().float(), b.flatten().float()) for a, b in zip(ours, theirs, strict=True)]
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def milliseconds(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], repeats: int) -> float:
-    """Forward and backward: on a GPU its own time, from replays of a graph; else the median of calls."""
+    """Times forward and backward: on a GPU its own time, by replays of a graph; else the median of calls."""
     sets = [[torch.randn_like(x).requires_grad_() for x in inputs] for _ in range(n_sets(inputs))]
     gradient = torch.randn_like(function(*sets[0]))
 
@@ -85,7 +86,7 @@ def milliseconds(function: Callable[..., torch.Tensor], inputs: list[torch.Tenso
     if inputs[0].is_cuda:
         from triton.testing import do_bench_cudagraph
 
-        all_sets()  # compiles, which a graph's capture must not
+        all_sets()  # compiles the kernels, which a graph's capture must not do
         return float(do_bench_cudagraph(all_sets, rep=60, return_mode="median")) / len(sets)
     all_sets()
     times = []
@@ -97,7 +98,7 @@ def milliseconds(function: Callable[..., torch.Tensor], inputs: list[torch.Tenso
 
 
 def n_sets(inputs: list[torch.Tensor]) -> int:
-    """So many inputs in turn that none is still in a GPU's cache."""
+    """Returns how many sets of inputs take turns, so that none is still in a GPU's cache."""
     if not inputs[0].is_cuda:
         return 1
     cache = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
@@ -105,7 +106,7 @@ def n_sets(inputs: list[torch.Tensor]) -> int:
 
 
 def lines(options: argparse.Namespace, device: torch.device, copy: float) -> Iterator[dict[str, Any]]:
-    """One of each operation; `copy` is the device's own speed in GB/s."""
+    """Yields one line for each operation. `copy` is the device's own speed in GB/s."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name, (ours, rival, inputs, moved) in cases(options, device, dtype).items():
         difference = relative_difference(*(results(function, inputs) for function in (ours, rival)))

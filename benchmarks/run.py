@@ -1,12 +1,12 @@
-"""LLM2Vec-DS beside what people would use instead: the same work, in turn, on this machine.
+"""Compares LLM2Vec-DS with its rivals: the same work, in turn, on this machine.
 
     python benchmarks/run.py --work simcse --against llm2vec --json
 
-Each tool runs in a process of its own (the rivals in environments that this script makes from the package
-index), A B A B …, with the same texts, LoRA, dtype (fp32 on a CPU) and threads, all dropouts 0. Prints
-medians with their spread, the ratio of speeds and of peak memories, the share of the machine's matrix-product
-peak, and both first losses (for `encode`: the cosine of both tools' vectors): they must agree, else it is not
-the same work.
+Each tool runs in its own process, A B A B …. This script makes the rivals' environments from the package
+index. Texts, LoRA, dtype (fp32 on a CPU) and threads are the same, and all dropouts are 0. It prints
+medians with their spread, the ratios of speeds and of peak memories, and the share of the machine's
+matrix-product peak. It also prints both first losses (for `encode` the cosine of both tools' vectors).
+These must agree. Otherwise the work is not the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OURS = Path(__file__).resolve().parent / "speed" / "worker_ours.py"
 
 
 def run_worker(python: Path | str, worker: Path, spec: Path, threads: int) -> dict[str, Any]:
-    """What the worker printed last, and its peak memory."""
+    """Returns the worker's last line and its peak memory."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen([str(python), str(worker), str(spec)], stdout=output, env=environment)
@@ -51,13 +51,13 @@ def run_worker(python: Path | str, worker: Path, spec: Path, threads: int) -> di
 
 
 def full_blocks(text: str, model: str) -> str:
-    """So much of the text that every step is BLOCKS blocks of BLOCK_TOKENS tokens, none of them short."""
+    """Returns as much text as fills every step with BLOCKS blocks of BLOCK_TOKENS tokens, none short."""
     from llm2vec_ds.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     n_tokens = BLOCKS * (BLOCK_TOKENS - len(tokenizer("")["input_ids"]))
     encoded = tokenizer(text[: 12 * n_tokens], add_special_tokens=False, return_offsets_mapping=True)
-    # A word that is cut may tokenise otherwise: the next place where the count is right.
+    # A cut word may give other tokens. So this searches the next place where the count is right.
     for _, end in encoded["offset_mapping"][n_tokens - 1 :]:
         if len(tokenizer(text[:end], add_special_tokens=False)["input_ids"]) == n_tokens:
             return text[:end]
@@ -65,7 +65,7 @@ def full_blocks(text: str, model: str) -> str:
 
 
 def add_masked_batch(spec: Spec, folder: Path) -> None:
-    """The very batch that our first step takes, masked, for the rivals."""
+    """Adds the masked batch of our first step for the rivals."""
     sys.path.insert(0, str(OURS.parent))
     import torch
     from worker_ours import recipe_of
@@ -101,7 +101,7 @@ def summary(runs: list[dict[str, Any]], spec: Spec) -> dict[str, Any]:
 
 
 def agreement(ours: dict[str, Any], rival: dict[str, Any]) -> dict[str, Any]:
-    """Whether it was the same work."""
+    """Returns figures that show whether the work was the same."""
     if "vectors" not in ours:
         return {"loss_difference": abs(ours["loss"] - rival["loss"])}
     a, b = np.array(ours["vectors"]), np.array(rival["vectors"])
@@ -152,7 +152,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def limits(spec: Spec, run: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Share of the machine's peak that the real tokens' products alone would take."""
+    """Returns the share of the time that the real tokens' products would take at the machine's peak."""
     config = json.loads((Path(spec.model) / "config.json").read_text())
     n_tokens = run.get("n_tokens") or _n_tokens(spec)
     n_masked = sum(label != -100 for labels in spec.labels for label in labels)
@@ -178,18 +178,18 @@ def main() -> None:
     parser.add_argument("--against", choices=[*RIVALS, "none"], default="none")
     parser.add_argument("--model", help="folder of a Llama-like model (default: the demo's)")
     parser.add_argument(
-        "--data", help="folder with STS-B, WikiText-2, UD English (default: text that Python brings)"
+        "--data", help="folder with STS-B, WikiText-2, UD English (default: text that comes with Python)"
     )
     parser.add_argument(
-        "--steps", type=int, default=3, help="timed steps a round, after one that is not (default 3)"
+        "--steps", type=int, default=3, help="timed steps a round, after an untimed one (default 3)"
     )
     parser.add_argument(
         "--examples",
         type=int,
         default=EXAMPLES,
-        help="of the supervised batch: fewer where a rival's memory would not do (default %(default)s)",
+        help="of the supervised batch: fewer if a rival runs out of memory (default %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=2, help="A B A B is two (default 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="two rounds are A B A B (default 2)")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="of each tool (default: all cores)"
     )
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument(
         "--rival-checkpointing",
         action="store_true",
-        help="the rival recomputes its layers in backward: where its memory would not do otherwise",
+        help="the rival recomputes its layers in backward, for when it runs out of memory otherwise",
     )
     parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
     arguments = parser.parse_args()

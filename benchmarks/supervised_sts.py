@@ -1,11 +1,11 @@
-"""Does the supervised stage improve an encoder? STS-B pairs with mined hard negatives, measured on STS-B dev.
+"""Tests whether the supervised stage improves an encoder, on STS-B pairs with mined hard negatives.
 
     python benchmarks/supervised_sts.py --model demo-output/encoder --train stsb_train.csv --dev stsb_dev.csv
 
-Pairs of a training file (sentence1, sentence2, score) that score at least 4 are queries and positives;
-`llm2vec-ds mine` finds their hard negatives among all its sentences; `llm2vec-ds train` does the rest.
-Prints one JSON line with Spearman's correlation before and after. Never point --dev at a test set: settings
-are chosen on it.
+Pairs of a training file (sentence1, sentence2, score) that score at least 4 are queries and positives.
+`llm2vec-ds mine` finds their hard negatives among all its sentences. `llm2vec-ds train` does the rest. It
+prints one JSON line with Spearman's correlation before and after. Never give a test set as --dev, because
+settings are chosen on it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ POSITIVE_SCORE = 4.0
 
 
 def write_pairs(train: str, folder: Path) -> tuple[Path, Path]:
-    """Files of positives and of all sentences."""
+    """Writes the files of positives and of all sentences."""
     pairs = load_graded_pairs(train)
     positives, corpus = folder / "positives.jsonl", folder / "corpus.jsonl"
     rows = zip(pairs.first, pairs.second, pairs.scores, strict=True)
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--scale", type=float, default=20.0)
-    parser.add_argument("--margin", type=float, default=0.1, help="of negatives, below the positive's cosine")
+    parser.add_argument("--margin", type=float, default=0.1, help="of negatives below the positive's cosine")
     arguments = parser.parse_args()
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Steps of `llm2vec-ds train` on this GPU in the shape of SmolLM2-135M, beside plain transformers and peft.
+"""Times steps of `llm2vec-ds train` and of plain transformers and peft on this GPU.
 
     python benchmarks/train_gpu.py mntp --tokens 16384
 
@@ -9,10 +9,11 @@
   cached      the supervised stage with five cached micro-batches of 64 tokens
   supervised  the supervised stage with 64 × 3 texts of 8 to 300 tokens, cached and in one pass
 
-Weights are random and texts generated: speed depends on neither. One JSON line a case: wall clock,
-processor and GPU time a step, real tokens a second, launches and waits for the device (torch's profiler
-counts both), and the first losses. Where nothing is random in the first loss, ours and the plain one must
-agree, else it ends with 1. `--cpu` runs in fp32, to see that it works.
+The shape is that of SmolLM2-135M. Weights are random and texts are generated, because speed depends on
+neither. There is one JSON line a case: wall clock, processor and GPU time a step, real tokens a second,
+launches and waits for the device (torch's profiler counts both), and the first losses. If nothing is random
+in the first loss, ours and the plain one must agree. Otherwise the exit code is 1. `--cpu` runs in fp32, to
+check that the script works.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ OURS = {
     "default": {},
     "default_eager": {"cuda_graphs": "off"},
 }
-"""What recipes say of the model: without recomputation, the defaults, and those without CUDA graphs."""
+"""The recipes' model settings: no recomputation, the defaults, and the defaults without CUDA graphs."""
 TEXTS, SENTENCES, EXAMPLES = 32, 128, 64
 Case = tuple[str, Callable[[], dict[str, Any]]]
 
 
 class Bench:
-    """A model of the shape in `options`, and what is run with it; files go into `folder`."""
+    """A model of the shape in `options`, and its runs. Files go into `folder`."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         from transformers import AutoConfig
@@ -147,13 +148,14 @@ def supervised(bench: Bench) -> Iterator[Case]:
 
 
 SAME_LOSS = ("mntp", "cached", "supervised")
-"""Adapters start at zero, so nothing random is in the first loss; SimCSE drops attention weights."""
+"""Cases whose first losses must agree. Adapters start at zero, so nothing in these is random. SimCSE drops
+attention weights."""
 LOSS_TOLERANCE = 0.02
 WORKS = {"mntp": mntp, "simcse": simcse, "cached": cached, "supervised": supervised}
 
 
 def with_speed(figures: dict[str, Any]) -> dict[str, Any]:
-    """Tokens are real ones: plain gets no credit for its padding."""
+    """Adds real tokens a second. Padding of the plain code does not count."""
     if "tokens" not in figures:
         return figures
     return {**figures, "tokens_per_s": round(figures["tokens"] / figures["wall_ms"] * 1e3, 1)}
@@ -168,9 +170,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--config", default=str(SHAPE), help="config.json of the shape (default: SmolLM2-135M)"
     )
-    parser.add_argument("--cases", nargs="+", help="these alone: none, default, plain_bf16 …")
+    parser.add_argument("--cases", nargs="+", help="run only these: none, default, plain_bf16 …")
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="timed ones (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps (default %(default)s)")
     parser.add_argument(
         "--profiled", type=int, default=1, help="steps under the profiler (default %(default)s)"
     )
@@ -202,7 +204,7 @@ def main() -> int:
             if not options.cpu:
                 torch.cuda.empty_cache()
     if losses and options.work in SAME_LOSS and max(losses) > (1 + LOSS_TOLERANCE) * min(losses):
-        print(f"error: the first losses {losses} differ: it was not the same work", file=sys.stderr)
+        print(f"error: the first losses {losses} differ: the work was not the same", file=sys.stderr)
         return 1
     return 0
 

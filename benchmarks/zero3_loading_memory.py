@@ -1,13 +1,13 @@
-"""Host memory of each rank while a model loads under ZeRO-3: in parts, and whole as a comparison.
+"""Measures the host memory of each rank while a model loads under ZeRO-3: in parts, and whole for comparison.
 
     python benchmarks/zero3_loading_memory.py --megabytes 400 --ranks 2
 
-Writes a Llama of random weights as LLMs are shipped, in bf16 and several files, then loads it in fp32 in
-fresh gloo ranks on the CPU. Counted is anonymous memory (RssAnon of /proc/self/status, sampled every 5 ms),
-above what the process had before loading: a mapped weight file is page cache, which all ranks share and the
-system drops at need. It is in the peak of resident memory (VmHWM), which is told too. "after" is what stays
-once loading is over. Prints one JSON line; exit code 1 where a rank's peak exceeds its part plus
-TRANSIENT_TENSORS times the largest tensor.
+It writes a Llama of random weights in bf16 and several files, as LLMs are shipped. Then it loads the model
+in fp32 in fresh gloo ranks on the CPU. It counts anonymous memory above what the process had before loading
+(RssAnon of /proc/self/status, sampled every 5 ms). A mapped weight file is page cache, which all ranks
+share and the system drops when it needs memory. The peak of resident memory (VmHWM) includes it and is
+printed too. "after" is the memory that stays after loading. It prints one JSON line. Exit code 1 means that
+a rank's peak exceeds its part plus TRANSIENT_TENSORS times the largest tensor.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from llm2vec_ds.model.loading import TrunkOptions, load_trunk
 from llm2vec_ds.recipe.recipe import parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH, VOCABULARY = 1024, 4_000  # no tensor above 17 MB: 4 % of 400 MB, in a 7B Llama it is 2 %
+WIDTH, VOCABULARY = 1024, 4_000  # no tensor exceeds 17 MB: 4 % of 400 MB (in a 7B Llama 2 %)
 SAMPLE_EVERY_S = 0.005
 TRANSIENT_TENSORS = 3
-"""A tensor before it is cut up, and buffers to send and to receive it."""
+"""A tensor before it is cut up, and the buffers that send and receive it."""
 
 
 def write_model(folder: Path, megabytes: int) -> tuple[float, float]:
-    """A Llama of about that many MB in fp32; size of its trunk and of its largest tensor in MB."""
+    """Writes a Llama of about this many MB in fp32. Returns the MB of its trunk and of its largest tensor."""
     from transformers import LlamaConfig, LlamaModel
 
     layer_mb = 4 * (2 * WIDTH**2 + 2 * WIDTH**2 + 3 * WIDTH * 4 * WIDTH) / 1e6
@@ -63,13 +63,13 @@ def write_model(folder: Path, megabytes: int) -> tuple[float, float]:
 
 
 def status_mb(name: str) -> float:
-    """A field of /proc/self/status."""
+    """Returns a field of /proc/self/status in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{name}:"))
 
 
 class PeakAnonymous:
-    """The most anonymous memory while the context lasts."""
+    """Records the peak of anonymous memory while the context lasts."""
 
     def __enter__(self) -> PeakAnonymous:
         self.peak_mb, self._done = 0.0, threading.Event()
@@ -98,7 +98,7 @@ def load(rank: int, ranks: int, folder: str, port: int, in_parts: bool, results:
     torch.distributed.barrier()
     trim()
     before_mb, resident_before_mb = status_mb("RssAnon"), status_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     started = time.perf_counter()
     with PeakAnonymous() as anonymous:
         trunk = load_trunk(folder, TrunkOptions(device=device, partition=partition))
@@ -115,7 +115,7 @@ def load(rank: int, ranks: int, folder: str, port: int, in_parts: bool, results:
 
 
 def warm_up(folder: str) -> str:
-    """A tiny model of the same type, so that imports and pools are in the baseline."""
+    """Loads a tiny model of the same type, so that the baseline includes imports and pools."""
     return f"{folder}-tiny"
 
 
@@ -142,7 +142,7 @@ def main() -> int:
     )
     parser.add_argument("--megabytes", type=int, default=400, help="about this size in fp32")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--folder", help="where the model goes for the time (default: a temporary one)")
+    parser.add_argument("--folder", help="where the model goes meanwhile (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="zero3-loading-", dir=options.folder) as place:
         folder = Path(place) / "model"

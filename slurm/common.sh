@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# What the scripts of this folder share. Each sets `me` (its name in messages) and sources this file.
+# Functions that the scripts of this folder share. Each script sets `me` (its name in messages) and sources this file.
 
 say() { echo "$me: $*"; }
 
@@ -8,20 +8,20 @@ fail() { # one line with cause and fix, then the end of the script
   exit "${exit_code:-1}"
 }
 
-need_job() { # the scripts that SLURM runs
-  [ -n "${SLURM_JOB_ID:-}" ] || exit_code=2 fail "this is a batch script, submit it: sbatch slurm/$me.sh (--help: how)"
+need_job() { # ends a script that SLURM does not run
+  [ -n "${SLURM_JOB_ID:-}" ] || exit_code=2 fail "this is a batch script, submit it: sbatch slurm/$me.sh (see --help)"
   root=${LLM2VEC_DS_ROOT:-$PWD}
   cd "$root" || exit_code=2 fail "the folder $root is not on this node: it must be on a disk that all nodes share"
 }
 
-log_file() { # where this job writes
+log_file() { # the file that this job writes to
   scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p'
 }
 
 job_state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || echo unknown; }
 
-# What srun is given for every step: the CPUs, which it does not take over from sbatch (since SLURM 22.05), and
-# the site's container, if it has one (pyxis), with the repository mounted where it is.
+# Options of srun for every step. srun does not take the CPUs over from sbatch (since SLURM 22.05). If the site has a
+# container (pyxis), the repository is mounted in it at its own path.
 step_options() {
   common_options=(${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"})
   [ -z "${LLM2VEC_DS_CONTAINER_IMAGE:-}" ] || common_options+=(
@@ -31,8 +31,8 @@ step_options() {
   )
 }
 
-# Of a step of all tasks. One that fails ends the others at once, and when one has ended the rest get a minute:
-# without these two a single lost rank would hold all nodes until the job's time limit.
+# Options for a step of all tasks. A task that fails ends the others at once. When one has ended, the rest get a minute.
+# Without these two, a single lost rank would hold all nodes until the job's time limit.
 all_ranks=(--kill-on-bad-exit=1 --wait=60)
 
 first_node() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1; }
@@ -50,30 +50,30 @@ silent_nodes() { # names of the job's nodes on which no command starts
   wait
 }
 
-# Rank 0's address and port for all ranks. The address is a number, so no name has to resolve. The port
-# depends on job and attempt: a second job on a shared node, or a process left over, is not in its way.
+# Rank 0's address and port for all ranks. The address is a number, so no name has to resolve. The port depends on job
+# and attempt. So a second job on a shared node, or a leftover process, does not block it.
 export_rendezvous() { # address
   export MASTER_ADDR=$1 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_COUNT:-0}) % 12000))
-  unset RANK WORLD_SIZE LOCAL_RANK # of the shell that submitted: SLURM's own variables count
+  unset RANK WORLD_SIZE LOCAL_RANK # these come from the shell that submitted; SLURM's own variables count
 }
 
 export_defaults() {
-  # Where the site has not said otherwise.
+  # These hold unless the site sets them.
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
   export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
   export PYTHONUNBUFFERED=1
-  # Minutes that a collective (NCCL or gloo) waits for the other ranks; DeepSpeed's own default is 10. Longer
-  # than the recipe's `step_timeout_s`, whose message names rank and step, and than rank 0 takes to prepare
-  # texts while the others wait.
+  # Minutes that a collective (NCCL or gloo) waits for the other ranks. DeepSpeed's own default is 10. It must be longer
+  # than the recipe's `step_timeout_s`, whose message names rank and step. It must also be longer than rank 0 takes to
+  # prepare texts while the others wait.
   export DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-60}
-  # NCCL: an error on one rank's connection ends the rank instead of leaving it in a kernel for ever.
+  # NCCL: an error on one rank's connection ends the rank. Otherwise it would stay in a kernel for ever.
   export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
   if [ -n "${LLM2VEC_DS_INTERFACE:-}" ]; then
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$LLM2VEC_DS_INTERFACE}
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$LLM2VEC_DS_INTERFACE}
   fi
-  # What runs is the checkout that the job was submitted from, whatever is installed; a folder that
-  # `llm2vec-ds init` wrote holds none.
+  # The checkout that the job was submitted from runs, even if another version is installed. A folder that
+  # `llm2vec-ds init` wrote has no checkout.
   [ ! -d "$root/llm2vec_ds" ] || export PYTHONPATH=$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}
   python=${LLM2VEC_DS_PYTHON:-python}
 }

@@ -19,23 +19,23 @@ Encodes a corpus as a job array, one GPU and one shard a task.
   sbatch --array=0-63 [SBATCH-OPTION …] slurm/encode.sh MODEL INPUT OUTPUT [ENCODE-OPTION …]
   sbatch --array=0-63%16 slurm/encode.sh runs/mistral_7b_instruct/supervised/encoder corpus.jsonl vectors --normalize
 
-The array says how many shards there are: 0-(N-1), at most M of them at once with %M. The same command again
-encodes what is missing: a finished shard is left alone.
+The array gives the number of shards N as 0-(N-1). %M runs at most M of them at once. The same command again encodes
+what is missing. Finished shards are kept.
 TEXT
 }
 
 main() {
   case ${1:-} in -h | --help) usage && exit 0 ;; esac
-  [ $# -ge 3 ] || exit_code=2 fail "MODEL, INPUT and OUTPUT are needed (--help: how)"
+  [ $# -ge 3 ] || exit_code=2 fail "MODEL, INPUT and OUTPUT are needed (see --help)"
   local model=$1 input=$2 output=$3 index n code=0
   shift 3
   need_job
-  [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || exit_code=2 fail "no job array: submit with --array=0-7 for 8 shards"
+  [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || exit_code=2 fail "this is not a job array: submit with --array=0-7 for 8 shards"
   index=$SLURM_ARRAY_TASK_ID n=$SLURM_ARRAY_TASK_COUNT
-  # shellcheck disable=SC2153 # SLURM's, not a misspelling
-  # A part of an array (--array=3,5) would be counted as a whole one, and cut the corpus differently.
+  # shellcheck disable=SC2153 # SLURM's name, not a misspelling
+  # A part of an array (--array=3,5) would count as a whole one and cut the corpus differently.
   if [ "$SLURM_ARRAY_TASK_MIN" != 0 ] || [ "$SLURM_ARRAY_TASK_MAX" != $((n - 1)) ]; then
-    exit_code=2 fail "--array must be 0-(N-1) for N shards: give the whole array again, finished shards are left alone"
+    exit_code=2 fail "--array must be 0-(N-1) for N shards: give the whole array again, finished shards are kept"
   fi
   step_options
   export_defaults

@@ -13,19 +13,19 @@ me=evaluate
 
 usage() {
   cat <<'TEXT'
-Measures an encoder; what OUTPUT holds already is not measured again.
+Measures an encoder. Results that OUTPUT holds already are not measured again.
 
   sbatch [SBATCH-OPTION …] slurm/evaluate.sh MODEL OUTPUT EVALUATE-OPTION …
   sbatch slurm/evaluate.sh runs/mistral_7b_instruct/supervised/encoder results --task sts:stsb_test.csv
   sbatch --ntasks-per-node=8 --gpus-per-node=8 slurm/evaluate.sh MODEL OUTPUT --subset paper15
 
-The options are those of `llm2vec-ds evaluate mteb`. Several ranks (a task a GPU) share the texts.
+The options are those of `llm2vec-ds evaluate mteb`. Several ranks (one task for each GPU) share the texts.
 TEXT
 }
 
 main() {
   case ${1:-} in -h | --help) usage && exit 0 ;; esac
-  [ $# -ge 3 ] || exit_code=2 fail "MODEL, OUTPUT and what to measure are needed (--help: how)"
+  [ $# -ge 3 ] || exit_code=2 fail "MODEL, OUTPUT and what to measure are needed (see --help)"
   local model=$1 output=$2 code=0
   shift 2
   need_job

@@ -4,18 +4,18 @@ me=pipeline_7b
 
 usage() {
   cat <<'TEXT'
-Submits prepare, MNTP, SimCSE, supervised training and evaluation as jobs, each after the one before has ended
-well. Run on a login node:
+Submits prepare, MNTP, SimCSE, supervised training and evaluation as jobs. Each starts after the one before has
+succeeded. Run this on a login node:
 
   source slurm/site.env
   slurm/pipeline_7b.sh                                   # recipes/mistral_7b_instruct/, 4 nodes of 8 GPUs
   slurm/pipeline_7b.sh [SBATCH-OPTION …] [RECIPES] [KEY=VALUE …] [-- EVALUATE-OPTION …]
   slurm/pipeline_7b.sh --nodes=1 recipes/llama3_8b_instruct/ checkpoint.every_steps=50 -- --task sts:stsb_test.csv
 
-RECIPES is what stands before mntp.yaml, simcse.yaml and supervised.yaml: a folder with /, or recipes/smoke_.
-SBATCH-OPTION (written --name=value) goes to the three trainings, KEY=VALUE to them and to prepare.
-EVALUATE-OPTION is for `llm2vec-ds evaluate mteb` on the last encoder, results beside it (--subset paper15).
-A stage that fails cancels those after it. The same command again goes on: finished stages end at once.
+RECIPES is the part before mntp.yaml, simcse.yaml and supervised.yaml: a folder with /, or recipes/smoke_.
+SBATCH-OPTION (written --name=value) goes to the three trainings. KEY=VALUE goes to them and to prepare.
+EVALUATE-OPTION is for `llm2vec-ds evaluate mteb` on the last encoder (default --subset paper15). Results go beside it.
+A stage that fails cancels those after it. The same command again resumes: finished stages end at once.
 TEXT
 }
 
@@ -27,8 +27,8 @@ read_arguments() {
       -h | --help) usage && exit 0 ;;
       --) shift && evaluation=("$@") && break ;;
       --*=* | --exclusive) options+=("$1") ;;
-      -*) exit_code=2 fail "option $1: write options of sbatch as --name=value (--help: how)" ;;
-      model.path=* | output_dir=*) exit_code=2 fail "$1 would be that of all three stages: change it in their recipes" ;;
+      -*) exit_code=2 fail "option $1: write options of sbatch as --name=value (see --help)" ;;
+      model.path=* | output_dir=*) exit_code=2 fail "$1 would apply to all three stages: change it in their recipes" ;;
       *=*) overrides+=("$1") ;;
       *) recipes=$1 ;;
     esac
@@ -37,15 +37,15 @@ read_arguments() {
   recipe_files=()
   for stage in "${stages[@]}"; do
     recipe_files+=("$recipes$stage.yaml")
-    [ -f "$recipes$stage.yaml" ] || exit_code=2 fail "no $recipes$stage.yaml: RECIPES is what stands before it, e.g. recipes/mistral_7b_instruct/"
+    [ -f "$recipes$stage.yaml" ] || exit_code=2 fail "no $recipes$stage.yaml: RECIPES is the part before $stage.yaml, e.g. recipes/mistral_7b_instruct/"
   done
 }
 
-submit() { # NAME SBATCH-OPTION … SCRIPT ARGUMENT …: after the job `before`, which is then this one
+submit() { # NAME SBATCH-OPTION … SCRIPT ARGUMENT …: runs after the job `before`, and becomes `before` itself
   local name=$1
   shift
   before=$(sbatch --parsable --job-name="llm2vec-$name" --kill-on-invalid-dep=yes \
-    ${before:+--dependency="afterok:$before"} "$@") || fail "$name was not accepted, see above: fix it and run this again"
+    ${before:+--dependency="afterok:$before"} "$@") || fail "sbatch did not accept $name, see above: fix it and run this again"
   before=${before%%;*} # a cluster's name may follow
   say "$name: job $before"
 }

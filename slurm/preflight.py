@@ -1,10 +1,10 @@
-"""One rank of the check before a long run; rank 0 names the bad nodes, or prints `preflight: fit`.
+"""One rank of the check before a long run. Rank 0 names the bad nodes, or prints `preflight: fit`.
 
     srun … python slurm/preflight.py [--cpu] [--folder OUTPUT_DIR]
 
-Each node looks at itself (GPU, disk), then all meet at rank 0 (who is missing?), then they compute together
-(all-reduce) and compare clocks. PREFLIGHT_NODES names the nodes in the order of ranks. The exit code says
-nothing: srun would name rank 0's node for it, which need not be the bad one.
+Each node first checks its own GPUs and disks. Then all report to rank 0, which shows who is missing. Then
+they run an all-reduce and compare clocks. PREFLIGHT_NODES names the nodes in the order of ranks. The exit
+code says nothing, because srun would blame rank 0's node for it, which need not be the bad one.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from llm2vec_ds.distributed import Ranks, export_ranks, ranks_from_environment
 from llm2vec_ds.network import interface_towards
 
 MIN_FREE_GIB = float(os.environ.get("LLM2VEC_DS_MIN_FREE_GIB", "50"))
-"""On the disk of the run's folder; a 7B model is 14 GB, a checkpoint of LoRA adapters below 1 GB."""
+"""Required on the disk of the run's folder. A 7B model has 14 GB, a checkpoint of adapters less than 1 GB."""
 MAX_CLOCK_SKEW_S = 1.0
-"""Between a node and rank 0's. Files' times and logs of the nodes are compared with each other."""
+"""Allowed between a node's clock and rank 0's. File times and logs of the nodes are compared."""
 TIMEOUT = timedelta(seconds=float(os.environ.get("LLM2VEC_DS_NODE_TIMEOUT_S", "60")))
 MESSAGE_MIB = 64
 
 
 def own_problems(ranks: Ranks, folder: Path, cpu: bool) -> Iterator[str]:
-    """What this process can find without the others."""
+    """Yields problems that this process can find alone."""
     if not cpu:
         yield from gpu_problems(ranks)
     if ranks.local_rank:
@@ -72,7 +72,7 @@ def gpu_problems(ranks: Ranks) -> Iterator[str]:
 
 
 def joint_problems(ranks: Ranks, store: dist.Store, folder: Path, cpu: bool) -> Iterator[str]:
-    """What shows only together; the same collectives on every rank."""
+    """Yields problems that only show together. Every rank runs the same collectives."""
     device = torch.device("cpu") if cpu else torch.device("cuda", ranks.local_rank)
     if not cpu:
         torch.cuda.set_device(device)
@@ -107,7 +107,7 @@ def joint_problems(ranks: Ranks, store: dist.Store, folder: Path, cpu: bool) -> 
 
 
 class Meeting:
-    """Reports of all ranks, phase by phase, through a store that rank 0 serves; no collective is needed."""
+    """Collects the reports of all ranks, phase by phase. It uses a store on rank 0 and no collective."""
 
     def __init__(self, ranks: Ranks, store: dist.Store) -> None:
         self.ranks = ranks
@@ -118,7 +118,7 @@ class Meeting:
         return self.nodes[rank * len(self.nodes) // self.ranks.world_size]
 
     def problems(self, phase: str, own: list[str]) -> list[str]:
-        """Everyone's, `node: problem`, in the order of ranks; who does not report is a problem itself."""
+        """Returns all reports as `node: problem`, in order of ranks. A missing report is a problem too."""
         self.store.set(f"{phase}/{self.ranks.rank}", json.dumps(own))
         if self.ranks.rank > 0:
             found: list[str] = json.loads(self.store.get(f"{phase}/all"))
@@ -164,14 +164,14 @@ def main() -> None:
         found = meeting.problems("all-reduce", own)
     if ranks.rank > 0:
         store.add("left", 1)
-        return  # rank 0 speaks for all
+        return  # rank 0 prints for all
     for problem in found:
         print(f"preflight: error: {problem}")
     if not found:
         print("preflight: fit")
     ends = time.monotonic() + 5
     while store.add("left", 0) < ranks.world_size - 1 and time.monotonic() < ends:
-        time.sleep(0.05)  # the others have yet to read from the store that ends with this process
+        time.sleep(0.05)  # the store ends with this process, and the others must read it first
 
 
 if __name__ == "__main__":

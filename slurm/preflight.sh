@@ -12,12 +12,12 @@ me=preflight
 
 usage() {
   cat <<'TEXT'
-Checks every node before the hours are spent: does it answer, has each rank its GPU, can it write to the run's
-folder, cache and TMPDIR, is that folder shared, does an all-reduce over all ranks give the right sum, do the
-clocks agree. Names the bad nodes; exit code 1 if there is one.
+Checks every node before a long run. Does it answer? Has each rank its GPU? Can it write to the run's folder, cache
+and TMPDIR? Is that folder shared? Does an all-reduce over all ranks give the right sum? Do the clocks agree?
+It names the bad nodes. Exit code 1 means that there is one.
 
   sbatch [SBATCH-OPTION …] slurm/preflight.sh [--cpu] [OUTPUT_DIR]
-  LLM2VEC_DS_PREFLIGHT=1 sbatch slurm/train_7b.sh …     # the same on the nodes that the job gets
+  LLM2VEC_DS_PREFLIGHT=1 sbatch slurm/train_7b.sh …     # checks the nodes that the job gets
 TEXT
 }
 
@@ -27,7 +27,7 @@ main() {
     case $1 in
       -h | --help) usage && exit 0 ;;
       --cpu) kind=(--cpu) ;;
-      -*) exit_code=2 fail "unknown option $1 (--help: how)" ;;
+      -*) exit_code=2 fail "unknown option $1 (see --help)" ;;
       *) folder=$1 ;;
     esac
     shift
@@ -38,7 +38,7 @@ main() {
   bad=$(silent_nodes | sort | tr '\n' ' ')
   [ -z "$bad" ] || fail "no command starts on ${bad% }: submit with --exclude=$(echo "${bad% }" | tr ' ' ','), and tell the operators"
   export_rendezvous "$(on_first_node "$python" -m llm2vec_ds.network)"
-  MASTER_PORT=$((MASTER_PORT - 1)) # beside that of a training which follows in the same job
+  MASTER_PORT=$((MASTER_PORT - 1)) # a training that follows in the same job needs the other port
   PREFLIGHT_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
   export PREFLIGHT_NODES
   report=$(srun --wait=120 "${common_options[@]}" "$python" slurm/preflight.py "${kind[@]}" --folder "$folder") || true

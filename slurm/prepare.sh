@@ -12,12 +12,12 @@ me=prepare
 
 usage() {
   cat <<'TEXT'
-Tokenises the texts of recipes once, on one node without GPU. Killed, it goes on where it stopped.
+Tokenises the texts of recipes once, on one node without GPU. After a kill, it resumes where it stopped.
 
   sbatch [SBATCH-OPTION …] slurm/prepare.sh RECIPE [RECIPE …] [KEY=VALUE …]
 
-All recipes get the tokenizer of the first one's model: a later stage starts from an encoder that is not there
-yet, and has the same tokenizer.
+All recipes use the tokenizer of the first one's model. A later stage starts from an encoder that does not exist yet
+and has the same tokenizer.
 TEXT
 }
 
@@ -32,7 +32,7 @@ main() {
       *) recipes+=("$argument") ;;
     esac
   done
-  [ "${#recipes[@]}" -gt 0 ] || exit_code=2 fail "no recipe (--help: how)"
+  [ "${#recipes[@]}" -gt 0 ] || exit_code=2 fail "no recipe (see --help)"
   need_job
   step_options
   export_defaults

@@ -1,8 +1,9 @@
-"""One rank of a job step: `python slurm/rank.py ARGUMENTS` is `llm2vec-ds ARGUMENTS` and what SLURM needs.
+"""One rank of a job step: `python slurm/rank.py ARGUMENTS` runs `llm2vec-ds ARGUMENTS` under SLURM.
 
-Signals are ignored until the run listens to them, because they would end a process that is still importing:
-the batch shell repeats its signal. A rank that stopped as asked (exit code 75) ends with 0, so that srun does
-not take it for a failure and kill its peers, and leaves the file that STOPPED_NOTE names for the batch shell.
+Signals are ignored until the run handles them, because they would end a process that is still importing. The
+batch shell repeats its signal. A rank that stopped as asked (exit code 75) ends with 0. Otherwise srun would
+take it for a failure and kill the other ranks. The rank tells the batch shell by a file, which STOPPED_NOTE
+names.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def run() -> None:
     from llm2vec_ds.errors import Stopped
     from llm2vec_ds.network import interface_towards
 
-    # gloo takes the address of the host's name, or the loopback, where no interface is named.
+    # Without a named interface, gloo takes the address of the host's name, or the loopback.
     towards_rank_0 = interface_towards(os.environ["MASTER_ADDR"])
     if towards_rank_0 is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", towards_rank_0)

@@ -1,9 +1,9 @@
-"""On the first node, before a run: what the batch shell must know, then what a later reader may want to know.
+"""Prints facts about a run on its first node, for the batch shell and for later readers.
 
     python slurm/run_facts.py RECIPE [key=value …]
 
-prints `output_dir=…` and `address=…` (this node's, for the other ranks), then the versions of all packages,
-the GPUs and the environment without secrets.
+The batch shell reads the first lines: `output_dir=…` and `address=…` (this node's, for the other ranks). Then
+follow the versions of all packages, the GPUs, and the environment without secrets.
 """
 
 from __future__ import annotations

@@ -15,16 +15,17 @@ me=train_7b asked='' interrupted='' training='' too_early='asked to stop before 
 
 usage() {
   cat <<'TEXT'
-One training stage as a SLURM job, one task a GPU. Killed, preempted or out of time, it goes on by itself.
+Runs one training stage as a SLURM job, one task for each GPU. After a kill, a preemption or the time limit, it
+resumes by itself.
 
   source slurm/site.env                     # partition, account, caches: once in a shell
   sbatch slurm/train_7b.sh                  # Mistral-7B, MNTP, 4 nodes of 8 GPUs
   sbatch [SBATCH-OPTION …] slurm/train_7b.sh [RECIPE] [KEY=VALUE …]
   sbatch --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 slurm/train_7b.sh recipes/qwen3_0.6b/mntp.yaml max_steps=500
 
-Submit it from the folder that holds slurm/. `--ntasks-per-node` and `--gpus-per-node` go together.
-  to stop it for good   touch OUTPUT_DIR/STOP   (saves, ends; remove STOP and submit again to go on)
-  to move it now        scancel --batch --signal=USR1 JOB   (saves, goes back into the queue)
+Submit it from the folder that holds slurm/. `--ntasks-per-node` and `--gpus-per-node` must be equal.
+  to stop it for good   touch OUTPUT_DIR/STOP   (saves and ends; remove STOP and submit again to resume)
+  to move it now        scancel --batch --signal=USR1 JOB   (saves and goes back into the queue)
 Settings (slurm/site.env): LLM2VEC_DS_MAX_REQUEUES, LLM2VEC_DS_PREFLIGHT, LLM2VEC_DS_CONTAINER_IMAGE, …
 TEXT
 }
@@ -32,7 +33,7 @@ TEXT
 read_arguments() { # [RECIPE] [KEY=VALUE …]
   recipe=recipes/mistral_7b_instruct/mntp.yaml
   case ${1:-} in
-    -*) exit_code=2 fail "unknown option $1: options of sbatch stand before the script (--help: how)" ;;
+    -*) exit_code=2 fail "unknown option $1: put options of sbatch before the script (see --help)" ;;
     '' | *=*) ;;
     *) recipe=$1 && shift ;;
   esac
@@ -40,7 +41,7 @@ read_arguments() { # [RECIPE] [KEY=VALUE …]
   [ -f "$recipe" ] || exit_code=2 fail "recipe $recipe not found in $PWD: give a path from the folder that you submit from"
 }
 
-describe_run() { # facts beside the log; the lines that this script needs come first
+describe_run() { # writes facts beside the log; the lines that this script needs come first
   log=$(log_file)
   facts=${log%.out}.${SLURM_RESTART_COUNT:-0}.facts
   case $log in /dev/*) facts=$SLURM_JOB_NAME-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.facts ;; esac
@@ -54,7 +55,7 @@ describe_run() { # facts beside the log; the lines that this script needs come f
   say "$recipe ${overrides[*]} on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks, rank 0 at $MASTER_ADDR:$MASTER_PORT, attempt ${SLURM_RESTART_COUNT:-0}, facts in $facts"
 }
 
-check_nodes() { # preflight with a signal pending is not worth its time
+check_nodes() { # not if a signal has come: the job will end anyway
   [ -z "$asked" ] || return 0
   case ${LLM2VEC_DS_PREFLIGHT:-0} in
     0) ;;
@@ -64,20 +65,21 @@ check_nodes() { # preflight with a signal pending is not worth its time
   esac
 }
 
-# A signal reaches this shell only (`B:`). It is handed to srun, which hands it to every rank; TERM as USR1,
-# because srun kills its tasks on TERM. Repeated, since a rank that is still importing ignores it.
+# A signal reaches this shell only (`B:`). The shell passes it to srun, and srun passes it to every rank. TERM is passed
+# as USR1, because srun kills its tasks on TERM. The signal is repeated, because a rank that is still importing
+# ignores it.
 ask_to_stop() {
   interrupted=1
   [ -z "$asked" ] || return 0
   asked=1
-  say "asked to stop: the ranks will save after the step that they are in"
+  say "asked to stop: the ranks will save after the current step"
   [ -z "$training" ] || repeat_signal &
 }
 repeat_signal() {
   while kill -USR1 "$training" 2>/dev/null; do sleep 10; done
 }
 
-train() { # sets `code`; a trapped signal ends `wait`, so it is called until nothing came between
+train() { # sets `code`; a trapped signal ends `wait`, so it is called until no signal interrupts it
   srun "${all_ranks[@]}" "${common_options[@]}" \
     "$python" slurm/rank.py train "$recipe" resume=true "${overrides[@]}" &
   training=$!
@@ -94,21 +96,21 @@ requeue() { # why
   [ "$attempt" -lt "$limit" ] ||
     fail "$1, but $attempt restarts are the limit: submit it again, or raise LLM2VEC_DS_MAX_REQUEUES"
   state=$(job_state)
-  [ "$state" = RUNNING ] || fail "$1, but the job is $state: submit it again to go on"
+  [ "$state" = RUNNING ] || fail "$1, but the job is $state: submit it again to resume"
   say "$1: back into the queue"
   scontrol requeue "$SLURM_JOB_ID" ||
-    fail "$1, but SLURM refuses to requeue: submit it again to go on (JobRequeue=1 and no --no-requeue would let it)"
+    fail "$1, but SLURM refuses to requeue: submit it again to resume (JobRequeue=1 without --no-requeue allows it)"
 }
 
 log_of_attempt() { tail -n +"$((log_lines_before + 1))" "$log"; }
 
-# grep reads to the end: by -q the pipe would break, and that counts as a failure.
+# grep reads to the end. With -q it would break the pipe, which counts as a failure.
 said_by_srun() { log_of_attempt | grep -a "^srun: .*\($1\)" >/dev/null; }
 
 is_preempted() { scontrol show job "$SLURM_JOB_ID" | grep 'PreemptTime=[0-9]' >/dev/null; }
 
-# Before the ranks ignored or heard signals: one that came through this shell (138 if srun itself was as young), or
-# TERM, which SLURM sends to the ranks of a job that it preempts.
+# Was the step ended by a signal that came before its ranks ignored or handled signals? Either this shell passed it on
+# (138 if srun itself had just started), or it is TERM, which SLURM sends to the ranks of a job that it preempts.
 ended_by_signal() {
   if [ -n "$asked" ]; then
     [ "$code" = 138 ] || said_by_srun 'User defined signal 1\|pending job step with signal'
@@ -117,18 +119,18 @@ ended_by_signal() {
   fi
 }
 
-heed_stop_file() { # where everything is saved, or nothing was begun
-  [ ! -e "$output_dir/STOP" ] || exit_code=75 fail "stopped by $output_dir/STOP, everything saved: remove it and submit again to go on"
+heed_stop_file() { # only after everything is saved, or before anything has begun
+  [ ! -e "$output_dir/STOP" ] || exit_code=75 fail "stopped by $output_dir/STOP, everything saved: remove it and submit again to resume"
 }
 
-last_error() { # the program's own line (not that of a peer left behind), else srun's first
+last_error() { # the program's own error line (not that of a rank that lost another), else srun's first
   local lines
   lines=$(log_of_attempt | grep -a 'llm2vec-ds: error:\|^srun: error:.*task')
   { grep 'llm2vec-ds: error:' <<<"$lines" | grep -v 'has lost another rank' ||
     grep '^srun: error:' <<<"$lines" || echo "see $log"; } | head -n 1
 }
 
-judge() { # what the code of the step means for the job
+judge() { # decides what the step's exit code means for the job
   local silent
   if [ -e "$STOPPED_NOTE" ]; then
     rm -f "$STOPPED_NOTE"
@@ -140,7 +142,7 @@ judge() { # what the code of the step means for the job
     heed_stop_file
     requeue "$too_early"
   else
-    [ "$(job_state)" = RUNNING ] || exit_code=$code fail "ended by SLURM before it could save (the job is $(job_state)): submit it again to go on"
+    [ "$(job_state)" = RUNNING ] || exit_code=$code fail "ended by SLURM before it could save (the job is $(job_state)): submit it again to resume"
     silent=$(silent_nodes | sort | tr '\n' ' ')
     [ -z "$silent" ] || { requeue "lost node ${silent% }" && return; }
     exit_code=$code fail "training failed (code $code): $(last_error || true)"

@@ -1,1 +1,1 @@
-"""Parts of benchmarks/run.py: the work, the rivals, the processes that do it."""
+"""Parts of benchmarks/run.py: the work, the rivals, and the processes that do the work."""

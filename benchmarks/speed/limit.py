@@ -1,4 +1,4 @@
-"""What the machine could do: the matrix-product peak, and the floating-point operations that a work needs."""
+"""The machine's limit: its matrix-product peak, and the floating-point operations that a work needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm2vec_kernels.products import product
 
 
 def matmul_peak_gflop_per_s(threads: int, size: int = 2048, seconds: float = 2.0) -> float:
-    """Best fp32 product of two square matrices in `seconds`, by the faster library."""
+    """Returns the best speed of a square fp32 product within `seconds`, by the faster library."""
     torch.set_num_threads(threads)
     a, b = torch.randn(size, size), torch.randn(size, size)
     best, until = float("inf"), time.perf_counter() + seconds
@@ -22,7 +22,7 @@ def matmul_peak_gflop_per_s(threads: int, size: int = 2048, seconds: float = 2.0
 
 
 def needed_gflop(work: str, config: dict[str, Any], n_tokens: int, n_masked: int = 0) -> float:
-    """Matrix products of the real tokens, without attention scores, padding or recomputation.
+    """Counts matrix products of the real tokens, without attention scores, padding or recomputation.
 
     Forward takes two operations a weight and token; backward through frozen weights two more (no gradient of
     the weights). MNTP's frozen head on masked rows: the same two, or four.

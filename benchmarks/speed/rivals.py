@@ -1,4 +1,4 @@
-"""The rivals: an environment for each from the package index, and the model in the form that it reads."""
+"""The rivals: an environment for each from the package index, and the model in a format that it reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Rival:
-    """`pins` are installed beside torch; `old_model`: it reads a model folder of transformers 4 only."""
+    """A rival. `pins` are installed beside torch. `old_model`: it only reads models of transformers 4."""
 
     name: str
     pins: tuple[str, ...]
@@ -40,7 +40,7 @@ RIVALS = {
 
 
 def python_of(rival: Rival, folder: Path) -> Path:
-    """The interpreter of the rival's environment, made in `folder` where it is missing."""
+    """Returns the interpreter of the rival's environment, and makes the environment if it is missing."""
     venv = folder / rival.name
     done = venv / "installed"
     wanted = " ".join((TORCH, *rival.pins))
@@ -55,7 +55,7 @@ def python_of(rival: Rival, folder: Path) -> Path:
 
 
 def model_for(rival: Rival, model: Path, folder: Path) -> Path:
-    """A copy of the model that the rival reads; weights are linked. Bidirectional where it honours that."""
+    """Makes a copy of the model for the rival, with linked weights. It is bidirectional if the rival can."""
     target = folder / f"model-{rival.name}"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -63,7 +63,7 @@ def model_for(rival: Rival, model: Path, folder: Path) -> Path:
         if file.suffix == ".safetensors":
             (target / file.name).symlink_to(file.resolve())
         elif file.is_file() and file.name != "chat_template.jinja":
-            # sentence-transformers would put every text into the template, with its system prompt.
+            # sentence-transformers would put every text into the chat template with its system prompt.
             shutil.copyfile(file, target / file.name)
     config = json.loads((model / "config.json").read_text())
     if not rival.old_model:
@@ -82,7 +82,7 @@ def model_for(rival: Rival, model: Path, folder: Path) -> Path:
 
 
 def _old_config(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers 4 keeps `rope_theta` at the top, and the dtype under another name."""
+    """Changes a config for transformers 4: `rope_theta` at the top, and the dtype under another name."""
     rope = config.pop("rope_parameters", None) or {}
     config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
     config["torch_dtype"] = config.pop("dtype", "float32")
@@ -90,7 +90,7 @@ def _old_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _old_tokenizer(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Merges as strings, as tokenizers before 0.20 wrote them."""
+    """Writes merges as strings, like tokenizers before 0.20."""
     model = tokenizer["model"]
     model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return tokenizer

@@ -1,4 +1,4 @@
-"""What is done and timed: the same texts, LoRA, loss and optimizer for everybody, in one JSON file."""
+"""The timed work in one JSON file: the same texts, LoRA, loss and optimizer for all tools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNITS = {"mntp": "tokens", "simcse": "sentences", "supervised": "examples", "enc
 
 @dataclass
 class Spec:
-    """One work. Dropouts are 0, so that everybody's first loss is the same."""
+    """One work. Dropouts are 0, so all tools have the same first loss."""
 
     work: str
     model: str
@@ -42,7 +42,7 @@ class Spec:
 
     @property
     def n_units(self) -> int:
-        """What a step, or the whole encoding, gets through."""
+        """Returns the units of a step, or of the whole encoding."""
         tokens = sum(map(len, self.input_ids))
         return {"mntp": tokens, "supervised": len(self.examples)}.get(self.work, len(self.texts))
 
@@ -50,7 +50,7 @@ class Spec:
 def make_spec(
     work: str, model: str, data: Path | None, n_steps: int, threads: int, n_examples: int = EXAMPLES
 ) -> Spec:
-    """`data`: a folder with stsb_*.csv, wikitext2_*.txt, ud_*.conllu; None: text that comes with Python."""
+    """Makes a work. `data`: folder with stsb_*.csv, wikitext2_*.txt, ud_*.conllu; None: Python's own text."""
     spec = Spec(work, model, n_steps, threads)
     if work == "mntp":
         spec.texts = paragraphs(data)
@@ -64,7 +64,7 @@ def make_spec(
 
 
 def paragraphs(data: Path | None) -> list[str]:
-    """Running text."""
+    """Returns running text."""
     if data is None:
         from pydoc_data.topics import topics
 
@@ -74,7 +74,7 @@ def paragraphs(data: Path | None) -> list[str]:
 
 
 def sentences(data: Path | None) -> list[str]:
-    """Short texts: those of STS-B test and UD English, or the help topics' sentences."""
+    """Returns short texts: those of STS-B test and UD English, or sentences of the help topics."""
     if data is None:
         found = (s.strip() for text in paragraphs(None) for s in text.split(". "))
         return list(dict.fromkeys(s for s in found if 25 <= len(s) <= 300))[:1000]
@@ -86,13 +86,13 @@ def sentences(data: Path | None) -> list[str]:
 
 
 def drawn(texts: list[str], n_texts: int) -> list[str]:
-    """At random: the first ones of a data set are of one kind and length, which hides what padding costs."""
+    """Draws at random. The first texts of a data set are alike in length, which hides the cost of padding."""
     chosen = np.random.default_rng(0).choice(len(texts), min(n_texts, len(texts)), replace=False)
     return [texts[i] for i in chosen]
 
 
 def triplets(texts: list[str], n_examples: int) -> list[list[str]]:
-    """Query, positive, negative of 8 to 300 tokens (0.72 words a token), more short than long ones."""
+    """Returns query, positive, negative of 8 to 300 tokens (0.72 words a token), more short than long."""
     random = np.random.default_rng(0)
     words = cycle(" ".join(texts).split())
     lengths = np.exp(random.uniform(np.log(8), np.log(300), (n_examples, 3))) * 0.72

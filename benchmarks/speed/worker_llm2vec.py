@@ -1,4 +1,4 @@
-"""Upstream's llm2vec 0.2.3 at one work, as its own training scripts do it; runs in a venv of its own."""
+"""Runs one work with upstream's llm2vec 0.2.3, like its own training scripts. It has its own venv."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""LLM2Vec-DS at one work: a run as a user starts it, timed by its own metrics; or `Encoder.encode`."""
+"""Runs one work with LLM2Vec-DS: a user's run, timed by its own metrics, or `Encoder.encode`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 
 
 def recipe_of(spec: dict[str, Any], folder: Path) -> Recipe:
-    """Writes the data too."""
+    """Returns the recipe, and writes its data."""
     work = spec["work"]
     values: dict[str, Any] = {
         "stage": work,
-        # Kept or computed again as the rival does it, so that speed and memory are of the same trade.
+        # Recompute if the rival recomputes, so that both trade speed for memory in the same way.
         "model": {
             "path": spec["model"],
             "activation_checkpointing": "selective" if spec["rival_checkpointing"] else "none",

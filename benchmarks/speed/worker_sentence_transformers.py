@@ -1,4 +1,4 @@
-"""sentence-transformers at one work: its own model class and loss, LoRA by peft, a plain training loop."""
+"""Runs one work with sentence-transformers: its model class and loss, peft's LoRA, a plain loop."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer, losses, models
 
 
 def load(spec):
-    """`model` is a folder whose config.json says `is_causal: false`."""
+    """Loads `model`, a folder whose config.json says `is_causal: false`."""
     trunk = models.Transformer(spec["model"], max_seq_length=spec["max_tokens"])
     trunk.tokenizer.pad_token = trunk.tokenizer.pad_token or trunk.tokenizer.eos_token
     pooling = models.Pooling(trunk.get_word_embedding_dimension(), pooling_mode="mean")

@@ -1,6 +1,6 @@
-"""Training steps, ours and plain ones, on generated texts and random weights: what time goes to."""
+"""Training steps of ours and of plain code, on generated texts and random weights, to see where time goes."""
 
 import logging
 
-# When it loads it looks for a compiled CPU kernel, and on some processors says that there is none.
+# When it loads, it looks for a compiled CPU kernel. On some processors it prints that there is none.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What a step costs: wall clock, processor time and, on CUDA, the GPU's own time and waits for it."""
+"""Measures a step: wall clock, processor time and, on CUDA, the GPU's own time and waits for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StepMeter:
         warm_up: steps at the start that do not count.
         timed: steps whose median is reported.
         profiled: steps after them, under torch's profiler, on CUDA only: it slows them down.
-        between: called after each boundary but those of profiled steps; its time does not count. Two ways
+        between: called after each boundary except those of profiled steps. Its time does not count. Two tools
             that take turns see the same machine, whose speed may change.
     """
 
@@ -61,7 +61,7 @@ class StepMeter:
         return self.warm_up + self.timed + self.profiled
 
     def boundary(self, *unused: Any) -> dict[str, float]:
-        """Takes and ignores what the trainer gives an evaluation, and returns no metrics."""
+        """Replaces the trainer's evaluation: ignores its arguments and returns no metrics."""
         done = 0 if self._begun is None else len(self._spans) + 1
         last_timed = self.warm_up + self.timed
         if self.on_cuda and (done <= last_timed or done == self.n_steps):
@@ -82,7 +82,7 @@ class StepMeter:
         return {}
 
     def alone(self, step: Callable[[], Any]) -> None:
-        """One step of another way, between those of one that takes its turn."""
+        """Measures one step of another tool, between the steps of one that takes turns with it."""
         if self.on_cuda:
             torch.cuda.synchronize()
         self._begun = _now()
@@ -97,7 +97,7 @@ class StepMeter:
             self._spans.append((wall - self._begun[0], processor - self._begun[1]))
 
     def measure(self, step: Callable[[], Any]) -> dict[str, float]:
-        """Runs `step` as often as it takes."""
+        """Runs `step` as often as the meter needs."""
         self.boundary()
         for _ in range(self.n_steps):
             step()
@@ -105,7 +105,7 @@ class StepMeter:
         return self.figures()
 
     def figures(self) -> dict[str, float]:
-        """Milliseconds of a step, medians; on CUDA also counts a step of the profiled ones, and MiB."""
+        """Returns median milliseconds of a step. On CUDA also counts for a profiled step, and MiB."""
         spans = self._spans[self.warm_up : self.warm_up + self.timed]
         wall, processor = zip(*spans, strict=True)
         figures = {
@@ -131,7 +131,7 @@ def _now() -> tuple[float, float]:
 
 
 def profile_figures(events: Iterable[dict[str, Any]], n_steps: int) -> dict[str, float]:
-    """Figures a step from the events of a trace in Chrome's format (times in microseconds)."""
+    """Returns figures of a step from the events of a trace in Chrome's format (times in microseconds)."""
     busy: list[tuple[float, float]] = []
     calls: Counter[str] = Counter()
     for event in events:
@@ -152,7 +152,7 @@ def profile_figures(events: Iterable[dict[str, Any]], n_steps: int) -> dict[str,
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of what at least one of the spans covers: streams overlap."""
+    """Returns the length of the union of spans, because streams overlap."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))

@@ -1,4 +1,4 @@
-"""Steps of the product: a run as `llm2vec-ds train` makes it, measured at the boundaries of its steps."""
+"""Steps of the product: an ordinary run of `llm2vec-ds train`, measured at the boundaries of its steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADAPTER = {"rank": 16, "alpha": 32, "dropout": 0.05}
 
 
 def recipe_of(stage: str, model: Path, data: Path, folder: Path, values: dict[str, Any]) -> Recipe:
-    """`values`: sections of a recipe, over those that all runs here share."""
+    """Returns a recipe. `values` are sections that replace those that all runs here share."""
     common: dict[str, Any] = {
         "stage": stage,
         "model": {"path": str(model)},
@@ -38,9 +38,9 @@ def recipe_of(stage: str, model: Path, data: Path, folder: Path, values: dict[st
 
 
 def measured_run(recipe: Recipe, meter: StepMeter) -> dict[str, Any]:
-    """Trains as many steps as the meter wants; its figures, the first losses, and tokens a step."""
+    """Trains as many steps as the meter needs. Returns its figures, the first losses, and tokens a step."""
     recipe = recipe.model_copy(update={"max_steps": meter.n_steps})
-    measure: Any = Trainer._measure  # which is called before the first step and after each
+    measure: Any = Trainer._measure  # called before the first step and after each step
 
     def at_boundary(trainer: Trainer, *arguments: Any) -> float | None:
         meter.boundary()
@@ -61,7 +61,7 @@ def measured_run(recipe: Recipe, meter: StepMeter) -> dict[str, Any]:
 
 
 def masked_batches(recipe: Recipe, n_steps: int, device: torch.device) -> list[Any]:
-    """The packed and masked batch of each of the first steps of an MNTP run, for the plain loop."""
+    """Returns the packed and masked batches of the first steps of an MNTP run, for the plain loop."""
     stage = build_stage(recipe, device)
     made = []
     for step in range(n_steps):

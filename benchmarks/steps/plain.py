@@ -1,4 +1,4 @@
-"""The same steps as people write them with transformers, peft and torch: padding, sdpa, AdamW."""
+"""The same steps in plain code with transformers, peft and torch: padding, sdpa, AdamW."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def load(auto_class: Any, folder: Path, device: torch.device, attention_dropout: float = 0.0) -> Any:
-    """Bidirectional, sdpa; bf16 on a GPU, else fp32."""
+    """Loads a bidirectional model with sdpa, in bf16 on a GPU, else in fp32."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -31,7 +31,7 @@ def load(auto_class: Any, folder: Path, device: torch.device, attention_dropout:
 
 
 def with_lora(model: Any, *, fp32_adapters: bool, recompute: bool) -> Any:
-    """peft's own layers on all linear ones; whole layers run again in backward if `recompute`."""
+    """Adds peft's LoRA to all linear layers. With `recompute`, whole layers run again in backward."""
     from peft import LoraConfig, get_peft_model
 
     if recompute:
@@ -59,7 +59,7 @@ class PlainRun:
         nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.losses.append(loss.item())  # once a step, as a loop that logs does
+        self.losses.append(loss.item())  # once a step, like a loop that logs
 
     def measured(self, meter: StepMeter) -> dict[str, Any]:
         figures = meter.measure(self.step)
@@ -74,7 +74,7 @@ def mntp_run(
     fp32_adapters: bool,
     recompute: bool = False,
 ) -> PlainRun:
-    """`batches`: packed ones with labels; a text is padded to the longest of its step."""
+    """Makes an MNTP run from packed `batches` with labels. Texts are padded to the longest of their step."""
     from transformers import AutoModelForCausalLM
 
     model = load(AutoModelForCausalLM, folder, device)
@@ -91,7 +91,7 @@ def mntp_run(
 
 
 def pad_packed(batch: Any) -> Batch:
-    """Ids, mask and labels `[texts, longest]` of a packed batch with labels."""
+    """Returns ids, mask and labels `[texts, longest]` of a packed batch with labels."""
     ends = batch.cu_seqlens.tolist()
     spans = [slice(start, end) for start, end in pairwise(ends)]
     labels = [batch.labels[span] for span in spans]
@@ -100,7 +100,7 @@ def pad_packed(batch: Any) -> Batch:
 
 
 def pad(texts: Sequence[Sequence[int]]) -> Batch:
-    """Ids and mask `[texts, longest]`."""
+    """Returns ids and mask `[texts, longest]`."""
     ids = [torch.tensor(text) for text in texts]
     masks = [torch.ones_like(x) for x in ids]
     join = nn.utils.rnn.pad_sequence
@@ -108,7 +108,7 @@ def pad(texts: Sequence[Sequence[int]]) -> Batch:
 
 
 def mean_vectors(trunk: Any, batch: Batch) -> torch.Tensor:
-    """Mean of the real tokens' hidden states, `[texts, D]` fp32."""
+    """Returns the mean of the real tokens' hidden states, `[texts, D]` fp32."""
     hidden = trunk(**batch, use_cache=False).last_hidden_state.float()
     mask = batch["attention_mask"][..., None].float()
     return (hidden * mask).sum(1) / mask.sum(1)
@@ -123,11 +123,11 @@ def contrastive_run(
     scale: float = 50.0,
     attention_dropout: float = 0.0,
 ) -> PlainRun:
-    """SimCSE or supervised steps on one batch.
+    """Makes a run of SimCSE or supervised steps on one batch.
 
     Args:
         examples: query, positive and negatives of each.
-        texts_per_pass: embeddings are cached (GradCache): a pass without a graph for so many texts at a time,
+        texts_per_pass: caches embeddings (GradCache): a pass without a graph for this many texts at a time,
             the loss, and a second pass with the same dropout. None: one pass for all.
     """
     from transformers import AutoModel, AutoTokenizer
@@ -171,14 +171,14 @@ def seeded_vectors(trunk: Any, batch: Batch, seed: int) -> torch.Tensor:
 
 
 def in_batch_loss(vectors: torch.Tensor, n_queries: int, scale: float) -> torch.Tensor:
-    """InfoNCE: the first vectors are queries, then their positives, then hard negatives."""
+    """Computes InfoNCE. The first vectors are queries, then their positives, then hard negatives."""
     unit = F.normalize(vectors, dim=-1)
     scores = scale * unit[:n_queries] @ unit[n_queries:].T
     return F.cross_entropy(scores, torch.arange(n_queries, device=scores.device))
 
 
 def encoder_of(folder: Path, device: torch.device) -> Callable[[list[str]], Any]:
-    """Texts → vectors, numpy: tokenise, pad, one pass, mean."""
+    """Returns a function from texts to numpy vectors: tokenise, pad, one pass, mean."""
     from transformers import AutoModel, AutoTokenizer
 
     trunk = load(AutoModel, folder, device).eval()

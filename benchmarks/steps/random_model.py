@@ -1,4 +1,4 @@
-"""A model folder without a download: random weights in a given shape, and a tokenizer of numbered words.
+"""Makes a model folder without a download: random weights, and a tokenizer of numbered words.
 
 Speed does not depend on the weights.
 """
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 SPECIAL = ["<unk>", "</s>", "_"]
-"""`_` is what MNTP puts in place of a masked token."""
+"""MNTP replaces a masked token by `_`."""
 
 
 def write_model(folder: Path, config: Any, dtype: torch.dtype) -> Path:
-    """Seeded random weights of `config` (a transformers config), and a tokenizer for its vocabulary."""
+    """Writes seeded random weights of `config` (a transformers config) and a tokenizer for its vocabulary."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -25,7 +25,7 @@ def write_model(folder: Path, config: Any, dtype: torch.dtype) -> Path:
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """One token for each of the words `w0`, `w1`, …, none added at a text's ends."""
+    """Writes a tokenizer: one token for each of the words `w0`, `w1`, …, and none at a text's ends."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def small_config(layers: int, width: int, vocab: int) -> Any:
-    """A Llama so narrow that only its operations count, not their size."""
+    """Returns a Llama so narrow that the number of operations counts, not their size."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

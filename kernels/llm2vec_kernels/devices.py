@@ -1,4 +1,4 @@
-"""Where kernels run in Triton: one gate for all of them."""
+"""Decides for all kernels whether they run in Triton."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from importlib.util import find_spec
 import torch
 
 SWITCH = "LLM2VEC_TRITON"
-"""0 in the environment turns Triton off; it is read at a device's first use."""
+"""This environment variable turns Triton off if it is 0. It is read when a device is first used."""
 LEAST_CAPABILITY = (8, 0)
 
 
-@torch.compiler.assume_constant_result  # a compiler asks, and does not trace what is asked
+@torch.compiler.assume_constant_result  # a compiler takes the answer as a constant, and does not trace this
 def triton_refusal(device: torch.device, interpreter_too: bool = False) -> str | None:
-    """Why kernels do not run in Triton there, in words for a log; None: they do.
+    """Returns why kernels cannot run in Triton on this device, in words for a log. None: they can.
 
     Args:
-        interpreter_too: what is no CUDA device will do where Triton interprets kernels (TRITON_INTERPRET=1).
+        interpreter_too: accept other devices too if Triton interprets kernels (TRITON_INTERPRET=1).
     """
     return _refusal(device, interpreter_too)
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Do kernels run in Triton there?"""
+    """Whether kernels run in Triton on this device."""
     return triton_refusal(device) is None
 
 

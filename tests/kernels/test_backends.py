@@ -74,7 +74,7 @@ def test_auto_says_why(needs: AttentionNeeds, name: str, reason: str) -> None:
         ("triton", {"dtype": torch.float64}, "dtype torch.float64 is not supported"),
         ("flash_attn", {"dtype": torch.float32}, "only float16, bfloat16"),
         ("varlen", {"dtype": torch.float32}, "only float16, bfloat16"),
-        ("flash_attn", {"head_dim": 60}, "head dim 60 is no multiple of 8"),
+        ("flash_attn", {"head_dim": 60}, "head dim 60 is not a multiple of 8"),
         ("flash_attn", {"options": DROPOUT}, "FlashAttention-3 has no dropout"),
         ("varlen", {"options": AttentionOptions(1.0, softcap=50.0)}, "no softcap: use attention `triton`"),
         ("varlen", {"options": DROPOUT}, "no dropout: use attention `triton`"),

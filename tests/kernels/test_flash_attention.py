@@ -356,7 +356,7 @@ def test_compiles_without_a_break() -> None:
     ("change", "message"),
     [
         ({"causal": True}, "never causal: use the torch backend"),
-        ({"heads": (3, 2)}, "3 query heads are no multiple of 2"),
+        ({"heads": (3, 2)}, "3 query heads are not a multiple of 2"),
         ({"head_dim": 264}, "head dim 264 exceeds 256"),
         ({"dtype": FP64}, "share one dtype of fp16, bf16, fp32"),
     ],

@@ -252,7 +252,7 @@ def test_low_precision_loses_no_more_than_twice_what_the_full_matrix_does(
         ({"positive_Q": torch.tensor([0])}, r"positive_Q must be \[2\]"),
         ({"document_ND": torch.ones(3, 5)}, r"\[Q, D\] and \[N, D\]"),
         ({"document_ND": torch.ones(3, 4).half()}, "share a dtype"),
-        ({"query_id_Q": torch.zeros(2).long()}, "come together"),
+        ({"query_id_Q": torch.zeros(2).long()}, "belong together"),
         (
             {"guide": Guide(torch.ones(2, 5), torch.ones(3, 4), torch.ones(2))},
             r"a guide must be \[2, G\], \[3, G\] and \[2\]",

@@ -70,5 +70,5 @@ def test_four_matrix_products() -> None:
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="come together"):
+    with pytest.raises(ValueError, match="belong together"):
         log_sum_exp(torch.ones(2, 4), torch.ones(3, 4), scale=1.0, query_id_Q=torch.zeros(2).long())

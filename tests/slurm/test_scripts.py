@@ -63,7 +63,7 @@ def test_help(script: Path) -> None:
     [
         (["train_7b.sh"], {}, "submit it: sbatch slurm/train_7b.sh"),
         (["train_7b.sh", "no.yaml"], {"SLURM_JOB_ID": "1"}, "recipe no.yaml not found"),
-        (["train_7b.sh", "--nodes=1"], {"SLURM_JOB_ID": "1"}, "stand before the script"),
+        (["train_7b.sh", "--nodes=1"], {"SLURM_JOB_ID": "1"}, "before the script"),
         (["encode.sh", "model"], {}, "MODEL, INPUT and OUTPUT are needed"),
         (["encode.sh", "model", "in.txt", "out"], {"SLURM_JOB_ID": "1"}, "--array=0-7"),
         (

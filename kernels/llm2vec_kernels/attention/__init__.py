@@ -1,4 +1,4 @@
-"""Attention over a packed stream of texts. The others call what is named here."""
+"""Attention over a packed stream of texts. These names are the interface for other packages."""
 
 from llm2vec_kernels.attention.api import (
     ATTENTION_NAMES,

@@ -1,4 +1,4 @@
-"""One attention function over several backends: picks by what is asked for, refuses by name."""
+"""One attention function over several backends. It picks a backend, or refuses and says what can do it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ATTENTION_NAMES = ("auto", *BACKENDS)
 
 
 class AttentionBackend(NamedTuple):
-    """A way to compute packed attention, and why it was chosen (for the log)."""
+    """The chosen way to compute packed attention, and the reason for the log."""
 
     name: str
     reason: str
@@ -24,16 +24,16 @@ class AttentionBackend(NamedTuple):
 
 
 def choose_attention_backend(name: str = "auto", needs: AttentionNeeds | None = None) -> AttentionBackend:
-    """`auto | triton | flash_attn | varlen | torch` → the backend, and the reason.
+    """Returns the backend for a name (`auto | triton | flash_attn | varlen | torch`), and the reason.
 
-    `auto` takes Triton on a GPU that it supports and for anything but causal attention, else torch;
-    `LLM2VEC_TRITON=0` in the environment leaves it torch alone.
+    `auto` takes Triton on a GPU that Triton supports, unless attention is causal. Else it takes torch.
+    `LLM2VEC_TRITON=0` in the environment leaves only torch.
 
     Args:
-        needs: what is known of the calls to come; None: a CPU's.
+        needs: what is known of the coming calls. None: they run on a CPU.
 
     Raises:
-        ValueError: the name is unknown, or the backend asked for cannot do what is needed.
+        ValueError: the name is unknown, or the named backend cannot do what is needed.
     """
     needs = needs or AttentionNeeds(torch.device("cpu"))
     if name not in ATTENTION_NAMES:
@@ -59,22 +59,22 @@ def attention(
     backend: str = "auto",
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention inside each text of a packed stream: no padding, no leak from text to text.
+    """Computes attention inside each text of a packed stream: no padding, no leak from text to text.
 
     Args:
         q_THD: `[T, Hq, D]`; k_THD, v_THD: `[T, Hk, D]` with Hq a multiple of Hk.
-        cu_seqlens: `[S+1]` int32, ascending from 0 to T; a text may be empty.
-        max_seqlen: the longest text in tokens, or any bound on it; None takes T, a bound that costs speed.
-        options: what is computed; dropout draws from torch's default generator.
-        backend: a name of `choose_attention_backend`.
-        seed: what Triton's dropout follows from in place of the generator, an int64 scalar on q's device; the
-            other backends always draw.
+        cu_seqlens: `[S+1]` int32, ascending from 0 to T. A text may be empty.
+        max_seqlen: the longest text in tokens, or any upper bound. None takes T, which costs speed.
+        options: what is computed. Dropout draws from torch's default generator.
+        backend: a name for `choose_attention_backend`.
+        seed: determines Triton's dropout instead of the generator: an int64 scalar on q's device. The other
+            backends always draw.
 
     Returns:
         `[T, Hq, D]` in q's dtype.
 
     Raises:
-        ValueError: the backend cannot do this; the message says what can.
+        ValueError: the backend cannot do this. The message says what can.
     """
     needs = AttentionNeeds(
         q_THD.device, q_THD.dtype, q_THD.shape[2], q_THD.shape[1] != k_THD.shape[1], options

@@ -1,4 +1,4 @@
-"""The ways to compute packed attention, each with what it cannot do.
+"""The backends of packed attention, each with a check of what it cannot do.
 
 Shape legend: T tokens of all texts, Hq query heads, Hk key/value heads, D head dim.
 """
@@ -24,14 +24,14 @@ OURS = (*HALF, torch.float32)
 PACKAGES = ("flash_attn", "flash_attn_interface")
 INSTALLED = frozenset(name for name in PACKAGES if importlib.util.find_spec(name) is not None)
 
-# No backend minds the scale, so what is asked before it is known may name any.
+# Every backend takes any scale. So a check that runs before the scale is known may use any value.
 ANY_SCALE = AttentionOptions(softmax_scale=1.0)
 
 
 class AttentionNeeds(NamedTuple):
-    """What is asked of a backend. None: not known yet, it is checked again when it is.
+    """What a backend must do. None: not known yet, and checked again once it is.
 
-    A tuple, as every call makes one, and a frozen dataclass takes twice as long.
+    This is a tuple because every call makes one. A frozen dataclass takes twice as long.
     """
 
     device: torch.device
@@ -61,7 +61,7 @@ class Backend:
     """A named way to compute attention.
 
     Attributes:
-        lacks: gives the first thing that it cannot do, and what to do instead.
+        lacks: returns the first thing that it cannot do, and what to do instead. None: it can do all.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Backend:
 
 
 def _gpu_backend_lacks(needs: AttentionNeeds, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """What is common to the three backends for GPUs."""
+    """Checks the limits that the three GPU backends share."""
     if needs.options.causal:
         return "causal attention is not supported: use attention `torch`, the causal baseline"
     if needs.dtype is not None and needs.dtype not in dtypes:
@@ -121,7 +121,7 @@ def _run_triton(
 
 
 def flash_attn_version() -> int:
-    """Of the newest FlashAttention that is installed; 0: none."""
+    """Returns the version of the newest FlashAttention that is installed. 0: none."""
     if "flash_attn_interface" in INSTALLED:
         return 3
     return 2 if "flash_attn" in INSTALLED else 0
@@ -134,7 +134,7 @@ def _flash_attn_lacks(needs: AttentionNeeds) -> str | None:
     if missing := _gpu_backend_lacks(needs, HALF) or _no_cuda(needs):
         return missing
     if needs.head_dim is not None and needs.head_dim % 8:
-        return f"head dim {needs.head_dim} is no multiple of 8: use attention `triton`"
+        return f"head dim {needs.head_dim} is not a multiple of 8: use attention `triton`"
     if needs.options.dropout_p > 0 and version == 3:
         return "FlashAttention-3 has no dropout: use attention `triton`, or set attention_dropout: 0"
     if needs.options.dropout_p > 0 and needs.options.softcap is not None:

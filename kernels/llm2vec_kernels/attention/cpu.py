@@ -1,7 +1,7 @@
-"""Packed attention on a CPU as one operation: PyTorch's fused kernel, text length by text length.
+"""Packed attention on a CPU as one operation: PyTorch's fused kernel, one text length after the other.
 
-One operation rather than a call a length that autograd follows: it costs no graph of slices, and selective
-activation checkpointing keeps its result.
+It is one operation, not one call for each length under autograd. So autograd records no slices, and selective
+activation checkpointing can keep the result.
 
 Shape legend: T tokens of all texts, N texts in a run, L their common length, H query heads, K key/value
 heads, D head dim.
@@ -23,10 +23,10 @@ _backward_of_run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 
 def equal_length_runs(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
-    """(Number of texts, length) of each run of neighbouring texts of one length.
+    """Returns (number of texts, length) for each run of neighbouring texts of one length.
 
-    Found once for all layers: the tensor carries them as long as it is not changed. One that was made under
-    inference mode does not say when it is, and carries none.
+    The tensor keeps the runs until it changes, so all layers share them. A tensor made under inference mode
+    has no version counter that shows a change. So it keeps none.
     """
     if cu_seqlens.is_inference():
         return _runs_of(cu_seqlens)
@@ -43,7 +43,7 @@ def _runs_of(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def window_mask(length: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
-    """`[L, L]` bool for a window that is shorter than the text; None where every key is in reach."""
+    """Returns a mask `[L, L]` bool for a window that is shorter than the text. None: no key is hidden."""
     if window is None or window >= length - 1:
         return None
     ones_LL = torch.ones(length, length, dtype=torch.bool, device=device)
@@ -59,7 +59,7 @@ def _attention(
     window: int | None,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention inside each text, without dropout or softcap; see `api.attention`.
+    """Computes attention inside each text, without dropout or softcap; see `api.attention`.
 
     Returns:
         `[T, H, D]`, and the log-sum-exp of the scores `[T, H]` for backward.
@@ -100,7 +100,7 @@ def _attention_backward(
     window: int | None,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients with respect to q, k and v, in their shapes."""
+    """Returns the gradients of q, k and v, in their shapes."""
     inputs = (q_THD, k_TKD, v_TKD)
     if (run := _only_run(cu_seqlens, q_THD.dtype, window, causal)) is not None:
         view, mask = run
@@ -150,7 +150,7 @@ cpu_attention = Operation("llm2vec::cpu_attention", _attention, _shapes).with_gr
 def _only_run(
     cu_seqlens: torch.Tensor, dtype: torch.dtype, window: int | None, causal: bool
 ) -> tuple[Any, torch.Tensor | None] | None:
-    """What `_runs` would give if that is one run: its results need no copy. None: none or several."""
+    """Returns the view and mask of the only run, whose result needs no copy. None: no run, or several."""
     runs = equal_length_runs(cu_seqlens)
     if len(runs) != 1:
         return None
@@ -161,7 +161,7 @@ def _only_run(
 def _runs(
     cu_seqlens: torch.Tensor, dtype: torch.dtype, window: int | None, causal: bool
 ) -> Iterator[tuple[Any, torch.Tensor | None]]:
-    """For each run of equally long texts: a function `[T, …]` → its view `[N, …, L, …]`; and its mask."""
+    """Yields for each run of equally long texts a function `[T, …]` → view `[N, …, L, …]`, and the mask."""
     start = 0
     for n_texts, length in equal_length_runs(cu_seqlens):
         end = start + n_texts * length
@@ -180,7 +180,7 @@ def _texts_of(x: torch.Tensor, length: int) -> torch.Tensor:
 def _added_mask(
     length: int, dtype: torch.dtype, window: int | None, causal: bool, device: torch.device
 ) -> torch.Tensor | None:
-    """`window_mask` as the kernel takes it: 0 or −∞ that it adds, in the dtype of q."""
+    """Returns `window_mask` as the kernel wants it: 0 or −∞ to add to the scores, in the dtype of q."""
     mask_LL = window_mask(length, window, causal, device)
     if mask_LL is None:
         return None

@@ -1,4 +1,4 @@
-"""Packed attention in plain PyTorch: the specification. Slow, obvious, exact in the dtype that it is given.
+"""The specification of packed attention, in plain PyTorch: slow, obvious, exact in the dtype of its inputs.
 
 Shape legend: T tokens of all texts together, S texts, Hq query heads, Hk key/value heads, D head dim.
 """
@@ -11,7 +11,7 @@ from llm2vec_kernels.attention.options import AttentionOptions
 
 
 def segment_ids(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """`cu_seqlens [S+1]` → `[T]`: which text each token of the packed stream belongs to."""
+    """Returns the text of each token of the packed stream, `[T]`, from `cu_seqlens [S+1]`."""
     lengths = cu_seqlens.diff().long()
     return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
 
@@ -19,7 +19,7 @@ def segment_ids(cu_seqlens: torch.Tensor) -> torch.Tensor:
 def visible_pairs(
     cu_seqlens: torch.Tensor, *, window: int | None = None, causal: bool = False
 ) -> torch.Tensor:
-    """`[T, T]` bool: may query i see key j? Inside one text, within reach, and not ahead if causal."""
+    """Returns `[T, T]` bool: query i sees key j in the same text, within reach, and not ahead if causal."""
     segment_T = segment_ids(cu_seqlens)
     position_T = torch.arange(len(segment_T), device=cu_seqlens.device)
     distance_TT = position_T[:, None] - position_T[None, :]
@@ -39,10 +39,10 @@ def attention(
     options: AttentionOptions,
     kept_HTT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(softcap(scale · q kᵀ) + mask) v over the whole T×T square; `[T, Hq, D]`.
+    """Returns softmax(softcap(scale · q kᵀ) + mask) v over the whole T×T square, `[T, Hq, D]`.
 
     Query heads share key/value heads in order (GQA, arXiv 2305.13245). `kept_HTT` `[Hq, T, T]` bool says
-    which weights dropout keeps; None: all of them, whatever `dropout_p` is.
+    which weights dropout keeps. None: it keeps all, whatever `dropout_p` is.
     """
     group = q_THD.shape[1] // k_THD.shape[1]
     k_THD, v_THD = (x.repeat_interleave(group, dim=1) for x in (k_THD, v_THD))

@@ -1,7 +1,7 @@
 """Packed attention with stock PyTorch: runs of equally long texts become batched SDPA calls.
 
-Works on any device and in any float dtype; it is the CPU path. Texts sorted by length make long runs,
-and a run is a view of the packed stream, so nothing is copied, padded or masked.
+This works on any device and in any float dtype. CPUs use it. Texts sorted by length make long runs. A run is
+a view of the packed stream, so nothing is copied, padded or masked.
 
 Shape legend: T tokens of all texts, N texts in a run, L their common length, H heads, D head dim.
 """
@@ -22,12 +22,12 @@ def torch_attention(
     cu_seqlens: torch.Tensor,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Attention inside each text of the packed stream, `[T, Hq, D]`; see `api.attention`."""
+    """Computes attention inside each text of the packed stream, `[T, Hq, D]`; see `api.attention`."""
     scale, window, causal = options.softmax_scale, options.window, options.causal
     if options.softcap is None and options.dropout_p == 0 and q_THD.device.type == "cpu":
         return cpu_attention(q_THD, k_THD, v_THD, cu_seqlens, scale, window, causal)[0]
     runs = list(equal_length_runs(cu_seqlens))
-    # Split, not sliced: the backward of a slice is a whole tensor of zeros, one for each run.
+    # Split, not sliced: backward of a slice writes a whole tensor of zeros for each run.
     parts = (x.split([n_texts * length for n_texts, length in runs]) for x in (q_THD, k_THD, v_THD))
     outputs = []
     for (n_texts, length), *part in zip(runs, *parts, strict=True):
@@ -58,7 +58,7 @@ def _softcapped(
     softcap: float,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Spelt out, because SDPA has no softcap; scores and softmax in fp32 whatever the input dtype."""
+    """Computes attention step by step, because SDPA has no softcap. Scores and softmax are at least fp32."""
     group = q_NHLD.shape[1] // k_NHLD.shape[1]
     k_NHLD, v_NHLD = (x.repeat_interleave(group, dim=1) for x in (k_NHLD, v_NHLD))
     wide = torch.promote_types(q_NHLD.dtype, torch.float32)

@@ -1,9 +1,10 @@
-"""Non-causal attention over a packed stream of texts, in Triton: an operator of torch with a gradient.
+"""Non-causal attention over a packed stream of texts, in Triton: a torch operator with a gradient.
 
-softmax(softcap(scale · q kᵀ) + mask) v inside each text; `reference.attention` is the specification. Tiles
-go over the packed stream, not over texts: short texts share a tile under a block-diagonal mask, and the
-keys of a tile are one range, from what its first query sees to what its last one sees. No padding, no
-atomics (backward gives the same bits every time), no autotuning, no host synchronisation.
+It computes softmax(softcap(scale · q kᵀ) + mask) v inside each text. `reference.attention` is the
+specification. Tiles go over the packed stream, not over texts. Short texts share a tile under a
+block-diagonal mask. The keys of a tile are one range: from what its first query sees to what its last query
+sees. There is no padding and no autotuning, and the host never waits for the device. There are no atomics,
+so backward gives the same bits every time.
 
 Shape legend: T tokens of all texts, S texts, Hq query heads, Hk key/value heads, D head dim.
 """
@@ -37,20 +38,20 @@ def flash_attention(
     *,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention inside each text of a packed stream; forward and backward in Triton.
+    """Computes attention inside each text of a packed stream. Forward and backward run in Triton.
 
     Args:
         q_THD: `[T, Hq, D]` fp16, bf16 or fp32; k_THD, v_THD: `[T, Hk, D]`, Hq a multiple of Hk.
-        cu_seqlens: `[S+1]` int32, ascending from 0 to T; a text may be empty.
-        max_seqlen: the longest text in tokens, or any bound on it: it only chooses tile sizes.
-        seed: fixes which weights are dropped, an int64 scalar on q's device; None draws one from torch's
-            default CPU generator, which `torch.manual_seed` and activation checkpointing set back.
+        cu_seqlens: `[S+1]` int32, ascending from 0 to T. A text may be empty.
+        max_seqlen: the longest text in tokens, or any upper bound. It only chooses tile sizes.
+        seed: decides which weights are dropped, an int64 scalar on q's device. None draws one from torch's
+            default CPU generator, which `torch.manual_seed` and activation checkpointing reset.
 
     Returns:
         `[T, Hq, D]` in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or options that the kernels do not take.
+        ValueError: the kernels do not support these shapes, dtypes or options.
     """
     check_arguments(q_THD, k_THD, v_THD, cu_seqlens, options)
     first_T, past_T = visible_intervals(cu_seqlens, len(q_THD), options.window)
@@ -72,13 +73,13 @@ def check_arguments(
     cu_seqlens: torch.Tensor,
     options: AttentionOptions,
 ) -> None:
-    """Raises ValueError that names the first thing the kernels do not take."""
+    """Raises a ValueError that names the first thing the kernels do not support."""
     tokens, heads, head_dim = q_THD.shape
     if k_THD.shape != v_THD.shape or k_THD.shape[0] != tokens or k_THD.shape[2] != head_dim:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q_THD, k_THD, v_THD))
         raise ValueError(f"q, k, v must be [T, Hq, D], [T, Hk, D], [T, Hk, D], not {shapes}")
     if heads % k_THD.shape[1]:
-        raise ValueError(f"{heads} query heads are no multiple of {k_THD.shape[1]} key/value heads")
+        raise ValueError(f"{heads} query heads are not a multiple of {k_THD.shape[1]} key/value heads")
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head dim {head_dim} exceeds {MAX_HEAD_DIM}: use the torch backend")
     if q_THD.dtype not in DTYPES or not q_THD.dtype == k_THD.dtype == v_THD.dtype:
@@ -101,15 +102,15 @@ _intervals_of = WeakIdKeyDictionary()
 def visible_intervals(
     cu_seqlens: torch.Tensor, n_tokens: int, window: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each token sees: `first [T]`, `past [T]` int32, token i sees first[i] <= j < past[i].
+    """Returns what each token sees: `first [T]` and `past [T]` int32. Token i sees first[i] <= j < past[i].
 
-    Kept for as long as `cu_seqlens` lives unchanged, so that a model's layers share them.
+    Intervals are kept while `cu_seqlens` lives unchanged. So a model's layers share them.
     """
     if torch.compiler.is_compiling() or cu_seqlens.is_inference():
-        # A compiler shares them by itself; a tensor made under inference mode does not say when it changes.
+        # A compiler shares them by itself. A tensor made under inference mode does not show when it changes.
         return _visible_intervals(cu_seqlens, n_tokens, window)
     kept = _intervals_of.setdefault(cu_seqlens, {})
-    # What is made under inference mode must not reach a later backward.
+    # Tensors made under inference mode must not reach a later backward, so they have a key of their own.
     key = (cu_seqlens._version, n_tokens, window, torch.is_inference_mode_enabled())
     if key not in kept:
         kept[key] = _visible_intervals(cu_seqlens, n_tokens, window)
@@ -141,7 +142,7 @@ def _flash_attention(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """→ out `[T, Hq, D]`, log-sum-exp in units of log 2 `[Hq, T]` fp32. `seed` is an int64 scalar."""
+    """Returns out `[T, Hq, D]` and the log-sum-exp `[Hq, T]` fp32 in units of log 2. `seed`: int64 scalar."""
     q_THD, k_THD, v_THD = map(_rows_contiguous, (q_THD, k_THD, v_THD))
     tokens, heads, head_dim = q_THD.shape
     out_THD = q_THD.new_empty(q_THD.shape)
@@ -177,7 +178,7 @@ def _flash_attention_backward(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """→ dq `[T, Hq, D]`, dk and dv `[T, Hk, D]`."""
+    """Returns dq `[T, Hq, D]`, dk and dv `[T, Hk, D]`."""
     q_THD, k_THD, v_THD = map(_rows_contiguous, (q_THD, k_THD, v_THD))
     dout_THD = dout_THD.contiguous()
     tokens, heads, head_dim = q_THD.shape
@@ -187,7 +188,7 @@ def _flash_attention_backward(
         tiles = tiles_on(q_THD.device, q_THD.dtype, head_dim, max_seqlen)
         shared = _shared_arguments(q_THD, k_THD, v_THD, softmax_scale, softcap, dropout_p, seed)
         with torch.cuda.device_of(q_THD):
-            tile = tiles.dq
+            tile = tiles.dq  # this kernel runs first: it also writes delta, which the other one reads
             dq_kernel[(triton.cdiv(tokens, tile.rows), heads)](
                 q_THD, k_THD, v_THD, out_THD, dout_THD, dq_THD, lse_HT, delta_HT, first_T, past_T,
                 **shared, **_launch(tile, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
@@ -219,7 +220,7 @@ def _shared_arguments(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """The arguments that all three kernels share."""
+    """Returns the arguments that all three kernels share."""
     strides = {
         f"{name}_stride_{dim}": x.stride(axis)
         for name, x in (("q", q_THD), ("k", k_THD), ("v", v_THD))

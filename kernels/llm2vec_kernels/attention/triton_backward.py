@@ -1,8 +1,10 @@
 """Backward kernels of packed non-causal attention: dq by tiles of queries, dk and dv by tiles of keys.
 
-FlashAttention-2 (Dao, 2023, arXiv 2307.08691, algorithm 2) split in two, so that each gradient is summed
-by one program in one order: no atomics, the same bits every time. With weights P = exp(S - lse),
-dropout mask Z (0 or 1/(1-p)) and slope s of the softcap:
+This is FlashAttention-2 (Dao, 2023, arXiv 2307.08691, algorithm 2), split into two kernels. There, programs
+add to dq with atomics. Here one program sums each gradient in one order, so the bits are the same every
+time. The price is that both kernels recompute the weights.
+
+With weights P = exp(S - lse), dropout mask Z (0 or 1/(1-p)) and slope s of the softcap:
 
     dv = (P∘Z)ᵀ do        dS = P ∘ (do vᵀ ∘ Z - delta) ∘ s,  delta = rowsum(do ∘ out)
     dq = scale · dS k     dk = scale · dSᵀ q
@@ -48,7 +50,7 @@ def weights_and_dscores(
     HAS_DROPOUT: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Recomputes a tile's weights; returns them after dropout, and the gradient of the scaled products."""
+    """Recomputes a tile's weights P. Returns P∘Z and dS = P ∘ (do vᵀ ∘ Z - delta) ∘ s (see the module)."""
     score_RC, slope_RC = log2_scores(raw_RC, scale, softcap, HAS_SOFTCAP)
     weight_RC = tl.exp2(score_RC - lse)
     if not WHOLE:
@@ -97,11 +99,13 @@ def dq_kernel(
     q_MD = load_tile(q_base, query0, q_stride_t, n_tokens, BLOCK_M, D, BLOCK_D, True)
     dout_MD = load_tile(dout_ptr + own, query0, out_stride_t, n_tokens, BLOCK_M, D, BLOCK_D, True)
     out_MD = load_tile(out_ptr + own, query0, out_stride_t, n_tokens, BLOCK_M, D, BLOCK_D, True)
+    # out is after dropout, so do · out is the sum over keys of P ∘ (do vᵀ ∘ Z).
     delta_M = tl.sum(out_MD.to(tl.float32) * dout_MD.to(tl.float32), 1)
     tl.store(delta_ptr + of_head + query_M, delta_M, mask=query_M < n_tokens)
     lse_M = tl.load(lse_ptr + of_head + query_M, mask=query_M < n_tokens, other=0.0)
     dq_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
+    # Compiled twice: first the tiles at the rim, with mask and bounds checks, then the whole tiles without.
     for WHOLE in tl.static_range(2):
         n_steps = n_whole if WHOLE else n_tiles - n_whole
         for step in range(0, n_steps):
@@ -151,7 +155,7 @@ def dkdv_kernel(
     dk_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    for member in range(0, GROUP):
+    for member in range(0, GROUP):  # query heads of this key/value head, in one order: no atomics
         head = kv_head * GROUP + member
         q_base = q_ptr + head.to(tl.int64) * q_stride_h
         dout_base = dout_ptr + head.to(tl.int64) * D

@@ -1,7 +1,7 @@
 """Forward kernel of packed non-causal attention: one program computes a tile of queries of one head.
 
-Online softmax (Milakov & Gimelshein, 2018, arXiv 1805.02867) as in FlashAttention-2 (Dao, 2023,
-arXiv 2307.08691, algorithm 1), over a tile of the packed stream that may hold many texts.
+It runs the online softmax (Milakov & Gimelshein, 2018, arXiv 1805.02867) as in FlashAttention-2 (Dao, 2023,
+arXiv 2307.08691, algorithm 1). Its tile of the packed stream may hold many texts.
 
 Shape legend: T tokens of all texts, Hq query heads, Hk key/value heads, M queries and N keys of a tile,
 D head dim (padded to a power of two).
@@ -27,14 +27,15 @@ from llm2vec_kernels.attention.tile_ops import (
 
 @triton.jit
 def softmax_step(score_MN, peak_M, total_M):
-    """One more tile of keys for the running softmax.
+    """Adds a tile of keys to the running softmax.
 
     Returns:
-        weights `[M, N]`, relative to the new peak; the peak and the total with this tile; and what the sums
-        over earlier tiles fade by.
+        weights `[M, N]` relative to the new peak, exp2(score − peak); the peak and the total with this tile;
+        and the factor exp2(old peak − new peak), by which sums over earlier tiles are scaled.
     """
     new_peak_M = tl.maximum(peak_M, tl.max(score_MN, 1))
-    # A row that has seen no key yet keeps weight 0 instead of exp2(inf - inf).
+    # A row that has seen no key yet has the peak −inf, and −inf − (−inf) is NaN. With a shift of 0, its
+    # weights are exp2(−inf) = 0.
     shift_M = tl.where(new_peak_M == float("-inf"), 0.0, new_peak_M)
     weight_MN = tl.exp2(score_MN - shift_M[:, None])
     fade_M = tl.exp2(peak_M - shift_M)
@@ -74,6 +75,7 @@ def forward_kernel(
     peak_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total_M = tl.zeros([BLOCK_M], tl.float32)
 
+    # Compiled twice: first the tiles at the rim, with mask and bounds checks, then the whole tiles without.
     for WHOLE in tl.static_range(2):
         n_steps = n_whole if WHOLE else n_tiles - n_whole
         for step in range(0, n_steps):
@@ -85,7 +87,7 @@ def forward_kernel(
             if not WHOLE:
                 score_MN = tl.where(sees(first_M, past_M, key_N), score_MN, float("-inf"))
             weight_MN, peak_M, total_M, fade_M = softmax_step(score_MN, peak_M, total_M)
-            if HAS_DROPOUT:
+            if HAS_DROPOUT:  # after the total: dropout acts on the weights that softmax has normalised
                 kept_MN = kept(seed, head, query_M[:, None], key_N[None, :], dropout_p)
                 weight_MN = tl.where(kept_MN, weight_MN, 0.0)
             v_ND = load_tile(v_base, key0, v_stride_t, n_tokens, BLOCK_N, D, BLOCK_D, not WHOLE)

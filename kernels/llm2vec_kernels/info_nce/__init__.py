@@ -1,4 +1,4 @@
-"""The contrastive loss, a tile of scores at a time."""
+"""The contrastive loss, computed one tile of scores at a time."""
 
 from llm2vec_kernels.info_nce.api import InfoNce, info_nce
 

@@ -1,21 +1,20 @@
-"""InfoNCE that never holds the score matrix.
+"""InfoNCE (van den Oord et al., 2018, arXiv 1807.03748, equation 4) that never holds the score matrix.
 
     score(q, d) = scale · q·d        loss(q) = log Σ_d exp score(q, d) − score(q, positive of q)
 
-(van den Oord et al., 2018, arXiv 1807.03748). The sum runs over the positives of all rows and any number
-of hard negatives, without documents that are false negatives by their ids, or for a guide. Vectors are taken
-as they come: for cosines the caller normalises them. Products are accumulated and scores are kept in fp32
-whatever the vectors' dtype (fp64 for fp64).
+The sum runs over the positives of all rows and any number of hard negatives. It leaves out documents that
+are false negatives by id, by score or by a guide. For cosines the caller normalises the vectors. Products
+are accumulated and scores are kept in fp32 for all dtypes (fp64 for fp64).
 
 A tile of scores is a few queries against all documents. With p = softmax of a row and e = one-hot of its
-positive, everything follows from g_qd = p_qd − e_qd:
+positive, all gradients follow from g_qd = p_qd − e_qd:
 
     ∂loss/∂q = scale · Σ_d g_qd d     ∂Σ w·loss/∂d = scale · Σ_q w_q g_qd q     ∂loss/∂scale = q · Σ_d g_qd d
 
-`block_log_sum_exp`, `merge_statistics` and `block_gradients` are the same for documents that come in
-blocks, as in a ring over ranks. The symmetric loss (CLIP) is a second call with roles swapped:
-`info_nce(document_ND[positive_Q], query_QD, torch.arange(Q), query_id_Q=id_Q, document_id_N=id_Q, …)` with
-the ids of the positives, so that a query that has the same positive is no negative.
+`block_log_sum_exp`, `merge_statistics` and `block_gradients` do the same for documents that come in blocks,
+as in a ring over ranks. The symmetric loss (CLIP) is a second call with roles swapped:
+`info_nce(document_ND[positive_Q], query_QD, torch.arange(Q), query_id_Q=id_Q, document_id_N=id_Q, …)`. Its
+ids are those of the positives, so a query with the same positive is not a negative.
 
 Shape legend: Q queries, N documents, D width, B queries of one tile.
 """
@@ -51,8 +50,8 @@ TILE_MIB = 64
 
 
 class InfoNce(NamedTuple):
-    """`loss_Q` fp32, differentiable; `hit_Q` bool: the positive beats every negative; `lse_Q` fp32;
-    `guided_Q` fp32: how many documents the guide leaves out that ids do not."""
+    """`loss_Q` fp32, differentiable. `hit_Q` bool: the positive beats every negative. `lse_Q` fp32.
+    `guided_Q` fp32: how many documents the guide leaves out beyond those that ids leave out."""
 
     loss_Q: torch.Tensor
     hit_Q: torch.Tensor
@@ -61,7 +60,7 @@ class InfoNce(NamedTuple):
 
 
 class BlockGradients(NamedTuple):
-    """Gradients of Σ_q weight · (lse − positive score) that come from one block, in fp32."""
+    """One block's share of the gradients of Σ_q weight · (lse − positive score), in fp32."""
 
     d_query_QD: torch.Tensor
     d_document_ND: torch.Tensor
@@ -82,22 +81,21 @@ def block_log_sum_exp(
     tile_mib: float = TILE_MIB,
     precision: Precision = "fp32",
 ) -> BlockStatistics:
-    """Log-sum-exp, positive's score and best negative of each query over one block; without gradient.
+    """Returns log-sum-exp, positive's score and best negative of each query over one block, without gradient.
 
     Args:
         query_QD: fp16, bf16, fp32 or fp64; document_ND: `[N, D]` of the same dtype.
         scale: the inverse temperature.
-        positive_Q: int64, the row of each query's positive in this block; −1 where it is not in this block.
-        query_id_Q: int64, the id of each query's positive document; with `document_id_N`, a document of
-            equal id is a false negative and counts for nothing, except at the positive's own row.
-        score_limit_Q: a document other than the positive counts for nothing where its scaled score is
-            above this.
-        guide: what another model says of the same texts; its products are in its vectors' dtype.
-        hardness: a negative counts exp(hardness · q·d) times in the sum, a constant for the gradient (cf.
-            Robinson et al., 2021, arXiv 2010.04592).
-        tile_mib: size of the score tile in MiB; it holds at least 64 rows.
-        precision: what products of fp32 vectors round their operands to; what is returned stays fp32. Scores
-            of vectors of length 1 are off by 2⁻⁸ · scale at most in `bf16`, by 2⁻¹¹ · scale in `tf32`.
+        positive_Q: int64, the row of each query's positive in this block; −1 if it is not in this block.
+        query_id_Q: int64, the id of each query's positive document. With `document_id_N`, a document of
+            equal id is a false negative and left out, except at the positive's own row.
+        score_limit_Q: a document other than the positive is left out if its scaled score is above this.
+        guide: another model's vectors of the same texts. Its products are in the dtype of its vectors.
+        hardness: a negative counts exp(hardness · q·d) times in the sum. The gradient takes this factor as a
+            constant (cf. Robinson et al., 2021, arXiv 2010.04592).
+        tile_mib: size of the score tile in MiB. It holds at least 64 rows.
+        precision: the format that products of fp32 vectors round operands to. Results stay fp32. Scores of
+            vectors of length 1 are off by at most 2⁻⁸ · scale in `bf16`, and 2⁻¹¹ · scale in `tf32`.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
@@ -109,7 +107,7 @@ def block_log_sum_exp(
 
 
 def merge_statistics(a: BlockStatistics, b: BlockStatistics) -> BlockStatistics:
-    """The statistics of two blocks together, as exact as one pass over both."""
+    """Joins the statistics of two blocks, as exactly as one pass over both."""
     return BlockStatistics(
         torch.logaddexp(a.lse_Q, b.lse_Q),
         torch.maximum(a.positive_score_Q, b.positive_score_Q),
@@ -134,13 +132,13 @@ def block_gradients(
     tile_mib: float = TILE_MIB,
     precision: Precision = "fp32",
 ) -> BlockGradients:
-    """What one block adds to the gradient of Σ_q weight · (lse − positive score); scores are recomputed.
+    """Returns one block's share of the gradient of Σ_q weight · (lse − positive score); recomputes scores.
 
     Args:
-        lse_Q: over the documents of *all* blocks (`merge_statistics`), so that gradients add up.
+        lse_Q: over the documents of *all* blocks (`merge_statistics`), so that the shares add up.
         weight_Q: the upstream gradient of each query's loss.
 
-    The others are those of `block_log_sum_exp`. Sums over blocks give the gradients of the whole.
+    The other arguments are those of `block_log_sum_exp`. Sums over blocks give the whole gradients.
     """
     others = (positive_Q, query_id_Q, document_id_N, score_limit_Q)
     block = _block(query_QD, document_ND, scale, others, guide, hardness, precision)
@@ -162,14 +160,15 @@ def info_nce(
     tile_mib: float = TILE_MIB,
     precision: Precision = "fp32",
 ) -> InfoNce:
-    """The loss of each query over all documents. It has a gradient for query, document and a tensor `scale`.
+    """Returns the loss of each query over all documents.
 
-    Memory beyond the vectors and their gradients is about one tile.
+    It has a gradient for query, document and a tensor `scale`. Memory beyond the vectors and their gradients
+    is about one tile.
 
-    The queries' gradient, and for fp32 vectors the documents' for equal weights, are computed along with
-    the loss, while the tile is there: three matrix products in all, as with the full matrix. Where the
-    upstream gradient turns out to differ from row to row, or the vectors are fp16 or bf16 (an fp32 total
-    as large as two gradients would be held), backward recomputes the scores: two products more, or one.
+    Gradients are computed with the loss while the tile is there: three matrix products, as with the full
+    matrix. The documents' gradient is summed for equal upstream weights. If weights differ from row to row,
+    backward recomputes it with two more products. For fp16 and bf16 its fp32 total would be as large as two
+    gradients. So backward alone computes it, with one more product.
     """
     if len(positive_Q) and not 0 <= int(positive_Q.min()) <= int(positive_Q.max()) < len(document_ND):
         raise ValueError(f"positive_Q must be rows of document_ND, 0 to {len(document_ND) - 1}")
@@ -191,7 +190,7 @@ def _block(
     hardness: float,
     precision: Precision,
 ) -> Block:
-    """Args: others: `positive_Q`, `query_id_Q`, `document_id_N`, `score_limit_Q`."""
+    """Makes a block. Args: others: `positive_Q`, `query_id_Q`, `document_id_N`, `score_limit_Q`."""
     positive_Q, query_id_Q, document_id_N, score_limit_Q = others
     assert positive_Q is not None
     return Block(
@@ -213,7 +212,7 @@ def _outcome(statistics: BlockStatistics) -> InfoNce:
 
 
 def _tiles(block: Block, tile_mib: float) -> Iterator[tuple[slice, Epilogue, torch.Tensor | None]]:
-    """Rows, what is to be done with their scores, and how many documents their guide leaves out."""
+    """Yields rows, the epilogue of their scores, and how many documents the guide leaves out."""
     epilogue: type[Epilogue] = TorchEpilogue
     if runs_triton(block.query_QD.device):
         from llm2vec_kernels.info_nce.triton import TritonEpilogue  # here, for machines without Triton
@@ -221,13 +220,13 @@ def _tiles(block: Block, tile_mib: float) -> Iterator[tuple[slice, Epilogue, tor
         epilogue = TritonEpilogue
     for rows, score_BN, guided_B in score_tiles(block, tile_mib):
         own = block.part(rows)
-        if own.score_limit_Q is not None:  # which is of scores that are not lifted
+        if own.score_limit_Q is not None:  # the limit is one for scores before the lift
             own = replace(own, score_limit_Q=own.score_limit_Q * block.lift)
         yield rows, epilogue(own, score_BN), guided_B
 
 
 def _statistics(block: Block, tile_mib: float, sums: _Sums | None = None) -> BlockStatistics:
-    """Of the whole block; where `sums` are given, they are added up for equal weights."""
+    """Returns the whole block's statistics. `sums`, if given, add up gradients for equal weights."""
     out = BlockStatistics(*block.query_QD.new_zeros(4, len(block.query_QD), dtype=block.score_dtype))
     for rows, tile, guided_B in _tiles(block, tile_mib):
         own = tile.statistics()
@@ -259,7 +258,7 @@ def _block_gradients(
 def _document_gradient(
     block: Block, lse_Q: torch.Tensor, weight_Q: torch.Tensor, tile_mib: float, like_ND: torch.Tensor
 ) -> torch.Tensor:
-    """As `_block_gradients`, in the dtype of `like_ND`: a few documents at a time against all queries."""
+    """Returns the documents' gradient in the dtype of `like_ND`, a few documents at a time."""
     relative_Q, largest = _relative(weight_Q.to(block.score_dtype))
     out_ND = torch.empty_like(like_ND)
     for documents in slices(len(out_ND), documents_of_a_tile(block, tile_mib)):
@@ -272,7 +271,7 @@ def _document_gradient(
 
 
 def _relative(weight_Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights as a share of the largest, which fp16 can hold, and the largest."""
+    """Returns weights as shares of the largest, which fp16 can hold, and the largest."""
     largest = weight_Q.abs().amax() if len(weight_Q) else weight_Q.new_ones(())
     largest = largest.masked_fill(largest == 0, 1.0)
     return weight_Q / largest, largest
@@ -287,7 +286,8 @@ class _Sums:
         """Args: query_dtype: of `query_QD`; None: that of the scores."""
         self.block = block
         self.with_query, self.with_document = query, document
-        # fp16's smallest numbers are as large as a softmax over 10^5 documents: coefficients are raised.
+        # A softmax over 10^5 documents has shares of 10^-5, below fp16's normal numbers (2^-14 = 6·10^-5).
+        # So coefficients, at most 1, are raised to at most 2^15, below fp16's largest number 65,504.
         self.factor = 2.0**15 if block.operand_dtype == torch.float16 else 1.0
         wide = block.score_dtype
         if query:
@@ -297,7 +297,7 @@ class _Sums:
             self.document_ND = torch.zeros_like(block.document_ND, dtype=wide)
 
     def add(self, rows: slice, coefficient_BN: torch.Tensor, relative_B: torch.Tensor | None = None) -> None:
-        """One tile's factor · g; `relative_B` weighs the rows in `document_ND` unless the tile has them."""
+        """Adds one tile's factor · g. `relative_B` weighs rows for `document_ND` if the tile does not."""
         query_BD = self.block.query_QD[rows]
         if self.with_query:
             sum_BD = torch.empty_like(query_BD, dtype=self.block.score_dtype)
@@ -377,20 +377,21 @@ def _finish(
     tile_mib: float,
     document_ND: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of query, document and scale from forward's sums, which are overwritten.
+    """Returns the gradients of query, document and scale. It overwrites forward's sums.
 
     Args:
-        document_ND: which the gradient is to be like; None: none is needed.
+        document_ND: its gradient gets the same shape and dtype. None: no gradient is needed.
     """
     block = sums.block
     d_query_QD = d_document_ND = d_scale = None
     if sums.with_query:
         d_scale = (weight_Q * sums.slope_Q).sum()
         d_query_QD = sums.query_QD.mul_(weight_Q[:, None])
+    # ∂/∂d = scale · Σ_q w_q g_qd q. Forward has Σ_q g_qd q, so this needs equal weights, which leave the sum.
     if sums.with_document and len(weight_Q) and bool((weight_Q == weight_Q[:1]).all()):
         d_document_ND = sums.document_ND.mul_(block.scale * weight_Q[:1])
     elif document_ND is not None:
         if sums.with_document:
-            del sums.document_ND
+            del sums.document_ND  # frees the useless total before another one is made
         d_document_ND = _document_gradient(block, lse_Q, weight_Q, tile_mib, document_ND)
     return d_query_QD, d_document_ND, d_scale

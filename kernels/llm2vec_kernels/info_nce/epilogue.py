@@ -1,4 +1,4 @@
-"""What is done to a tile of scores after its matrix product, in PyTorch.
+"""The passes over a tile of scores after its matrix product, in PyTorch.
 
 Shape legend: N documents, B queries of one tile.
 """
@@ -12,29 +12,32 @@ import torch
 from llm2vec_kernels.info_nce.tiles import CHUNK_ELEMENTS, Block, ScoreStatistics, slices
 
 CUDA_CHUNK_ELEMENTS = 1 << 24
+"""Elements that one pass touches on a GPU: 64 MiB in fp32."""
 
 
 class Epilogue(Protocol):
-    """A tile of scores: first, if at all, `statistics`; then, once, `coefficients`."""
+    """A tile of scores. Call `statistics` first or not at all, then `coefficients` once."""
 
     def __init__(self, block: Block, score_BN: torch.Tensor) -> None:
-        """Of the tile's queries and documents, and their products (see `score_tiles`)."""
+        """Takes the tile's queries and documents, and their products (see `score_tiles`)."""
 
     def statistics(self) -> ScoreStatistics:
-        """lse, positive and best negative of each row."""
+        """Returns log-sum-exp, positive's score and best negative of each row."""
 
     def coefficients(
         self, lse_B: torch.Tensor, factor: float, weight_B: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """factor · weight · (exp(score − lse) − 1 at the positive) `[B, N]`, in the products' dtype; may
-        overwrite the tile. No weights are weights of 1."""
+        """Returns factor · weight · (exp(score − lse) − 1 at the positive), `[B, N]`, in the products' dtype.
+
+        It may overwrite the tile. Without weights, all weights are 1.
+        """
 
 
 class TorchEpilogue:
-    """What happens to a tile after its matrix product: in passes over a few rows that stay in the cache."""
+    """An `Epilogue` in PyTorch. Each pass goes over a few rows, so they stay in the cache."""
 
     def __init__(self, block: Block, score_BN: torch.Tensor) -> None:
-        """Scales the products in `score_BN` (unless they are) and excludes, both in place.
+        """Scales the products in `score_BN` if needed and leaves documents out, both in place.
 
         Args:
             block: the tile's queries and documents.
@@ -48,7 +51,7 @@ class TorchEpilogue:
             _exclude(score_BN[rows], block.part(rows))
 
     def statistics(self) -> ScoreStatistics:
-        """As `Epilogue`; scores become exp(score − largest)."""
+        """As `Epilogue`. Scores become exp(score − largest): `coefficients` needs no second exponential."""
         parts = [_statistics(self.score_BN[rows], self.block.part(rows)) for rows in self.row_slices]
         statistics = ScoreStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
         self.largest_B = _finite(torch.maximum(*statistics[1:]))
@@ -63,6 +66,7 @@ class TorchEpilogue:
             if self.largest_B is None:
                 score.sub_(lse_B1[rows]).exp_()
             else:
+                # exp(score − lse) = exp(score − largest) · exp(largest − lse): one exponential for each row.
                 score.mul_(torch.exp(self.largest_B[rows, None] - lse_B1[rows]))
             index_B1, here_B1 = _positive(self.block.part(rows))
             score.scatter_add_(1, index_B1, -here_B1.to(score.dtype))
@@ -74,17 +78,17 @@ class TorchEpilogue:
 
 
 def _finite(value: torch.Tensor) -> torch.Tensor:
-    """0 for −inf, which a row without any document has: −inf less 0 is −inf still, less −inf it is NaN."""
+    """Replaces −inf by 0. A row without any document has −inf, and −inf − (−inf) would be NaN."""
     return value.masked_fill(value.isneginf(), 0.0)
 
 
 def _positive(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column of each row's positive, and whether it is one (else column 0); both `[B, 1]`."""
+    """Returns the column of each row's positive (0 if there is none), and whether there is one; `[B, 1]`."""
     return block.positive_Q.clamp(min=0)[:, None], block.positive_Q[:, None] >= 0
 
 
 def _exclude(score_BN: torch.Tensor, block: Block) -> None:
-    """Scale where the operands were not scaled, −inf at false negatives; in place."""
+    """Scales scores if the operands were not scaled, and sets false negatives to −inf; in place."""
     if block.needs_scale:
         score_BN *= block.scale
     if block.query_id_Q is None and block.score_limit_Q is None:

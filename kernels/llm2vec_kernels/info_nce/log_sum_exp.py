@@ -1,9 +1,9 @@
-"""The sum of InfoNCE's denominator alone, for texts among which a query has no positive; in tiles.
+"""The sum of InfoNCE's denominator over texts that hold no positive, in tiles.
 
     lse(q) = log Σ_d exp score(q, d)
 
-Other queries of a query are such texts, and other documents of its positive. Joined with a loss by
-`logaddexp(loss, lse − score of the positive)` they are further negatives (Li et al., 2023, arXiv 2308.03281).
+Examples are queries against queries, and positives against documents. Such texts become further negatives of
+a loss by `logaddexp(loss, lse − score of the positive)` (Li et al., 2023, arXiv 2308.03281).
 
 Shape legend: Q queries, N documents, D width.
 """
@@ -20,8 +20,8 @@ from llm2vec_kernels.info_nce.tiles import Guide, Precision
 
 
 class LogSumExp(NamedTuple):
-    """`lse_Q` fp32 (fp64 for fp64), differentiable, −inf where no document counts; `guided_Q`: how many
-    documents the guide leaves out that ids do not."""
+    """`lse_Q`: fp32 (fp64 for fp64), differentiable, −inf if no document counts. `guided_Q`: how many
+    documents the guide leaves out beyond those that ids leave out."""
 
     lse_Q: torch.Tensor
     guided_Q: torch.Tensor
@@ -40,11 +40,12 @@ def log_sum_exp(
     tile_mib: float = TILE_MIB,
     precision: Precision = "fp32",
 ) -> LogSumExp:
-    """Of each query over all documents that count, differentiable in query, document and a tensor `scale`.
+    """Returns the log-sum-exp of each query over all documents that count.
 
-    Arguments are those of `block_log_sum_exp`, without a positive: a document of the query's id counts for
-    nothing. A query for which none counts has no gradient. Backward recomputes the scores: four matrix
-    products in all. Memory beyond the vectors and their gradients is about one tile.
+    It is differentiable in query, document and a tensor `scale`. Arguments are those of `block_log_sum_exp`,
+    without a positive: every document of the query's id is left out. A query for which no document counts has
+    no gradient. Backward recomputes the scores, so there are four matrix products in all. Memory beyond the
+    vectors and their gradients is about one tile.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.

@@ -1,4 +1,4 @@
-"""InfoNCE in plain PyTorch: the specification. Slow, obvious, exact in the dtype that it is given.
+"""The specification of InfoNCE, in plain PyTorch: slow, obvious, exact in the dtype of its inputs.
 
 Shape legend: Q queries, N documents, D width.
 """
@@ -22,12 +22,12 @@ def info_nce(
     guide: Guide | None = None,
     hardness: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, hit and log-sum-exp `[Q]` over the whole Q×N matrix (arXiv 1807.03748).
+    """Returns loss, hit and log-sum-exp `[Q]` over the whole Q×N matrix (arXiv 1807.03748, equation 4).
 
-    loss = log Σ_d exp score − score of the positive. A document other than the positive counts for nothing
-    where its id is the query's, its score is above the query's limit, or the guide's score is above the
-    guide's limit. Another document's exp(score) counts exp(hardness · q·d) times, a constant for the
-    gradient. A hit beats every other document.
+    loss = log Σ_d exp score − score of the positive. A document other than the positive is left out if its id
+    is the query's, if its score is above the query's limit, or if the guide's score is above the guide's
+    limit. The exp(score) of a document other than the positive counts exp(hardness · q·d) times. The gradient
+    takes this factor as a constant. In a hit, the positive beats every other document.
     """
     score_QN = scale * query_QD @ document_ND.T
     positive_QN = positive_Q[:, None] == torch.arange(len(document_ND), device=positive_Q.device)
@@ -57,7 +57,7 @@ def log_sum_exp(
     guide: Guide | None = None,
     hardness: float = 0.0,
 ) -> torch.Tensor:
-    """`[Q]`, over the documents that count where none is a positive."""
+    """Returns the log-sum-exp `[Q]` over all documents that count. None of them is a positive."""
     cosine_QN = query_QD @ document_ND.T
     score_QN = scale * cosine_QN
     excluded_QN = torch.zeros_like(score_QN, dtype=torch.bool)

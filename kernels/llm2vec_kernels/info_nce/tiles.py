@@ -1,4 +1,4 @@
-"""Tiles of the score matrix: what `info_nce` holds of it at a time, and the matrix products around them.
+"""Tiles of the score matrix that `info_nce` holds one at a time, and the matrix products around them.
 
 Shape legend: Q queries, N documents, D width, G a guide's width, B queries and C documents of one tile.
 """
@@ -14,15 +14,15 @@ from typing import Literal, NamedTuple
 import torch
 
 MIN_TILE_ROWS = 64
-"""A narrower matrix product would be bound by reading the documents."""
+"""A tile has at least this many rows. With fewer, reading the documents would limit the matrix product."""
 CHUNK_ELEMENTS = 1 << 21
-"""What one pass touches before the next one does: 8 MiB in fp32, which stay in the processor's cache."""
+"""Elements that one pass touches before the next pass starts. 8 MiB in fp32 stay in the processor's cache."""
 HELD_ELEMENTS = 1 << 24
-"""Of an fp32 product of fp16 or bf16 before it is added to a total: 64 MiB."""
+"""Elements of an fp32 product of fp16 or bf16 operands that is held before it is added to a total: 64 MiB."""
 
 
 class ScoreStatistics(NamedTuple):
-    """What a block's scores say about each query, `[Q]` in fp32 (−inf where there is none)."""
+    """Statistics of a block's scores for each query, `[Q]` in fp32. −inf if there is no such score."""
 
     lse_Q: torch.Tensor
     """log Σ exp(score) over the documents of the block that count, the positive included."""
@@ -31,18 +31,21 @@ class ScoreStatistics(NamedTuple):
 
 
 class BlockStatistics(NamedTuple):
-    """`ScoreStatistics`, and what a guide says; all `[Q]` in fp32."""
+    """`ScoreStatistics` and a count for the guide; all `[Q]` in fp32."""
 
     lse_Q: torch.Tensor
     positive_score_Q: torch.Tensor
     best_negative_Q: torch.Tensor
     guided_Q: torch.Tensor
-    """How many documents of the block the guide leaves out that ids do not."""
+    """How many documents of the block the guide leaves out beyond those that ids leave out."""
 
 
 class Guide(NamedTuple):
-    """Another model's vectors of the same texts: a document other than the positive counts for nothing where
-    the guide's product with the query is above the query's limit (Solatorio, 2024, arXiv 2402.16829)."""
+    """Another model's vectors of the same texts (Solatorio, 2024, arXiv 2402.16829).
+
+    A document other than the positive is left out if the guide's product of query and document is above the
+    query's limit.
+    """
 
     query_QG: torch.Tensor
     document_NG: torch.Tensor
@@ -77,7 +80,7 @@ class Block:
         if n_documents == 0:
             raise ValueError("a block needs at least one document")
         if (self.query_id_Q is None) != (self.document_id_N is None):
-            raise ValueError("query_id_Q and document_id_N come together or not at all")
+            raise ValueError("query_id_Q and document_id_N belong together: give both or neither")
         for name, size in (
             ("positive_Q", n_queries),
             ("query_id_Q", n_queries),
@@ -101,21 +104,21 @@ class Block:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """What matrix products read: tensor cores take fp16 and bf16 as they are, a CPU is slow at them."""
+        """The dtype that matrix products read. Tensor cores take fp16 and bf16. A CPU is slow at them."""
         return self.query_QD.dtype if self.query_QD.is_cuda else self.score_dtype
 
     @property
     def lift(self) -> float:
-        """What hardness multiplies a negative's score by: (scale + hardness) · q·d is `lift` times it."""
+        """The factor of a negative's score: (scale + hardness) · q·d = lift · (scale · q·d)."""
         return 1.0 + self.hardness / self.scale if self.hardness else 1.0
 
     @property
     def needs_scale(self) -> bool:
-        """Are operands too coarse to be scaled before their product?"""
+        """Whether operands are too coarse to be scaled before their product."""
         return self.operand_dtype != self.score_dtype
 
     def part(self, rows: slice = slice(None), documents: slice = slice(None)) -> Block:
-        """Some queries against some documents; a positive outside becomes −1."""
+        """Returns some queries against some documents. A positive outside becomes −1."""
         positive = self.positive_Q[rows]
         if documents != slice(None):
             inside = (positive >= documents.start) & (positive < documents.stop)
@@ -133,23 +136,23 @@ class Block:
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
-    """`step` rows at a time."""
+    """Yields slices of `step` rows; the last one may be shorter."""
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 
 
 Precision = Literal["fp32", "tf32", "bf16"]
-"""What matrix products of fp32 vectors round their operands to (tf32 on a GPU alone). Sums are fp32."""
+"""The format that products of fp32 vectors round operands to. Sums are fp32. tf32 only acts on a GPU."""
 
 
 def operand(x: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """Vectors as the products read them."""
+    """Returns vectors in the form that products read."""
     return x.bfloat16() if precision == "bf16" and x.dtype == torch.float32 else x
 
 
 @contextmanager
 def computed_in(precision: Precision) -> Iterator[None]:
-    """fp32 products are fp32 or tf32, whatever the process-wide switch says; and no graph."""
+    """Sets fp32 products to fp32 or tf32, whatever the process-wide switch says. Records no graph."""
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
     switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
@@ -161,7 +164,7 @@ def computed_in(precision: Precision) -> Iterator[None]:
 
 
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out = a @ b, accumulated and written in `out`'s dtype, fp32 for fp16 and bf16 operands."""
+    """Computes out = a @ b, accumulated and written in `out`'s dtype: fp32 for fp16 and bf16 operands."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -169,7 +172,7 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out += a @ b."""
+    """Computes out += a @ b."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out)
     else:
@@ -177,11 +180,11 @@ def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 
 class Tile(NamedTuple):
-    """Some queries of a block with their products with all documents.
+    """Some queries of a block, and their products with all documents.
 
-    The products are scores already, unless `block.needs_scale`; negatives' are lifted by hardness; −inf where
-    a guide leaves a document out.
-    `guided_B`: how often, see `BlockStatistics`; None without a guide.
+    Products are scores unless `block.needs_scale`. Those of negatives are multiplied by `block.lift`. A
+    document that the guide leaves out has −inf. `guided_B` counts them (see `BlockStatistics`), if there is a
+    guide.
     """
 
     rows: slice
@@ -190,7 +193,7 @@ class Tile(NamedTuple):
 
 
 def score_tiles(block: Block, tile_mib: float) -> Iterator[Tile]:
-    """A few rows at a time, in one reused buffer."""
+    """Yields the block a few rows at a time, in one reused buffer."""
     n_queries, n_documents = len(block.query_QD), len(block.document_ND)
     row_bytes = n_documents * block.score_dtype.itemsize
     n_rows = min(n_queries, max(MIN_TILE_ROWS, int(tile_mib * 2**20) // row_bytes))
@@ -207,7 +210,7 @@ def score_tiles(block: Block, tile_mib: float) -> Iterator[Tile]:
 
 
 def _lift_negatives(score_BN: torch.Tensor, block: Block) -> None:
-    """In place; a positive stays what it is."""
+    """Multiplies negatives by `lift`, in place. A positive stays what it is."""
     if block.lift == 1.0:
         return
     index_B1, here_B1 = block.positive_Q.clamp(min=0)[:, None], block.positive_Q[:, None] >= 0
@@ -217,7 +220,7 @@ def _lift_negatives(score_BN: torch.Tensor, block: Block) -> None:
 
 
 def _leave_out(score_BN: torch.Tensor, block: Block) -> torch.Tensor | None:
-    """−inf for what the guide leaves out, in place, a few documents at a time; how many that are."""
+    """Sets documents that the guide leaves out to −inf, in place, a few at a time. Returns their number."""
     if block.guide is None:
         return None
     n_documents, n_queries = len(block.document_ND), max(1, len(score_BN))
@@ -235,7 +238,7 @@ def _leave_out(score_BN: torch.Tensor, block: Block) -> torch.Tensor | None:
 
 
 def document_chunks(block: Block) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Documents in the dtype of the products: as they are, or a chunk at a time where they must be cast."""
+    """Yields documents in the products' dtype: all at once, or a chunk at a time if they must be cast."""
     n_documents, width = block.document_ND.shape
     cast = block.document_ND.dtype != block.operand_dtype
     step = max(1, CHUNK_ELEMENTS // width) if cast else n_documents
@@ -244,8 +247,11 @@ def document_chunks(block: Block) -> Iterator[tuple[slice, torch.Tensor]]:
 
 
 def documents_of_a_tile(block: Block, tile_mib: float) -> int:
-    """Neither side of a tile is to be short (a product whose result is small does not fill a GPU), nor is the
-    documents' total, which is fp32, to be much larger than a tile."""
+    """Returns how many documents meet all queries at a time in the documents' gradient.
+
+    Neither side of a tile may be short, because a product with a small result does not fill a GPU. And the
+    documents' total, which is fp32, must not be much larger than a tile.
+    """
     elements = int(tile_mib * 2**20) // block.score_dtype.itemsize
     n_queries, width = block.query_QD.shape
     n_documents = max(isqrt(elements) // 2, elements // max(1, n_queries))

@@ -1,7 +1,8 @@
-"""What is done to a tile of scores after its matrix product, on a GPU: two passes in Triton.
+"""The two passes over a tile of scores after its matrix product, in Triton.
 
-One reads the products and gives each row's log-sum-exp, the other reads them and writes the coefficients of
-the gradients in the dtype that the next product takes. Scaling and exclusion are done again in each.
+The first pass reads the products and gives each row's log-sum-exp. The second reads them and writes the
+coefficients of the gradients, in the dtype of the next product. Each pass scales scores and leaves documents
+out by itself, so the tile need not be written in between.
 
 Shape legend: N documents, B queries of one tile, R rows and C columns of what a program holds.
 """
@@ -17,6 +18,7 @@ import triton.language as tl
 from llm2vec_kernels.info_nce.tiles import Block, ScoreStatistics
 
 PROGRAM_ELEMENTS = 4096
+"""Scores that a program holds at a time."""
 WARPS = 8
 
 
@@ -36,7 +38,7 @@ def load_scores(
     HAS_IDS: tl.constexpr,
     HAS_LIMITS: tl.constexpr,
 ):
-    """`[R, C]`, scaled; −inf for what does not count."""
+    """Loads scores `[R, C]`, scaled. A document that does not count has −inf."""
     row_exists, column_exists = row_R < n_rows, column_C < n_columns
     exists = row_exists[:, None] & column_exists[None, :]
     offset = row_R.to(tl.int64)[:, None] * n_columns + column_C[None, :]
@@ -81,6 +83,7 @@ def statistics_kernel(
     peak_R = tl.full([ROWS], float("-inf"), WIDE)
     negative_R = tl.full([ROWS], float("-inf"), WIDE)
     own_R = tl.full([ROWS], float("-inf"), WIDE)
+    # Online softmax (arXiv 1805.02867): the total is kept relative to the largest score so far.
     for column0 in range(0, n_columns, COLUMNS):
         column_C = column0 + tl.arange(0, COLUMNS)
         score_RC = load_scores(
@@ -91,14 +94,14 @@ def statistics_kernel(
         own_R = tl.maximum(own_R, tl.max(tl.where(is_positive, score_RC, float("-inf")), 1))
         negative_R = tl.maximum(negative_R, tl.max(tl.where(is_positive, float("-inf"), score_RC), 1))
         new_peak_R = tl.maximum(negative_R, own_R)
-        shift_R = tl.where(new_peak_R == float("-inf"), 0.0, new_peak_R)
+        shift_R = tl.where(new_peak_R == float("-inf"), 0.0, new_peak_R)  # −inf − (−inf) would be NaN
         total_R = total_R * tl.exp(peak_R - shift_R) + tl.sum(tl.exp(score_RC - shift_R[:, None]), 1)
         peak_R = new_peak_R
     shift_R = tl.where(peak_R == float("-inf"), 0.0, peak_R)
     exists = row_R < n_rows
     tl.store(lse_ptr + row_R, shift_R + tl.log(total_R), mask=exists)
     tl.store(positive_score_ptr + row_R, own_R, mask=exists)
-    # A maximum passes over NaN, a sum does not.
+    # A maximum ignores NaN, a sum keeps it. So a NaN in a score reaches this statistic too.
     negative_R = tl.where(total_R == total_R, negative_R, total_R)
     tl.store(best_negative_ptr + row_R, negative_R, mask=exists)
 
@@ -146,7 +149,7 @@ def coefficients_kernel(
 
 
 class TritonEpilogue:
-    """An `Epilogue` on CUDA tensors; the tile stays what it is until `coefficients`."""
+    """An `Epilogue` on CUDA tensors. The tile stays unchanged until `coefficients`."""
 
     def __init__(self, block: Block, score_BN: torch.Tensor) -> None:
         self.block, self.score_BN = block, score_BN
@@ -185,7 +188,7 @@ class TritonEpilogue:
         return out_BN
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
-        """Positive's column, ids and limits; where there are none, something that is not read."""
+        """Returns the positive's column, ids and limits. A tensor that is not read replaces a missing one."""
         block, unused = self.block, self.block.positive_Q
         tensors = (block.positive_Q, block.query_id_Q, block.document_id_N, block.score_limit_Q)
         return tuple(unused if x is None else x.contiguous() for x in tensors)
@@ -199,6 +202,6 @@ class TritonEpilogue:
 
 
 def program_tile(n_columns: int) -> dict[str, int]:
-    """As many rows as fit, where a row is short."""
+    """Returns a launch's tile: one row, or several if rows are short."""
     columns = min(PROGRAM_ELEMENTS, triton.next_power_of_2(n_columns))
     return {"ROWS": PROGRAM_ELEMENTS // columns, "COLUMNS": columns, "num_warps": WARPS}

@@ -1,1 +1,1 @@
-"""RMSNorm, rotary embedding and gated units."""
+"""RMSNorm, rotary embedding, gated units and dropout."""

@@ -1,11 +1,11 @@
-"""What stands between a layer's matrix products, one operation each: RMSNorm, rotary embedding, gated units.
+"""RMSNorm, rotary embedding and gated units: the layer's steps between matrix products, one operation each.
 
-Spelt out in PyTorch, each of them writes and reads several tensors as large as the activations and keeps
-some of them for backward. Here a few rows at a time go through all steps while they are in the processor's
-cache, or in a GPU's registers (`triton.py`), and backward computes again what is cheap: RMSNorm keeps
-its input and a number a row, a gated unit its two inputs, the rotary embedding nothing.
+In plain PyTorch, each of them writes and reads several tensors as large as the activations, and keeps some
+for backward. Here a few rows at a time go through all steps, in the processor's cache or in a GPU's registers
+(`triton.py`). Backward recomputes what is cheap. RMSNorm keeps its input and one number a row. A gated unit
+keeps its two inputs. The rotary embedding keeps nothing of its inputs.
 
-One operation each (`operation.py`): selective activation checkpointing sees one where there were many.
+Each is one `Operation` (`operation.py`), so selective activation checkpointing sees one operation, not many.
 
 Shape legend: T tokens (or any leading dimensions), D width, H and K heads, E head dim.
 """
@@ -23,12 +23,12 @@ from llm2vec_kernels.row_ops.cpu import rms_norm_dtype, wide_dtype
 
 
 def runs_on(device: torch.device) -> bool:
-    """Do the operations run there, or tell their shapes (meta)?"""
+    """Whether the operations run on this device. On meta they return shapes."""
     return device.type in ("cpu", "meta") or runs_triton(device)
 
 
 def _operations(x: torch.Tensor) -> Any:
-    """The module that computes where `x` is."""
+    """Returns the module that computes on x's device."""
     if not x.is_cuda:
         return cpu
     from llm2vec_kernels.row_ops import triton  # here, for machines without Triton
@@ -39,16 +39,16 @@ def _operations(x: torch.Tensor) -> Any:
 def _rms_norm(
     x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, plus_one: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight · x / √(mean x² + eps) (Zhang and Sennrich, 2019, arXiv 1910.07467).
+    """Computes weight · x / √(mean x² + eps) (Zhang and Sennrich, 2019, arXiv 1910.07467, equation 4).
 
-    Computed in fp32 or wider; the normalised row is rounded to x's dtype before the weight, as
-    transformers' Llama does it.
+    It computes in fp32 or wider. The normalised row is rounded to x's dtype before it meets the weight, as in
+    transformers' Llama.
 
     Args:
-        plus_one: as Gemma does it, weight + 1 in place of weight, and nothing rounded before the result.
+        plus_one: use weight + 1 and round only the result, as in Gemma.
 
     Returns:
-        `[T, D]`, in the wider dtype of x and weight (`plus_one`: in x's), and 1 / √(mean x² + eps) `[T]` for
+        `[T, D]` in the wider dtype of x and weight (`plus_one`: in x's), and 1 / √(mean x² + eps) `[T]` for
         backward.
     """
     outcome: Any = _operations(x_TD).rms_norm(x_TD, weight_D, eps, plus_one)
@@ -70,9 +70,9 @@ def _rms_norm_backward(
     weight_is_frozen: bool,
     plus_one: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x `[T, D]` and of the weight `[D]` (`[0]` where it is frozen).
+    """Returns the gradients of x `[T, D]` and of the weight `[D]` (`[0]` if it is frozen).
 
-    With n = x · inverse and g = d_out · weight: inverse · (g − n · mean(g · n)), and Σ d_out · n.
+    With n = x · inverse and g = d_out · weight, they are inverse · (g − n · mean(g · n)) and Σ_T d_out · n.
     """
     outcome: Any = _operations(d_out_TD).rms_norm_backward(
         d_out_TD, x_TD, weight_D, inverse_T, weight_is_frozen, plus_one
@@ -87,7 +87,9 @@ def _rms_norm_gradient_shapes(
 
 
 def _gated_unit(gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(gate) · up (Shazeer, 2020, arXiv 2002.05202), `[T, D]`, the former rounded to gate's dtype.
+    """Computes activation(gate) · up, `[T, D]` (Shazeer, 2020, arXiv 2002.05202).
+
+    The activation is rounded to gate's dtype before the product.
 
     Args:
         activation: `silu` (SwiGLU) or `gelu_tanh` (GeGLU, with GELU approximated by tanh: Hendrycks and
@@ -104,7 +106,7 @@ def _gated_unit_shapes(gate: torch.Tensor, up: torch.Tensor, _: str) -> torch.Te
 def _gated_unit_backward(
     d_out_TD: torch.Tensor, gate_TD: torch.Tensor, up_TD: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up, `[T, D]`."""
+    """Returns the gradients of gate and up, `[T, D]`."""
     outcome: Any = _operations(d_out_TD).gated_unit_backward(d_out_TD, gate_TD, up_TD, activation)
     return outcome
 
@@ -122,13 +124,13 @@ def _rotate(
     sin_TE: torch.Tensor,
     backward: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary position embedding (Su et al., 2021, arXiv 2104.09864) of queries and keys, in their shapes.
+    """Applies rotary position embedding to queries and keys (Su et al., 2021, arXiv 2104.09864).
 
-    The first and the second half of a head's dimensions make the pairs, as in transformers' Llama:
-    with x = (a, b): (a · cos − b · sin, b · cos + a · sin).
+    A dimension of a head's first half and one of its second half make a pair, as in transformers' Llama. With
+    x = (a, b) the result is (a · cos − b · sin, b · cos + a · sin).
 
     Args:
-        backward: the transposed rotation, which takes a gradient back.
+        backward: rotate the other way. The transposed rotation takes a gradient back.
     """
     outcome: Any = _operations(q_THE).rotate(q_THE, k_TKE, cos_TE, sin_TE, backward)
     return outcome

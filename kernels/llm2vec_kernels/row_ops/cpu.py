@@ -1,4 +1,4 @@
-"""RMSNorm, gated units and rotary embedding on a CPU: a few rows at a time go through all steps, in cache.
+"""RMSNorm, gated units and rotary embedding on a CPU. A few rows at a time go through all steps in cache.
 
 Shape legend: T tokens (or any leading dimensions), D width, H and K heads, E head dim.
 """
@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 ELEMENTS_PER_THREAD = 2**17
-"""Of a chunk: half a MiB in fp32. Smaller ones fit a nearer cache, but then each operation's start counts."""
+"""Elements of a chunk: half a MiB in fp32. Smaller chunks fit a nearer cache but were slower: starting an
+operation counts more then."""
 
 FEW_ELEMENTS = 2**16
-"""Up to so many, the start of an operation counts more than the memory that it moves."""
+"""Up to this size, starting an operation costs more than moving its memory."""
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -35,12 +36,14 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 def _in_chunks(
     work: Callable[..., Tensors], inputs: Tensors, outputs: Sequence[tuple[Sequence[int], torch.dtype]]
 ) -> Tensors:
-    """`work(*inputs, *outputs)`, a few rows at a time.
+    """Runs `work(*inputs, *outputs)` on a few rows at a time and returns the outputs.
+
+    A single chunk of one dtype gets no outputs: `work` makes them, which saves operations.
 
     Args:
-        inputs: tensors of as many rows; the first is at least as wide as the others.
-        outputs: shape of a row and dtype of each. `work` writes to what it is given, or makes it where it is
-            given nothing: for one chunk of one dtype, where each operation's start counts.
+        work: writes to the outputs that it is given, or makes them.
+        inputs: tensors with the same number of rows. The first is at least as wide as the others.
+        outputs: the row shape and the dtype of each output.
     """
     first = inputs[0]
     n_elements = ELEMENTS_PER_THREAD * torch.get_num_threads()
@@ -59,7 +62,7 @@ def _is_wide(x: torch.Tensor) -> bool:
 
 
 def _are_few(x: torch.Tensor) -> bool:
-    """Few elements, and nothing to round on the way: torch's own operations are the fastest."""
+    """Whether torch's own operations are fastest: few elements, and nothing to round on the way."""
     return x.numel() <= FEW_ELEMENTS and _is_wide(x)
 
 
@@ -131,7 +134,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         lambda d, x, out: torch.ops.aten.gelu_backward.grad_input(d, x, approximate="tanh", grad_input=out),
     ),
 }
-"""The function, and its derivative times d; each writes to `out`."""
+"""The activation, and its derivative times d. Each writes to `out`."""
 _ACTIVATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -190,6 +193,8 @@ def rotate(
     """As `api.rotate`."""
     sign = -1 if backward else 1
 
+    # Forward: (a · cos_a − b · sin_a, b · cos_b + a · sin_b). The transposed rotation flips the sign and
+    # swaps the halves of sin: (a · cos_a + b · sin_b, b · cos_b − a · sin_a).
     def turn(x: torch.Tensor, cos: torch.Tensor, sins: Tensors, out: torch.Tensor | None) -> torch.Tensor:
         out = torch.mul(x, cos, out=out)
         (a, b), (out_a, out_b) = x.chunk(2, -1), out.chunk(2, -1)

@@ -1,9 +1,9 @@
-"""Dropout (Srivastava et al., 2014) by a mask that takes next to no memory until backward.
+"""Dropout (Srivastava et al., 2014) by a mask that needs almost no memory until backward.
 
-A mask is a seed, of which random numbers are made again, or (on a CPU) the positions of the dropped elements,
-which are few.
+On a GPU a mask is a seed, from which random numbers are made again. On a CPU it is the positions of the
+dropped elements, which are few.
 
-Nothing here scales by 1 / (1 − p): the caller has a factor that takes it along.
+Nothing here scales by 1 / (1 − p). The caller puts this into a factor that it applies anyway.
 
 Shape legend: T rows (or any leading dimensions), D width, N elements, K dropped ones.
 """
@@ -19,32 +19,33 @@ from llm2vec_kernels.devices import runs_triton
 from llm2vec_kernels.seeds import Seeds, drawn_seed
 
 ELEMENTS_DRAWN = 2**17
-"""At least, at a time: the start of ten operations counts for more than a few thousand random numbers."""
+"""Masks are drawn for at least this many elements at a time. Ten operations cost more to start than a few
+thousand random numbers cost to draw."""
 
 
 class Masks:
     """Masks of one probability p (0 < p < 1), one after the other.
 
-    They are drawn from torch's default CPU generator, which `torch.manual_seed` sets back; a GPU is not
-    waited for. On a CPU the positions of many small masks are drawn at once.
+    They come from torch's default CPU generator, which `torch.manual_seed` resets. The host does not wait for
+    a GPU. On a CPU the positions of many small masks are drawn at once.
 
     Args:
-        seeds: what masks are made of in place of the generator, on any device.
+        seeds: the source of masks instead of the generator, on any device.
     """
 
     def __init__(self, p: float, seeds: Seeds | None = None) -> None:
         self.p = p
         self._seeds = seeds
-        self._start = self._end = 0  # of what was drawn and is not used yet, counted in elements
+        self._start = self._end = 0  # the range of elements that was drawn and is not used yet
         self._position_K = np.empty(0, dtype=np.int64)
 
     def next_for(self, x: torch.Tensor) -> torch.Tensor:
-        """For a tensor of x's shape: a seed, an int64 scalar on its device, or positions, `[K]` int64."""
+        """Returns a mask for x's shape: a seed (int64 scalar on its device), or positions `[K]` int64."""
         if self._seeds is not None:
             return self._seeds.next()
         if x.device.type == "cpu":
             return self._next_positions(x.numel())
-        if x.is_meta:  # shapes of a CPU's
+        if x.is_meta:  # the shape that a CPU's mask has on average
             return x.new_empty(round(x.numel() * self.p), dtype=torch.int64)
         self._seeds = Seeds(drawn_seed(x.device))
         return self._seeds.next()
@@ -60,7 +61,7 @@ class Masks:
 
 
 def drop(x_TD: torch.Tensor, p: float, mask: torch.Tensor) -> torch.Tensor:
-    """x with zeros where the mask drops, `[T, D]` contiguous."""
+    """Returns x with zeros where the mask drops, `[T, D]` contiguous."""
     if x_TD.is_cuda and runs_triton(x_TD.device):
         from llm2vec_kernels.row_ops import triton  # here, for machines without Triton
 
@@ -69,7 +70,7 @@ def drop(x_TD: torch.Tensor, p: float, mask: torch.Tensor) -> torch.Tensor:
 
 
 def add_dropped_(out_TD: torch.Tensor, y_TD: torch.Tensor, p: float, mask: torch.Tensor) -> torch.Tensor:
-    """out += y, with zeros where the mask drops; returns `out`.
+    """Computes out += y, with zeros in y where the mask drops, and returns `out`.
 
     Both are contiguous. `y` may be overwritten.
     """
@@ -81,7 +82,7 @@ def add_dropped_(out_TD: torch.Tensor, y_TD: torch.Tensor, p: float, mask: torch
 
 
 def _drop_(x_TD: torch.Tensor, p: float, mask: torch.Tensor) -> torch.Tensor:
-    """In place, without Triton."""
+    """Drops in place, without Triton."""
     if mask.dim() == 1:
         x_TD.view(-1).index_fill_(0, mask, 0.0)
     elif not x_TD.is_meta:
@@ -90,23 +91,24 @@ def _drop_(x_TD: torch.Tensor, p: float, mask: torch.Tensor) -> torch.Tensor:
 
 
 def uniform_of(seed: torch.Tensor, n_elements: int) -> torch.Tensor:
-    """`[N]` fp32, uniform in [0, 1), a function of the seed and the element's number alone.
+    """Returns `[N]` fp32, uniform in [0, 1). A number depends on the seed and the element's number alone.
 
-    SplitMix64 (Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number generators"), whose state
-    starts at a hash of the seed. No host reads the seed.
+    This is SplitMix64 (Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number generators"). Its
+    state starts at a hash of the seed. The host never reads the seed.
     """
     state_N = _mixed(seed) + torch.arange(n_elements, device=seed.device) * _signed(0x9E3779B97F4A7C15)
-    return _shifted(_mixed(state_N), 40).float() / 2**24
+    return _shifted(_mixed(state_N), 40).float() / 2**24  # fp32 holds 24 bits exactly
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """The mixing function of SplitMix64."""
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shifted(x, 31)
 
 
 def _shifted(x: torch.Tensor, n_bits: int) -> torch.Tensor:
-    """int64 to the right, zeros coming in: torch's own shift repeats the sign."""
+    """Shifts int64 to the right and fills with zeros. torch's own shift repeats the sign."""
     return (x >> n_bits) & (2 ** (64 - n_bits) - 1)
 
 
@@ -115,18 +117,18 @@ def _signed(word: int) -> int:
 
 
 def dropped_positions(n_elements: int, p: float) -> np.ndarray:
-    """Which of N elements are dropped, each with probability p: `[K]` int64, ascending.
+    """Draws which of N elements are dropped, each with probability p: `[K]` int64, ascending.
 
-    How many elements stay before the next dropped one is geometric: ⌊log u / log(1 − p)⌋ for u uniform in
-    (0, 1] (Devroye, 1986, "Non-uniform random variate generation", chapter X.2). So few random numbers are
-    drawn where p is small.
+    The number of elements between two dropped ones is geometric: ⌊log u / log(1 − p)⌋ for u uniform in (0, 1]
+    (Devroye, 1986, "Non-uniform random variate generation", chapter X.2). So a small p needs few random
+    numbers.
     """
     expected = n_elements * p
-    n_draws = int(expected + 6 * math.sqrt(expected) + 8)  # once in 10⁹ times more are needed
+    n_draws = int(expected + 6 * math.sqrt(expected) + 8)  # more are needed once in 10⁹ times
     found: list[np.ndarray] = []
     past = 0
     while not found or past < n_elements:
-        # NumPy, whose operations start in a third of the time that torch's take.
+        # NumPy's operations start in a third of the time of torch's.
         gap_K = torch.rand(n_draws).numpy()
         np.subtract(1, gap_K, out=gap_K)  # in (0, 1]
         np.log(gap_K, out=gap_K)

@@ -1,8 +1,8 @@
-"""RMSNorm, gated units and rotary embedding in Triton: each reads its inputs once and writes its result once.
+"""RMSNorm, gated units, rotary embedding and dropout in Triton. Inputs are read once, results written once.
 
-All arithmetic is fp32 (fp64 for fp64: WIDE). No atomics: backward gives the same bits every time.
+Arithmetic is fp32 (fp64 for fp64: WIDE). There are no atomics, so backward gives the same bits every time.
 
-Shape legend: T rows of all, D width, R rows and D (padded to a power of two) of a tile, H heads, E head dim.
+Shape legend: T rows in all, D width, R rows and D (padded to a power of two) of a tile, H heads, E head dim.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llm2vec_kernels.attention.tile_ops import PHILOX_ROUNDS, load_tile, store_t
 
 @triton.jit
 def load_factor(weight_ptr, dim_D, D: tl.constexpr, WIDE: tl.constexpr, PLUS_ONE: tl.constexpr):
-    """What RMSNorm multiplies by, `[D]`."""
+    """Loads the factor of RMSNorm, `[D]`."""
     weight_D = tl.load(weight_ptr + dim_D, mask=dim_D < D, other=0.0).to(WIDE)
     return weight_D + 1.0 if PLUS_ONE else weight_D
 
@@ -40,7 +40,7 @@ def rms_norm_kernel(
     wide_RD = x_RD.to(WIDE)
     inverse_R = tl.rsqrt(tl.sum(wide_RD * wide_RD, 1) / D + EPS)
     normal_RD = wide_RD * inverse_R[:, None]
-    if not PLUS_ONE:
+    if not PLUS_ONE:  # transformers' Llama rounds here, its Gemma does not
         normal_RD = normal_RD.to(x_RD.dtype).to(WIDE)
     factor_D = load_factor(weight_ptr, dim_D, D, WIDE, PLUS_ONE)
     store_tile(out_ptr, normal_RD * factor_D[None, :], row0, D, n_rows, ROWS, D, BLOCK_D)
@@ -67,6 +67,7 @@ def rms_norm_backward_kernel(
     dim_D = tl.arange(0, BLOCK_D)
     factor_D = load_factor(weight_ptr, dim_D, D, WIDE, PLUS_ONE)
     sum_D = tl.zeros([BLOCK_D], WIDE)
+    # A program takes every num_programs-th tile. Its sum of the weight's gradient has one fixed order.
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         row0 = tile * ROWS
         row_R = row0 + tl.arange(0, ROWS)
@@ -91,9 +92,9 @@ GELU_CUBE = tl.constexpr(0.044715)
 
 @triton.jit
 def activation(x, GELU: tl.constexpr):
-    """x · σ(z), and its derivative σ(z) + x · σ(z) · σ(−z) · z′.
+    """Returns x · σ(z) and its derivative σ(z) + x · σ(z) · σ(−z) · z′.
 
-    SiLU: z = x. GELU by tanh: (1 + tanh u) / 2 = σ(2u), so z = 2·√(2/π) · (x + 0.044715 x³).
+    SiLU has z = x. GELU by tanh has (1 + tanh u) / 2 = σ(2u), so z = 2·√(2/π) · (x + 0.044715 x³).
     """
     if GELU:
         square = x * x
@@ -102,11 +103,11 @@ def activation(x, GELU: tl.constexpr):
     else:
         z, z_slope = x, 1.0
     share = 1.0 / (1.0 + tl.exp(-z))
-    rest = 1.0 / (1.0 + tl.exp(z))  # 1 − share would lose its digits where x and z′ are large
+    rest = 1.0 / (1.0 + tl.exp(z))  # σ(−z). 1 − σ(z) would lose its digits where x and z′ are large
     return x * share, share + x * share * rest * z_slope
 
 
-@triton.jit  # whether 16 divides n_elements has to be known: only then 16 bytes are loaded at a time
+@triton.jit  # n_elements is specialised: 16 bytes are loaded at a time only if 16 is known to divide it
 def gated_unit_kernel(
     gate_ptr, up_ptr, out_ptr, n_elements, GELU: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):
@@ -201,8 +202,11 @@ def rotate_kernel(
     WIDE: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
-    """Queries by the first programs, keys by the others. A pointer chosen row by row would hide its alignment
-    from the compiler, which then loads two bytes at a time."""
+    """Rotates queries in the first programs and keys in the others.
+
+    A pointer that is chosen row by row hides its alignment from the compiler, which then loads two bytes at a
+    time. So each program works on one of the two.
+    """
     tile = tl.program_id(0)
     n_q_tiles = tl.cdiv(n_tokens * Q_HEADS, ROWS)
     if tile < n_q_tiles:
@@ -238,10 +242,10 @@ def drop_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """out = x or out += x, where dropout does not strike.
+    """Computes out = x or out += x for elements that are not dropped.
 
-    One call of Philox makes four random words: a program takes four blocks, and the mask depends on (seed,
-    BLOCK) and an element's number.
+    One call of Philox makes four random words, so a program works on four blocks. The mask depends on seed,
+    BLOCK and an element's number alone.
     """
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(0).to(tl.int64)

@@ -1,4 +1,4 @@
-"""The operations of `row_ops` on a GPU: launches of the kernels in `row_kernels`.
+"""The operations of `row_ops` on a GPU. They launch the kernels in `kernels.py`.
 
 Shape legend: T rows (all leading dimensions), D width, P programs, H and K heads, E head dim.
 """
@@ -22,11 +22,12 @@ from llm2vec_kernels.row_ops.kernels import (
 )
 
 TILE_ELEMENTS = 4096
-"""Of a program, unless a single row has more."""
+"""Elements that a program holds, unless a single row has more."""
 ELEMENTS_PER_WARP = 1024
 DROP_BLOCK = TILE_ELEMENTS // 4
 WEIGHT_GRADIENT_PROGRAMS = 512
-"""Each adds up the rows that it takes; the sums of all are added up afterwards, always in one order."""
+"""At most this many programs sum the weight's gradient, each over its own rows. Their sums are then added,
+always in one order."""
 
 
 def rms_norm(
@@ -149,18 +150,20 @@ def _drop(x_TD: torch.Tensor, out_TD: torch.Tensor, p: float, mask: torch.Tensor
 
 
 def _check_shapes(expected: Sequence[int], *tensors: torch.Tensor) -> None:
-    """A kernel would read and write past the end, for example of a weight that ZeRO-3 has not gathered.
+    """Checks shapes, because a kernel would read and write past the end of a smaller tensor.
+
+    An example is a weight that ZeRO-3 has not gathered.
 
     Raises:
-        ValueError: a shape is another.
+        ValueError: a tensor has another shape.
     """
     for tensor in tensors:
         if tensor.shape != tuple(expected):
-            raise ValueError(f"shape {tuple(tensor.shape)} does not fit, {tuple(expected)} is needed")
+            raise ValueError(f"shape {tuple(tensor.shape)} does not fit: {tuple(expected)} is needed")
 
 
 def row_tile(width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Whole rows: as many as make `TILE_ELEMENTS`, at least one."""
+    """Returns a tile of whole rows: as many as make `TILE_ELEMENTS`, and at least one."""
     block = triton.next_power_of_2(width)
     rows = max(1, TILE_ELEMENTS // block)
     return {
