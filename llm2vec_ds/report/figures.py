@@ -67,7 +67,7 @@ def _overview(data: ReportData) -> list[Figure]:
 
 
 def _drawn(name: str, caption: str, draw: Callable[[Any], int]) -> Figure:
-    """A figure of one panel, which `draw` fills."""
+    """Draws a figure of one panel, which `draw` fills."""
     return _drawn_on(name, caption, lambda figure: draw(figure.subplots()), SIZE_INCHES)
 
 

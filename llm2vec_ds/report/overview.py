@@ -41,8 +41,8 @@ def size_inches(scores: Scores) -> tuple[float, float]:
 def draw(figure: Any, scores: Scores, ink: str, colours: Sequence[str]) -> int:
     """Fills an empty figure. Returns the number of means drawn.
 
-    A large dot is the mean over seeds, a small dot is one seed. With dots instead of bars, axes need not begin
-    at 0.
+    A large dot is the mean over seeds, a small dot is one seed. Dots are better than bars here, because their
+    axes need not begin at 0.
     """
     n_columns = min(len(scores), PANELS_PER_ROW)
     n_rows = -(-len(scores) // n_columns)
