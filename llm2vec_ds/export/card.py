@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how it is loaded and was made, its scores, what it cannot do."""
+"""Writes the model card of an export: what it is, how to load it, how it was made, its scores, its limits."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from llm2vec_ds.storage.reading import parse_yaml, read_json, read_json_lines
 
 ELSEWHERE = "export the encoder folder from another place, without it"
 LIBRARIES = {".onnx": "transformers.js", ".gguf": "llama.cpp"}
-"""What the hub calls what loads a file; a folder's library is its format."""
+"""The hub's name of the library that loads a file. For a folder, the library is the format."""
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
 class CardOptions:
-    """`scores`: measured by `evaluate mteb`. `repository`: of the hub, where the card will stand."""
+    """Additional contents of a card: scores of `evaluate mteb`, and the hub repository it goes to."""
 
     scores: tuple[Score, ...] = ()
     repository: str | None = None
@@ -43,7 +43,7 @@ NOTHING_MORE = CardOptions()
 
 @dataclass(frozen=True)
 class _Step:
-    """What a line of a run's metrics.jsonl has to say for its card."""
+    """The part of a line of metrics.jsonl that the card needs."""
 
     n_tokens: int
     step_ms: float
@@ -51,7 +51,8 @@ class _Step:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an encoder comes from: its stages, first to last (recipe and run folder), and the base model."""
+    """Where an encoder comes from: the base model, its stages from first to last (recipe and run folder), and
+    the demo's scores."""
 
     base: str | None
     stages: tuple[tuple[Recipe, Path], ...]
@@ -59,7 +60,7 @@ class Origin:
 
     @property
     def base_name(self) -> str:
-        """A hub id as it is; of a folder the last part, which is all that others can use."""
+        """The hub id, or a folder's own name without its path, which means nothing to others."""
         if self.base is None:
             return "unknown"
         return (
@@ -68,7 +69,7 @@ class Origin:
 
     @property
     def matryoshka_dims(self) -> list[int] | None:
-        """Shorter lengths of vectors that the last stage trained."""
+        """The shorter vector lengths that the last stage trained, or None."""
         found: list[int] | None = None
         if self.stages:
             found = getattr(self.stages[-1][0].objective, "matryoshka_dims", None)
@@ -76,7 +77,7 @@ class Origin:
 
 
 def origin(source: Path) -> Origin:
-    """Follows recipes back from a run, demo or encoder folder to the base model."""
+    """Follows the recipes from a run, demo or encoder folder back to the base model."""
     stages: list[tuple[Recipe, Path]] = []
     base: str | None = None
     folder: Path | None = _run_folder(source)
@@ -99,19 +100,22 @@ def _recipe(file: Path) -> Recipe:
 
 
 def _found(path: str, run: Path) -> str:
-    """A recipe's relative path starts where the run was started, which lies above the run's folder."""
+    """Finds the folder that a recipe's relative path means.
+
+    The path starts where the run was started, which is above the run's folder.
+    """
     above = [Path(), *run.resolve().parents]
     return next((str(place / path) for place in above if (place / path).is_dir()), path)
 
 
 def _run_folder(folder: Path) -> Path | None:
-    """The run that a run, its encoder/, or a demo's output came from."""
+    """Returns the run folder for a run, its encoder/, or a demo's output."""
     candidates = [folder, folder.parent, folder / "simcse", folder.parent / "simcse"]
     return next((c for c in candidates if (c / "recipe.yaml").is_file()), None)
 
 
 def licence(base: str | None, given: str | None) -> str | None:
-    """The given one, or what the base model's card says, in its folder or on the hub; None: nowhere said."""
+    """Returns the given licence, or else the one in the base model's card (local or on the hub), or None."""
     if given or base is None:
         return given
     card = Path(base) / "README.md"
@@ -126,7 +130,7 @@ def _licence_on_hub(name: str) -> str | None:
 
     try:
         said = ModelCard.load(name).data.to_dict().get("license")
-    except Exception:  # no network, no such model, no card: it is then said that the licence is unknown
+    except Exception:  # no network, no such model or no card: the licence is then reported as unknown
         return None
     return str(said) if said else None
 
@@ -142,7 +146,7 @@ def _front_matter(text: str) -> dict[str, Any]:
 
 
 def copy_licence_files(base: str | None, folder: Path) -> list[str]:
-    """The base model's licence and notice files, where it has any."""
+    """Copies the base model's licence and notice files, and returns their names."""
     if base is None or not Path(base).is_dir():
         return []
     found = [file for pattern in LICENCE_FILES for file in sorted(Path(base).glob(pattern)) if file.is_file()]
@@ -160,13 +164,17 @@ def write_card(
     format: str,
     options: CardOptions = NOTHING_MORE,
 ) -> None:
-    """README.md with the front matter that the hub reads; `format`: of ONNX and GGUF the file's name."""
+    """Writes README.md with the front matter that the hub reads.
+
+    Args:
+        format: as in `how_to_load`.
+    """
     scores = [*demo_scores(origin.scores), *options.scores]
     tables = [
         *([stage_table(origin.scores)] if origin.scores else []),
         *([score_table(options.scores)] if options.scores else []),
     ]
-    limits = limits or ["None known beyond its base model's."]
+    limits = limits or ["No limits are known besides those of the base model."]
     parts = [
         f"---\n{yaml.safe_dump(_front(origin, licence, format, scores, options), sort_keys=False)}---",
         f"# Text encoder from {origin.base_name}\n\n{_what(encoder)}",
@@ -206,8 +214,8 @@ def _what(encoder: Encoder) -> str:
     return (
         f"A decoder-only LLM as text encoder ([LLM2Vec](https://arxiv.org/abs/2404.05961)): {attention} "
         f"attention, `{settings.pooling}` pooling over {tokens}, {encoder.dimensions} dimensions, texts of "
-        f"up to {settings.max_tokens} tokens, cosine similarity. Made with LLM2Vec-DS {__version__}. No code "
-        "comes with it and none is needed."
+        f"up to {settings.max_tokens} tokens, cosine similarity. Made with LLM2Vec-DS {__version__}. It "
+        "loads without custom code."
     )
 
 
@@ -219,7 +227,7 @@ def _bidirectional(encoder: Encoder) -> bool:
 
 def _stages(origin: Origin) -> str:
     if not origin.stages:
-        return f"From {origin.base_name}; no recipe was found beside the encoder."
+        return f"Made from {origin.base_name}. No recipe was found with the encoder."
     rows = [
         "| stage | data | steps × batch | learning rate | adapter | tokens trained | tokens a second |",
         "|---|---|---|---|---|---|---|",
@@ -234,7 +242,7 @@ def _stages(origin: Origin) -> str:
             f"| {lora} | {n_tokens} | {tokens_per_s} |"
         )
     seeds = ", ".join(str(recipe.seed) for recipe, _ in origin.stages)
-    return "\n".join([*rows, "", f"Seed(s) {seeds}; tokens a second over all processes."])
+    return "\n".join([*rows, "", f"Seed(s): {seeds}. Tokens a second are those of all processes together."])
 
 
 def _data_name(path: str | list[str]) -> str:
@@ -243,7 +251,7 @@ def _data_name(path: str | list[str]) -> str:
 
 
 def _measured(folder: Path) -> tuple[str, str]:
-    """Trained tokens and their speed, from the run's own metrics."""
+    """Returns the number of trained tokens and the speed in tokens a second, from the run's metrics."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return "–", "–"
@@ -255,6 +263,7 @@ def _measured(folder: Path) -> tuple[str, str]:
 def _licence_words(origin: Origin, licence: str | None) -> str:
     if licence is None:
         return (
-            f"That of {origin.base_name}, which was not found at export: look it up before you pass this on."
+            f"The licence of {origin.base_name} applies. It was not found at export: look it up before you "
+            "share this model."
         )
-    return f"`{licence}`, that of {origin.base_name}: its terms hold for this model too."
+    return f"`{licence}`, the licence of {origin.base_name}. Its terms also apply to this model."

@@ -1,8 +1,8 @@
-"""A run's encoder → a folder that other people's tools load without any code of this package.
+"""Exports a run's encoder as a folder that other tools load without any code of this package.
 
-    run, demo or encoder folder ─► bare trunk, flags, tokenizer, pooling, card ─► loaded afresh ─► OUTPUT
+    run, demo or encoder folder ─► trunk, flags, tokenizer, pooling, card ─► loaded and checked ─► OUTPUT
 
-OUTPUT appears only when what was written gives the encoder's vectors.
+OUTPUT appears only after the written files give the encoder's vectors.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ log = logging.getLogger(__name__)
 FORMATS = ("sentence-transformers", "transformers")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOWEST_COSINE = {torch.float32: 0.99999, torch.float16: 0.999, torch.bfloat16: 0.99}
-"""What rounding the weights may cost a vector; a wrong file costs far more."""
+"""Lowest cosine that rounding the weights may cause. A wrong file changes vectors far more."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What all formats have in common.
+    """Options of all formats.
 
     Attributes:
-        dtype: auto keeps what the encoder's folder holds (ONNX: fp32).
-        prompts: more instructions by name.
-        format: of `export` alone, one of FORMATS.
-        card: what the model card says beside what is found.
+        dtype: auto keeps the dtype of the encoder's folder (ONNX: fp32).
+        prompts: additional instructions by name.
+        format: one of FORMATS; only `export` reads it.
+        card: additional contents of the model card.
     """
 
     dtype: str = "auto"
@@ -75,11 +75,11 @@ class ExportOptions:
 
 
 def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
-    """Writes `output` and returns what its readers cannot express, each as a sentence.
+    """Writes `output` and returns the limits of its readers, each a sentence.
 
     Raises:
-        UserError: nothing to export there, an encoder that the format cannot express, an output that exists
-            or cannot be written, or one that does not give the encoder's vectors.
+        UserError: there is nothing to export; the format cannot express the encoder; the output exists or
+            cannot be written; or it does not give the encoder's vectors.
     """
     folder = find_encoder(source)
     what = f"--output {output}"
@@ -104,27 +104,30 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
 
 
 def load_for_export(folder: Path, options: ExportOptions) -> Encoder:
-    """With the prompts of `options`, on the CPU and in fp32: like is compared with like afterwards."""
+    """Loads the encoder with the prompts of `options`.
+
+    It is loaded on the CPU in fp32, as the exported files are when they are checked.
+    """
     encoder = Encoder.from_pretrained(folder, precision="fp32", device="cpu")
     encoder.settings = replace(encoder.settings, prompts={**encoder.settings.prompts, **options.prompts})
     return encoder
 
 
 def say(licence_name: str | None, found: Origin, copied: list[str], notes: list[str]) -> None:
-    """Logs the licence, of which `copied` are files, and what readers cannot express."""
+    """Logs the licence, the licence files that were `copied`, and the limits of readers."""
     if licence_name is None:
         log.warning("licence: none found for %s: look it up and give it with --licence", found.base_name)
     else:
-        log.info("licence: %s (%s)", licence_name, ", ".join(copied) or f"that of {found.base_name}")
+        log.info("licence: %s (%s)", licence_name, ", ".join(copied) or f"from {found.base_name}")
     for note in notes:
         log.warning("limit: %s", note)
 
 
 def find_encoder(source: Path) -> Path:
-    """The encoder of a run or demo folder, or the folder itself.
+    """Returns the encoder folder of a run or demo folder, or the folder itself.
 
     Raises:
-        UserError: there is none, or it is not of the run that the folder describes.
+        UserError: there is no encoder, or it does not belong to the run that the folder describes.
     """
     folder = Path(encoder_of(str(source)))
     if not (folder / "config.json").is_file():
@@ -134,40 +137,40 @@ def find_encoder(source: Path) -> Path:
 
 
 def limits(encoder: Encoder, as_modules: Plan | None) -> list[str]:
-    """What readers of the export do otherwise than this package, each as a sentence."""
+    """Returns where readers of the export differ from this package, each a sentence."""
     settings, config = encoder.settings, encoder.trunk.config
     if as_modules is None:
-        return ["Pooling is not part of a transformers folder: its readers pool by themselves."]
+        return ["A transformers folder holds no pooling: pool the token vectors yourself."]
     notes = []
     if as_modules.silent_ids:
         notes.append(
-            "vLLM and text-embeddings-inference pool the tokenizer's special tokens too, which this encoder "
-            "leaves out: their vectors differ (not so for an encoder trained with pooled_tokens=all)."
+            "vLLM and text-embeddings-inference also pool the tokenizer's special tokens, which this encoder "
+            "leaves out: their vectors differ. An encoder trained with pooled_tokens=all has no such limit."
         )
         notes.append(
-            "sentence-transformers must not flatten its input (FlashAttention with unpadded inputs)."
+            "Do not let sentence-transformers flatten its input (FlashAttention with unpadded inputs)."
         )
     if not as_modules.include_prompt:
         notes.append(
-            "vLLM and text-embeddings-inference pool the instruction too, which this encoder leaves out: "
+            "vLLM and text-embeddings-inference also pool the instruction, which this encoder leaves out: "
             "their vectors of texts with an instruction differ."
         )
         if as_modules.silent_ids:
             notes.append(
-                "sentence-transformers gives vectors with a prompt another length, of the same direction: "
-                "compare by cosine."
+                "With a prompt, sentence-transformers gives vectors of the same direction but another "
+                "length: compare them by cosine."
             )
     if as_modules.default_prompt:
         head = as_modules.prompts[as_modules.default_prompt]
         notes.append(
-            f"vLLM puts nothing before a text by itself, text-embeddings-inference only with "
-            f"--default-prompt-name {as_modules.default_prompt}: this encoder wants {head!r} there."
+            f"This encoder needs {head!r} before each text. vLLM does not add it. text-embeddings-inference "
+            f"adds it only with --default-prompt-name {as_modules.default_prompt}."
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type == "llama" and rope != "default":
-        notes.append(f"text-embeddings-inference does not know RoPE of the type {rope} for Llama.")
+        notes.append(f"text-embeddings-inference does not support RoPE of type {rope} for Llama.")
     if settings.pooling == "weighted_mean":
-        notes.append("vLLM and text-embeddings-inference have no weighted mean.")
+        notes.append("vLLM and text-embeddings-inference do not support weighted_mean pooling.")
     return notes + vllm_notes(config, settings.max_tokens)
 
 
@@ -179,10 +182,10 @@ def _check(options: ExportOptions) -> None:
 
 
 def check_output(output: Path, what: str, sources: list[Path], overwrite: bool) -> None:
-    """Refuses a folder that may not be written or replaced.
+    """Checks that the output folder may be written or replaced.
 
     Raises:
-        UserError: it is not ours, or it exists and `overwrite` is not given.
+        UserError: it holds files of others, or it exists and `overwrite` is not given.
     """
     place = check_replaceable(output, what, sources)
     if place.exists() and not overwrite:
@@ -190,7 +193,7 @@ def check_output(output: Path, what: str, sources: list[Path], overwrite: bool) 
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Of an encoder folder's weights."""
+    """Returns the dtype of an encoder folder's weights."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype: torch.dtype = getattr(torch, name)
@@ -204,7 +207,7 @@ def write_folder(
     dtype: torch.dtype,
     matryoshka_dims: list[int] | None = None,
 ) -> None:
-    """Weights, config and tokenizer as transformers reads them, and sentence-transformers' modules."""
+    """Writes weights, config and tokenizer for transformers, and the modules for sentence-transformers."""
     state = {name: value.to(dtype) for name, value in encoder.trunk.state_dict().items()}
     encoder.trunk.config.dtype = dtype
     encoder.save_weights(folder, state)
@@ -217,7 +220,7 @@ def write_folder(
 
 
 def _expected(encoder: Encoder) -> dict[str | None, np.ndarray]:
-    """The encoder's own vectors of the checked texts, plain and with each prompt."""
+    """Returns the encoder's own vectors of the checked texts, without a prompt and with each prompt."""
     texts = checked_texts()
     return {name: encoder.encode(texts, prompt_name=name) for name in (None, *encoder.settings.prompts)}
 
@@ -229,8 +232,8 @@ def _verify(
     as_modules: Plan | None,
     lowest: float,
 ) -> None:
-    """Loads what was written with the libraries that others use, and compares."""
-    encoder.trunk = None  # its memory is needed for the fresh copy
+    """Loads the written files with stock libraries, and compares their vectors with the encoder's."""
+    encoder.trunk = None  # frees its memory for the exported copy
     gc.collect()
     stock = _auto_model(folder, encoder.settings)
     for name, vectors in expected.items():
@@ -253,8 +256,8 @@ def _verify(
         same = _same_span(model.tokenizer, encoder.settings, as_modules, prompt)
         if not same.all():
             log.warning(
-                "prompt %r: before %s of %s checked texts its last blank is a token of its own, which "
-                "sentence-transformers pools: their vectors differ a little",
+                "prompt %r: before %s of %s checked texts, the space at its end becomes a token of its own, "
+                "which sentence-transformers pools: vectors of such texts differ a little",
                 prompt,
                 np.count_nonzero(~same),
                 len(same),
@@ -263,8 +266,10 @@ def _verify(
 
 
 def _same_span(tokenizer: Any, settings: EncoderSettings, as_modules: Plan, prompt: str | None) -> np.ndarray:
-    """Of the checked texts: does the prompt tokenised alone, by which sentence-transformers finds the text's
-    first token, have as many tokens as stand before the text? `[texts]` bool.
+    """Returns for which checked texts sentence-transformers finds the right first token, `[texts]` bool.
+
+    It tokenizes the prompt alone and skips that many tokens. That is right if as many tokens stand before the
+    text in the whole input.
     """
     texts = checked_texts()
     if prompt is None or as_modules.include_prompt:
@@ -277,7 +282,7 @@ def _same_span(tokenizer: Any, settings: EncoderSettings, as_modules: Plan, prom
 
 
 def _auto_model(folder: Path, settings: EncoderSettings) -> dict[str | None, np.ndarray]:
-    """Vectors plain and with each prompt by stock transformers, text by text; the pooling alone is ours."""
+    """Returns stock transformers' vectors, without a prompt and with each. Only the pooling is ours."""
     from transformers import AutoModel, AutoTokenizer
 
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()

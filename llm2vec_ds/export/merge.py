@@ -1,4 +1,4 @@
-"""Adapters trained over NF4, put into the original weights; how far that moves the vectors is measured."""
+"""Merges adapters trained over NF4 into the original weights, and measures how far the vectors move."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ N_TEXTS = 64
 
 @dataclass(frozen=True)
 class Difference:
-    """Cosines between a text's vectors by the two encoders."""
+    """Cosines between the two encoders' vectors of the same text."""
 
     mean_cosine: float
     least_cosine: float
@@ -27,25 +27,25 @@ class Difference:
 
 
 def merge_into_original(folder: Path, output: Path, original: str | None = None) -> Difference:
-    """Writes `output`: the encoder of `folder`, its adapters over weights that never were in 4 bits.
+    """Writes the encoder of `folder` to `output`. Its adapters go into weights that were never in 4 bits.
 
     Args:
-        original: the base model; None: what the folder names.
+        original: the base model. None: the one that the folder names.
 
     Raises:
-        UserError: the folder has no adapters of its own, or `output` is there.
+        UserError: the folder has no adapters of its own, or `output` exists.
     """
     stack = read_stack(str(folder), "nf4", None)
     if not stack.earlier:
-        raise UserError(f"{folder} has no adapters/: only the encoder/ of a run over NF4 can be merged anew")
+        raise UserError(f"{folder} has no adapters/: give the encoder/ folder of a run over NF4")
     if output.exists():
-        raise UserError(f"{output} is there already: choose another --output")
+        raise UserError(f"{output} exists: choose another --output")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = Encoder.from_pretrained(folder, device=device)
     texts = own_graded_pairs().first[:N_TEXTS]
     before = torch.from_numpy(trained.encode(texts, normalize=True))
     tokenizer, settings, causal = trained.tokenizer, trained.settings, trained.causal
-    del trained  # one model at a time
+    del trained  # so that only one model is in memory at a time
     trunk = load_trunk(original or stack.base, TrunkOptions(causal=causal, device=device))
     put_stack_in(trunk, stack)
     encoder = Encoder(trunk.eval(), tokenizer, settings)

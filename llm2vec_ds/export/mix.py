@@ -1,4 +1,4 @@
-"""Several encoders of one shape → one: their weights mixed, in a line or along the arc between two."""
+"""Mixes the weights of several encoders of the same shape: linearly, or along the arc between two (slerp)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 METHODS = ("linear", "slerp")
 Tensors = dict[str, torch.Tensor]
 Measure = Callable[[Encoder], tuple[str, float]]
-"""What is measured, and the encoder's score."""
+"""Returns the name of what is measured, and the encoder's score."""
 STRAIGHT = 1e-4
-"""Angle in radians below which an arc is a line."""
+"""An angle below this, in radians, counts as straight: slerp then mixes linearly."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Score of a mixture with these weights."""
+    """The score of a mixture with these weights."""
 
     weights: list[float]
     score: float
@@ -41,19 +41,19 @@ def mix(
     measure: Measure | None = None,
     n_points: int = 11,
 ) -> list[Point]:
-    """Writes `output`: an encoder with pooling, template and tokenizer of the first source, in fp32.
+    """Writes the mixed encoder to `output`, in fp32. The first source gives pooling, template and tokenizer.
 
     Args:
-        sources: folders of encoders or runs, or LLMs (folder or hub id), which come without training.
-        weights: one a source, 1 together; None: equal ones, or with `measure` the best of the curve.
-        measure: draws the curve over the weights of two sources, from the first alone to the second alone.
-        n_points: of the curve.
+        sources: folders of encoders or runs, or untrained LLMs (folder or hub id).
+        weights: one for each source, 1 in total. None: equal weights, or with `measure` the best of the
+            curve. measure: measures the curve of two sources, from only the first to only the second.
+            n_points: number of points of the curve.
 
     Returns:
-        The curve, or the one point that was measured; nothing without `measure`. `output/merge.json` has it.
+        The curve, or the one point that was measured; [] without `measure`. `output/merge.json` has it, too.
 
     Raises:
-        UserError: a wrong option, or sources of different shapes; or `output` is there.
+        UserError: an option is wrong, the sources have different shapes, or `output` exists.
     """
     _check(sources, output, weights, method, measure)
     encoder = _load(sources[0], None)
@@ -87,8 +87,11 @@ def mix(
 
 
 def mixed(states: Sequence[Tensors], weights: Sequence[float], method: str) -> Tensors:
-    """Σ w_k · A_k, or with `slerp` each tensor of two on the arc between them (Shoemake, 1985, equation 2 of
-    section 3.3): sin((1−t)θ)/sin θ · A + sin(tθ)/sin θ · B, with t the second weight, and θ the angle."""
+    """Returns Σ w_k · A_k for each tensor. With `slerp`, each tensor lies on the arc between two:
+
+    sin((1−t)θ)/sin θ · A + sin(tθ)/sin θ · B, where t is the second weight and θ the angle between A and B
+    (Shoemake, 1985, equation 2 of section 3.3).
+    """
     return {name: _mixed([state[name] for state in states], weights, method) for name in states[0]}
 
 
@@ -118,15 +121,17 @@ def _check(
     if method not in METHODS:
         raise UserError(f"--method {method!r} is unknown: choose {' or '.join(METHODS)}")
     if method == "slerp" and len(sources) != 2:
-        raise UserError(f"--method slerp lies between two encoders, not {len(sources)}: use linear")
+        raise UserError(f"--method slerp mixes two encoders, not {len(sources)}: use linear")
     if measure is not None and weights is None and len(sources) != 2:
-        raise UserError(f"--evaluate draws a curve between two encoders, not {len(sources)}: give --weights")
+        raise UserError(f"--evaluate finds weights for two encoders, not {len(sources)}: give --weights")
     if weights is not None and len(weights) != len(sources):
-        raise UserError(f"--weights has {len(weights)} numbers for {len(sources)} encoders: give one each")
+        raise UserError(
+            f"--weights has {len(weights)} number(s) for {len(sources)} encoders: give one for each encoder"
+        )
     if weights is not None and not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
-        raise UserError(f"--weights add up to {sum(weights):g}: make it 1")
+        raise UserError(f"--weights add up to {sum(weights):g}: make them add up to 1")
     if output.exists():
-        raise UserError(f"{output} is there already: choose another --output")
+        raise UserError(f"{output} exists: choose another --output")
 
 
 def _load(source: str, like: Encoder | None) -> Encoder:
@@ -140,10 +145,13 @@ def _state(encoder: Encoder) -> Tensors:
 
 def _check_shapes(first: str, one: Tensors, second: str, other: Tensors) -> None:
     if missing := sorted(one.keys() ^ other.keys()):
-        raise UserError(f"{first} and {second} are of different shapes: only one has {missing[0]}")
+        raise UserError(
+            f"{first} and {second} have different shapes (only one has {missing[0]}): mix encoders of one "
+            "base model"
+        )
     for name, tensor in one.items():
         if tensor.shape != other[name].shape:
             raise UserError(
-                f"{first} and {second} are of different shapes: {name} is {list(tensor.shape)} and "
-                f"{list(other[name].shape)}"
+                f"{first} and {second} have different shapes ({name} is {list(tensor.shape)} and "
+                f"{list(other[name].shape)}): mix encoders of one base model"
             )

@@ -1,4 +1,4 @@
-"""An export → a repository of the Hugging Face hub."""
+"""Uploads an export to a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes to `repository`: files by their name there. `private`: of a repository that is new."""
+    """The files to upload.
+
+    Attributes:
+        repository: `owner/name` on the hub.
+        private: whether a new repository is private.
+        files: maps each name on the hub to the local file.
+    """
 
     repository: str
     private: bool
@@ -22,7 +28,7 @@ class Upload:
 
 
 def check_repository(name: str) -> None:
-    """Before anything is exported.
+    """Checks a repository's name, before anything is exported.
 
     Raises:
         UserError: it is not `owner/name`.
@@ -35,18 +41,21 @@ def check_repository(name: str) -> None:
     except HFValidationError:
         name = ""
     if "/" not in name:
-        raise UserError("--push takes OWNER/NAME of a repository on the hub, such as my-team/my-encoder")
+        raise UserError("--push needs a repository on the hub: give OWNER/NAME, such as my-team/my-encoder")
 
 
 def files_of(output: Path, beside: Path) -> dict[str, Path]:
-    """Those that the export wrote, and no others that lie in its folder; of a file also those `beside` it."""
+    """Returns the files to upload: those that the export wrote, and no other files in its folder.
+
+    For a single file, the files in the folder `beside` go along.
+    """
     if output.is_dir():
         return {name: output / name for name in sorted(written_files(output)) if name != MANIFEST}
     return {output.name: output, **{file.name: file for file in sorted(beside.iterdir())}}
 
 
 def described(upload: Upload) -> str:
-    """Names and sizes in bytes, and the card."""
+    """Returns the files' names and sizes in bytes, and the model card, as text."""
     sizes = {name: file.stat().st_size for name, file in upload.files.items()}
     width = max(map(len, sizes))
     visible = "private, if it is new" if upload.private else "public, if it is new"
@@ -56,10 +65,10 @@ def described(upload: Upload) -> str:
 
 
 def push(upload: Upload) -> str:
-    """Uploads in one commit, and returns its address.
+    """Uploads all files in one commit, and returns the commit's address.
 
     Raises:
-        UserError: the hub refuses or cannot be reached.
+        UserError: the hub refuses the upload, or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError

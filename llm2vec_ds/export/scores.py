@@ -1,4 +1,4 @@
-"""What a model card says of an encoder's scores: a table, and the hub's `model-index`."""
+"""An encoder's scores in its model card: as a table, and as the hub's `model-index`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm2vec_ds.storage.reading import read_json
 
 @dataclass(frozen=True)
 class Score:
-    """`type`: what the hub calls a task. `data`: the name of what was measured on."""
+    """One score. `type` is the hub's name of the task type, `data` the name of the data set."""
 
     type: str
     data: str
@@ -25,12 +25,12 @@ DEMO = {
     "sts_spearman": ("STS", "spearman", "sts"),
     "retrieval_ndcg_at_10": ("Retrieval", "ndcg_at_10", "text"),
 }
-"""Of the demo's figures: the task, the metric, and which key of its `run` names the data."""
+"""For each figure of the demo: the task type, the metric, and the key of `run` that names the data."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """Of `scores.json`."""
+    """One task in `scores.json`."""
 
     type: str
     metric: str
@@ -38,7 +38,7 @@ class _Task:
 
 
 def demo_scores(metrics: dict[str, Any]) -> list[Score]:
-    """After the last stage of a demo's `metrics.json`."""
+    """Returns the scores after the last stage, from a demo's `metrics.json`."""
     run = metrics.get("run", {})
     last = [values for stage, values in metrics.items() if stage != "run"][-1:]
     return [
@@ -50,13 +50,13 @@ def demo_scores(metrics: dict[str, Any]) -> list[Score]:
 
 
 def mteb_scores(file: Path) -> tuple[Score, ...]:
-    """Of the `scores.json` that `evaluate mteb` writes.
+    """Reads the scores from the `scores.json` that `evaluate mteb` writes.
 
     Raises:
-        UserError: it is not there, or cannot be read.
+        UserError: the file is missing, or cannot be read.
     """
     if not file.is_file():
-        raise UserError(f"--scores {file} is not there: give the scores.json of llm2vec-ds evaluate mteb")
+        raise UserError(f"--scores {file} not found: give the scores.json of llm2vec-ds evaluate mteb")
     found = read_json(file, _Summary, "measure again with llm2vec-ds evaluate mteb")
     return tuple(Score(task.type, name, task.metric, task.main_score) for name, task in found.tasks.items())
 
@@ -67,7 +67,7 @@ class _Summary:
 
 
 def model_index(name: str, scores: list[Score]) -> list[dict[str, Any]]:
-    """As the hub reads it from a card's front matter."""
+    """Returns the scores as the hub reads them from a card's front matter."""
     from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
     results = [
@@ -84,7 +84,7 @@ def model_index(name: str, scores: list[Score]) -> list[dict[str, Any]]:
 
 
 def stage_table(metrics: dict[str, Any]) -> str:
-    """The demo's figures after each stage, as a table of Markdown."""
+    """Returns the demo's figures after each stage, as a Markdown table."""
     run = metrics.get("run", {})
     figures = {
         stage: {name: value for name, value in values.items() if isinstance(value, float)}
@@ -102,6 +102,6 @@ def stage_table(metrics: dict[str, Any]) -> str:
 
 
 def score_table(scores: Iterable[Score]) -> str:
-    """Of Markdown."""
+    """Returns the scores as a Markdown table."""
     rows = ["| task | data | metric | score |", "|---|---|---|---|"]
     return "\n".join([*rows, *(f"| {s.type} | {s.data} | {s.metric} | {s.value:.4f} |" for s in scores)])

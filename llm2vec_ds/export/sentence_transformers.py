@@ -1,6 +1,6 @@
-"""The files that sentence-transformers, vLLM and text-embeddings-inference read beside a trunk's own.
+"""Writes the files that sentence-transformers, vLLM and text-embeddings-inference read besides the trunk.
 
-What each parser wants, as read in November 2026:
+What each parser needs, as read in its sources in November 2026:
 
 - sentence-transformers 6.2: `modules.json`, `config_sentence_transformers.json`, `pooling_mode` in the
   pooling's config.json (from 5.4 on), module types under their old names as aliases.
@@ -42,15 +42,19 @@ LEGACY_POOLING_KEYS = {
 }
 DEFAULT_PROMPT = "document"
 INPUT_NAMES = ["input_ids", "attention_mask"]
-"""Decoders know no token types, and some readers pass on whatever a tokenizer gives."""
+"""Inputs that the tokenizer returns. Decoders take no token types, but some readers pass on all of them."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How an encoder is said in sentence-transformers' words.
+    """An encoder in sentence-transformers' terms.
 
-    `prompts`: by name, the characters that go before a text. `default_prompt`: the name of the one before
-    every text, if any. `silent_ids`: special tokens that are attended and not pooled.
+    Attributes:
+        prompts: for each name, the characters that go before a text.
+        default_prompt: name of the prompt before every text, if there is one.
+        pooling_mode: sentence-transformers' name of the pooling.
+        include_prompt: True if the prompt's tokens are pooled.
+        silent_ids: special tokens that are attended to and not pooled.
     """
 
     prompts: dict[str, str]
@@ -61,10 +65,10 @@ class Plan:
 
 
 def plan(encoder: Encoder) -> Plan:
-    """The same encoder in sentence-transformers' modules.
+    """Translates the encoder into sentence-transformers' modules.
 
     Raises:
-        UserError: they cannot express it.
+        UserError: the modules cannot express it.
     """
     settings = encoder.settings
     template = Template(settings.template, settings.special_tokens)
@@ -92,30 +96,34 @@ def _check(encoder: Encoder, template: Template, before: list[int], after: list[
     if not settings.special_tokens and (before or after):
         raise UserError(f"sentence-transformers cannot leave out the tokenizer's special tokens: {fix}")
     if settings.text_span != "offsets":
-        raise UserError(f"sentence-transformers has no text span of the kind {settings.text_span!r}: {fix}")
+        raise UserError(f"sentence-transformers does not support text_span={settings.text_span!r}: {fix}")
     excludes = settings.pooled_tokens == "text" and bool(before or after or settings.prompts)
     if settings.pooling == "weighted_mean" and excludes:
         raise UserError(
-            "sentence-transformers weights tokens by their place in the whole input, weighted_mean by that "
-            f"in the text: {fix}, or train with pooled_tokens=all"
+            "sentence-transformers weights tokens by their place in the whole input, but this encoder's "
+            f"weighted_mean by their place in the text: {fix}, or train with pooled_tokens=all"
         )
     if settings.pooling == "last" and after and settings.pooled_tokens == "text":
-        raise UserError(f"pooling `last` under a tokenizer that adds tokens at the end: {fix}")
+        raise UserError(
+            "sentence-transformers cannot skip the tokens that this tokenizer adds at the end, as pooling "
+            f"`last` would: {fix}"
+        )
 
 
 def write_config(folder: Path, tokenizer: Any, matryoshka_dims: list[int] | None = None) -> None:
-    """Makes `config.json` say the same to every reader.
+    """Adds keys to `config.json`, so that every reader understands the same.
 
     Args:
-        tokenizer: the exported one.
-        matryoshka_dims: lengths that the encoder was trained for; vLLM gives no others.
+        tokenizer: the exported tokenizer.
+        matryoshka_dims: vector lengths that the encoder was trained for. vLLM allows only these.
     """
     from transformers import AutoConfig
 
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     own_flag = has_own_flag(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    if "is_causal" in config and not own_flag:  # a second flag would move the window of the first
+    # If the model type has its own flag, a second one would shift its sliding window.
+    if "is_causal" in config and not own_flag:
         config["use_bidirectional_attention"] = not config["is_causal"]
     if config.get("pad_token_id") is None:
         config["pad_token_id"] = tokenizer.pad_token_id
@@ -128,13 +136,13 @@ def write_config(folder: Path, tokenizer: Any, matryoshka_dims: list[int] | None
 
 
 def padded_tokenizer(tokenizer: Any) -> Any:
-    """A copy that can pad: with the end-of-sequence token where it has no padding token."""
+    """Returns a copy that can pad. Without a padding token, it pads with the end-of-sequence token."""
     import copy
 
     padded = copy.deepcopy(tokenizer)
     if padded.pad_token_id is None:
         if padded.eos_token is None:
-            raise UserError("the tokenizer has neither a padding nor an end-of-sequence token: give it one")
+            raise UserError("the tokenizer has no padding token and no end-of-sequence token: add one")
         padded.pad_token = padded.eos_token
     padded.padding_side = "right"
     padded.model_input_names = INPUT_NAMES
@@ -142,11 +150,11 @@ def padded_tokenizer(tokenizer: Any) -> Any:
 
 
 def tokenizer_for(encoder: Encoder, prompts: dict[str, str]) -> Any:
-    """The tokenizer that gives sentence-transformers the encoder's ids and spans, texts being plain strings.
+    """Returns a tokenizer that gives sentence-transformers the encoder's ids and spans for plain strings.
 
-    sentence-transformers finds a prompt's length by tokenising it alone. A blank at its end would then be a
-    token of its own, though it belongs to the first word after it; so that blank vanishes where a string is
-    a prompt and nothing else. For `eos` pooling the tokenizer adds the end-of-sequence token itself.
+    sentence-transformers finds a prompt's length by tokenizing it alone. A space at its end would then be a
+    token of its own, although it belongs to the first word of the text. So the tokenizer drops this space if
+    a string is just a prompt. For `eos` pooling, the tokenizer adds the end-of-sequence token itself.
     """
     from tokenizers import Regex, Tokenizer, normalizers
     from transformers import PreTrainedTokenizerFast
@@ -164,7 +172,7 @@ def tokenizer_for(encoder: Encoder, prompts: dict[str, str]) -> Any:
         cuts = [normalizers.Replace(Regex(rf"(?<=\A{prompt}) \z"), "") for prompt in alone]
         backend.normalizer = normalizers.Sequence([*cuts, *filter(None, [backend.normalizer])])
     tokens = {name: token for name, token in original.special_tokens_map.items() if isinstance(token, str)}
-    # Of no model's own class: those build normalizer and post-processor anew and lose what is added here.
+    # Not a model's own tokenizer class: those rebuild normalizer and post-processor, and lose these changes.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         padding_side="right",
@@ -175,9 +183,9 @@ def tokenizer_for(encoder: Encoder, prompts: dict[str, str]) -> Any:
 
 
 def ends_with(post_processor: dict[str, Any] | None, token: str, token_id: int) -> dict[str, Any]:
-    """tokenizer.json's post-processor, with a token at the end of every text.
+    """Returns tokenizer.json's post-processor with a token at the end of every text.
 
-    Into the template that is there: of two templates in a row, tokenizers heeds one alone.
+    The token goes into the existing template: tokenizers follows only one of two templates in a row.
     """
     end = {"SpecialToken": {"id": token, "type_id": 0}}
     known = {token: {"id": token, "ids": [token_id], "tokens": [token]}}
@@ -199,19 +207,19 @@ def ends_with(post_processor: dict[str, Any] | None, token: str, token_id: int) 
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Under a class name that transformers 4 knows too."""
+    """Saves the tokenizer under a class name that transformers 4 also knows."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for key in ("is_local", "local_files_only"):  # of the place it was read from
+    for key in ("is_local", "local_files_only"):  # they describe where it was loaded from
         config.pop(key, None)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_sentence_transformers(folder: Path, encoder: Encoder, plan: Plan) -> None:
-    """modules.json and what it names."""
+    """Writes modules.json and the files of its modules."""
     modules = [("", "Transformer")]
     if plan.silent_ids:
         modules.append(("1_WordWeights", "WordWeights"))
@@ -241,7 +249,10 @@ def write_sentence_transformers(folder: Path, encoder: Encoder, plan: Plan) -> N
 
 
 def _pooling(plan: Plan, dimensions: int) -> dict[str, Any]:
-    """Both spellings: booleans for servers and sentence-transformers before 5.4, the name for later ones."""
+    """Returns the pooling's config in both spellings.
+
+    Servers and sentence-transformers before 5.4 read booleans. Later versions read the name.
+    """
     legacy = {key: mode == plan.pooling_mode for mode, key in LEGACY_POOLING_KEYS.items()}
     return {
         "word_embedding_dimension": dimensions,
@@ -252,7 +263,7 @@ def _pooling(plan: Plan, dimensions: int) -> dict[str, Any]:
 
 
 def _word_weights(tokenizer: Any, silent_ids: tuple[int, ...]) -> dict[str, Any]:
-    """Weight 0 for the silent tokens, 1 for all others; only theirs need names."""
+    """Returns weight 0 for the silent tokens and 1 for all others. Only silent tokens need names."""
     names = {i: tokenizer.convert_ids_to_tokens(i) for i in silent_ids}
     return {
         "vocab": [names.get(i, "") for i in range(max(len(tokenizer), *(i + 1 for i in silent_ids)))],

@@ -1,5 +1,4 @@
-"""A run's last checkpoints → one encoder: the mean of their weights (Izmailov et al., 2018, arXiv
-1803.05407)."""
+"""Averages a run's last checkpoints into one encoder (Izmailov et al., 2018, arXiv 1803.05407)."""
 
 from __future__ import annotations
 
@@ -22,27 +21,30 @@ from llm2vec_ds.recipe.recipe import Recipe
 log = logging.getLogger(__name__)
 
 ENCODER_PREFIX = "encoder.trunk."
-"""Of the trunk's parameters in the model of every objective."""
+"""Prefix of the trunk's parameter names in the model of every objective."""
 
 
 def soup(run: Path, n_last: int, output: Path) -> list[int]:
-    """Writes `output`: the encoder whose weights are the mean over the newest `n_last` valid checkpoints.
+    """Writes the mean of the newest `n_last` valid checkpoints to `output`.
 
-    Adapters are merged first: the mean of products is not the product of means.
+    Adapters are merged before averaging. The mean of products B·A is not the product of the means.
 
     Returns:
-        Their steps, newest first.
+        The steps of these checkpoints, newest first.
 
     Raises:
-        UserError: no run, or fewer valid checkpoints; it trains over NF4; or `output` is there.
+        UserError: `run` is not a run, has too few valid checkpoints, or trains over NF4; or `output` exists.
     """
     if output.exists():
-        raise UserError(f"{output} is there already: choose another --output")
+        raise UserError(f"{output} exists: choose another --output")
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} holds no run (recipe.yaml): name the folder of a run")
+        raise UserError(f"{run} is not a run, it has no recipe.yaml: give the folder of a run")
     recipe = load_recipe(run / "recipe.yaml")
     if recipe.model.quantization is not None:
-        raise UserError(f"{run} trains over NF4: merge its adapters first (one encoder, without --last)")
+        raise UserError(
+            f"{run} trains over NF4, so --last cannot average its checkpoints: merge its adapters without "
+            "--last"
+        )
     checkpoints = _newest(run, n_last)
     encoder, total = encoder_before_training(recipe, torch.device("cpu")), None
     for checkpoint in checkpoints:
@@ -59,14 +61,14 @@ def _newest(run: Path, n_last: int) -> list[Checkpoint]:
     found = store.newest(n_last)
     if len(found) < n_last:
         raise UserError(
-            f"{run} has {len(found)} valid checkpoints, not {n_last}: lower --last, or train with a larger "
-            "checkpoint.keep_last"
+            f"{run} has only {len(found)} valid checkpoint(s) of {n_last}: lower --last, or train with a "
+            "larger checkpoint.keep_last"
         )
     return found
 
 
 def _set(trunk: nn.Module, checkpoint: Checkpoint) -> None:
-    """Trainable parameters of the trunk, from a checkpoint that was checked."""
+    """Sets the trunk's trainable parameters from a checkpoint, which was checked before."""
     parameters = {name: p for name, p in trunk.named_parameters() if p.requires_grad}
     missing = set(parameters)
     for file in checkpoint.manifest.files:
@@ -78,10 +80,13 @@ def _set(trunk: nn.Module, checkpoint: Checkpoint) -> None:
                     parameters[name].data.copy_(tensors.get_tensor(key))
                     missing.discard(name)
     if missing:
-        raise UserError(f"{checkpoint.folder} lacks {min(missing)}: its run trained another model")
+        raise UserError(
+            f"{checkpoint.folder} has no {min(missing)}, so its run trained another model: give that run's "
+            "own folder"
+        )
 
 
 def _save(recipe: Recipe, encoder: Encoder, state: dict[str, torch.Tensor], output: Path) -> None:
     like = merged_state_dict(encoder.trunk)
     encoder.save(output, {name: tensor.to(like[name].dtype) for name, tensor in state.items()})
-    log.info("%s: the mean of checkpoints of %s", output, recipe.stage)
+    log.info("%s: the mean of the last checkpoints of stage %s", output, recipe.stage)

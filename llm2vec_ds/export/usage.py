@@ -1,4 +1,4 @@
-"""What a model card says about loading: one short piece for each tool that reads the format."""
+"""The section of a model card that shows how to load the model, for each tool that reads the format."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.export.vllm import start_of
 
 PLACE = "FOLDER"
-"""Stands for the folder, or for the hub's repository where it is known and the tool takes its name."""
+"""Placeholder for the folder. It becomes the hub's repository if that is known and the tool accepts it."""
 
 
 def how_to_load(encoder: Encoder, format: str, repository: str | None = None) -> str:
-    """Markdown.
+    """Returns the section as Markdown.
 
     Args:
-        format: `sentence-transformers`, `transformers`, or the name of a file of ONNX or GGUF.
+        format: `sentence-transformers`, `transformers`, or the name of an ONNX or GGUF file.
         repository: `owner/name` on the hub.
     """
     if format.endswith((".onnx", ".gguf")):
@@ -35,8 +35,8 @@ def _onnx(encoder: Encoder, file: str) -> str:
         'inputs = {"input_ids": np.array([e.ids for e in encoded]), '
         '"attention_mask": np.array([e.attention_mask for e in encoded])}\n'
         '(vectors,) = session.run(["sentence_embedding"], inputs)  # of length 1\n```\n\n'
-        "transformers.js: `AutoModel.from_pretrained`; take `sentence_embedding` of its output. "
-        "sentence-transformers: "
+        "With transformers.js, use `AutoModel.from_pretrained` and take `sentence_embedding` of its output. "
+        "With sentence-transformers, use "
         f'`SentenceTransformer("FOLDER", backend="onnx", model_kwargs={{"file_name": "{file}"}})`.'
     )
 
@@ -44,7 +44,8 @@ def _onnx(encoder: Encoder, file: str) -> str:
 def _gguf(encoder: Encoder, file: str) -> str:
     length = encoder.settings.max_tokens
     return (
-        "llama.cpp from 2026 on; `/v1/embeddings` is OpenAI's API, and vectors have length 1:\n\n"
+        "This needs llama.cpp of 2026 or later. `/v1/embeddings` follows OpenAI's API, and vectors have "
+        "length 1:\n\n"
         f"```\nllama-server -m FOLDER/{file} --embeddings --ubatch-size {length} --flash-attn off\n```"
     )
 

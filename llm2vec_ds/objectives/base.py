@@ -1,4 +1,4 @@
-"""What an objective is, and a stage of it: batches, loss, metrics. Engine and planner see only this."""
+"""What an objective and its stage offer: batches, loss, metrics. Engine and planner see nothing else."""
 
 from __future__ import annotations
 
@@ -26,63 +26,68 @@ Forward = Callable[[PackedBatch], Any]
 
 
 class Backward(Protocol):
-    """Adds the gradient of this rank's share of the global loss (shares add up to the loss)."""
+    """Adds the gradient of this rank's share of the global loss. All ranks' shares add up to the loss."""
 
     def __call__(self, share: torch.Tensor, *, rows: Sequence[int], last: bool) -> None:
-        """`rows`: the texts behind `share`, for error messages. `last`: the step's last call."""
+        """`rows`: the rows behind `share`, for error messages. `last`: True in the step's last call."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step's outcome before the optimizer moves. `loss` is global, `n_tokens` this rank's."""
+    """The result of forward and backward, before the optimizer runs.
+
+    `loss` covers all ranks, `n_tokens` this rank only.
+    """
 
     loss: float
     n_tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
     bad_rows: Callable[[], list[int]] = list
-    """Texts of this rank with a non-finite loss or vector; asked for where something was not finite."""
+    """Returns this rank's rows with a NaN or an infinity in loss or vector. Called only if a step had one."""
     vectors_alike: bool = False
-    """All texts of the global batch, not all equal themselves, have the same vector within rounding."""
+    """True if the texts of the global batch differ, but all their vectors are equal up to rounding."""
 
 
 class Stage(Protocol):
-    """An objective with its model and data. Knows nothing of DeepSpeed, optimizers or schedules."""
+    """An objective with its model and data. It does not know DeepSpeed, optimizers or schedules."""
 
     micro_batch_tokens: int
 
     @property
     def model(self) -> nn.Module:
-        """What the engine trains."""
+        """The module that the engine trains."""
 
     @property
     def encoder(self) -> Encoder:
-        """The part of it that is the result."""
+        """The part of the model that training is for: it is saved as the result."""
 
     @property
     def data_fingerprint(self) -> str:
-        """The same for the same training texts, tokenised alike."""
+        """Equal for equal training texts with the same tokens."""
 
     @property
     def global_batch(self) -> GlobalBatches:
-        """Rows of a step over all ranks, and how many steps an epoch has."""
+        """The rows of each step over all ranks, and the number of steps of an epoch."""
 
     def text(self, row: int) -> TokenizedText:
-        """What a row is, for error messages."""
+        """Returns a row's text, for error messages."""
 
     def batches(self, step: int, rows: np.ndarray) -> Any:
-        """This rank's `rows` of the global batch as packed micro-batches on the CPU, in the form that the
-        stage's own `step` takes; called from a thread of its own."""
+        """Packs this rank's `rows` of the global batch into micro-batches on the CPU, for `step`.
+
+        The engine calls this in a background thread.
+        """
 
     def step(
         self, step: int, rows: np.ndarray, batches: Any, forward: Forward, backward: Backward
     ) -> StepResult:
-        """Forward and backward for `rows`, whose micro-batches are `batches`."""
+        """Runs forward and backward for `rows`, whose micro-batches are `batches`."""
 
     def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
-        """`texts` as one micro-batch of training, with as much to compute as one can have."""
+        """Packs `texts` into one micro-batch that needs as much compute as a training batch ever does."""
 
     def held_out(self, forward: Forward) -> dict[str, float] | None:
-        """Metrics on texts that do not train, the same on every rank; None without such texts."""
+        """Returns metrics on held-out texts, the same on every rank; None without such texts."""
 
 
 Rows = PreparedTexts | PreparedPairs
@@ -90,11 +95,11 @@ Rows = PreparedTexts | PreparedPairs
 
 @dataclass(frozen=True)
 class Parts:
-    """What a stage is built from: everything that is the same for all objectives.
+    """The parts that every stage is built from.
 
     Attributes:
-        language_head: of the model, where the objective `uses_language_head`.
-        training, held_out: texts, or pairs where its section `reads_pairs`.
+        language_head: the model's, if the objective `uses_language_head`.
+        training, held_out: texts, or pairs if the objective's section `reads_pairs`.
     """
 
     recipe: Recipe
@@ -106,17 +111,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class PlannedWork:
-    """What a step does beside running its texts through the trunk; the planner counts it.
+    """The work of a step beyond running its texts through the trunk, for the planner.
 
     Attributes:
-        texts_per_row: of a row of the global batch.
-        documents_per_row: those of them that all ranks see; 0: ranks exchange no vectors, and no embedding
-            cache runs.
-        rounds_again_per_row: those that go round once more where `exchange` is `ring`.
-        exchange, bytes_per_number: how vectors travel.
+        texts_per_row: texts in a row of the global batch.
+        documents_per_row: how many of a row's texts every rank sees. With 0, ranks exchange no vectors and
+            there is no embedding cache.
+        rounds_again_per_row: how many of a row's texts go around the ring a second time (`exchange: ring`).
+        exchange, bytes_per_number: how vectors travel between ranks.
         head_rows_per_token: rows of the language head for each token of the batch.
-        trainable: shapes of what trains beside the trunk and its adapters.
-        follows_another: it usually starts from the encoder of an earlier stage.
+        trainable: shapes of the parameters that train besides the trunk and its adapters.
+        follows_another: True if the stage usually starts from the encoder of an earlier stage.
     """
 
     texts_per_row: int = 1
@@ -130,19 +135,20 @@ class PlannedWork:
 
 
 class Objective(ABC):
-    """One way to train an encoder: an entry of `registry`. It holds no state.
+    """One way to train an encoder. `registry` lists them. An objective holds no state.
 
     Attributes:
-        section: what a recipe says of it, under the name of the stage.
-        uses_language_head: the model is loaded with it.
+        section: the recipe section of the objective. Its key is the stage's name.
+        uses_language_head: True if the model is loaded with its language head.
     """
 
     section: ClassVar[type[ObjectiveConfig]]
     uses_language_head: ClassVar[bool] = False
 
     def prepare(self, recipe: Recipe) -> None:
-        """Makes what it needs beside the texts, and keeps it on the disk where `build` finds it. The
-        `prepare` command calls it, and rank 0 of a run while the others wait.
+        """Makes what the objective needs besides the texts, and stores it where `build` finds it.
+
+        The `prepare` command calls this. In a run, rank 0 calls it while the other ranks wait.
 
         Raises:
             UserError: it cannot be made.
@@ -150,38 +156,45 @@ class Objective(ABC):
         return None
 
     def data_fingerprint(self, recipe: Recipe, training: Rows) -> str:
-        """The same for the same training texts, tokenised alike, and what was prepared for them."""
+        """Returns a string that is equal for equal training texts, tokens and prepared files."""
         return training.fingerprint
 
     @abstractmethod
     def build(self, parts: Parts) -> Stage:
-        """Model, batches, loss and metrics together.
+        """Builds the stage: model, batches, loss and metrics.
 
         Raises:
-            UserError: the recipe asks for what this model or these data cannot give.
+            UserError: the recipe does not suit this model or these data.
         """
 
     def planned_work(self, recipe: Recipe) -> PlannedWork:
-        """For the planner."""
+        """Returns the work of a step, for the planner."""
         return PlannedWork()
 
     def planned_head(self, language_head: nn.Linear | None, config: Any, recipe: Recipe) -> nn.Module | None:
-        """The module behind the trunk, on the meta device; None: there is none."""
+        """Returns the module after the trunk, on the meta device, or None if there is none."""
         return None
 
     def planned_outcome(
         self, hidden_TD: torch.Tensor, batch: PackedBatch, head: nn.Module | None, recipe: Recipe
     ) -> torch.Tensor:
-        """What a micro-batch computes behind the trunk, on the meta device."""
+        """Runs what a micro-batch computes after the trunk, on the meta device."""
         return POOLINGS[recipe.pooling](hidden_TD, batch)
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
-    """Keys dropout by what is computed and not by history, so that a pass can be replayed."""
+    """Returns the seed of a pass's dropout. It depends on these four numbers only.
+
+    The embedding cache runs each pass twice and needs the same dropout both times. A resumed run repeats the
+    dropout of an uninterrupted one.
+    """
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def equal_count(micro_batches: list[np.ndarray], device: torch.device) -> int:
-    """Micro-batches that every rank must run: the most that any has. Under ZeRO-3 a rank that runs its
-    modules less often leaves the others waiting."""
+    """Returns how many micro-batches every rank runs: the largest number that any rank has.
+
+    Under ZeRO-3 all ranks gather a module's weights together. If one rank ran fewer micro-batches, the others
+    would wait for it.
+    """
     return all_reduce_max_int(len(micro_batches), device)

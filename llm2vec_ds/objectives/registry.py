@@ -21,13 +21,13 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def register(stage: str, objective: Objective) -> None:
-    """Makes `stage: NAME` of a recipe train by `objective`, whose section then stands under that name.
+    """Adds a stage: recipes with `stage: NAME` then train with `objective` and have its section as `NAME`.
 
     Raises:
         ValueError: the name is taken.
     """
     if stage in SECTIONS:
-        raise ValueError(f"stage {stage!r} has an objective already: choose another name")
+        raise ValueError(f"stage {stage!r} already has an objective: choose another name")
     SECTIONS[stage] = objective.section
     OBJECTIVES[stage] = objective
 

@@ -1,4 +1,4 @@
-"""A student's cosines between texts become a teacher's.
+"""A loss that pulls a student's cosines between texts towards a teacher's.
 
 Shape legend: Q rows, N columns, D the student's width, T the teacher's.
 """
@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 Kind = Literal["kl", "mse"]
 
 ROWS_PER_BLOCK = 1024
-"""Rows of cosines that are held at once; backward computes them again."""
+"""The cosines of this many rows are held at once. Backward computes them again."""
 
 
 class TaughtTexts(NamedTuple):
-    """Vectors of length 1 of the same texts, and the texts' ids.
+    """Student's and teacher's vectors of the same texts, all of length 1, and the texts' ids.
 
     Attributes:
         student_ND, teacher_NT: `[N, D]` and `[N, T]`.
@@ -30,7 +30,7 @@ class TaughtTexts(NamedTuple):
 
 
 def similarity_loss(rows: TaughtTexts, columns: TaughtTexts, kind: Kind, temperature: float) -> torch.Tensor:
-    """Loss of each row's cosines with all columns but those with its id, `[Q]` fp32.
+    """Returns one loss for each row, `[Q]` fp32: of its cosines with all columns that have another id.
 
     Args:
         kind: `kl`, KL(softmax(teacher / τ) ‖ softmax(student / τ)) (cf. Fang et al., 2021, arXiv 2101.04731),

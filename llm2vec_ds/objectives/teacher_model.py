@@ -1,4 +1,4 @@
-"""A model that teaches or guides: text in, vectors out."""
+"""Loads a teacher or guide: a model that turns texts into vectors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ TEXTS_PER_PASS = 32
 
 
 def load_teacher(path: str, key: str, prompt: str | None, device: torch.device) -> Encode:
-    """An encoder of this toolkit, else a sentence-transformers model.
+    """Loads an encoder of this toolkit, or else a sentence-transformers model.
 
     Args:
-        key: the recipe's key that names it.
-        prompt: put before each text; of an encoder of this toolkit its instruction, which is not pooled.
+        key: the recipe key that names the model.
+        prompt: text that goes before each text. An encoder of this toolkit takes it as its instruction, which
+            is not pooled.
 
     Raises:
-        UserError: no such model, or it cannot be loaded.
+        UserError: there is no such model, or it cannot be loaded.
     """
     if (Path(path) / SETTINGS_FILE).is_file():
         encoder = Encoder.from_pretrained(path, device=device)

@@ -1,10 +1,11 @@
-"""Another model's vectors on the disk, found by text: made once, memory-mapped by every rank.
+"""Another model's vectors on disk, found by text. They are made once, and every rank maps them into memory.
 
-    texts ─► hashes.npy, of each text once ─► vectors.npy grows block by block, a note says how far ─► the
-                                              folder's name
+    texts ─► hashes.npy: one hash for each distinct text
+          ─► vectors.npy grows block by block; progress.json says how far it is
+          ─► the finished folder gets its name
 
-A folder is keyed by model, prompt, and the texts with their instructions. Of vectors that `encode` wrote only
-hashes and rows are made; they are mapped where they lie.
+The folder's name depends on the model, the prompt, and the texts with their instructions. For vectors that
+`encode` wrote, only hashes and row numbers are made. The vectors stay where they are.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ TEXTS_PER_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Wanted:
-    """Vectors that a recipe wants.
+    """Vectors that a recipe needs.
 
     Attributes:
-        teacher: a model, or vectors that `encode` wrote; `key`: of the recipe, which names it.
-        prompt: put before each text, for the model.
-        texts: calls for (hash, text) of each text to be found, in one order.
-        identity: what changes with them.
-        root: where folders of vectors are kept.
+        teacher: a model, or vectors that `encode` wrote.
+        key: the recipe key that names the teacher.
+        prompt: text that the model gets before each text.
+        texts: yields (hash, text) of each text. Every call gives the same order.
+        identity: values that change whenever the texts change.
+        root: parent of the folders of vectors.
     """
 
     teacher: str
@@ -59,7 +61,7 @@ class Wanted:
 
     @property
     def folder(self) -> Path:
-        """Where the vectors are kept."""
+        """The folder that holds, or will hold, the vectors."""
         if _are_vectors(self.teacher):
             parts: list[Any] = ["vectors", Source(tuple(vector_files(self.teacher))).identity()]
         else:
@@ -68,10 +70,10 @@ class Wanted:
 
 
 class TeacherVectors:
-    """Vectors `[texts, width]` by text hash."""
+    """Looks up vectors `[texts, width]` by text hash."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError where a file is damaged or gone."""
+        """Raises UserError if a file is damaged or missing."""
         kept = read_kept(folder)
         self.fingerprint = kept.fingerprint
         self._parts = [load_vectors(folder / name) for name in kept.files if name not in (HASHES, ROWS)]
@@ -82,11 +84,11 @@ class TeacherVectors:
         self.width = int(self._parts[0].shape[1])
 
     def known(self, hashes: np.ndarray) -> np.ndarray:
-        """Which of `hashes [N]` have a vector, bool."""
+        """Returns which of `hashes [N]` have a vector, bool."""
         return np.isin(hashes, self._hashes)
 
     def __getitem__(self, hashes: np.ndarray) -> torch.Tensor:
-        """Vectors of known `hashes [N]`, `[N, width]` fp32."""
+        """Returns the vectors `[N, width]` fp32 of `hashes [N]`, which must be known."""
         rows = self._rows[np.searchsorted(self._hashes, hashes)]
         found = np.empty((len(rows), self.width), dtype=np.float32)
         parts = np.searchsorted(self._starts, rows, side="right") - 1
@@ -97,7 +99,7 @@ class TeacherVectors:
 
 
 def keep_vectors(wanted: Wanted) -> Path:
-    """The folder of the vectors; made if it is not there yet, or damaged.
+    """Returns the folder of the vectors. Makes it if it is missing or damaged.
 
     Raises:
         UserError: the model cannot be loaded, or its vectors cannot be read or written.
@@ -108,7 +110,7 @@ def keep_vectors(wanted: Wanted) -> Path:
 
 
 def vectors_root(data: DataConfig) -> Path:
-    """Where vectors for these data are kept."""
+    """Returns the parent of the folders of vectors for these data."""
     return Path(data.prepared_dir) if data.prepared_dir else cache_root() / "prepared"
 
 
@@ -118,7 +120,7 @@ def _are_vectors(teacher: str) -> bool:
 
 
 def _files_below(folder: str) -> list[Any]:
-    """Names, sizes and times of change of all files in a model's folder; nothing of a hub id."""
+    """Names, sizes and modification times of all files in a model's folder; an empty list for a hub id."""
     files = (
         sorted(file for file in Path(folder).rglob("*") if file.is_file()) if Path(folder).is_dir() else []
     )
@@ -126,7 +128,7 @@ def _files_below(folder: str) -> list[Any]:
 
 
 class _Making:
-    """One folder in the making."""
+    """Makes one folder. If it was interrupted, it continues after the last block of vectors on disk."""
 
     def __init__(self, wanted: Wanted, unfinished: Path) -> None:
         self.wanted, self.unfinished = wanted, unfinished
@@ -140,26 +142,25 @@ class _Making:
         return [HASHES, ROWS, *files]
 
     def _of_vectors(self) -> list[str]:
-        """Which of the texts that the vectors' note names are wanted, whatever instruction those have."""
+        """Finds the wanted texts among those that the vectors' note names. Instructions are ignored."""
         teacher, key = self.wanted.teacher, self.wanted.key
         files = vector_files(teacher)
         note = VectorNote.read(files[0])
         if files[0].suffix != ".npy" or note is None or note.input == "-":
             raise UserError(
-                f"{key} {teacher}: the texts of these vectors are not known: write .npy files with "
+                f"{key} {teacher} does not say which texts its vectors belong to: write .npy files with "
                 "llm2vec-ds encode, from a file of texts"
             )
         if self.wanted.prompt is not None:
             raise UserError(
-                f"{key} {teacher} holds vectors that are there already, so that a prompt for it changes "
-                "nothing: leave the prompt out"
+                f"{key} {teacher} holds finished vectors, which a prompt cannot change: remove the prompt"
             )
         rows = TextRows(find_source(note.input, f"the input of {teacher}"), note.text_column, 0, note.n_rows)
         bare = np.fromiter((-1 if text is None else _bare(text) for text in rows), dtype=np.int64)
         if len(bare) != note.n_rows:
             raise UserError(
-                f"{key} {teacher}: {note.input} has {len(bare)} texts now, and had {note.n_rows}: "
-                "encode it again"
+                f"{key} {teacher}: {note.input} now has {len(bare)} texts, but had {note.n_rows} when it was "
+                "encoded: encode it again"
             )
         known, row = np.unique(bare, return_index=True)
         wanted = np.fromiter(
@@ -190,7 +191,7 @@ class _Making:
         return [self.vectors.name]
 
     def _each_once(self, hashes: np.ndarray) -> Iterator[str]:
-        """The text of each hash, which are those of all texts in the order of their first appearance."""
+        """Yields the text of each hash. The hashes are in the order in which their texts first appear."""
         next_of = iter(hashes.tolist())
         due = next(next_of, None)
         for found, text in self.wanted.texts():
@@ -205,8 +206,12 @@ class _Making:
                 shape = (n_texts, vectors.shape[1])
                 np.lib.format.open_memmap(self.vectors, mode="w+", dtype=np.float32, shape=shape)
             if not np.isfinite(vectors).all():
-                raise UserError(f"{self.wanted.key} {self.wanted.teacher} gives vectors that are not finite")
-            # Written, not assigned through the map: there a full disk would be a bus error.
+                raise UserError(
+                    f"{self.wanted.key} {self.wanted.teacher} gives vectors with a NaN or an infinity: "
+                    "choose another model"
+                )
+            # A plain write raises an error if the disk is full. Assigning through the memory map would end
+            # the process with a bus error.
             place = -(n_texts - n_done) * vectors.shape[1] * vectors.itemsize
             write_at(self.vectors, vectors.tobytes(), place, os.SEEK_END)
             n_done += len(vectors)

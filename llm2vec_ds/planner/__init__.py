@@ -1,1 +1,1 @@
-"""What a recipe needs on a machine: memory by part, bytes on the wire, and what fits; from shapes alone."""
+"""Plans a recipe from tensor shapes only: memory by part, bytes sent, and what fits on a machine."""

@@ -1,4 +1,4 @@
-"""Attention on the meta device that allocates what the fused kernels do: no score matrix."""
+"""Attention on the meta device that allocates what fused kernels allocate, so no score matrix."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ NAME = "llm2vec_shapes"
 def _attention_shapes(
     q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[T, H, D]` and a log-sum-exp a row and head: what every fused kernel makes, and keeps beside its
-    inputs (FlashAttention, arXiv 2205.14135)."""
+    """Returns the outputs of every fused kernel: `[T, H, D]`, and a log-sum-exp for each row and head.
+
+    A fused kernel keeps these and its inputs for backward (FlashAttention, arXiv 2205.14135).
+    """
     raise NotImplementedError("shapes only")
 
 
@@ -42,8 +44,10 @@ _attention_shapes.register_autograd(_backward, setup_context=_keep)
 
 
 def register_for_shapes(device_type: str, attention_dropout: float) -> str:
-    """Name of the attention that needs what a run's would; on a CPU with dropout the run's own, which holds
-    the weights of every pair."""
+    """Registers an attention that allocates what a run's attention does, and returns its name.
+
+    On a CPU with attention dropout it is the run's own attention, which holds the weights of every pair.
+    """
     if device_type == "cpu" and attention_dropout > 0:
         return register("torch")
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -59,7 +63,7 @@ def _on_gpu(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> to
 
 
 def _on_cpu(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
-    """The very operation of a run; which texts there are does not count."""
+    """Runs the same operation as a training run. All tokens count as one text."""
     cu_seqlens = torch.empty(2, dtype=torch.int32, device=q_THD.device)
     out_THD: torch.Tensor = cpu_attention(q_THD, k_TKD, v_TKD, cu_seqlens, 1.0, None, False)[0]
     return out_THD

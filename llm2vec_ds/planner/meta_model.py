@@ -1,4 +1,4 @@
-"""A recipe's model on the meta device: every tensor has shape and dtype, and no memory."""
+"""A recipe's model on the meta device: its tensors have a shape and a dtype, but no memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ META = torch.device("meta")
 
 @dataclass
 class MetaModel:
-    """What the engine would train, without adapters. `head` is what the objective puts behind the trunk."""
+    """The model that the engine would train, without adapters. `head` is the objective's own module."""
 
     whole: nn.Module
     trunk: Any
@@ -40,20 +40,24 @@ class MetaModel:
         layers = getattr(self.trunk, "layers", None)
         if layers is None:
             name = type(self.trunk).__name__
-            raise UserError(f"{name} keeps its layers under another name than `layers`: it cannot be planned")
+            raise UserError(
+                f"{name} cannot be planned: its layers are not in `layers`. Choose a model with `layers`"
+            )
         return len(layers)
 
     def cut(self, n_layers: int) -> None:
-        """Keeps the first layers: what one layer more needs is then known without running them all."""
+        """Keeps the first `n_layers` layers. Two runs of different depth then show what one layer needs."""
         self.trunk.layers = self.trunk.layers[:n_layers]
 
 
 def model_config(recipe: Recipe, recipe_file: Path | None = None) -> Any:
-    """transformers' config of the recipe's model: from its folder, `model.config_file`, beside the recipe, or
-    the hub's cache on this machine. Nothing is downloaded, and no code is run unless the recipe trusts it.
+    """Returns transformers' config of the recipe's model.
+
+    It looks in the model's folder, at `model.config_file`, beside the recipe, and in the hub's cache on this
+    machine, in this order. It downloads nothing, and runs the model's code only if the recipe trusts it.
 
     Raises:
-        UserError: none of these has it, or it cannot be read.
+        UserError: no place has a config, or it cannot be read.
     """
     from transformers import AutoConfig
 
@@ -61,7 +65,8 @@ def model_config(recipe: Recipe, recipe_file: Path | None = None) -> Any:
     found = _config_file(recipe, recipe_file)
     with loading(str(found or path)):
         try:
-            # The code that a config.json may name lies beside it: transformers looks for it in a folder.
+            # A config.json may name code files next to it. transformers finds them only if it gets the
+            # folder.
             where = found.parent if found and found.name == "config.json" else found or path
             return AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=trusted)
         except OSError:
@@ -83,13 +88,13 @@ def _config_file(recipe: Recipe, recipe_file: Path | None) -> Path | None:
 
 
 def _base(recipe: Recipe) -> str:
-    """The model under an adapter's folder. The hub is not asked whether an id is one."""
+    """Returns the base model if the path is an adapter's folder. A hub id is returned as it is, unchecked."""
     path = recipe.model.path
     return resolve(path).base if Path(path).is_dir() else path
 
 
 def meta_model(recipe: Recipe, config: Any, options: TrunkOptions) -> MetaModel:
-    """Trunk and head, without adapters, as a run would hold them on `options.device`."""
+    """Builds trunk and head without adapters, as a run would hold them on `options.device`."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     with loading(recipe.model.path):
@@ -120,7 +125,7 @@ def meta_model(recipe: Recipe, config: Any, options: TrunkOptions) -> MetaModel:
 
 
 def trainable_shapes(model: MetaModel, adapter: AdapterConfig | None) -> list[torch.Size]:
-    """Shapes of what will train: of all weights, or of the adapters that `add_lora` would put in."""
+    """Returns the shapes of all parameters that train: all weights, or the adapters that `add_lora` adds."""
     if adapter is None:
         return [parameter.shape for parameter in model.whole.parameters()]
     shapes = []
@@ -142,7 +147,7 @@ def _is_target(name: str, adapter: AdapterConfig) -> bool:
 
 
 def put_adapters_in(model: MetaModel, recipe: Recipe, options: TrunkOptions) -> None:
-    """Adapters, dropout and checkpointing as in a run, for `simulate`."""
+    """Adds adapters, fused layers, dropout and checkpointing as in a run, for `simulate`."""
     if recipe.adapter is not None:
         with META:
             add_lora(model.trunk, recipe.adapter)
@@ -158,21 +163,21 @@ def put_adapters_in(model: MetaModel, recipe: Recipe, options: TrunkOptions) -> 
 
 
 def _as_deepspeed_casts(model: nn.Module, dtype: torch.dtype) -> None:
-    """Adapters are bf16 in a bf16 run, with an fp32 copy in the optimizer."""
+    """Casts trainable weights to the run's dtype, as DeepSpeed does. The optimizer has the fp32 copy."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
 
 
 class _Seeds(Masks):
-    """Masks of a GPU, which take no memory; the meta device would take the CPU's way."""
+    """Dropout masks as on a GPU, where a seed replaces them. The default on meta would be the CPU's masks."""
 
     def next_for(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), dtype=torch.int64)
 
 
 class _FusedDropout(nn.Module):
-    """Keeps a byte for each element, as CUDA's dropout does; the meta device would take the CPU's way."""
+    """Keeps one byte for each element, as CUDA's dropout does. The default on meta would be the CPU's way."""
 
     def __init__(self, p: float) -> None:
         super().__init__()

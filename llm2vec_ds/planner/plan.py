@@ -1,4 +1,4 @@
-"""Puts the parts together: what a recipe needs on its machine, what would fit, and what it costs."""
+"""Plans a recipe on its machine: the memory it needs, what fits, and what a step costs."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from llm2vec_ds.recipe.sections import MachineConfig
 
 GIB = 2**30
 RESERVED = {"cuda": GIB * 3 // 4, "cpu": GIB}
-"""What no tensor of ours takes: CUDA's context and its libraries, or Python with torch on a CPU."""
+"""Bytes taken besides our tensors: by CUDA's context and libraries, or on a CPU by Python with torch."""
 FRAGMENTATION = 0.05
-"""Share of the peak that the allocator cannot hand out."""
+"""Share of the tensors' bytes that fragmentation adds."""
 BY_COST = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
-"""Files of ds_configs/, from the least traffic to the most."""
+"""Files in ds_configs/, from least to most traffic."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU. `peak` is not their sum: the loss and a micro-batch do not run at once."""
+    """Bytes on one GPU. `peak` is not the sum of the parts: the loss and a micro-batch do not run at once."""
 
     weights: int
     adapters: int
@@ -59,7 +59,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Choice:
-    """One DeepSpeed JSON on this machine."""
+    """What one DeepSpeed JSON would need on this machine."""
 
     deepspeed: str | None
     peak: int
@@ -70,7 +70,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the meta model told, for any number of texts in a micro-batch and any ZeRO stage."""
+    """Sizes of the meta model. They serve any ZeRO stage and any number of texts in a micro-batch."""
 
     frozen_bytes: int
     frozen: list[torch.Size]
@@ -84,7 +84,7 @@ class Shapes:
     two_sizes: tuple[tuple[int, PassBytes], tuple[int, PassBytes]]
 
     def one_pass(self, n_texts: int) -> PassBytes:
-        """Bytes grow in a straight line with the texts."""
+        """Returns the bytes of a pass of `n_texts`, on the straight line through the two simulated sizes."""
         (n_a, a), (n_b, b) = self.two_sizes
 
         def line(x: int, y: int) -> int:
@@ -94,12 +94,12 @@ class Shapes:
 
 
 class Planner:
-    """A recipe on a machine. Everything that takes time happens once, on the meta device."""
+    """Plans a recipe on a machine. The slow part runs once, here, on the meta device."""
 
     def __init__(
         self, recipe: Recipe, recipe_file: Path | None = None, machine: MachineConfig | None = None
     ) -> None:
-        """Raises UserError where the model's config.json is not at hand."""
+        """Raises UserError if the model's config.json is not on this machine."""
         self.recipe = recipe
         self.machine = machine or recipe.machine
         self.device = torch.device("cuda" if self.machine.gpus_per_node else "cpu")
@@ -129,18 +129,23 @@ class Planner:
     def memory(self, deepspeed: str | None, load: Workload | None = None) -> Memory:
         load = load or self.load
         held, bank, one = self.states(deepspeed), self.bank(load), self.shapes.one_pass(load.texts_per_pass)
-        # The optimizer's own step: gradients in fp32 and one temporary.
+        # The optimizer's step needs fp32 gradients and one fp32 temporary of the same size. Offloaded, it
+        # runs on the host.
         trainable_part = sum(s.numel() for s in self.shapes.trainable) // (
             self.world_size if self.zero(deepspeed) else 1
         )
         optimizer_step = 0 if held.optimizer == 0 else 2 * 4 * trainable_part
         graphs = self._graphs(deepspeed, load)
-        if graphs:  # their pool keeps a pass's memory for the next one, and nothing else can use it
-            # The warm-up of a further length runs beside the pool.
+        if graphs:
+            # CUDA graphs keep a pass's memory in their own pool, which nothing else can use. So it adds to
+            # the largest other moment. One such moment is the warm-up of another length, with its
+            # activations.
             step = one.peak + max(bank.kept, bank.in_loss, optimizer_step, one.activations) + graphs
         elif load.cached:
+            # Passes run while the vectors wait. The loss runs between passes, without activations.
             step = max(one.peak + bank.kept, bank.in_loss, optimizer_step)
         else:
+            # A single pass holds its activations while the loss runs.
             step = max(one.peak, one.activations + bank.in_loss, optimizer_step)
         tensors = held.on_device + step
         reserved = RESERVED[self.device.type] + int(FRAGMENTATION * tensors)
@@ -161,7 +166,10 @@ class Planner:
         )
 
     def _graphs(self, deepspeed: str | None, load: Workload) -> int:
-        """Bytes of the hidden states, and their gradient, that recorded passes write to; 0: none are."""
+        """Returns the bytes of the hidden states and gradients that recorded passes write to.
+
+        0 if no pass is recorded.
+        """
         recipe = self.recipe
         can = (
             self.device.type == "cuda"
@@ -195,7 +203,7 @@ class Planner:
         )
 
     def work(self, n_tokens: float | None = None) -> Work:
-        """Of one rank's step with that many tokens; None: every text as long as it may be."""
+        """Returns the work of one rank's step with `n_tokens` tokens; None: all texts have full length."""
         load, shapes_ = self.load, self.shapes
         whole = load.texts * load.tokens_per_text
         n_tokens = whole if n_tokens is None else n_tokens
@@ -216,7 +224,10 @@ class Planner:
         )
 
     def step_time(self, speed: Speed | None = None) -> StepTime | None:
-        """With a fitted speed, or the assumed one of a GPU; None for a CPU, of which nothing is assumed."""
+        """Estimates a step's time from a fitted speed, or else from a GPU's assumed speed.
+
+        None for a CPU without a fitted speed: nothing is assumed there.
+        """
         if speed is None:
             if self.device.type == "cpu":
                 return None
@@ -225,12 +236,12 @@ class Planner:
         return StepTime(speed.seconds(self.work()) * 1e3, sent * 1e3)
 
     def largest_token_budget(self) -> int:
-        """The largest `batch.micro_batch_tokens` that fits, in whole texts; 0 if none does."""
+        """Returns the largest `batch.micro_batch_tokens` that fits, in whole texts; 0 if none fits."""
         n_texts = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_texts_per_pass(n)))
         return n_texts * self.load.tokens_per_text
 
     def largest_global_batch(self) -> int | None:
-        """Rows of a step that fit by the memory of their vectors; None where ranks exchange none."""
+        """Returns the largest `batch.global_batch_size` whose vectors fit; None if ranks exchange none."""
         if not self.load.documents:
             return None
         a_rank = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_examples(n)))
@@ -241,7 +252,7 @@ class Planner:
         return dataclasses.replace(self.load, texts_per_pass=n_texts, texts=texts)
 
     def _with_examples(self, n: int) -> Workload:
-        """At this recipe's token budget, so that the cache runs where the batch grows."""
+        """Returns the work of `n` rows a rank. The token budget stays, so a larger batch has more passes."""
         factor = n / self.load.rows
         budget = max(1, self.recipe.batch.micro_batch_tokens // self.load.tokens_per_text)
         texts = round(self.load.texts * factor)
@@ -254,7 +265,7 @@ class Planner:
         )
 
     def choices(self) -> list[Choice]:
-        """The recipe's own JSON and those of the folder beside it, each with what it would take."""
+        """Returns the needs of the recipe's own JSON, and of those beside it or in ds_configs/."""
         names: list[str | None] = [None] if self.world_size == 1 else []
         if folder := _ds_configs(self.recipe):
             wanted: tuple[str, ...] = BY_COST[2:] if self.world_size == 1 else BY_COST
@@ -276,7 +287,7 @@ class Planner:
 
 
 def shapes(recipe: Recipe, config: Any, device: torch.device, load: Workload) -> Shapes:
-    """Builds the model on the meta device, counts it, and runs its first layers there."""
+    """Builds the model on the meta device, counts its sizes, and runs its first layers there."""
     options = TrunkOptions(causal=recipe.model.causal, precision=recipe.model.precision, device=device)
     model = meta_model(recipe, config, options)
     n_layers = model.n_layers
@@ -286,8 +297,9 @@ def shapes(recipe: Recipe, config: Any, device: torch.device, load: Workload) ->
     text_config = model.trunk.config.get_text_config()
     head_dim = head_dim_of(text_config) or (text_config.hidden_size // text_config.num_attention_heads)
     counted = sum(weight_storages(model.whole).values())
-    # QLoRA's later stages hold the adapters of the earlier ones: those that are there, or that will be.
-    path = recipe.model.path  # a model of the hub is not looked for
+    # A later stage of QLoRA also holds the adapters of the earlier stages. If these have not run yet, one
+    # earlier stage is assumed.
+    path = recipe.model.path  # only a folder can hold earlier adapters; the hub is not asked
     n_stacked = len(read_stack(path, recipe.model.quantization, None).earlier) if Path(path).is_dir() else 0
     if recipe.model.quantization is not None and load.objective.follows_another:
         n_stacked = max(n_stacked, 1)
@@ -310,7 +322,10 @@ def shapes(recipe: Recipe, config: Any, device: torch.device, load: Workload) ->
 def _two_sizes(
     model: MetaModel, recipe: Recipe, options: TrunkOptions, load: Workload, n_layers: int
 ) -> tuple[tuple[int, PassBytes], tuple[int, PassBytes]]:
-    """A whole pass of the planned size, and one of twice that, from runs of two layers and of one more."""
+    """Returns the bytes of a pass of the planned size, and of a pass twice as large.
+
+    Runs two layers, then three. The difference is one layer, which is added for each of the other layers.
+    """
     few, more = min(2, n_layers), min(3, n_layers)
     model.cut(more)
     put_adapters_in(model, recipe, options)
@@ -326,7 +341,7 @@ def _two_sizes(
 
 
 def _whole_shape(parameter: Any) -> torch.Size:
-    """Of a weight in 4 bits, the shape that it stands for."""
+    """Returns a parameter's shape. A weight in 4 bits is stored packed: its original shape counts."""
     state = getattr(parameter, "quant_state", None)
     shape: torch.Size = parameter.shape if state is None else state.shape
     return shape
@@ -338,7 +353,7 @@ def _linear_parameters(model: MetaModel) -> int:
 
 
 def _largest(fits: Any) -> int:
-    """The largest n ≥ 1 that fits, if what is needed grows with n; 0 if none does."""
+    """Returns the largest n ≥ 1 that fits, by bisection; 0 if none fits. Memory has to grow with n."""
     if not fits(1):
         return 0
     low, high = 1, 2

@@ -1,4 +1,8 @@
-"""One micro-batch forward and backward on the meta device: what is held for backward, and the peak."""
+"""Counts the bytes of one micro-batch: what it holds for backward, and its peak.
+
+The micro-batch runs forward and backward on the meta device, where a tensor has a shape but no memory. A
+dispatch mode adds up the bytes that living tensors would take.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +25,13 @@ from llm2vec_ds.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class PassBytes:
-    """Of one micro-batch, parameters and their gradients left out.
+    """Bytes of one micro-batch, without parameters and their gradients.
 
     Attributes:
-        activations: held between forward and backward.
-        peak: the most at any moment, activations included; the language head's logits too.
-        logits: what the head holds at most beyond its own result, part of `peak` where it is the largest.
+        activations: bytes held between forward and backward.
+        peak: the most bytes at any moment, activations and the language head's logits included.
+        logits: the most bytes that the head holds besides its result. They are part of `peak` if the peak
+            falls into the head.
     """
 
     activations: int
@@ -35,11 +40,14 @@ class PassBytes:
 
 
 COPIES_ITS_INPUT = (torch.ops.aten.logsumexp.default,)
-"""Its kernel allocates where a dispatch mode does not see it."""
+"""Operations whose kernel allocates a copy of the input. A dispatch mode cannot see inside a kernel."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of meta tensors that are alive, by storage, while the mode is on."""
+    """Counts the bytes of living meta tensors while the mode is on.
+
+    It counts storages, not tensors: a view shares the storage of its base and takes no bytes of its own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +56,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            return 1  # "is this no packed stream?", asked by some models before they make a mask
+            # Some models read a tensor's value before they make a mask, to ask "is this no packed stream?".
+            # A meta tensor has no value, so the answer is always 1: yes.
+            return 1
         out = func(*args, **(kwargs or {}))
         if func in COPIES_ITS_INPUT:
             self.peak = max(self.peak, self.now + args[0].untyped_storage().nbytes())
@@ -58,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def known(self, storages: Iterator[torch.UntypedStorage]) -> None:
-        """These are counted elsewhere."""
+        """Leaves out these storages: they are counted elsewhere."""
         for storage in storages:
             self._seen[storage._cdata] = None
 
@@ -76,18 +86,19 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def fresh_peak(self) -> Iterator[None]:
+        """Sets `last` to the peak inside the block, above the bytes that still live at its end."""
         before, self.peak = self.peak, self.now
         yield
         self.last, self.peak = self.peak - self.now, max(before, self.peak)
 
 
 def simulate(model: MetaModel, recipe: Recipe, n_texts: int, tokens_per_text: int) -> PassBytes:
-    """Forward and backward of `n_texts` equally long texts, as a stage runs them."""
+    """Runs forward and backward of `n_texts` equally long texts, as a stage does."""
     stream, pooled = _batches(n_texts, tokens_per_text)
     model.whole.train()
     live = LiveBytes()
     live.known(tensor.untyped_storage() for tensor in (*model.whole.parameters(), *model.whole.buffers()))
-    # Gradients have their own line, and under ZeRO they leave as they come.
+    # `States.gradients` counts parameter gradients, so each one is dropped as soon as it is complete.
     hooks = [
         p.register_post_accumulate_grad_hook(_drop_gradient)
         for p in model.whole.parameters()
@@ -109,7 +120,10 @@ def simulate(model: MetaModel, recipe: Recipe, n_texts: int, tokens_per_text: in
 
 
 def _batches(n_texts: int, tokens_per_text: int) -> tuple[PackedBatch, PackedBatch]:
-    """One whose text boundaries are real, for an attention that reads them, and one all on meta."""
+    """Returns the batch twice: for the trunk, and for head or pooling.
+
+    The first has real text boundaries, because an attention may read their values. The second is all on meta.
+    """
     n_tokens = n_texts * tokens_per_text
     with META:
         ids = torch.empty(n_tokens, dtype=torch.int64)

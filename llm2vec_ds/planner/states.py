@@ -1,7 +1,16 @@
-"""Bytes that training keeps beside the weights: gradients, optimizer, DeepSpeed's own buffers.
+"""Bytes that training keeps besides activations: weights, gradients, optimizer, DeepSpeed's own buffers.
 
-What DeepSpeed 0.19 allocates, held to measured tensors in tests/planner/test_states.py. W ranks, N
-trainable elements, b bytes of an element on the device.
+The formulas follow what DeepSpeed 0.19 allocates. tests/planner/test_states.py compares them with measured
+tensors. With W ranks, N trainable elements of b bytes on the device, and Adam with fp32 moments, a rank
+holds:
+
+    stage   trainable   gradients   optimizer
+    0       b · N       b · N       8 · N for the moments, and 4 · N for an fp32 copy unless b = 4
+    1       b · N       b · N       12 · N / W: fp32 copy and moments
+    2       b · N       b · N / W   12 · N / W
+    3       b · N / W   b · N / W   12 · N / W
+
+A moving average (EMA) adds 4 bytes an element to the optimizer. 8-bit moments take about 2 bytes, not 8.
 """
 
 from __future__ import annotations
@@ -14,22 +23,23 @@ import torch
 
 FP32 = 4
 ALIGNMENT = 2
-"""ZeRO-1 and 2 pad a rank's part to a multiple of this many elements."""
+"""ZeRO-1 and 2 pad each rank's part to a multiple of this many elements."""
 EIGHT_BIT_BLOCK, LEAST_EIGHT_BIT = 256, 4096
-"""bitsandbytes: elements that share a scale, and the smallest tensor that is kept in 8 bits."""
+"""bitsandbytes: number of elements that share a scale, and elements of the smallest tensor kept in 8 bits."""
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one GPU, and on the host for what is offloaded.
+    """Bytes on one GPU, and on the host for offloaded parts.
 
     Attributes:
         frozen: weights that do not train, as this rank holds them.
-        trainable: the device's copy of what trains.
-        gradients: the most that is held of them; under ZeRO-1 all, until backward is through.
-        optimizer: fp32 copy (where there is one) and both moments.
+        trainable: the device's copy of the weights that train.
+        gradients: the most gradient bytes held at once. Under ZeRO-1 these are all gradients, until backward
+            ends.
+        optimizer: fp32 copy (if there is one), both moments, and the moving average (if there is one).
         buffers: communication buckets, and under ZeRO-3 gathered parameters.
-        host: on the host, for one rank.
+        host: bytes on the host, for one rank.
     """
 
     frozen: int
@@ -55,13 +65,13 @@ def states(
     eight_bit: bool = False,
     averaged: bool = False,
 ) -> States:
-    """The states under `zero`, a DeepSpeed JSON's `zero_optimization`.
+    """Returns the states under `zero`, the `zero_optimization` section of a DeepSpeed JSON.
 
     Args:
-        frozen_bytes: of the weights as one process without ZeRO holds them, scales of NF4 included.
-        dtype: of trainable weights on the device; bf16 has an fp32 copy in the optimizer.
-        eight_bit: 8-bit moments instead of fp32.
-        averaged: a moving average in fp32 beside the optimizer's own copy.
+        frozen_bytes: bytes of the frozen weights in one process without ZeRO, scales of NF4 included.
+        dtype: dtype of the trainable weights on the device. bf16 weights have an fp32 copy in the optimizer.
+        eight_bit: True if moments have 8 bits instead of fp32.
+        averaged: True if there is also a moving average in fp32.
     """
     stage = int(zero.get("stage", 0))
     sizes = [shape.numel() for shape in trainable]
@@ -75,16 +85,18 @@ def states(
         return States(
             frozen_bytes, dtype.itemsize * whole, dtype.itemsize * whole, copy + moments + average, 0
         )
+    # ZeRO-1 and 2 flatten all trainable weights into one tensor, pad it, and give each rank an equal part.
     unit = ALIGNMENT * world_size
     padded = -(-whole // unit) * unit
     part = padded // world_size
     own = FP32 * part * (1 + averaged) + _moments(part, eight_bit)
     gradients = dtype.itemsize * (whole if stage == 1 else part)
+    # With overlap_comm, one bucket fills while the other is being sent.
     n_buckets = 2 if zero.get("overlap_comm") else 1
     bucket = min(int(zero.get("reduce_bucket_size", 5e8)), padded)
     buffers = n_buckets * dtype.itemsize * bucket
     offloaded = _is_offloaded(zero, "offload_optimizer")
-    # On the host: the optimizer, its gradients in fp32, and the new weights on their way back.
+    # The host holds the optimizer, fp32 gradients, and the new weights before they go back to the GPU.
     host = own + (FP32 + dtype.itemsize) * part
     return States(
         frozen_bytes,
@@ -106,17 +118,21 @@ def _zero3(
     eight_bit: bool,
     averaged: bool,
 ) -> States:
-    """Every parameter is cut into equal parts, small ones stay whole beside; a step gathers the others."""
+    """Returns the states under ZeRO-3.
+
+    Each rank holds 1/W of every parameter. Small parameters also stay gathered on every rank all the time.
+    Others are gathered when a step needs them.
+    """
     frozen = [shape.numel() for shape in frozen_shapes]
     threshold = int(zero.get("stage3_param_persistence_threshold", 1e5))
     persistent = sum(size for size in (*frozen, *sizes) if size < threshold)
     gathered = min(sum((*frozen, *sizes)), int(zero.get("stage3_max_live_parameters", 1e9)))
-    # The largest (the embedding) is gathered whatever the limit.
+    # The largest parameter (the embedding) is gathered whole, even above the limit.
     gathered = max(gathered, max((*frozen, *sizes), default=0))
     part = sum(-(-size // world_size) for size in sizes)
     frozen_part = sum(-(-size // world_size) for size in frozen)
     never_split = frozen_bytes - dtype.itemsize * sum(frozen)  # buffers, scales of NF4
-    # hpZ keeps a second copy in each group of ranks.
+    # hpZ (zero_hpz_partition_size) keeps a second copy of all weights in each group of ranks.
     group = min(int(zero.get("zero_hpz_partition_size", 1)), world_size)
     second = sum(-(-size // group) for size in (*frozen, *sizes)) if group > 1 else 0
     bucket = int(zero.get("reduce_bucket_size", 5e8))
@@ -139,7 +155,10 @@ def _zero3(
 
 
 def _moments(n_elements: int, eight_bit: bool) -> int:
-    """Bytes of Adam's two moments of one tensor."""
+    """Returns the bytes of Adam's two moments for one tensor: 8 bytes an element in fp32.
+
+    With 8 bits: one byte an element, and one fp32 scale a block, for each moment.
+    """
     if not eight_bit or n_elements < LEAST_EIGHT_BIT:
         return 2 * FP32 * n_elements
     return 2 * (n_elements + FP32 * -(-n_elements // EIGHT_BIT_BLOCK))

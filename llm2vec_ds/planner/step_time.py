@@ -1,4 +1,7 @@
-"""How long a step takes: an estimate from its operations, with an assumed speed or a fitted one."""
+"""Estimates how long a step takes, from its operations and an assumed or fitted speed:
+
+seconds = operations / operations_per_s + passes · pass_s
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,23 @@ from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.recipe.sections import MachineConfig
 
 UTILISATION = 0.4
-"""Share of the data sheet's speed that matrix products of this size reach: an assumption."""
+"""Assumed share of the data sheet's speed that matrix products of this size reach."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank computes in a step."""
+    """The work of one rank in a step."""
 
     operations: float
     passes: int
-    """Micro-batches that run forward, each of them as often as it does."""
+    """Number of forward passes. The embedding cache runs each micro-batch twice."""
 
 
 @dataclass(frozen=True)
 class Speed:
     operations_per_s: float
     pass_s: float = 0.0
-    """What a pass takes beside its products, whatever its size."""
+    """Seconds that every pass takes besides its matrix products, whatever its size."""
 
     def seconds(self, work: Work) -> float:
         return work.operations / self.operations_per_s + work.passes * self.pass_s
@@ -35,7 +38,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Fit:
-    """A speed, and how far measured steps are from it (relative, of the measured time)."""
+    """A speed, and its errors: |predicted − measured| / measured, over the measured steps."""
 
     speed: Speed
     n_steps: int
@@ -43,12 +46,12 @@ class Fit:
     median_error: float
     error_of_90_percent: float
     left_out_error: float | None
-    """Median over steps of a run that the fit had not seen, each run in turn; None for a single run."""
+    """Median error on runs that the fit has not seen. Each run is left out in turn. None for a single run."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Milliseconds; compute and communication are added, though they overlap in part."""
+    """Milliseconds of a step. The total adds compute and communication, although they overlap in part."""
 
     compute_ms: float
     communication_ms: float
@@ -73,33 +76,42 @@ def operations(
     head_parameters: int,
     head_rows: float,
 ) -> float:
-    """Two for each weight and token, four for each pair of tokens of a text and attention width.
+    """Returns the operations of one rank's step.
+
+    Forward takes two operations for each weight and token: a multiplication and an addition. Attention takes
+    four for each pair of tokens of a text and each component: two for the scores, two for the weighted sum.
 
     Args:
-        n_tokens: of one rank in a step. tokens_per_text: their length, all taken for equal.
-        cached: forward runs once more, for the embedding cache.
-        linear_parameters: of the trunk, embeddings left out.
+        n_tokens: tokens of one rank in a step.
+        tokens_per_text: length of the texts, all taken as equally long.
+        cached: True if forward runs once more, for the embedding cache.
+        linear_parameters: weights of the trunk's linear layers, without embeddings.
         attention_width: heads · head dim, summed over layers.
-        head_parameters: of the language head, which runs on `head_rows` rows, forward and backward.
+        head_parameters: weights of the language head.
+        head_rows: rows that the language head runs on, forward and backward.
     """
     forward = n_tokens * (2.0 * linear_parameters + 4.0 * tokens_per_text * attention_width)
-    backward = 2 if recipe.adapter is None else 1  # frozen weights have no gradient of their own
+    # Backward is one forward for the gradient of the inputs, and one for that of the weights if they train.
+    backward = 2 if recipe.adapter is None else 1
     again = 1 if recipe.model.activation_checkpointing == "full" else 0
+    # The head takes four a weight and row: two for the logits, two for the gradient of the hidden states.
     return forward * ((2 if cached else 1) + backward + again) + head_rows * 4.0 * head_parameters
 
 
 def fit_speed(runs: Sequence[Sequence[tuple[Work, float]]]) -> Fit:
-    """Least squares of the relative errors of all steps.
+    """Fits a speed by least squares of the relative errors of all steps.
+
+    Relative errors let short and long steps count alike.
 
     Args:
-        runs: for each, its steps: the work and the seconds it took.
+        runs: the steps of each run: the work, and the seconds it took.
 
     Raises:
-        ValueError: no step.
+        ValueError: there is no step.
     """
     steps = [step for run in runs for step in run]
     if not steps:
-        raise ValueError("there is no step to fit to")
+        raise ValueError("there is no step to fit to: give at least one")
     speed = _fitted(steps)
     errors = _errors(speed, steps)
     left_out: list[float] = []
@@ -118,13 +130,15 @@ def fit_speed(runs: Sequence[Sequence[tuple[Work, float]]]) -> Fit:
 
 
 def _fitted(steps: Sequence[tuple[Work, float]]) -> Speed:
+    # Solves operations / speed + passes · pass_s = seconds, each equation divided by its seconds. So every
+    # right side is 1, and residuals are relative errors.
     seconds = np.array([s for _, s in steps])
     tera = np.array([work.operations for work, _ in steps]) / 1e12 / seconds
     passes = np.array([work.passes for work, _ in steps]) / seconds
     both, _, independent, _ = np.linalg.lstsq(np.stack([tera, passes], 1), np.ones(len(steps)), rcond=None)
     if independent == 2 and (both > 0).all():
         return Speed(1e12 / float(both[0]), float(both[1]))
-    # Steps that are all alike, or noise: a time of its own for a pass cannot be told.
+    # If all steps are alike, or noise gives a negative value, only the rate is fitted and pass_s is 0.
     return Speed(1e12 * float(tera @ tera) / float(tera.sum()))
 
 

@@ -1,4 +1,4 @@
-"""A plan as a JSON object and as a table."""
+"""Prints a plan as a JSON object or as a table."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from llm2vec_ds.planner.step_time import UTILISATION, Fit
 
 MEANINGS = {
     "weights": "frozen weights, scales of NF4 included",
-    "adapters": "what trains, as the device holds it",
-    "gradients": "the most that is held of them",
-    "optimizer": "fp32 copy where there is one, both moments",
+    "adapters": "weights that train, in the device's dtype",
+    "gradients": "most gradients held at once",
+    "optimizer": "both moments; fp32 copy, moving average (if any)",
     "buffers": "DeepSpeed's buckets, gathered weights",
-    "activations": "held for backward by one micro-batch",
-    "temporaries": "the most beside them",
-    "logits_chunk": "the language head's, at most: part of the temporaries",
+    "activations": "kept for backward by one micro-batch",
+    "temporaries": "most bytes on top of the activations",
+    "logits_chunk": "largest chunk of logits: part of the temporaries",
     "embedding_bank": "a step's vectors while the loss runs",
-    "graphs": "what recorded passes (CUDA graphs) write to",
-    "reserved": "context, libraries, fragmentation",
+    "graphs": "outputs of recorded passes (CUDA graphs)",
+    "reserved": "CUDA context, libraries, fragmentation",
 }
 
 
 def as_json(planner: Planner, fit: Fit | None = None) -> dict[str, Any]:
-    """Everything that `llm2vec-ds plan --json` prints; bytes unless a name says otherwise.
+    """Returns everything that `llm2vec-ds plan --json` prints, in bytes unless a name says otherwise.
 
     Args:
-        fit: of measured steps; None: the time of a step rests on assumptions.
+        fit: speed fitted to measured steps. None: the step's time rests on assumptions.
     """
     recipe, load, machine = planner.recipe, planner.load, planner.machine
     memory = planner.memory(recipe.deepspeed)
@@ -68,56 +68,61 @@ def as_json(planner: Planner, fit: Fit | None = None) -> dict[str, Any]:
 
 
 def _negatives(planner: Planner, global_batch: int | None) -> int | None:
-    """Documents of all ranks less the own positive."""
+    """Returns the negatives of a query: the documents of all ranks without its own positive."""
     if global_batch is None:
         return None
     return max(0, global_batch * planner.load.documents // planner.load.rows - 1)
 
 
 def assumptions(planner: Planner, fit: Fit | None = None) -> list[str]:
-    """What the figures rest on."""
+    """Returns the assumptions behind the figures, for the user."""
     device, machine = planner.device.type, planner.machine
     lines = [
         f"every text has data.max_tokens = {planner.load.tokens_per_text} tokens",
-        f"{RESERVED[device] / GIB:.2f} GiB and {FRAGMENTATION:.0%} of the tensors are not ours",
-        "attention is a fused kernel, which holds no score matrix"
+        f"{RESERVED[device] / GIB:.2f} GiB and {FRAGMENTATION:.0%} of the tensors' size are added for "
+        "libraries and fragmentation",
+        "attention runs as a fused kernel, without a score matrix"
         if device == "cuda"
-        else "attention is torch's; its dropout holds the weights of every pair",
+        else "attention runs in torch; with attention dropout it holds the weights of every pair",
     ]
     if fit is not None:
         lines.append(_fitted_to(fit))
     elif device == "cuda":
         lines.append(
-            f"{UTILISATION:.0%} of {machine.tflops:g} TFLOP/s; reading NF4 and the optimizer take no time"
+            f"a GPU reaches {UTILISATION:.0%} of {machine.tflops:g} TFLOP/s, and the optimizer and reading "
+            "NF4 take no time"
         )
     if device == "cuda":
-        lines.append(f"{planner.bandwidth_gbps():g} Gb/s from each GPU, no overlap with compute")
+        lines.append(
+            f"each GPU sends at {planner.bandwidth_gbps():g} Gb/s, and sending does not overlap with compute"
+        )
     return lines
 
 
 def _fitted_to(fit: Fit) -> str:
     text = (
-        f"steps take what {fit.n_steps} of {fit.n_runs} measured run(s) took: "
-        f"{fit.speed.operations_per_s / 1e12:.3g} TFLOP/s and {fit.speed.pass_s * 1e3:.0f} ms a pass, "
-        f"off by {fit.median_error:.0%} in half of them, at most {fit.error_of_90_percent:.0%} in nine of ten"
+        f"the step's time is fitted to {fit.n_steps} steps of {fit.n_runs} measured run(s): "
+        f"{fit.speed.operations_per_s / 1e12:.3g} TFLOP/s and {fit.speed.pass_s * 1e3:.0f} ms a pass. "
+        f"The error is at most {fit.median_error:.0%} for half of the steps, and at most "
+        f"{fit.error_of_90_percent:.0%} for nine of ten"
     )
     if fit.left_out_error is None:
         return text
-    return f"{text}, by {fit.left_out_error:.0%} in half of those of a run left out"
+    return f"{text}. For half of the steps of a run that the fit has not seen: {fit.left_out_error:.0%}"
 
 
 def as_table(plan: dict[str, Any]) -> str:
-    """For people."""
+    """Returns the plan as text for people."""
     machine, step, memory = plan["machine"], plan["step"], plan["memory_bytes"]
     place = (
-        f"{machine['nodes']} × {machine['gpus_per_node']} GPUs of {machine['memory_gib']:g} GiB"
+        f"{machine['nodes']} node(s) × {machine['gpus_per_node']} GPU(s) of {machine['memory_gib']:g} GiB"
         if machine["gpus_per_node"]
         else f"one CPU process, {machine['memory_gib']:g} GiB"
     )
     held = plan["quantization"] or plan["dtype"]
     lines = [
         f"{plan['stage']} on {place}: {plan['parameters'] / 1e6:,.1f} M parameters, "
-        f"{plan['trainable_parameters'] / 1e6:,.1f} M of them train; {held}; "
+        f"of which {plan['trainable_parameters'] / 1e6:,.1f} M train; {held}; "
         f"{plan['deepspeed'] or 'no DeepSpeed JSON'}",
         f"a rank's step: {step['micro_batches']} micro-batch(es) of "
         f"{step['tokens_per_micro_batch']:,} tokens",
@@ -127,7 +132,7 @@ def as_table(plan: dict[str, Any]) -> str:
     verdict = "fits" if plan["fits"] else "DOES NOT FIT"
     lines += [
         f"{'peak':15} {memory['peak'] / GIB:9.3f} GiB  of {machine['memory_gib']:g}: {verdict}",
-        f"{'host':15} {memory['host'] / GIB:9.3f} GiB  a rank, offloaded",
+        f"{'host':15} {memory['host'] / GIB:9.3f} GiB  offloaded, for each rank",
         "",
         f"{'deepspeed':33} {'peak GiB':>9} {'host GiB':>9} {'sent MB':>10}",
     ]
@@ -150,8 +155,8 @@ def _advice(plan: dict[str, Any]) -> str:
     if not plan["some_choice_fits"]:
         budget = plan["largest_token_budget"]
         fix = f"batch.micro_batch_tokens={budget}" if budget else "model.quantization=nf4, or more GPUs"
-        return f"nothing here fits: try {fix}, model.activation_checkpointing=full"
-    advice = f"use deepspeed={plan['use'] or 'null'}; with {plan['deepspeed'] or 'no JSON'} at most "
+        return f"nothing here fits: try {fix}, or model.activation_checkpointing=full"
+    advice = f"use deepspeed={plan['use'] or 'null'}; largest values with {plan['deepspeed'] or 'no JSON'}: "
     advice += f"batch.micro_batch_tokens={plan['largest_token_budget']}"
     if plan["largest_global_batch"] is not None:
         advice += (

@@ -1,4 +1,4 @@
-"""What one rank does in a step: texts, micro-batches, vectors of the loss."""
+"""The work of one rank in a step: texts, micro-batches, vectors of the loss."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from llm2vec_ds.recipe.recipe import Recipe
 
 FP32 = 4
 TILE = 64 * 2**20
-"""The loss's score tile, in bytes."""
+"""Size of the loss's score tile, in bytes."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Every text taken for the longest that the recipe allows.
+    """The work of one rank in a step, if every text is as long as the recipe allows.
 
     Attributes:
-        texts: of one rank in a step.
-        texts_per_pass: in one micro-batch.
-        rows: of one rank in a step.
-        documents: one rank's vectors that all ranks see; 0: none are exchanged.
-        micro_batches: of one rank in a step.
+        texts: texts of one rank in a step.
+        texts_per_pass: texts in one micro-batch.
+        rows: rows of the global batch that one rank has.
+        documents: one rank's vectors that all ranks see. 0: ranks exchange none.
+        micro_batches: micro-batches of one rank in a step.
     """
 
     tokens_per_text: int
@@ -40,22 +40,22 @@ class Workload:
 
     @property
     def cached(self) -> bool:
-        """Does the embedding cache run?"""
+        """Whether the embedding cache runs."""
         return self.documents > 0 and self.micro_batches > 1
 
     @property
     def forwards(self) -> int:
-        """Forward passes of a step, those of activation checkpointing left out."""
+        """Forward passes of a step, without those that activation checkpointing repeats."""
         return self.micro_batches * (2 if self.cached else 1)
 
 
 def workload(recipe: Recipe, world_size: int) -> Workload:
-    """Raises UserError where the batch has fewer examples than there are ranks."""
+    """Returns the work of one rank. Raises UserError if the batch has fewer examples than there are ranks."""
     batch = recipe.batch
     if batch.global_batch_size < world_size:
         raise UserError(
-            f"batch.global_batch_size={batch.global_batch_size} gives nothing to some of {world_size} ranks: "
-            "raise it, or plan for fewer GPUs"
+            f"batch.global_batch_size={batch.global_batch_size} is too small for {world_size} ranks, each of "
+            "which needs an example: raise it, or plan for fewer GPUs"
         )
     examples = -(-batch.global_batch_size // world_size)
     work = objective_of(recipe).planned_work(recipe)
@@ -74,21 +74,24 @@ def workload(recipe: Recipe, world_size: int) -> Workload:
 
 @dataclass(frozen=True)
 class Bank:
-    """Bytes of a step's exchanged vectors on one rank: through the step, and while the loss runs."""
+    """Bytes of a step's vectors on one rank: `kept` through all passes, `in_loss` while the loss runs."""
 
     kept: int
     in_loss: int
 
 
 def embedding_bank(load: Workload, width: int) -> Bank:
-    """Vectors and their gradients in fp32; the loss adds normalised ones, what ranks exchange, and a tile."""
+    """Returns the bytes of a step's vectors, all in fp32.
+
+    kept: this rank's vectors and their gradients.
+    in_loss: these, the normalised vectors, the exchanged vectors, the gradients of both, and a score tile.
+    """
     if not load.documents:
         return Bank(0, 0)
     vector = FP32 * width
     own = load.texts * vector
-    parts = (
-        load.world_size if load.objective.exchange == "gather" else 2
-    )  # the ring holds its own and the next rank's
+    # A gather holds the documents of all ranks. The ring holds one block and receives the next.
+    parts = load.world_size if load.objective.exchange == "gather" else 2
     exchanged = 2 * parts * load.documents * vector if load.world_size > 1 else load.documents * vector
     tile = min(TILE, FP32 * load.rows * load.documents * load.world_size)
     return Bank(2 * own, 4 * own + exchanged + tile)

@@ -22,11 +22,11 @@ MISTAKES = {
         ("export", "TMP/encoder", "--output", "TMP/out", "--format", "gguf"),
     ),
     "a repository without an owner": Mistake(
-        "--push takes OWNER/NAME of a repository on the hub, such as my-team/my-encoder",
+        "--push needs a repository on the hub: give OWNER/NAME, such as my-team/my-encoder",
         ("export", "TMP/none", "--output", "TMP/out", "--push", "name"),
     ),
     "scores that are not there": Mistake(
-        "--scores TMP/scores.json is not there: give the scores.json of llm2vec-ds evaluate mteb",
+        "--scores TMP/scores.json not found: give the scores.json of llm2vec-ds evaluate mteb",
         ("export", "TMP/encoder", "--output", "TMP/out", "--scores", "TMP/scores.json"),
     ),
     "a dry run of nothing": Mistake(
@@ -34,7 +34,7 @@ MISTAKES = {
         ("export", "TMP/none", "--output", "TMP/out", "--dry-run"),
     ),
     "a dtype that a graph has not": Mistake(
-        "--dtype 'q8_0' is not in --format onnx: choose auto, fp32, fp16, int8",
+        "--dtype 'q8_0' is not supported by --format onnx: choose auto, fp32, fp16, int8",
         ("export", "TMP/encoder", "--output", "TMP/out", "--format", "onnx", "--dtype", "q8_0"),
     ),
 }

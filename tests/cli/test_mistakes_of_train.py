@@ -85,8 +85,8 @@ MISTAKES = {
         PAIRS,
     ),
     "a batch of one pair without negative": Mistake(
-        "batch.global_batch_size=1: 1 of 2 examples have no hard negative, so that their loss is always 0: "
-        "raise it, or give each of them a negative",
+        "batch.global_batch_size=1: 1 of 2 examples have no hard negative, so their loss is always 0: raise "
+        "batch.global_batch_size, or give each example a negative",
         ("train", "TMP/r.yaml", "stage=supervised", "simcse=null", "batch.global_batch_size=1"),
         {"data": {"path": "TMP/p.jsonl", "max_tokens": 64}},
         {

@@ -190,11 +190,11 @@ def test_a_wrong_folder_is_not_exported(tmp_path: Path, monkeypatch: pytest.Monk
     ("settings", "said"),
     [
         ({}, []),
-        ({"bos": True}, ["special tokens too", "flatten"]),
-        ({"prompts": {"query": "x"}}, ["pool the instruction too"]),
+        ({"bos": True}, ["also pool the tokenizer's special tokens", "flatten"]),
+        ({"prompts": {"query": "x"}}, ["also pool the instruction"]),
         ({"bos": True, "prompts": {"query": "x"}, "pooled_tokens": "all"}, []),
-        ({"pooling": "weighted_mean"}, ["have no weighted mean"]),
-        ({"template": "Text: {text}", "pooled_tokens": "all"}, ["wants 'Text: ' there"]),
+        ({"pooling": "weighted_mean"}, ["do not support weighted_mean"]),
+        ({"template": "Text: {text}", "pooled_tokens": "all"}, ["needs 'Text: ' before each text"]),
         ({"bos": True, "prompts": {"query": "x"}, "pooling": "last"}, []),
     ],
     ids=str,
@@ -214,9 +214,9 @@ def test_what_readers_cannot_express_is_said_and_written(
     [
         ({"template": "{text} end"}, "cannot put '{text} end' around a text: use --format transformers"),
         ({"bos": True, "special_tokens": False}, "cannot leave out the tokenizer's special tokens"),
-        ({"text_span": "upstream"}, "no text span of the kind 'upstream'"),
+        ({"text_span": "upstream"}, "does not support text_span='upstream'"),
         ({"bos": True, "pooling": "weighted_mean"}, "weights tokens by their place"),
-        ({"bos": True, "eos": True, "pooling": "last"}, "adds tokens at the end"),
+        ({"bos": True, "eos": True, "pooling": "last"}, "tokens that this tokenizer adds at the end"),
     ],
     ids=str,
 )

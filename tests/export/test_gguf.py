@@ -120,26 +120,38 @@ def test_the_file_says_what_the_encoder_is(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], bool, str]] = [
-    ("olmo2", {}, {}, False, "model type 'olmo2' is not known to be right in llama.cpp"),
+    ("olmo2", {}, {}, False, "model type 'olmo2' is not known to work in llama.cpp"),
     ("llama", {"hidden_act": "gelu"}, {}, False, "llama with hidden_act='gelu'"),
     ("gemma2", {"query_pre_attn_scalar": 8}, {}, False, "query_pre_attn_scalar=8"),
-    ("gemma2", {"sliding_window": 64}, {}, False, "allows texts of 64 tokens, this encoder takes 512"),
-    ("mistral", {"sliding_window": 64}, {}, False, "allows texts of 64 tokens"),
-    ("llama", {"max_position_embeddings": 100}, {}, False, "max_position_embeddings allows texts of 100"),
+    (
+        "gemma2",
+        {"sliding_window": 64},
+        {},
+        False,
+        "allows texts of at most 64 tokens, but this encoder takes",
+    ),
+    ("mistral", {"sliding_window": 64}, {}, False, "allows texts of at most 64 tokens"),
+    (
+        "llama",
+        {"max_position_embeddings": 100},
+        {},
+        False,
+        "max_position_embeddings allows texts of at most 100",
+    ),
     (
         "gemma3_text",
         {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2},
         {},
         False,
-        "at each place of a period",
+        "after every fixed number of layers",
     ),
-    ("gemma3_text", {"layer_types": ["full_attention"] * 4}, {}, False, "at each place of a period"),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 4}, {}, False, "after every fixed number of layers"),
     ("qwen2", {"rope_parameters": YARN}, {}, False, "no factors of RoPE's frequencies for qwen2"),
     ("llama", {}, {"pooling": "weighted_mean"}, False, "no pooling 'weighted_mean'"),
-    ("llama", {}, {"text_span": "upstream"}, False, "no text span"),
-    ("llama", {}, {}, True, "pools the tokenizer's special tokens too"),
-    ("llama", {}, {"template": "Text: {text}"}, False, "pools the template too"),
-    ("llama", {}, {"template": "{text}!", "pooling": "last"}, False, "pools the template too"),
+    ("llama", {}, {"text_span": "upstream"}, False, "does not support text_span='upstream'"),
+    ("llama", {}, {}, True, "also pools the tokenizer's special tokens"),
+    ("llama", {}, {"template": "Text: {text}"}, False, "also pools the template"),
+    ("llama", {}, {"template": "{text}!", "pooling": "last"}, False, "also pools the template"),
 ]
 
 
@@ -176,7 +188,7 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     ids=str,
 )
 def test_an_unknown_way_of_cutting_is_refused(pre_tokenizer: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="no name of llama.cpp is known for a tokenizer that cuts texts by"):
+    with pytest.raises(UserError, match="llama.cpp has no known name for a tokenizer that splits texts by"):
         pre_tokenizer_name({"model": {"type": "BPE"}, "pre_tokenizer": pre_tokenizer})
 
 
@@ -186,7 +198,7 @@ def test_merges_that_no_scores_can_say_are_refused() -> None:
         pair for pair in said["model"]["merges"] if len("".join(pair)) < 4 or len(pair[0]) == 1
     ]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(said)))
-    with pytest.raises(UserError, match="llama.cpp would make token .* which this tokenizer does not"):
+    with pytest.raises(UserError, match="llama.cpp would merge .* which this tokenizer never does"):
         vocabulary_of(tokenizer, 600, special_tokens=False, end_with_eos=False)
 
 
@@ -198,8 +210,8 @@ def test_merges_that_no_scores_can_say_are_refused() -> None:
             lambda value, *_: value,
             "does not give the encoder's vectors",
         ),
-        ("tokenizer.pre_tokenizer_name", lambda _: "smollm", "makes other tokens of"),
-        ("file.head_dim", lambda _: 8, "llama.cpp does not take .e.gguf.new"),
+        ("tokenizer.pre_tokenizer_name", lambda _: "smollm", "gives other tokens than the encoder for"),
+        ("file.head_dim", lambda _: 8, "llama.cpp failed on .e.gguf.new"),
     ],
     ids=["rows not reordered", "another way of cutting", "a shape that does not fit"],
 )
@@ -215,7 +227,7 @@ def test_a_wrong_file_is_not_exported(
 
 def test_a_text_beyond_the_batch_ends_no_process_but_llama_cpps(tmp_path: Path) -> None:
     file = written(Encoder(trunk("llama"), tiny_tokenizer(False)), tmp_path)
-    with pytest.raises(UserError, match="llama.cpp does not take e.gguf: "):
+    with pytest.raises(UserError, match="llama.cpp failed on e.gguf: "):
         ask(file, TEXTS, 64)
 
 
@@ -225,14 +237,14 @@ def test_the_command_says_what_to_know_and_replaces_nothing_of_others(
     monkeypatch.setattr("llm2vec_ds.export.gguf.export.is_installed", lambda: False)
     source, output = save(tmp_path / "encoder"), tmp_path / "e.gguf"
     notes = export_gguf(source, output, ExportOptions("q8_0", "mit", {"query": "Find:"}))
-    assert any("do not use 'query' there" in note for note in notes)
+    assert any("do not use prompt 'query' with it" in note for note in notes)
     assert all(note in caplog.text for note in notes)
     assert "not checked with llama.cpp, which is not installed" in caplog.text
     (tmp_path / "thesis.gguf").write_text("precious")
     (tmp_path / "d.gguf").mkdir()
     for name, options, said in [
         ("e.gguf", ExportOptions(), "e.gguf exists: choose another, or give --overwrite"),
-        ("thesis.gguf", ExportOptions(overwrite=True), "is no GGUF file and would be replaced"),
+        ("thesis.gguf", ExportOptions(overwrite=True), "exists and is not a GGUF file"),
         ("out", ExportOptions(), "a GGUF is one file: name it out.gguf"),
         ("d.gguf", ExportOptions(), "is a folder: name a file in it"),
         ("new.gguf", ExportOptions("fp8"), "--dtype 'fp8' is unknown: choose auto, f32"),

@@ -127,14 +127,17 @@ def test_mean_of_the_last_checkpoints(
 
 
 MISTAKES = {
-    ("A", "WIDE"): "… and … are of different shapes: … is [400, 32] and [400, 64]",
+    (
+        "A",
+        "WIDE",
+    ): "… and … have different shapes (… is [400, 32] and [400, 64]): mix encoders of one base model",
     ("A", "B", "--method", "cubic"): "--method 'cubic' is unknown: choose linear or slerp",
-    ("A", "B", "C", "--method", "slerp"): ("--method slerp lies between two encoders, not 3: use linear"),
-    ("A", "B", "--weights", "0.5,0.6"): "--weights add up to 1.1: make it 1",
-    ("A", "B", "--weights", "1"): "--weights has 1 numbers for 2 encoders: give one each",
+    ("A", "B", "C", "--method", "slerp"): "--method slerp mixes two encoders, not 3: use linear",
+    ("A", "B", "--weights", "0.5,0.6"): "--weights add up to 1.1: make them add up to 1",
+    ("A", "B", "--weights", "1"): "--weights has 1 number(s) for 2 encoders: give one for each encoder",
     ("A", "B", "--weights", "a,b"): "--weights 'a,b' must be numbers separated by commas, e.g. 0.6,0.4",
     ("A", "B", "--last", "2"): "--last has no effect here: leave it out, or see llm2vec-ds merge --help",
-    ("A", "--last", "2"): "… holds no run (recipe.yaml): name the folder of a run",
+    ("A", "--last", "2"): "… is not a run, it has no recipe.yaml: give the folder of a run",
     ("A", "--weights", "1"): "--weights has no effect here: leave it out, or see llm2vec-ds merge --help",
 }
 

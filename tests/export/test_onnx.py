@@ -66,7 +66,7 @@ def test_a_graph_gives_the_vectors_by_the_documents_lines(tmp_path: Path) -> Non
     ]
     assert said[0]["transformers.js_config"] == {"dtype": "fp32"}
     assert said[1]["model_max_length"] == 512
-    assert any("pools an instruction too" in note and "'query'" in note for note in notes)
+    assert any("also pools the instruction" in note and "'query'" in note for note in notes)
 
 
 @pytest.mark.parametrize("pooled_tokens", ["text", "all"])
@@ -94,7 +94,7 @@ def test_the_graph_pools_as_the_encoder_does(pooling: str, pooled_tokens: str) -
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({}, {"template": "Text: {text}"}, "cannot know a template's tokens"),
+    ({}, {"template": "Text: {text}"}, "leaves the template's tokens out of the vector"),
     ({"kind": "phi3", **LONGROPE}, {}, "the RoPE of this phi3 changes beyond 128 tokens"),
     ({"is_causal": True}, {}, "this one is causal"),
     ({}, {"template": "{text}!", "pooled_tokens": "all"}, "cannot put '{text}!' around a text"),
@@ -129,7 +129,7 @@ def test_a_wrong_graph_is_not_exported(tmp_path: Path, monkeypatch: pytest.Monke
         return np.random.default_rng(0).normal(size=(sum(map(len, batches)), 64))
 
     monkeypatch.setattr(onnx_export, "write_file", garbage)
-    with pytest.raises(UserError, match="onnxruntime does not take model.onnx: "):
+    with pytest.raises(UserError, match="onnxruntime failed on model.onnx: "):
         export_onnx(source, tmp_path / "out", ExportOptions())
     monkeypatch.setattr(onnx_export, "ask", others)
     with pytest.raises(UserError, match="onnxruntime does not give the encoder's vectors"):
@@ -146,7 +146,7 @@ def test_a_folder_of_others_and_an_unknown_dtype_are_refused(tmp_path: Path) -> 
         (
             "out",
             ExportOptions("bf16"),
-            "'bf16' is not in --format onnx: choose auto, fp32, fp16, int8",
+            "'bf16' is not supported by --format onnx: choose auto, fp32, fp16, int8",
         ),
     ]:
         with pytest.raises(UserError, match=said):

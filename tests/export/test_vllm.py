@@ -41,14 +41,16 @@ def test_options_widen_a_window_that_cuts(
     start = start_of(config, max_tokens)
     assert (start.line, start.refusal) == (line, None)
     said = vllm_notes(config, max_tokens)
-    assert said == ([f"vLLM needs this: vllm serve FOLDER --runner pooling{line}"] if line else [])
+    assert said == (
+        [f"Start vLLM with these options: vllm serve FOLDER --runner pooling{line}"] if line else []
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "values", "said"),
     [
-        ("olmo2", {}, "vLLM is not known to attend to both sides in model type 'olmo2'"),
-        ("qwen2", MIXED, "vLLM does not load 'qwen2' with a window in some of its layers"),
+        ("olmo2", {}, "vLLM is not known to run model type 'olmo2' with bidirectional attention"),
+        ("qwen2", MIXED, "vLLM does not load 'qwen2' with a sliding window in only some of its layers"),
     ],
 )
 def test_what_vllm_cannot_serve_is_said(kind: str, values: dict[str, Any], said: str) -> None:
@@ -62,7 +64,7 @@ def test_the_card_has_no_line_for_vllm_where_it_gives_other_vectors(tmp_path: Pa
     tiny_encoder("olmo2").save(tmp_path / "encoder")
     notes = export(tmp_path / "encoder", tmp_path / "out", ExportOptions())
     card = (tmp_path / "out" / "README.md").read_text()
-    assert any("both sides in model type 'olmo2'" in note and note in card for note in notes)
+    assert any("model type 'olmo2' with bidirectional" in note and note in card for note in notes)
     assert "vllm serve" not in card
     assert "text-embeddings-router" in card
 

@@ -142,7 +142,7 @@ def test_merge_into_the_original_weights_tells_the_difference(
     put_stack_in(trunk, read_stack(str(folder), "nf4", None))
     merged = Encoder.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(vectors(merged.trunk), vectors(trunk), rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists: choose another --output"):
         merge_into_original(folder, tmp_path / "merged")
     with pytest.raises(UserError, match="has no adapters/"):
         merge_into_original(tiny_model_dir, tmp_path / "other")

@@ -192,13 +192,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "texts unknown": (
         {"distil": {"teacher": "TMP/bare.npy"}},
-        "distil.teacher TMP/bare.npy: the texts of these vectors are not known: write .npy files with "
+        "distil.teacher TMP/bare.npy does not say which texts its vectors belong to: write .npy files with "
         "llm2vec-ds encode, from a file of texts",
     ),
     "other texts": (
         {"distil": {"teacher": "TMP/few.npy"}},
-        "distil.teacher has no vector of 60 of the 64 texts of data.path (the first is text 4, counted from "
-        "0): encode these texts with the teacher, or name a model as distil.teacher",
+        "distil.teacher has no vector for 60 of the 64 texts of data.path (the first is text 4, counted from "
+        "0): encode these texts with the teacher, or set distil.teacher to a model",
     ),
     "a narrow student": (
         {

@@ -133,8 +133,8 @@ def test_it_trains_counts_by_source_and_goes_on(
         n_documents = 9 + n_labels + 2 * (9 - n_labels)
         assert row["negatives/web"] == (9 - n_labels) * (n_documents - 1)
         assert 0 < row["guided_out/web"] < row["negatives/web"]
-    assert "the guide has left out, in 1 steps: " in caplog.text
-    assert "labels: its queries are compared with their own hard negatives alone" in caplog.text
+    assert "in 1 step(s) the guide has left out: " in caplog.text
+    assert "labels: each query is compared with its own hard negatives only" in caplog.text
     values["supervised"] = {"scale": 5.0}
     train(parse_recipe({**values, "max_steps": 2, "output_dir": str(tmp_path / "plain")}))
     plain = lines(tmp_path / "plain" / "metrics.jsonl")
@@ -155,21 +155,21 @@ MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
     "texts missing": (
         {"guide": "TMP/few.npy"},
         INSTRUCTIONS,
-        "supervised.guide has no vector of 14 of the 18 queries of data.path: encode these texts with the "
-        "guide, or name a model as supervised.guide",
+        "supervised.guide has no vector for 14 of the 18 queries of data.path: encode these texts with the "
+        "guide, or set supervised.guide to a model",
     ),
     "prompt for vectors": (
         {"guide": "TMP/few.npy", "guide_query_prompt": "query: "},
         INSTRUCTIONS,
-        "supervised.guide TMP/few.npy holds vectors that are there already, so that a prompt for it changes "
-        "nothing: leave the prompt out",
+        "supervised.guide TMP/few.npy holds finished vectors, which a prompt cannot change: remove the "
+        "prompt",
     ),
     "nothing to compare with": (
         {"guide": None},
         INSTRUCTIONS.replace("web: {", "web: {in_batch_negatives: false, "),
         "TMP/instructions.yaml: `web` has in_batch_negatives: false, and 1 of its 10 examples have no hard "
-        "negative, so that their loss is always 0: give each one (data.pairs.negative_column, "
-        "data.pairs.max_negatives), or leave in_batch_negatives out",
+        "negative, so their loss is always 0: give each one (data.pairs.negative_column, "
+        "data.pairs.max_negatives), or remove in_batch_negatives",
     ),
     "neither true nor false": (
         {"guide": None},

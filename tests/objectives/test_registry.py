@@ -141,5 +141,5 @@ def test_sections_and_objectives_belong_together() -> None:
 
 
 def test_a_name_is_taken_once() -> None:
-    with pytest.raises(ValueError, match="'mntp' has an objective already"):
+    with pytest.raises(ValueError, match="'mntp' already has an objective"):
         registry.register("mntp", Length())

@@ -167,7 +167,7 @@ def test_gemma_and_a_cpu_are_planned_too() -> None:
     smoke = planner(ROOT / "recipes" / "smoke_simcse.yaml")
     assert smoke.device == torch.device("cpu")
     assert smoke.step_time() is None
-    assert "attention is torch's" in table.as_table(table.as_json(smoke))
+    assert "attention runs in torch" in table.as_table(table.as_json(smoke))
 
 
 def test_a_tiny_recipe_needs_no_head_dim(tmp_path: Path) -> None:

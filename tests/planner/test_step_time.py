@@ -86,9 +86,9 @@ def test_real_runs_time_a_step_on_a_cpu(tiny_model_dir: Path, texts_file: Path, 
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("recipe.yaml", "there is no recipe.yaml, give the folder of a finished run"),
-        ("n_ranks", "memory.json does not say n_ranks, run it again"),
-        ("steps", "no step after the first, which warms up"),
+        ("recipe.yaml", "has no recipe.yaml: give the folder of a finished run"),
+        ("n_ranks", "memory.json has no n_ranks: run it again"),
+        ("steps", "has no step after the first, which is a warm-up: give a longer run"),
     ],
 )
 def test_mistakes(
@@ -109,5 +109,5 @@ def test_mistakes(
     if missing != "recipe.yaml":
         write_recipe(values, folder / "recipe.yaml")
     assert run(monkeypatch, "plan", str(path), "--measured", str(folder)) == 2
-    assert f"measured {folder}: " in (line := error_line(capsys))
+    assert f"--measured {folder}" in (line := error_line(capsys))
     assert message in line

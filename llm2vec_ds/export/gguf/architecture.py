@@ -1,7 +1,7 @@
-"""A trunk's type → the architecture of llama.cpp that computes the same, and its numbers.
+"""Finds the llama.cpp architecture that computes the same as a trunk's model type.
 
-What llama.cpp does with each architecture was read in its `src/models/*.cpp` (November 2026). A config that
-asks for something else is refused by name.
+What each architecture does was read in llama.cpp's `src/models/*.cpp` (November 2026). A config that needs
+anything else is refused, with the setting's name.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from llm2vec_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp knows a type of trunk.
+    """llama.cpp's version of a model type.
 
-    `name`: of `gguf.MODEL_ARCH`. `pairs_side_by_side`: RoPE turns dimensions 2i and 2i+1, where transformers
-    turns i and i+d/2, so that the rows of q and k stand in another order. `norm_offset`: what its RMSNorm
-    leaves out of the weight. `window`: what its sliding window masks; `past` does not mask what is too far
-    ahead. `rope_tensors`: where it reads a factor for each frequency.
+    Attributes:
+        name: name in `gguf.MODEL_ARCH`.
+        pairs_side_by_side: llama.cpp's RoPE rotates dimensions 2i and 2i+1 together. transformers rotates i
+            and i+d/2, so the rows of q and k need another order.
+        norm_offset: number to add to RMSNorm weights, because llama.cpp's RMSNorm does not add it.
+        window: what the sliding window masks. `past` masks only tokens too far back, not those too far ahead.
+        rope_tensors: names of the tensors that hold a factor for each RoPE frequency.
     """
 
     name: str
@@ -43,20 +46,20 @@ TYPES = {
     "phi3": Architecture("PHI3", rope_tensors=("rope_factors_long.weight", "rope_factors_short.weight")),
 }
 LAYERS_OF_GEMMA2_27B = 46
-"""By which llama.cpp takes another scale of the scores."""
+"""llama.cpp scales the attention scores in another way if the model has this many layers."""
 
 
 def architecture_of(config: Any) -> Architecture:
-    """Of a trunk's config.
+    """Returns the architecture for a trunk's config.
 
     Raises:
-        UserError: llama.cpp has no such architecture, or not with these settings.
+        UserError: llama.cpp has no such architecture, or does not support these settings.
     """
     kind = config.model_type
     if kind not in TYPES:
         raise UserError(
-            f"--format gguf: model type {kind!r} is not known to be right in llama.cpp without causal "
-            f"attention; known are {', '.join(TYPES)}. Use --format sentence-transformers"
+            f"--format gguf: model type {kind!r} is not known to work in llama.cpp with bidirectional "
+            f"attention (known types: {', '.join(TYPES)}): use --format sentence-transformers"
         )
     found = TYPES[kind]
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -75,41 +78,44 @@ def _check_scores(config: Any) -> None:
             raise _refused(kind, f"query_pre_attn_scalar={scalar}", expected)
     cap = getattr(config, "attn_logit_softcapping", None)
     if (cap is None) == (kind == "gemma2"):
-        raise _refused(kind, f"attn_logit_softcapping={cap}", "a number for gemma2, none for others")
+        raise _refused(kind, f"attn_logit_softcapping={cap}", "a number for gemma2 and none for other types")
     if kind == "phi3" and head_dim(config) * heads != config.hidden_size:
         raise _refused(kind, f"head_dim={head_dim(config)}", config.hidden_size // heads)
 
 
 def _refused(kind: str, found: str, expected: object) -> UserError:
     return UserError(
-        f"--format gguf: {kind} with {found} is not in llama.cpp, which has {expected}: "
+        f"--format gguf: llama.cpp does not support {kind} with {found}, it expects {expected}: "
         "use --format sentence-transformers"
     )
 
 
 def head_dim(config: Any) -> int:
-    """Of one query head."""
+    """Returns the width of one query head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def window_of(config: Any) -> int | None:
-    """Tokens that a windowed layer sees to one side, itself counted; None: every layer sees all."""
+    """Returns how many tokens a layer with a window sees to one side, the token itself included.
+
+    None if no layer has a window.
+    """
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None) or ["sliding_attention"]
     return int(window) if window is not None and "sliding_attention" in layers else None
 
 
 def window_period(config: Any) -> int:
-    """Every how many layers one sees all: llama.cpp takes a period.
+    """Returns the period of full layers. With a period of n, every n-th layer has no window.
 
     Raises:
-        UserError: there is none, or all layers are of one kind, with which it ends its process.
+        UserError: there is no such period, or all layers are of one kind, which makes llama.cpp exit.
     """
     is_full = [kind == "full_attention" for kind in config.layer_types]
     period = is_full.index(True) + 1 if True in is_full else 0
     if period < 2 or is_full != [(i + 1) % period == 0 for i in range(len(is_full))]:
         raise UserError(
-            "--format gguf: llama.cpp wants layers with a window, and one without at each place of a period: "
-            "use --format sentence-transformers"
+            "--format gguf: llama.cpp needs one layer without a sliding window after every fixed number of "
+            "layers with one: use --format sentence-transformers"
         )
     return period

@@ -1,8 +1,8 @@
-"""A run's encoder → one GGUF file, which llama.cpp, Ollama and LM Studio load.
+"""Exports a run's encoder as one GGUF file, for llama.cpp, Ollama and LM Studio.
 
-    run, demo or encoder folder ─► plan (or a refusal) ─► .NAME.new ─► asked through llama.cpp ─► NAME
+    run, demo or encoder folder ─► plan (or an error) ─► .NAME.new ─► checked with llama.cpp ─► NAME
 
-Where `xllamacpp` is there, the file appears only when llama.cpp makes the encoder's tokens and vectors of it.
+If `xllamacpp` is installed, the file appears only after llama.cpp gives the encoder's tokens and vectors.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MAGIC = b"GGUF"
 NAMES_OF_TORCH = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 OTHER_NAMES = {"fp32": "f32", "fp16": "f16"}
 LOWEST_COSINE = {"f32": 0.9999, "f16": 0.99, "bf16": 0.9, "q8_0": 0.8}
-"""What rounding may cost a vector: of weights, and in llama.cpp of a product's input too. It costs most in an
-LLM that is not trained yet; a wrong file costs far more."""
+"""Lowest cosine that rounding may cause. llama.cpp rounds weights and also the inputs of products. Rounding
+changes the vectors of an untrained LLM most. A wrong file changes vectors far more."""
 TOKENS_OF_ALL_KINDS = [
     "It's 9 o'clock; they'll pay $1,234.50 for 12345678 items (we've said so)!",
     "two  blanks,\ttabs,\n\nempty lines  \r\n and   an end ",
@@ -40,20 +40,20 @@ TOKENS_OF_ALL_KINDS = [
     "Straße, naïve café, Ελληνικά, русский, עברית, العربية, 中文字符, 日本語, 한국어",
     "👍🏽 family 👨‍👩‍👧 ½ ² ™ \u00a0 zero\u200bwidth",
 ]
-"""Where ways of cutting texts differ: digits, apostrophes, blanks, scripts, case, signs."""
+"""Texts on which pre-tokenizers differ: digits, apostrophes, spaces, scripts, case, symbols."""
 
 
 def export_gguf(
     source: Path, output: Path, options: ExportOptions, card_folder: Path | None = None
 ) -> list[str]:
-    """Writes `output` and returns what one has to know beside llama.cpp, each as a sentence.
+    """Writes `output` and returns notes for users of llama.cpp, each a sentence.
 
     Args:
         card_folder: gets a model card and the base model's licence files.
 
     Raises:
-        UserError: nothing to export there, an encoder that llama.cpp cannot express, an output that exists or
-            cannot be written, or one that does not give the encoder's vectors.
+        UserError: there is nothing to export; llama.cpp cannot express the encoder; the output exists or
+            cannot be written; or the file does not give the encoder's vectors.
     """
     what = f"--output {output}"
     place = _place(output, what, options)
@@ -78,7 +78,7 @@ def export_gguf(
     if card_folder is not None:
         write_card(card_folder, encoder, found, said, planned.notes, place.name, options.card)
         copy_licence_files(found.base, card_folder)
-    log.info("%s: gguf, %s, texts of up to %s tokens", output, name, planned.longest)
+    log.info("%s: gguf, %s, for texts of up to %s tokens", output, name, planned.longest)
     if said is None:
         log.warning("licence: none found for %s: look it up and give it with --licence", found.base_name)
     else:
@@ -99,7 +99,7 @@ def _place(output: Path, what: str, options: ExportOptions) -> Path:
     if place.exists():
         with place.open("rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
-                raise UserError(f"{what} is no GGUF file and would be replaced: choose another")
+                raise UserError(f"{what} exists and is not a GGUF file: choose another")
     return place
 
 
@@ -113,7 +113,7 @@ def _storage_name(folder: Path, dtype: str) -> str:
 
 
 def _verify(file: Path, encoder: Encoder, lowest: float) -> None:
-    """Loads what was written with llama.cpp, and compares tokens and vectors."""
+    """Loads the file with llama.cpp, and compares tokens and vectors with the encoder's."""
     if not is_installed():
         log.warning("not checked with llama.cpp, which is not installed: pip install 'llm2vec-ds[gguf]'")
         return
@@ -127,5 +127,8 @@ def _verify(file: Path, encoder: Encoder, lowest: float) -> None:
     answer = ask(file, [sent[i] for i in fitting], settings.max_tokens)
     for i, ids in zip(fitting, answer.ids, strict=True):
         if ids != list(tokenized[i].input_ids):
-            raise UserError(f"llama.cpp makes other tokens of {texts[i]!r}: nothing was exported")
+            raise UserError(
+                f"llama.cpp gives other tokens than the encoder for {texts[i]!r}: nothing was exported. "
+                "Use --format sentence-transformers"
+            )
     compare("llama.cpp", None, answer.vectors, encoder.encode([texts[i] for i in fitting]), lowest)

@@ -1,4 +1,4 @@
-"""An encoder → one GGUF file."""
+"""Writes an encoder as one GGUF file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ from llm2vec_ds.export.gguf.tokenizer import Vocabulary, vocabulary_of
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the file says, before anything is written.
+    """Everything that the file will say. It is known before anything is written.
 
-    `local_rope`, `period`: of layers with a window, where llama.cpp has it to both sides. `longest`: tokens
-    of a text up to which the file is exact.
+    Attributes:
+        local_rope, period: RoPE of the layers with a sliding window, and the period of full layers. Only set
+            if llama.cpp applies the window to both sides.
+        longest: the file is exact for texts of up to this many tokens.
     """
 
     architecture: Architecture
@@ -46,18 +48,18 @@ class Plan:
 
 
 def plan(encoder: Encoder, storage: Storage) -> Plan:
-    """The encoder in llama.cpp's words.
+    """Translates the encoder into llama.cpp's terms.
 
     Raises:
-        UserError: they cannot express it.
+        UserError: llama.cpp cannot express it.
     """
     trunk, settings = encoder.trunk, encoder.settings
     config = trunk.config
     architecture = architecture_of(config)
     if encoder.causal:
         raise UserError(
-            "--format gguf is for bidirectional encoders, and this one is causal: use --format transformers "
-            "and llama.cpp's own converter"
+            "--format gguf exports bidirectional encoders, and this one is causal: use --format transformers "
+            "and then llama.cpp's own converter"
         )
     check_can_be_said(encoder)
     period = window_period(config) if architecture.window == "both" else None
@@ -75,7 +77,7 @@ def plan(encoder: Encoder, storage: Storage) -> Plan:
 
 
 def _ropes(trunk: Any, architecture: Architecture) -> tuple[Rope, Rope | None]:
-    """Of all layers, or of those that see all and of those with a window."""
+    """Returns the RoPE of all layers; or that of the full layers, and that of the layers with a window."""
     kind = trunk.config.model_type
     if architecture.window != "both":
         rope = rope_of(trunk)
@@ -90,21 +92,21 @@ def _ropes(trunk: Any, architecture: Architecture) -> tuple[Rope, Rope | None]:
 def _longest(config: Any, architecture: Architecture, rope: Rope, max_tokens: int) -> int:
     limits = {"max_position_embeddings": config.max_position_embeddings}
     if architecture.window != "both" and (window := window_of(config)) is not None:
-        limits["a window, which llama.cpp does not have to both sides,"] = window
+        limits["the sliding window, which llama.cpp cannot apply to both sides,"] = window
     if rope.longest is not None:
-        limits["RoPE, whose frequencies change with a text's length,"] = rope.longest
+        limits["RoPE, whose frequencies change for longer texts,"] = rope.longest
     reason, longest = min(limits.items(), key=lambda item: item[1])
     if max_tokens > longest:
         raise UserError(
-            f"--format gguf: {reason} allows texts of {longest} tokens, this encoder takes {max_tokens}: "
-            f"Encoder.from_pretrained(FOLDER, settings={{'max_tokens': {longest}}}).save(OTHER), then export "
-            "OTHER"
+            f"--format gguf: {reason} allows texts of at most {longest} tokens, but this encoder takes "
+            f"{max_tokens}: run Encoder.from_pretrained(FOLDER, settings={{'max_tokens': {longest}}})"
+            ".save(OTHER), then export OTHER"
         )
     return longest
 
 
 def write(file: Path, encoder: Encoder, plan: Plan, about: dict[str, str]) -> None:
-    """Writes the file, one weight in memory at a time; `about`: values of keys under `general.`."""
+    """Writes the file, with one weight in memory at a time. `about` holds values of `general.` keys."""
     writer = GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[plan.architecture.name]])
     for key, value in about.items():
         writer.add_string(f"general.{key}", value)
@@ -115,7 +117,7 @@ def write(file: Path, encoder: Encoder, plan: Plan, about: dict[str, str]) -> No
     for tensor in plan.tensors:
         per_block, n_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
         size = math.prod(tensor.shape) // per_block * n_bytes
-        # Any type but uint8, for which the writer takes the shape to be that of bytes.
+        # The dtype may be anything but uint8. For uint8, the writer takes the shape as a number of bytes.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, tensor.kind)
     try:
         writer.write_header_to_file()
@@ -157,7 +159,10 @@ def _add_numbers(writer: GGUFWriter, encoder: Encoder, plan: Plan) -> None:
 
 
 def _add_window(writer: GGUFWriter, plan: Plan, config: Any) -> None:
-    """A window to both sides is said by its width; transformers counts one side and the token itself."""
+    """Writes the sliding window.
+
+    For a window to both sides, llama.cpp takes the whole width. transformers counts one side and the token.
+    """
     window = window_of(config)
     if plan.architecture.window == "past" and window is not None:
         writer.add_sliding_window(window)

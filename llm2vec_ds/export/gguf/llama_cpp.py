@@ -1,4 +1,4 @@
-"""What llama.cpp makes of a GGUF file, asked in another process, which its errors end."""
+"""Gets tokens and vectors of a GGUF file from llama.cpp, in a process of its own, which an error may end."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ CHILD = "llm2vec_ds.export.gguf.llama_cpp_child"
 
 @dataclass(frozen=True)
 class Answer:
-    """`ids`: tokens of each text. `vectors`: `[N, D]` fp32, of length 1."""
+    """llama.cpp's result: token ids of each text, and vectors `[N, D]` fp32 of length 1."""
 
     ids: list[list[int]]
     vectors: np.ndarray
 
 
 def is_installed() -> bool:
-    """Whether `xllamacpp`, llama.cpp for Python, is there."""
+    """Returns whether `xllamacpp`, llama.cpp for Python, is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
 def ask(file: Path, texts: list[str], n_tokens: int) -> Answer:
-    """Tokens and vectors of texts, by one thread, without flash attention, keys and values in fp32.
+    """Returns tokens and vectors of texts. Runs one thread, no flash attention, and fp32 keys and values.
 
     Args:
-        n_tokens: of the longest text.
+        n_tokens: number of tokens of the longest text.
 
     Raises:
-        UserError: llama.cpp does not take the file, or ended.
+        UserError: llama.cpp cannot read the file, or failed.
     """
     answer = ask_reader("llama.cpp", CHILD, file, n_tokens, texts)
     return Answer(answer["ids"], np.array(answer["vectors"], dtype=np.float32))

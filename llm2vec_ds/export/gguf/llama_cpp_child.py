@@ -1,4 +1,5 @@
-"""`python -m … FILE N_TOKENS`: JSON texts on standard input; their tokens and vectors on standard output."""
+"""`python -m … FILE N_TOKENS` reads JSON texts from standard input and writes their tokens and vectors to
+standard output."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 
 def main(file: str, n_tokens: int, texts: list[str]) -> dict[str, Any]:
-    """Loads the file into llama.cpp's server, which listens on this host alone, and asks it."""
+    """Loads the file into llama.cpp's server and asks it. The server listens on this host only."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

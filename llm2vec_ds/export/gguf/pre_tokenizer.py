@@ -1,8 +1,8 @@
-"""How a byte-level tokenizer cuts a text before it merges → the name that llama.cpp has for it.
+"""Finds llama.cpp's name for a byte-level pre-tokenizer: the part that splits texts before the merges.
 
-llama.cpp knows ways of cutting by names (`tokenizer.ggml.pre`) that stand in its code, `src/llama-vocab.cpp`.
-Its own converter finds the name by the token ids of one text, in a table of known models. Here it is found in
-tokenizer.json: what cuts there and what cuts under the name must be the same expressions. Others are refused.
+llama.cpp has names for ways of splitting (`tokenizer.ggml.pre`), in its `src/llama-vocab.cpp`. Its own
+converter finds the name by the token ids of one text, in a table of known models. Here, tokenizer.json
+decides: its regular expressions must be the ones behind the name. Other tokenizers are refused.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
 def _words(digits: str) -> str:
-    """The expression of GPT-4's `cl100k` and its relatives: `digits` digits stand together."""
+    """The regular expression of GPT-4's `cl100k` and its relatives. `digits`: how many stay together."""
     return rf"{ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{REST}"
 
 
 def _cased(endings: str, digits: str) -> str:
-    """The expression of GPT-4o's `o200k` and its relatives: a word ends where its case changes."""
+    """The regular expression of GPT-4o's `o200k` and its relatives. A word ends where its case changes."""
     first = (
         rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{endings}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{endings}"
     )
@@ -32,8 +32,12 @@ def _cased(endings: str, digits: str) -> str:
 
 @dataclass(frozen=True)
 class Cut:
-    """`regexes`: in their order, `gpt2` being the one built into the byte level. `whole_words`: a word that
-    is a token is taken whole, without merges (`ignore_merges`)."""
+    """A way of splitting texts.
+
+    Attributes:
+        regexes: regular expressions in their order. `gpt2` stands for the one built into the byte level.
+        whole_words: True if a word that is a token stays whole, without merges (`ignore_merges`).
+    """
 
     regexes: tuple[str, ...]
     whole_words: bool
@@ -50,30 +54,30 @@ NAMES = {
     Cut((_cased(f"{ENDINGS}?", "{1,3}"),), False): "gpt-4o",
 }
 CUT_AT_MARKS = ("tekken", "gpt-4o")
-"""llama.cpp's expressions for these take a combining mark for no letter."""
+"""For these names, llama.cpp's regular expressions do not count a combining mark as a letter."""
 
 
 def pre_tokenizer_notes(name: str) -> list[str]:
-    """What llama.cpp does otherwise under a name."""
+    """Returns notes on what llama.cpp does differently under this name."""
     if name not in CUT_AT_MARKS:
         return []
     return [
-        "llama.cpp cuts words at combining marks (in Hindi, Thai …), this tokenizer does not: vectors of "
-        "such texts differ."
+        "llama.cpp splits words at combining marks (in Hindi, Thai, …) and this tokenizer does not: vectors "
+        "of such texts differ."
     ]
 
 
 def pre_tokenizer_name(tokenizer: dict[str, Any]) -> str:
-    """Of a tokenizer.json with a byte-level BPE.
+    """Returns the name for a tokenizer.json with a byte-level BPE.
 
     Raises:
-        UserError: llama.cpp has no name for its way of cutting, or none is known here.
+        UserError: llama.cpp has no name for this way of splitting, or the name is not known here.
     """
     cut = Cut(tuple(_regexes(tokenizer["pre_tokenizer"])), bool(tokenizer["model"].get("ignore_merges")))
     if cut not in NAMES:
         raise UserError(
-            f"--format gguf: no name of llama.cpp is known for a tokenizer that cuts texts by {cut.regexes}"
-            f"{' and takes known words whole' if cut.whole_words else ''}: use --format sentence-transformers"
+            f"--format gguf: llama.cpp has no known name for a tokenizer that splits texts by {cut.regexes}"
+            f"{' and keeps known words whole' if cut.whole_words else ''}: use --format sentence-transformers"
         )
     return NAMES[cut]
 

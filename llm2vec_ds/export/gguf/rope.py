@@ -1,7 +1,8 @@
-"""The frequencies of a trunk's rotary embedding, as llama.cpp takes them: read from the trunk, however made.
+"""Converts the frequencies of a trunk's rotary embedding (RoPE) to llama.cpp's form.
 
-llama.cpp computes base^(-2i/d) by itself. Where the trunk's frequencies are these over one number, that is a
-linear scaling; where each has another number (Llama 3, YaRN, LongRoPE), a tensor of factors.
+llama.cpp computes base^(-2i/d) itself. The trunk's own frequencies are read and compared with these. If all
+are divided by one number, that is a linear scaling. If each is divided by another number (Llama 3, YaRN,
+LongRoPE), the file gets a tensor of factors.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ import numpy as np
 from llm2vec_ds.errors import UserError
 
 SAME = 1e-5
-"""Relative difference of two frequencies that are one: they are fp32."""
+"""Two fp32 frequencies count as equal if their relative difference is below this."""
 
 
 @dataclass(frozen=True)
 class Rope:
-    """`n_dims`: dimensions of a head that are turned. `scale`: all frequencies are divided by it. `factors`:
-    each by one of these, `[n_dims/2]`. `attention`: what cosines and sines are multiplied with. `longest`:
-    tokens of a text beyond which the frequencies change; None: never."""
+    """RoPE in llama.cpp's form.
+
+    Attributes:
+        n_dims: dimensions of a head that are rotated.
+        scale: all frequencies are divided by it.
+        factors: each frequency is divided by its own factor, `[n_dims/2]`.
+        attention: cosines and sines are multiplied by it.
+        longest: frequencies change for texts of more tokens. None: they never change.
+    """
 
     base: float
     n_dims: int
@@ -32,8 +39,8 @@ class Rope:
 
 
 def rope_of(trunk: Any, layer_type: str | None = None) -> Rope:
-    """Of the layers of a type, or of all."""
-    embedding = getattr(trunk.rotary_emb, "rope", trunk.rotary_emb)  # without `RopeByText` around it
+    """Returns the RoPE of all layers, or of the layers of one type."""
+    embedding = getattr(trunk.rotary_emb, "rope", trunk.rotary_emb)  # the module inside `RopeByText`
     prefix = f"{layer_type}_" if layer_type else ""
     parameters = trunk.config.rope_parameters
     parameters = parameters[layer_type] if layer_type else parameters
@@ -53,7 +60,7 @@ def rope_of(trunk: Any, layer_type: str | None = None) -> Rope:
 
 
 def length_of_change(config: Any) -> int | None:
-    """The number of tokens beyond which a trunk's frequencies change, in any of its layers; None: never."""
+    """Returns the length in tokens beyond which a layer's frequencies change, or None if they never do."""
     parameters = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
     found = [_longest(one, config) for one in by_layer_type or [parameters]]
@@ -68,10 +75,10 @@ def _longest(parameters: dict[str, Any], config: Any) -> int | None:
 
 
 def check_can_hold(rope: Rope, tensors: tuple[str, ...], kind: str) -> None:
-    """Refuses factors where an architecture reads none.
+    """Checks that llama.cpp reads factors for this architecture, if there are any.
 
     Raises:
-        UserError: it does not.
+        UserError: it reads none.
     """
     if rope.factors is not None and not tensors:
         raise UserError(
@@ -81,13 +88,13 @@ def check_can_hold(rope: Rope, tensors: tuple[str, ...], kind: str) -> None:
 
 
 def check_is_plain(rope: Rope, kind: str) -> None:
-    """Refuses anything but base^(-2i/d) in layers with a window, of which llama.cpp reads the base alone.
+    """Checks that layers with a window have the frequencies base^(-2i/d). llama.cpp reads only their base.
 
     Raises:
-        UserError: it is scaled.
+        UserError: the frequencies are scaled.
     """
     if (rope.factors, rope.scale, rope.attention) != (None, 1.0, 1.0):
         raise UserError(
-            f"--format gguf: llama.cpp reads no scaling of RoPE in layers of {kind} with a window: "
+            f"--format gguf: llama.cpp does not scale RoPE in the sliding-window layers of {kind}: "
             "use --format sentence-transformers"
         )

@@ -1,6 +1,6 @@
-"""Which tokens of a text make its vector: what llama.cpp can say of that, and what it cannot.
+"""Rules for which encoders llama.cpp can express, and notes for its users.
 
-llama.cpp pools every token that it is given. It takes the mean, the first or the last; it knows no prompts.
+llama.cpp pools every token that it gets: their mean, the first or the last. It does not know prompts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ ALL_TOKENS = f"train with pooled_tokens=all, or {ELSEWHERE}"
 
 
 def check_can_be_said(encoder: Encoder) -> None:
-    """Refuses an encoder whose vectors of plain texts llama.cpp would not give.
+    """Refuses an encoder if llama.cpp would give other vectors for plain texts.
 
     Raises:
-        UserError: it pools what llama.cpp leaves out, or the other way round.
+        UserError: the encoder and llama.cpp pool different tokens.
     """
     settings = encoder.settings
     template = Template(settings.template, settings.special_tokens)
@@ -33,7 +33,7 @@ def check_can_be_said(encoder: Encoder) -> None:
         raise UserError(f"--format gguf: llama.cpp has no pooling {settings.pooling!r}: {ELSEWHERE}")
     if settings.text_span != "offsets":
         raise UserError(
-            f"--format gguf: llama.cpp has no text span of the kind {settings.text_span!r}: {ELSEWHERE}"
+            f"--format gguf: llama.cpp does not support text_span={settings.text_span!r}: {ELSEWHERE}"
         )
     if settings.pooled_tokens == "all" or settings.pooling in ("eos", "bos"):
         return
@@ -42,36 +42,36 @@ def check_can_be_said(encoder: Encoder) -> None:
     if after or tail or (settings.pooling == "mean" and (before or head)):
         what = "template" if head or tail else "tokenizer's special tokens"
         raise UserError(
-            f"--format gguf: llama.cpp pools the {what} too, which this encoder leaves out: {ALL_TOKENS}"
+            f"--format gguf: llama.cpp also pools the {what}, which this encoder leaves out: {ALL_TOKENS}"
         )
 
 
 def around(template: Template, instruction: str | None) -> tuple[str, str]:
-    """What stands before a text and after it."""
+    """Returns the strings that go before a text and after it."""
     string, begin, end = template.render(instruction, "")
     return string[:begin], string[end:]
 
 
 def notes_of(encoder: Encoder, n_tokens: int) -> list[str]:
-    """What one has to do beside llama.cpp, each as a sentence; `n_tokens`: of the longest text."""
+    """Returns notes for users of llama.cpp, each a sentence. The longest text has `n_tokens` tokens."""
     settings = encoder.settings
     template = Template(settings.template, settings.special_tokens)
     notes = [
         "llama.cpp gives vectors of length 1.",
-        f"llama.cpp does not cut texts: it refuses those of more than --ubatch-size tokens (512 by default); "
-        f"this encoder cuts at {settings.max_tokens}. Start it with --ubatch-size {n_tokens}.",
+        "llama.cpp refuses texts of more than --ubatch-size tokens (512 by default). This encoder cuts texts "
+        f"at {settings.max_tokens} tokens instead. Start llama.cpp with --ubatch-size {n_tokens}.",
     ]
     head, tail = around(template, None)
     if head or tail:
-        notes.append(f"llama.cpp puts nothing around a text: send {head!r} + text + {tail!r}.")
+        notes.append(f"llama.cpp does not add the template: send {head!r} + text + {tail!r}.")
     pools_all = settings.pooled_tokens == "all" or settings.pooling != "mean"
     for name, instruction in settings.prompts.items():
         head, tail = around(template, instruction)
         if pools_all:
-            notes.append(f"llama.cpp knows no prompts: for {name!r} send {head!r} + text + {tail!r}.")
+            notes.append(f"llama.cpp does not know prompts: for {name!r} send {head!r} + text + {tail!r}.")
         else:
             notes.append(
-                f"llama.cpp pools an instruction too, which this encoder leaves out: do not use {name!r} "
-                "there."
+                f"llama.cpp also pools the instruction, which this encoder leaves out: do not use prompt "
+                f"{name!r} with it."
             )
     return notes

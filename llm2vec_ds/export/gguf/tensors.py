@@ -1,4 +1,4 @@
-"""The weights of a trunk, one by one, as llama.cpp names, orders and stores them."""
+"""Converts the weights of a trunk to llama.cpp's names, order and storage, one by one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROW_OF_Q8_0 = 32
 
 @dataclass(frozen=True)
 class Storage:
-    """How matrices are stored; vectors and norms stay fp32, as llama.cpp wants them."""
+    """How matrices are stored. Vectors and norms stay fp32, as llama.cpp requires."""
 
     kind: GGMLQuantizationType
     file_type: LlamaFileType
@@ -36,7 +36,12 @@ STORAGES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """`name` in the file; `of`: the trunk's own, None for RoPE's factors."""
+    """One tensor of the file.
+
+    Attributes:
+        name: name in the file.
+        of: name in the trunk; None for RoPE's factors.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -45,10 +50,10 @@ class Tensor:
 
 
 def tensors_of(trunk: Any, architecture: Architecture, rope: Rope, storage: Storage) -> list[Tensor]:
-    """What the file holds, in its order.
+    """Returns the file's tensors in their order.
 
     Raises:
-        UserError: llama.cpp knows no weight of that name in this architecture.
+        UserError: llama.cpp has no weight of that name in this architecture.
     """
     arch = gguf.MODEL_ARCH[architecture.name]
     names = gguf.get_tensor_name_map(arch, trunk.config.num_hidden_layers)
@@ -57,15 +62,15 @@ def tensors_of(trunk: Any, architecture: Architecture, rope: Rope, storage: Stor
         given = names.get_name(f"model.{name}", try_suffixes=(".weight", ".bias"))
         if given is None:
             raise UserError(
-                f"--format gguf: llama.cpp knows no weight {name!r} in {gguf.MODEL_ARCH_NAMES[arch]}: "
+                f"--format gguf: llama.cpp has no weight {name!r} in {gguf.MODEL_ARCH_NAMES[arch]}: "
                 "use --format sentence-transformers"
             )
         shape = tuple(value.shape)
         kind = storage.kind if len(shape) > 1 else GGMLQuantizationType.F32
         if kind == GGMLQuantizationType.Q8_0 and shape[-1] % ROW_OF_Q8_0:
             raise UserError(
-                f"--dtype q8_0: rows of {name} have {shape[-1]} numbers, no multiple of {ROW_OF_Q8_0}: use "
-                "f16"
+                f"--dtype q8_0: rows of {name} have {shape[-1]} numbers, which is not a multiple of "
+                f"{ROW_OF_Q8_0}: use --dtype f16"
             )
         found.append(Tensor(given, shape, kind, name))
     if rope.factors is not None:
@@ -77,7 +82,7 @@ def tensors_of(trunk: Any, architecture: Architecture, rope: Rope, storage: Stor
 def values_of(
     trunk: Any, architecture: Architecture, rope: Rope, tensors: list[Tensor]
 ) -> Iterator[np.ndarray]:
-    """The bytes of each tensor in their order; one is made at a time."""
+    """Yields the bytes of each tensor in order. Only one is in memory at a time."""
     state = trunk.state_dict()
     for tensor in tensors:
         if tensor.of is None:
@@ -89,6 +94,7 @@ def values_of(
 
 
 def _reordered(value: np.ndarray, name: str, architecture: Architecture, config: Any) -> np.ndarray:
+    """Returns a weight with rows in llama.cpp's order, and with the norm's offset added."""
     part = name.split(".")[-2]
     if architecture.pairs_side_by_side and part in ("q_proj", "k_proj"):
         heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads

@@ -1,9 +1,9 @@
-"""A run's encoder → a folder with an ONNX graph, for onnxruntime, transformers.js and sentence-transformers.
+"""Exports a run's encoder as an ONNX graph, for onnxruntime, transformers.js and sentence-transformers.
 
-    run, demo or encoder folder ─► plan (or a refusal) ─► folder of a stock trunk ─► traced, weights go
-        ─► asked through onnxruntime ─► OUTPUT
+    run, demo or encoder folder ─► plan (or an error) ─► folder of a stock trunk ─► graph instead of weights
+        ─► checked with onnxruntime ─► OUTPUT
 
-OUTPUT appears only when onnxruntime makes the encoder's vectors of it.
+OUTPUT appears only after onnxruntime gives the encoder's vectors.
 """
 
 from __future__ import annotations
@@ -35,19 +35,21 @@ log = logging.getLogger(__name__)
 
 CHILD = "llm2vec_ds.export.onnx.onnxruntime_child"
 LOWEST_COSINE = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.8}
-"""What rounding may cost a vector; in int8 inputs of products are rounded too."""
+"""Lowest cosine that rounding may cause. With int8, the inputs of products are rounded, too."""
 
 
 def export_onnx(source: Path, output: Path, options: ExportOptions) -> list[str]:
-    """Writes `output` and returns what one has to know beside the graph, each as a sentence.
+    """Writes `output` and returns notes for users of the graph, each a sentence.
 
     Raises:
-        UserError: nothing to export there, an encoder that the graph cannot express or torch cannot trace, an
-            output that exists or cannot be written, or one that does not give the encoder's vectors.
+        UserError: there is nothing to export; a graph cannot express the encoder, or torch cannot trace it;
+            the output exists or cannot be written; or it does not give the encoder's vectors.
     """
     dtype = "fp32" if options.dtype == "auto" else options.dtype
     if dtype not in NAMES:
-        raise UserError(f"--dtype {dtype!r} is not in --format onnx: choose auto, {', '.join(NAMES)}")
+        raise UserError(
+            f"--dtype {dtype!r} is not supported by --format onnx: choose auto, {', '.join(NAMES)}"
+        )
     folder, what = find_encoder(source), f"--output {output}"
     check_output(output, what, [source, folder], options.overwrite)
     encoder = load_for_export(folder, options)
@@ -62,7 +64,7 @@ def export_onnx(source: Path, output: Path, options: ExportOptions) -> list[str]
         write_folder(unfinished, encoder, planned.as_modules, torch.float32)
         graph = f"onnx/{NAMES[dtype]}"
         write_card(unfinished, encoder, found, licence_name, planned.notes, graph, options.card)
-        encoder.trunk = None  # its memory is needed for the fresh copy
+        encoder.trunk = None  # frees its memory for the exported copy
         gc.collect()
         file = write_file(unfinished, planned.pooled, dtype, length)
         copied = copy_licence_files(found.base, unfinished)
@@ -74,9 +76,9 @@ def export_onnx(source: Path, output: Path, options: ExportOptions) -> list[str]
 
 
 def ask(file: Path, batches: list[list[str]], max_tokens: int) -> np.ndarray:
-    """onnxruntime's vectors of texts, batch by batch, `[N, D]` fp32; asked in a separate process.
+    """Returns onnxruntime's vectors of all texts, `[N, D]` fp32. It runs batch by batch in another process.
 
     Raises:
-        UserError: onnxruntime does not take the file, or ended.
+        UserError: onnxruntime cannot read the file, or failed.
     """
     return np.array(ask_reader("onnxruntime", CHILD, file, max_tokens, batches), dtype=np.float32)

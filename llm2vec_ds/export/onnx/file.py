@@ -1,4 +1,4 @@
-"""A folder of a stock trunk → its `onnx/NAME.onnx`, by torch.onnx, and onnxruntime for int8."""
+"""Traces a stock trunk to `onnx/NAME.onnx` with torch.onnx. onnxruntime quantizes it to int8."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.export.onnx.graph import INPUTS, OUTPUTS, Graph, Pooled
 
 NAMES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
-"""As transformers.js looks for them."""
+"""File names that transformers.js looks for."""
 DTYPES_OF_TRANSFORMERS_JS = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}
 LARGEST_FILE = 1_900_000_000
-"""Bytes of weights in one file: protobuf ends at 2 GiB."""
+"""Most bytes of weights in one file. protobuf's limit is 2 GiB."""
 
 
 def write_file(folder: Path, pooled: Pooled, dtype: str, max_tokens: int) -> Path:
-    """Puts the graph of the trunk in `folder` in place of its weights, and returns the file.
+    """Replaces the weights in `folder` by the trunk's graph, and returns the graph's file.
 
     Raises:
         UserError: torch.onnx cannot trace the trunk.
@@ -49,15 +49,16 @@ def write_file(folder: Path, pooled: Pooled, dtype: str, max_tokens: int) -> Pat
     if is_apart:
         found["use_external_data_format"] = {file.name: True}
     _put(folder / "config.json", {"transformers.js_config": found})
-    _put(folder / "tokenizer_config.json", {"model_max_length": max_tokens})  # its pipelines cut there
+    # Pipelines of transformers.js cut texts at this length.
+    _put(folder / "tokenizer_config.json", {"model_max_length": max_tokens})
     return file
 
 
 def traced(graph: Graph, kind: str) -> onnx_ir.Model:
-    """For every number of texts and every length; `kind`: its model type, for messages.
+    """Returns the graph for any number of texts of any length. `kind` is the model type, for messages.
 
     Raises:
-        UserError: torch.onnx cannot.
+        UserError: torch.onnx cannot trace it.
     """
     ids = torch.ones(2, 7, dtype=torch.long)
     mask = torch.ones_like(ids)
@@ -84,12 +85,12 @@ def traced(graph: Graph, kind: str) -> onnx_ir.Model:
     model: onnx_ir.Model = program.model
     _name_axes(model)
     for node in model.graph.all_nodes():
-        node.metadata_props.clear()  # lines of code, with paths of this machine
+        node.metadata_props.clear()  # holds source lines, with paths of this machine
     return model
 
 
 def _name_axes(model: onnx_ir.Model) -> None:
-    """`batch` and `length`, as a person reads them, in place of torch's own names."""
+    """Names the dynamic axes `batch` and `length`, instead of torch's own names."""
     graph = model.graph
     first = graph.inputs[0].shape
     assert first is not None
@@ -103,7 +104,7 @@ def _name_axes(model: onnx_ir.Model) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch tells programmers; an error is raised besides being logged and printed."""
+    """Hides torch's warnings and logs. Nothing is lost: an error is also raised."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -115,7 +116,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _save(model: onnx_ir.Model, file: Path) -> bool:
-    """Returns whether the weights go into a separate file beside it."""
+    """Saves the graph, and returns whether its weights are in a separate file beside it."""
     weights = [value.const_value for value in model.graph.initializers.values()]
     is_apart = sum(weight.nbytes for weight in weights if weight is not None) > LARGEST_FILE
     onnx_ir.save(model, file, external_data=f"{file.name}_data" if is_apart else None)
@@ -123,7 +124,7 @@ def _save(model: onnx_ir.Model, file: Path) -> bool:
 
 
 def _save_int8(model: onnx_ir.Model, file: Path) -> bool:
-    """Weights of products in int8, a scale for each column; inputs are rounded at run time."""
+    """Saves the graph with matrices in int8, one scale a column. Their inputs are rounded at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     whole, rounded = file.with_name("whole.onnx"), file.with_name("rounded.onnx")
@@ -139,6 +140,6 @@ def _save_int8(model: onnx_ir.Model, file: Path) -> bool:
 
 
 def _put(file: Path, values: dict[str, Any]) -> None:
-    """Into a JSON file."""
+    """Sets values in a JSON file."""
     said = {**json.loads(file.read_text(encoding="utf-8")), **values}
     file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

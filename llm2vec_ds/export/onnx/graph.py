@@ -1,4 +1,4 @@
-"""What an ONNX file computes: a stock trunk over padded texts, pooling, vectors of length 1.
+"""The computation in an ONNX file: a stock trunk over padded texts, pooling, and scaling to length 1.
 
 Shape legend: B texts, T tokens of the longest text, D width.
 """
@@ -16,16 +16,17 @@ OUTPUTS = ["last_hidden_state", "sentence_embedding"]
 
 @dataclass(frozen=True)
 class Pooled:
-    """Which tokens make a vector: all but the first `n_before` and the last `n_after` of each text."""
+    """The tokens that make a vector: all except the first `n_before` and the last `n_after` of each text."""
 
     pooling: str
     n_before: int
     n_after: int
 
     def weights(self, mask_BT: torch.Tensor) -> torch.Tensor:
-        """Of each token in its text's vector, `[B, T]` int64; the mask is 1 at tokens and 0 at padding.
+        """Returns each token's weight in its text's vector, `[B, T]` int64.
 
-        By places and not by ids, so that a text may hold the special tokens' own names.
+        The mask is 1 at tokens and 0 at padding. Places decide, not token ids. So a text may contain the
+        names of special tokens.
         """
         place_BT = mask_BT.cumsum(1) - 1
         length_B1 = mask_BT.sum(1, keepdim=True)
@@ -38,7 +39,7 @@ class Pooled:
 
 
 class Graph(torch.nn.Module):
-    """`trunk`: of stock transformers, bidirectional by its config."""
+    """Trunk and pooling. The trunk comes from stock transformers, and its config makes it bidirectional."""
 
     def __init__(self, trunk: Any, pooled: Pooled) -> None:
         super().__init__()
@@ -47,9 +48,9 @@ class Graph(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token vectors `[B, T, D]`, and the texts' vectors of length 1 `[B, D]`; both fp32.
+        """Returns token vectors `[B, T, D]` and the texts' vectors `[B, D]` of length 1, both fp32.
 
-        A text without a pooled token gets zeros.
+        A text without a pooled token gets a vector of zeros.
         """
         output = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         hidden_BTD = output.last_hidden_state.float()

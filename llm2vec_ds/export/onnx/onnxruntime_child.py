@@ -1,6 +1,7 @@
-"""`python -m … FILE MAX_TOKENS`: JSON batches of texts on standard input; their vectors on standard output.
+"""`python -m … FILE MAX_TOKENS` reads JSON batches of texts from standard input and writes their vectors to
+standard output.
 
-Reads the exported folder as others do, without torch and without any code of this package.
+It reads the exported folder as other people would: without torch, and without any code of this package.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 
 def main(file: Path, max_tokens: int, batches: list[list[str]]) -> list[list[float]]:
-    """Of all texts of all batches, in their order."""
+    """Returns the vectors of all texts of all batches, in order."""
     import onnxruntime
     from tokenizers import Tokenizer
 

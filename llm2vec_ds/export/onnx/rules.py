@@ -1,4 +1,7 @@
-"""What a graph of token ids and their mask can say of an encoder, and what not; the texts that check it."""
+"""Rules for which encoders an ONNX graph can express, notes for its users, and the texts that check it.
+
+The graph sees only token ids and their mask.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,18 @@ from llm2vec_ds.model.bidirectional import is_causal
 ELSEWHERE = "use --format sentence-transformers"
 TEXTS_A_BATCH = 8
 LONGEST_CHECKED = 2048
-"""Tokens."""
+"""The longest checked text has at most about this many tokens."""
 
 
 @dataclass(frozen=True)
 class OnnxPlan:
-    """`as_modules`: the same in sentence-transformers' words, whose files stand beside the graph. `notes`:
-    what one has to do beside it, each as a sentence."""
+    """How an encoder becomes a graph.
+
+    Attributes:
+        as_modules: the encoder in sentence-transformers' modules, whose files are written beside the graph.
+        pooled: the tokens that make a vector.
+        notes: notes for users of the graph, each a sentence.
+    """
 
     as_modules: Plan
     pooled: Pooled
@@ -31,10 +39,10 @@ class OnnxPlan:
 
 
 def plan_onnx(encoder: Encoder) -> OnnxPlan:
-    """How an encoder becomes a graph.
+    """Plans how an encoder becomes a graph.
 
     Raises:
-        UserError: it cannot.
+        UserError: a graph cannot express the encoder.
     """
     settings = encoder.settings
     as_modules = plan(encoder)
@@ -44,8 +52,8 @@ def plan_onnx(encoder: Encoder) -> OnnxPlan:
     pools_all = settings.pooled_tokens == "all" or settings.pooling in ("eos", "bos", "last")
     if head and not pools_all:
         raise UserError(
-            "--format onnx: the graph cannot know a template's tokens, which this encoder leaves out of the "
-            f"vector: train with pooled_tokens=all, or {ELSEWHERE}"
+            "--format onnx: this encoder leaves the template's tokens out of the vector, and a graph cannot "
+            f"recognize them: train with pooled_tokens=all, or {ELSEWHERE}"
         )
     before, after = ([], []) if pools_all else added_ids(encoder.tokenizer)
     pooled = Pooled(settings.pooling, len(before), len(after))
@@ -55,36 +63,39 @@ def plan_onnx(encoder: Encoder) -> OnnxPlan:
 def _check_trunk(trunk: Any, max_tokens: int) -> None:
     kind = trunk.config.model_type
     if is_causal(trunk.config) is not False:
-        raise UserError(f"--format onnx: this one is causal; causal encoders are not supported: {ELSEWHERE}")
+        raise UserError(f"--format onnx exports bidirectional encoders, and this one is causal: {ELSEWHERE}")
     longest = length_of_change(trunk.config)
     if longest is not None and max_tokens > longest:
         raise UserError(
-            f"--format onnx: the RoPE of this {kind} changes beyond {longest} tokens, and a graph has one: "
-            f"train with max_tokens of at most that (it is {max_tokens}), or {ELSEWHERE}"
+            f"--format onnx: the RoPE of this {kind} changes beyond {longest} tokens, which a graph cannot "
+            f"express: train with max_tokens of at most {longest} (it is {max_tokens}), or {ELSEWHERE}"
         )
 
 
 def _notes(as_modules: Plan, pools_all: bool, max_tokens: int) -> list[str]:
     notes = [
-        "sentence_embedding has length 1; for a shorter Matryoshka vector take the first numbers and scale "
+        "sentence_embedding has length 1. For a shorter Matryoshka vector, take its first numbers and scale "
         "them to length 1 again.",
         f"The graph does not cut texts: let the tokenizer cut them at {max_tokens} tokens.",
     ]
     for name, head in as_modules.prompts.items():
         if name == as_modules.default_prompt == DEFAULT_PROMPT:
-            notes.append(f"The graph puts nothing before a text: give {head!r} + text.")
+            notes.append(f"The graph does not add the template: give {head!r} + text.")
         elif pools_all:
-            notes.append(f"The graph knows no prompts: for {name!r} give {head!r} + text.")
+            notes.append(f"The graph does not know prompts: for {name!r} give {head!r} + text.")
         else:
             notes.append(
-                f"sentence_embedding pools an instruction too, which this encoder leaves out: for {name!r} "
+                f"sentence_embedding also pools the instruction, which this encoder leaves out: for {name!r} "
                 "take last_hidden_state and pool the text's own tokens, as sentence-transformers does."
             )
     return notes
 
 
 def checked_batches(encoder: Encoder) -> list[list[str]]:
-    """Texts in batches of unequal length, the shortest and the longest also alone, one that has to be cut."""
+    """Returns batches of texts of different lengths. The shortest text is also a batch of its own.
+
+    The last batch is one long text. It is longer than `max_tokens` if that is at most LONGEST_CHECKED.
+    """
     texts = checked_texts()
     sentence = texts[-1]
     n_tokens = len(encoder.tokenizer(sentence)["input_ids"])

@@ -1,4 +1,4 @@
-"""Texts of all ranks that this rank's texts are compared with, and the two sums over them.
+"""Candidates: the texts of all ranks that this rank's texts are compared with, and the two sums over them.
 
 Shape legend: Q rows, R this rank's candidates, N those of all ranks.
 """
@@ -23,10 +23,10 @@ class Rows(NamedTuple):
     """This rank's texts that are compared with candidates.
 
     Attributes:
-        texts: Q of them.
-        label_Q, label_R: int64, of rows and of this rank's candidates. A candidate of a row's label is no
-            negative for it.
-        limits: of the rows.
+        texts: the Q texts.
+        label_Q, label_R: int64 labels of the rows and of this rank's candidates. A candidate with the same
+            label as a row is no negative for it.
+        limits: the rows' limits.
     """
 
     texts: Texts
@@ -36,11 +36,14 @@ class Rows(NamedTuple):
 
 
 class Candidates:
-    """With `exchange: gather` all ranks' are gathered once, when first needed; with `ring` they go round for
-    each sum. All ranks call a method together."""
+    """The candidates of all ranks. All ranks call each method together.
+
+    With `exchange: gather`, the first sum gathers all ranks' candidates and later sums use them again. With
+    `exchange: ring`, the candidates go around the ring for each sum.
+    """
 
     def __init__(self, own: Texts, config: ContrastiveConfig, wire_dtype: torch.dtype) -> None:
-        """Args: own: this rank's. wire_dtype: what they are rounded to on their way to other ranks."""
+        """Takes this rank's candidates (`own`). Vectors are rounded to `wire_dtype` for other ranks."""
         self.own, self.wire_dtype = own, wire_dtype
         self.goes_round, self.hardness = config.exchange == "ring", config.hardness
         self.precision = config.score_precision
@@ -55,7 +58,7 @@ class Candidates:
         return gather_rows(self.own.guide_NG)
 
     def info_nce(self, rows: Rows, scale: torch.Tensor) -> Outcome:
-        """Loss of each row; the first Q of this rank's candidates are the rows' positives."""
+        """Returns each row's loss. The first Q of this rank's candidates are the rows' positives."""
         options = self._options(rows, scale)
         if self.goes_round:
             return ring_info_nce(rows.texts.vector_ND, self.own.vector_ND, **options)
@@ -65,7 +68,7 @@ class Candidates:
         return Outcome(result.loss_Q, result.hit_Q, result.guided_Q)
 
     def log_sum_exp(self, rows: Rows, scale: torch.Tensor) -> LogSumExp:
-        """The sum alone, for rows that have no positive among the candidates; −inf where none counts."""
+        """Returns log Σ exp(score), for rows without a positive among the candidates; −inf if none counts."""
         options = self._options(rows, scale)
         if self.goes_round:
             return ring_log_sum_exp(rows.texts.vector_ND, self.own.vector_ND, **options)

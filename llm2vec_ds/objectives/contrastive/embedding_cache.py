@@ -1,9 +1,14 @@
-"""A contrastive batch of any size in the memory of one micro-batch, with the exact gradient.
+"""Runs a contrastive batch of any size in the activation memory of one micro-batch, with the exact gradient.
 
-GradCache (Gao et al., 2021, arXiv 2101.06983): (1) vectors without a graph, micro-batch by micro-batch;
-(2) the loss on those vectors gives its gradient with respect to each; (3) each micro-batch again, with a
-graph and the same dropout, and backward of the scalar Σ vector · cached gradient. One scalar backward a
-micro-batch is what every ZeRO stage supports. A single micro-batch keeps its graph and skips all that.
+The method is GradCache (Gao et al., 2021, arXiv 2101.06983):
+
+1. Each micro-batch runs forward without a graph. Only its vectors are kept.
+2. The loss on all vectors gives the gradient with respect to each vector.
+3. Each micro-batch runs forward again, with a graph and the same dropout, then backward of the scalar
+   Σ vector · cached gradient. By the chain rule this is the gradient of the loss.
+
+Step 3 needs one scalar backward a micro-batch, which every ZeRO stage supports. If there is only one
+micro-batch, it keeps its graph and runs once.
 """
 
 from __future__ import annotations
@@ -19,24 +24,25 @@ from llm2vec_ds.recipe.objectives import ContrastiveConfig
 
 Share = torch.Tensor
 LARGEST_SCALE = 100.0
+"""A learned scale cannot grow beyond this."""
 
 
 class ContrastiveModel(nn.Module):
-    """Encoder and the loss's scale as one module, as the engine trains them.
+    """Encoder and the loss's scale in one module, which the engine trains.
 
-    The scale comes out of `forward` so that a learned one is whole when it is used (ZeRO-3 gathers a
-    module's parameters for its forward pass).
+    `forward` returns the scale, because ZeRO-3 gathers a module's parameters only for its forward pass.
     """
 
     def __init__(self, encoder: Encoder, config: ContrastiveConfig) -> None:
         super().__init__()
         self.encoder = encoder
         self.start_scale = config.scale
-        # A gain rather than the scale itself: near zero, bf16 (DeepSpeed's dtype on GPUs) is fine enough.
+        # scale = start_scale · exp(log_gain). The parameter is near 0, where bf16 (DeepSpeed's dtype on GPUs)
+        # has fine steps. At the scale itself, bf16's steps are too coarse.
         self.log_gain = nn.Parameter(torch.zeros(1, device=encoder.device)) if config.learn_scale else None
 
     def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Vectors `[S, D]` and the scale, a scalar in fp32."""
+        """Returns vectors `[S, D]` and the scale, a scalar in fp32."""
         vectors = self.encoder(batch)
         scale = torch.tensor(self.start_scale, device=vectors.device)
         if self.log_gain is not None:
@@ -57,12 +63,12 @@ def vectors_loss_backward(
 
     Args:
         forward: packed batch → vectors `[S, D]` and the scale.
-        micro_batches: this rank's, at least one.
-        seeds: one for each pass, `n_passes` of them: dropout's seed.
-        loss_share: vectors of all micro-batches, concatenated in order, and the scale → this rank's share
-            of the loss.
-        backward: (scalar, micro-batch number, last) → adds its gradient.
-        n_passes: micro-batches that every rank runs; a rank with fewer repeats its first with weight 0.
+        micro_batches: this rank's micro-batches, at least one.
+        seeds: `n_passes` dropout seeds, one for each pass.
+        loss_share: (vectors of all micro-batches in order, scale) → this rank's share of the loss.
+        backward: called with (scalar, micro-batch number, last); adds the scalar's gradient.
+        n_passes: number of micro-batches that every rank runs. A rank with fewer repeats its first one with
+            weight 0.
 
     Returns:
         The vectors `[N, D]` and the loss share, both detached.
@@ -77,7 +83,7 @@ def vectors_loss_backward(
     cached = []
     with torch.no_grad():
         for index in range(n_passes):
-            torch.manual_seed(seeds[index])
+            torch.manual_seed(seeds[index])  # the second pass sets the same seed, so dropout repeats
             vectors, scale = forward(micro_batches[index if index < len(micro_batches) else 0])
             if index < len(micro_batches):
                 cached.append(vectors)
@@ -91,6 +97,7 @@ def vectors_loss_backward(
         last = index == n_passes - 1
         vectors, scale = forward(micro_batches[own])
         weight = gradients[own] if own == index else torch.zeros_like(gradients[own])
+        # Every pass returns the same scale, so its gradient counts once: in the last pass.
         surrogate = (vectors * weight).sum() + scale * (scale_gradient if last else 0.0)
         backward(surrogate, own, last)
     return leaf.detach(), share.detach()

@@ -1,6 +1,6 @@
 """A guide's vectors of examples, and a tally of the negatives that it leaves out.
 
-Which negatives those are: `texts.Limits`.
+`texts.Limits` decides which negatives those are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUERIES, DOCUMENTS = "queries", "documents"
 
 
 def wanted_of_guide(recipe: Recipe) -> list[Wanted]:
-    """Vectors of the training data's queries and of their documents; none without a guide."""
+    """Returns which vectors of the guide the recipe needs: queries', then documents'; [] without a guide."""
     config = recipe.objective
     assert isinstance(config, SupervisedConfig)
     if config.guide is None:
@@ -65,7 +65,7 @@ class GuideVectors:
     """The guide's vectors of the training data, memory-mapped."""
 
     def __init__(self, recipe: Recipe, pairs: PreparedPairs) -> None:
-        """Raises UserError where a text of `pairs` has no vector."""
+        """Raises UserError if a text of `pairs` has no vector."""
         wanted = wanted_of_guide(recipe)
         self.queries, self.documents = (TeacherVectors(each.folder) for each in wanted)
         for vectors, hashes, role in zip(
@@ -74,12 +74,13 @@ class GuideVectors:
             known = vectors.known(hashes)
             if not known.all():
                 raise UserError(
-                    f"{wanted[0].key} has no vector of {np.count_nonzero(~known)} of the {len(known)} {role} "
-                    f"of data.path: encode these texts with the guide, or name a model as {wanted[0].key}"
+                    f"{wanted[0].key} has no vector for {np.count_nonzero(~known)} of the {len(known)} "
+                    f"{role} of data.path: encode these texts with the guide, or set {wanted[0].key} "
+                    "to a model"
                 )
 
     def __call__(self, examples: Sequence[Sequence[TokenizedText]]) -> PairGuide:
-        """On the CPU: of queries, positives, and hard negatives, example by example."""
+        """Returns the vectors of queries, positives and hard negatives, example by example, on the CPU."""
         parts = (
             (self.queries, [example[0] for example in examples]),
             (self.documents, [example[1] for example in examples]),
@@ -92,12 +93,12 @@ class GuideVectors:
 
     def _unit(self, vectors: torch.Tensor) -> torch.Tensor:
         if not bool(vectors.isfinite().all()):
-            raise UserError("the guide has vectors that are not finite: encode its texts again")
+            raise UserError("the guide's vectors hold a NaN or an infinity: encode its texts again")
         return F.normalize(vectors, dim=-1)
 
 
 class Tally:
-    """How many negatives the guide has left out by source, since this process began."""
+    """Counts the negatives that the guide has left out of each source, since this process began."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
@@ -105,20 +106,20 @@ class Tally:
         self.n_steps = 0
 
     def add(self, source_Q: torch.Tensor, guided_Q: torch.Tensor, others_Q: torch.Tensor) -> dict[str, float]:
-        """Metrics of one step, for the sources that are in it. All ranks call this together.
+        """Adds one step, and returns its metrics for the sources in it. All ranks call this together.
 
         Args:
             source_Q: the number of each query's source.
-            guided_Q: how many documents the guide leaves out.
-            others_Q: how many documents there are beside the query's own positive.
+            guided_Q: how many documents the guide leaves out for each query.
+            others_Q: how many documents each query has besides its own positive.
         """
         own = torch.zeros(2, len(self.names), dtype=torch.float64, device=guided_Q.device)
         own.index_add_(1, source_Q, torch.stack([guided_Q, others_Q]).double())
         step = all_reduce_sum(own).cpu().numpy()
         self.total += step
         self.n_steps += 1
-        if self.n_steps & (self.n_steps - 1) == 0:  # a few lines, whatever the length of the run
-            log.info("the guide has left out, in %s steps: %s", self.n_steps, self._shown())
+        if self.n_steps & (self.n_steps - 1) == 0:  # at powers of two, so that even a long run logs few lines
+            log.info("in %s step(s) the guide has left out: %s", self.n_steps, self._shown())
         metrics: dict[str, float] = {}
         for name, out, others in zip(self.names, *step.tolist(), strict=True):
             if others:
@@ -131,4 +132,4 @@ class Tally:
             for name, out, others in zip(self.names, *self.total.tolist(), strict=True)
             if others
         )
-        return ", ".join(shown) or "nothing, for there was no negative"
+        return ", ".join(shown) or "nothing, because there were no negatives"

@@ -26,7 +26,7 @@ from llm2vec_ds.recipe.objectives import ContrastiveConfig, SupervisedConfig
 
 
 class PairGuide(NamedTuple):
-    """The guide's vectors, of length 1, of the texts of `PairVectors`."""
+    """The guide's vectors, of length 1, for the texts of `PairVectors`."""
 
     query_QG: torch.Tensor
     positive_QG: torch.Tensor
@@ -34,8 +34,12 @@ class PairGuide(NamedTuple):
 
 
 class OwnNegatives(NamedTuple):
-    """Which queries are compared with their own hard negatives alone, bool `[Q]`; and which query each hard
-    negative came with, int64 `[M]`, in ascending order."""
+    """Queries that are compared with their own hard negatives only.
+
+    Attributes:
+        alone_Q: True for these queries, bool `[Q]`.
+        query_of_M: the query that each hard negative came with, int64 `[M]`, in ascending order.
+    """
 
     alone_Q: torch.Tensor
     query_of_M: torch.Tensor
@@ -43,14 +47,14 @@ class OwnNegatives(NamedTuple):
 
 @dataclass(frozen=True)
 class PairVectors:
-    """This rank's part of the batch. Row i of `positive_QD` is right for query i.
+    """This rank's part of the batch. Row i of `positive_QD` is the positive of query i.
 
     Attributes:
-        query_QD, positive_QD: `[Q, D]`, of any length.
-        negative_MD: `[M, D]` hard negatives of all queries, M from 0.
-        query_id_Q, positive_id_Q, negative_id_M: int64, equal for equal texts on every rank.
-        guide: on every rank or on none.
-        own: on every rank or on none; none: all queries have in-batch negatives.
+        query_QD, positive_QD: `[Q, D]`. The vectors may have any length.
+        negative_MD: hard negatives of all queries, `[M, D]`. M may be 0.
+        query_id_Q, positive_id_Q, negative_id_M: int64. Equal texts have equal ids on every rank.
+        guide: set on every rank or on none.
+        own: set on every rank or on none. None means that all queries have in-batch negatives.
     """
 
     query_QD: torch.Tensor
@@ -63,7 +67,10 @@ class PairVectors:
     own: OwnNegatives | None = None
 
     def texts(self, dim: int, form: Form) -> tuple[Texts, Texts, Texts]:
-        """Queries, positives and negatives, of the vectors' first `dim` components; documents in `form`."""
+        """Returns queries, positives and negatives, with the first `dim` components of their vectors.
+
+        Documents are rounded to `form`.
+        """
         vectors = (self.query_QD, self.positive_QD, self.negative_MD)
         query_QD, *documents = (F.normalize(x[:, :dim].float(), dim=-1) for x in vectors)
         unit = (query_QD, *(rounded(x, form) for x in documents))
@@ -73,8 +80,13 @@ class PairVectors:
 
 
 class LossOutcome(NamedTuple):
-    """`share`: this rank's part of the loss (shares add up to it); `n_hits`: how many of its queries find
-    their positive before all else; `guided_Q`: how many documents the guide leaves out for each query."""
+    """The loss and the figures that a step reports.
+
+    Attributes:
+        share: this rank's share of the loss. The shares of all ranks add up to the loss.
+        n_hits: how many of this rank's queries score their positive above every negative.
+        guided_Q: how many documents the guide leaves out for each query.
+    """
 
     share: torch.Tensor
     n_hits: torch.Tensor
@@ -82,12 +94,12 @@ class LossOutcome(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What known pairs say of a global batch, the same on every rank.
+    """The known pairs of a global batch in the form that the loss needs, the same on every rank.
 
     Attributes:
-        positives: the documents that are right for a query.
-        back: the queries that are right for a positive, for the symmetric loss.
-        connected: texts that are no negatives of one side, where the loss has such.
+        positives: the documents that are right for each query.
+        back: the queries that are right for each positive, for the symmetric loss.
+        connected: texts that are no negatives of each other, if the loss has negatives from the same side.
     """
 
     positives: KnownPositives
@@ -103,15 +115,18 @@ class Known(NamedTuple):
 
 
 class ContrastiveLoss:
-    """loss_i = −log ( exp(s · cos(q_i, p_i)) / Σ_d exp(s · cos(q_i, d)) ), averaged over all ranks' queries.
+    """loss_i = −log ( exp(s · cos(q_i, p_i)) / Σ_d exp(s · cos(q_i, d)) ), averaged over all ranks' queries
+    (van den Oord et al., 2018, arXiv 1807.03748; Karpukhin et al., 2020, arXiv 2004.04906).
 
-    The sum runs over all ranks' positives and hard negatives d, except those known to be false negatives
-    (van den Oord et al., 2018, arXiv 1807.03748; Karpukhin et al., 2020, arXiv 2004.04906): texts that are
-    a positive of the same query in any row (`known_positives.py`), and those that a guide takes to be right
-    (`texts.Limits`). A query of a source without in-batch negatives has its own hard ones alone
-    (`own_negatives.py`). Texts of the same side are negatives too where the recipe says so (`same_side.py`).
-    With Matryoshka lengths, or documents in fewer bytes (`rounding.py`), it is the mean of one such loss for
-    each length and form. Neither value nor gradient depends on how ranks share the batch.
+    The sum runs over the positives and hard negatives d of all ranks. It leaves out false negatives:
+
+    - texts that are a positive of the same query in any row (`known_positives.py`);
+    - texts above a limit, which the model itself or a guide takes to be right (`texts.Limits`).
+
+    A query of a source without in-batch negatives is compared with its own hard negatives only
+    (`own_negatives.py`). The recipe can add negatives from the same side (`same_side.py`). With Matryoshka
+    lengths, or with documents in fewer bytes (`rounding.py`), the loss is the mean over all lengths and
+    forms. Neither value nor gradient depends on how the ranks share the batch.
     """
 
     def __init__(self, config: ContrastiveConfig) -> None:
@@ -126,7 +141,8 @@ class ContrastiveLoss:
         known = Known.of(vectors.query_id_Q, vectors.positive_id_Q, self.config)
         dims = self.config.matryoshka_dims or [vectors.query_QD.shape[1]]
         share = vectors.query_QD.new_zeros((), dtype=torch.float32)
-        forms: list[Form] = [*(self.config.stored_as or []), "float32"]  # hits are those of the last
+        # The loop's last turn is float32 with the last length. Its hits are the ones reported.
+        forms: list[Form] = [*(self.config.stored_as or []), "float32"]
         for form, dim in product(forms, dims):
             texts = vectors.texts(dim, form)
             total, outcome = self._of_texts(*texts, vectors.own, scale, known, any_in_batch=n_in_batch > 0)
@@ -150,14 +166,15 @@ class ContrastiveLoss:
         *,
         any_in_batch: bool,
     ) -> tuple[torch.Tensor, Outcome]:
-        """Summed loss of this rank's queries, and what they have each.
+        """Returns the summed loss of this rank's queries, and the outcome of each.
 
         Args:
-            any_in_batch: a query of some rank has in-batch negatives.
+            any_in_batch: whether any rank has a query with in-batch negatives. If so, all ranks exchange
+                documents together.
         """
         if own is None:
             return self._in_batch(queries, positives, negatives, len(queries), known, scale)
-        # First those with in-batch negatives, whose documents are then first, too.
+        # Queries with in-batch negatives go first. `_in_batch` expects their positives first, too.
         order = own.alone_Q.to(torch.int8).argsort(stable=True)
         n_first = len(queries) - int(own.alone_Q.sum())
         place = order.argsort()
@@ -189,7 +206,7 @@ class ContrastiveLoss:
         known: Known,
         scale: torch.Tensor,
     ) -> tuple[torch.Tensor, Outcome]:
-        """Summed loss of the first `n_first` queries against all texts, and what they have each."""
+        """Returns the summed loss of the first `n_first` queries against all texts, and each outcome."""
         all_queries, all_documents = (
             Candidates(own, self.config, self.wire_dtype) for own in (queries, positives + negatives)
         )
@@ -226,10 +243,14 @@ class ContrastiveLoss:
         scale: torch.Tensor,
         further: SameSide | None,
     ) -> Outcome:
-        """The first Q of this rank's candidates are its queries' positives. A hit is one among candidates."""
+        """Returns the outcome of each query. This rank's first Q candidates are the queries' positives.
+
+        A hit has to beat the candidates only, not the further negatives from the same side.
+        """
         limits = Limits.of(queries, positives, scale, self.config)
         label_R = known.groups(candidates.own.id_N)
-        # Here each query leaves out all documents of its group but its own positive.
+        # Each query leaves out all documents of its group except its own positive. Some of these may be
+        # negatives after all; `with_pairs_not_known` adds them.
         outcome = candidates.info_nce(Rows(queries, label_R[: len(queries)], label_R, limits), scale)
         if len(known.incomplete):
             outcome = with_pairs_not_known(
@@ -253,8 +274,10 @@ class ContrastiveLoss:
 
 
 def guided_share(vectors: PairVectors, config: SupervisedConfig, n_global: float) -> torch.Tensor:
-    """This rank's share of the mean loss of all queries' cosines with all documents, against the guide's. A
-    document of the query's own text does not count."""
+    """Returns this rank's share of the guide's similarity loss: all queries' cosines with all documents.
+
+    A document with the same text as the query does not count.
+    """
     queries, positives, negatives = vectors.texts(vectors.query_QD.shape[1], "float32")
     documents = positives + negatives
     assert queries.guide_NG is not None
@@ -266,7 +289,7 @@ def guided_share(vectors: PairVectors, config: SupervisedConfig, n_global: float
 
 
 def check_widths(dims: Sequence[int] | None, width: int) -> str | None:
-    """What is wrong with Matryoshka lengths for vectors of this width; None where nothing is."""
+    """Returns what is wrong with these Matryoshka lengths for vectors of this width, or None."""
     if dims and max(dims) > width:
-        return f"matryoshka_dims {max(dims)} is over the model's width {width}: lower it"
+        return f"matryoshka_dims {max(dims)} is larger than the model's width {width}: lower it"
     return None

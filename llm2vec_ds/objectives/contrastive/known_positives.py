@@ -1,15 +1,16 @@
-"""Which documents of a global batch are right for which queries, beside each query's own positive.
+"""Finds the documents of a global batch that are right for each query, besides its own positive.
 
-A pair (q, p) is known where any row of any rank has the query q and the positive p, by their texts. Where it
-is, the document p is no negative for q: neither in another row of q, nor among hard negatives.
+A pair (q, p) is known if any row of any rank has the query q and the positive p, compared by text. Then p is
+no negative for q: neither as the positive of another row, nor as a hard negative.
 
-The loss leaves out the documents of one id for each query. Queries and positives that known pairs connect are
-a group, whose number is that id. In most groups every pair is known: a query with several positives, or a
-positive of several queries. In the others ids leave out pairs that are not known, which are added afterwards,
-so that no sum is ever the difference of two.
+The kernel can leave out the documents of one id for each query. So queries and positives that known pairs
+connect form a group, and the group's number is that id. In most groups every pair is known: one query with
+several positives, or one positive of several queries. A group with an unknown pair is incomplete. There the
+id leaves out too much, and `with_pairs_not_known` adds the missing negatives. Nothing is ever subtracted from
+a sum, so no digits cancel.
 
-Shape legend: Q this rank's queries, R its documents; in groups that are not complete, B of its queries and
-C documents of all ranks; D width.
+Shape legend: Q this rank's queries, R its documents, D width. In incomplete groups: B this rank's queries,
+C the documents of all ranks.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class KnownPositives:
 
     Attributes:
         queries, positives: ids of the distinct texts, sorted.
-        pairs: `query · len(positives) + positive` of each known pair, by their places there, sorted.
-        group_of_positive: the least id among the positives of its group.
-        incomplete: the groups in which a pair is not known, sorted.
+        pairs: `i · len(positives) + j` for each known pair of `queries[i]` and `positives[j]`, sorted.
+        group_of_positive: the group of each of `positives`: the smallest id among the group's positives.
+        incomplete: groups in which some pair is not known, sorted.
     """
 
     queries: np.ndarray
@@ -42,28 +43,29 @@ class KnownPositives:
 
     @classmethod
     def of(cls, query_id_Q: torch.Tensor, positive_id_Q: torch.Tensor) -> KnownPositives:
-        """From the rows of all ranks, which call this together."""
+        """Finds the known pairs in the rows of all ranks. All ranks call this together."""
         rows = gather_rows(torch.stack([query_id_Q, positive_id_Q], 1)).cpu().numpy()
         queries, query = np.unique(rows[:, 0], return_inverse=True)
         positives, positive = np.unique(rows[:, 1], return_inverse=True)
         pairs = np.unique(query * len(positives) + positive)
         query, positive = np.divmod(pairs, len(positives))
         group_of_query, group_of_positive = _groups(query, positive, positives)
+        # A group of a queries and b positives is complete if it has a · b known pairs.
         wanted = _counts(group_of_query, positives) * _counts(group_of_positive, positives)
         incomplete = positives[_counts(group_of_query[query], positives) < wanted]
         return cls(queries, positives, pairs, group_of_positive, incomplete)
 
     def groups(self, text_id: torch.Tensor) -> torch.Tensor:
-        """The group of each text that is a positive of any row; of others their own id."""
+        """Returns the group of each text that is a positive of any row, and the own id of any other text."""
         return _labels(self.positives, self.group_of_positive, text_id)
 
     def in_incomplete(self, group_N: torch.Tensor) -> torch.Tensor:
-        """Places `[C]` of the groups in which a pair is not known."""
+        """Returns the places `[C]` in `group_N` whose group is incomplete."""
         _, found = _places(self.incomplete, group_N.cpu().numpy())
         return torch.from_numpy(np.flatnonzero(found)).to(group_N.device)
 
     def are_known(self, query_id: torch.Tensor, positive_id: torch.Tensor) -> torch.Tensor:
-        """Bool, of the shape to which both are broadcast."""
+        """Returns which pairs are known, bool, in the shape that both ids broadcast to."""
         query, of_query = _places(self.queries, query_id.cpu().numpy())
         positive, of_positive = _places(self.positives, positive_id.cpu().numpy())
         _, paired = _places(self.pairs, query * len(self.positives) + positive)
@@ -72,11 +74,11 @@ class KnownPositives:
 
 @dataclass(frozen=True)
 class ConnectedTexts:
-    """Texts that known pairs connect, directly or through others, whichever side they stand on.
+    """Texts that known pairs connect, directly or through other texts, as query or as positive.
 
     Attributes:
         texts: ids of all queries and positives, sorted.
-        label_of_text: the least id among those that each is connected with.
+        label_of_text: the smallest id among the texts that each text is connected with.
     """
 
     texts: np.ndarray
@@ -91,7 +93,7 @@ class ConnectedTexts:
         return cls(texts, label_of_text)
 
     def labels(self, text_id: torch.Tensor) -> torch.Tensor:
-        """Equal for connected texts; of a text in no pair its own id."""
+        """Returns equal labels for connected texts. A text in no pair gets its own id."""
         return _labels(self.texts, self.label_of_text, text_id)
 
 
@@ -106,15 +108,15 @@ def with_pairs_not_known(
     hardness: float,
     wire_dtype: torch.dtype,
 ) -> Outcome:
-    """The outcome with the negatives that groups left out although their pair is not known.
+    """Adds the negatives that the groups left out although their pair is not known.
 
-    With positive's score s: log(exp(loss) + Σ exp(score − s)) over them, weighted by hardness. All ranks call
-    this together.
+    The new loss is log(exp(loss) + Σ exp(score − s)). The sum runs over these negatives, weighted by
+    hardness, and s is the positive's score. All ranks call this together.
 
     Args:
-        outcome: without any other document of a query's group.
-        group_R: of the documents, the first Q of which are the queries' positives.
-        wire_dtype: what documents are rounded to on their way to other ranks.
+        outcome: the outcome so far. It leaves out all other documents of a query's group.
+        group_R: the documents' groups. The first Q documents are the queries' positives.
+        wire_dtype: documents are rounded to this dtype for other ranks.
     """
     here_Q, here_R = known.in_incomplete(group_R[: len(queries)]), known.in_incomplete(group_R)
     document_CD = gather_rows(documents.vector_ND[here_R], wire_dtype)
@@ -144,7 +146,10 @@ def with_pairs_not_known(
 
 
 def _groups(query: np.ndarray, positive: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The least id of a positive that each query, and each positive, is connected with."""
+    """Returns the group of each query and of each positive: the smallest id of a connected positive.
+
+    Each round spreads the smallest id from positives to queries and back, until nothing changes.
+    """
     of_positive, before = ids.copy(), None
     while before is None or not np.array_equal(of_positive, before):
         before = of_positive.copy()
@@ -155,19 +160,19 @@ def _groups(query: np.ndarray, positive: np.ndarray, ids: np.ndarray) -> tuple[n
 
 
 def _labels(sorted_ids: np.ndarray, label_of_id: np.ndarray, text_id: torch.Tensor) -> torch.Tensor:
-    """The label of each text; its own id where it has none."""
+    """Returns the label of each text, or its own id if it has none."""
     ids = text_id.cpu().numpy()
     place, known = _places(sorted_ids, ids)
     return torch.from_numpy(np.where(known, label_of_id[place], ids)).to(text_id.device)
 
 
 def _counts(groups: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """How many members the group has whose number is each of the sorted ids."""
+    """Counts the members of each group. The groups are numbered by `ids`, which are sorted."""
     return np.bincount(np.searchsorted(ids, groups), minlength=len(ids))
 
 
 def _places(sorted_ids: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each id stands in the sorted ones, and whether it does (else some place)."""
+    """Returns each id's place in `sorted_ids`, and whether it is there. If not, the place means nothing."""
     if not len(sorted_ids):
         return np.zeros(ids.shape, dtype=np.int64), np.zeros(ids.shape, dtype=bool)
     place = np.searchsorted(sorted_ids, ids).clip(max=len(sorted_ids) - 1)

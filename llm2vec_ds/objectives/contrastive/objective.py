@@ -1,4 +1,4 @@
-"""What SimCSE and the supervised stage have in common: examples of texts → one InfoNCE over all ranks."""
+"""The shared part of SimCSE and the supervised stage: one InfoNCE loss of examples over all ranks."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ from llm2vec_ds.recipe.objectives import ContrastiveConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
 Examples = Callable[[Sequence[int] | np.ndarray], list[list[TokenizedText]]]
-"""Rows → the texts of each: query, positive, hard negatives."""
+"""Maps row numbers to each row's texts: query, positive, hard negatives."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where examples come from.
+    """The sources that examples come from.
 
     Attributes:
-        names: of all sources.
-        alone: bool, whether their queries are compared with their own hard negatives only.
-        of: rows → the number of each one's source.
+        names: names of all sources.
+        alone: for each source, whether its queries are compared with their own hard negatives only (bool).
+        of: maps row numbers to the numbers of their sources.
     """
 
     names: list[str]
@@ -58,7 +58,7 @@ class Sources:
 
 
 class ContrastiveObjective(Objective):
-    """What SimCSE and the supervised stage have in common."""
+    """The shared part of SimCSE and the supervised stage."""
 
     def planned_work(self, recipe: Recipe) -> PlannedWork:
         config = section_of(recipe)
@@ -82,7 +82,7 @@ def section_of(recipe: Recipe) -> ContrastiveConfig:
 
 
 def contrastive_model(parts: Parts) -> ContrastiveModel:
-    """Raises UserError where Matryoshka lengths exceed the model's width."""
+    """Builds the model. Raises UserError if a Matryoshka length is larger than the model's width."""
     config = section_of(parts.recipe)
     if mistake := check_widths(config.matryoshka_dims, parts.encoder.trunk.config.hidden_size):
         raise UserError(mistake)
@@ -90,9 +90,9 @@ def contrastive_model(parts: Parts) -> ContrastiveModel:
 
 
 class ContrastiveStage:
-    """Loss: InfoNCE of each query's positive, averaged over the global batch.
+    """Trains on the InfoNCE of each query's positive, averaged over the global batch.
 
-    The guide speaks of training alone: held-out figures are the same with and without one.
+    A guide acts in training only. Held-out metrics do not use it.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class ContrastiveStage:
         )
 
     def _guided(self, packed: PackedExamples, guided_Q: torch.Tensor) -> dict[str, float]:
-        """What the guide left out, by source."""
+        """Returns metrics of the negatives that the guide left out, by source."""
         if self.tally is None or packed.source_Q is None:
             return {}
         counts = torch.tensor([packed.n_queries, packed.n_documents], device=guided_Q.device)
@@ -192,7 +192,7 @@ class ContrastiveStage:
 
     @torch.no_grad()
     def held_out(self, forward: Forward) -> dict[str, float] | None:
-        """Loss and accuracy of the held-out queries, all held-out documents being candidates."""
+        """Returns loss and accuracy of the held-out queries against all held-out documents."""
         if self.held_out_pairs is None:
             return None
         return held_out_metrics(
@@ -206,7 +206,7 @@ class ContrastiveStage:
 
 
 class PackedExamples:
-    """A rank's examples as packed micro-batches, and the way back from their vectors to the examples."""
+    """A rank's examples as packed micro-batches. It also maps their vectors back to the examples."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class PackedExamples:
         rows: np.ndarray | None = None,
         guide: GuideVectors | None = None,
     ) -> None:
-        """Args: rows: of the examples, where their `sources` are given."""
+        """`rows`: the examples' row numbers, needed if `sources` is given."""
         negatives = [text for example in examples for text in example[2:]]
         texts = [example[0] for example in examples] + [example[1] for example in examples] + negatives
         self.n_queries = len(examples)
@@ -242,7 +242,7 @@ class PackedExamples:
         self.guide: PairGuide | None = guide(examples) if guide is not None else None
 
     def pair_vectors(self, vectors: torch.Tensor) -> PairVectors:
-        """From vectors in the order of the micro-batches."""
+        """Splits vectors, in the order of the micro-batches, into queries, positives and negatives."""
         place = torch.from_numpy(np.argsort(self.order)).to(vectors.device)
         query, positive, negative = vectors[place].tensor_split([self.n_queries, 2 * self.n_queries])
         device, ends = vectors.device, [self.n_queries, 2 * self.n_queries]
@@ -252,11 +252,11 @@ class PackedExamples:
         return PairVectors(query, positive, negative, query_id, positive_id, negative_id, guide, own)
 
     def rows(self, rows: np.ndarray, group: int) -> list[int]:
-        """Which of `rows` have a text in a micro-batch."""
+        """Returns those of `rows` that have a text in a micro-batch."""
         return rows[np.unique(self.example_of[self.groups[group]])].tolist()
 
     def not_finite(self, rows: np.ndarray, vectors: torch.Tensor) -> list[int]:
-        """Which of `rows` have a vector with a NaN or an infinity."""
+        """Returns those of `rows` that have a vector with a NaN or an infinity."""
         bad = ~vectors.isfinite().all(-1).cpu().numpy()
         return rows[np.unique(self.example_of[self.order[bad]])].tolist()
 
@@ -269,7 +269,7 @@ def held_out_metrics(
     max_tokens: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """`loss` and `accuracy` over all of `pairs`, shared among ranks."""
+    """Returns `loss` and `accuracy` over all of `pairs`. The ranks share the pairs."""
     rows = rank_slice(np.arange(len(pairs)), rank(), world_size())
     packed = PackedExamples(pairs[rows], max_tokens, device, sources=sources, rows=rows)
     cached = []

@@ -1,7 +1,7 @@
-"""InfoNCE of queries against their own hard negatives alone, for sources whose in-batch texts are none.
+"""InfoNCE of queries against their own hard negatives only, for sources without in-batch negatives.
 
-Of a label, a class or a cluster most texts of a batch may be right. What such a query is compared with came
-in its own row, so nothing travels between ranks.
+If positives are labels, classes or clusters, many texts of a batch may be right for a query. Such a query is
+compared with the texts of its own row only, so ranks exchange nothing.
 
 Shape legend: O queries, M their negatives, K the most that one query has.
 """
@@ -24,11 +24,12 @@ def against_own_negatives(
     limits: Limits,
     hardness: float,
 ) -> Outcome:
-    """log Σ exp(score − positive's score) over a query's positive and its negatives that count; hardness
-    weights these.
+    """Returns the loss log Σ exp(score − positive's score), over a query's positive and its own negatives.
+
+    Hardness weights the negatives. False negatives do not count.
 
     Args:
-        positives: of the queries, one each.
+        positives: one for each query.
         query_of_M: int64, the query that each negative came with, in ascending order.
     """
     of_M = queries[query_of_M]
@@ -42,6 +43,7 @@ def against_own_negatives(
         counts_M = counts_M & ~near_M
     if limits.score_Q is not None:
         counts_M = counts_M & ~(score_M.detach() > limits.score_Q[query_of_M])
+    # Each query's negatives become one row of a table [O, K], padded with −inf.
     n_of_O = torch.bincount(query_of_M, minlength=len(queries))
     slot_M = torch.arange(len(negatives), device=query_of_M.device) - (n_of_O.cumsum(0) - n_of_O)[query_of_M]
     above_M = (score_M - positive_O[query_of_M]).masked_fill(~counts_M, float("-inf"))

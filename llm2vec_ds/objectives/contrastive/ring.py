@@ -1,9 +1,13 @@
-"""InfoNCE around a ring of ranks: a rank holds one other rank's documents at a time.
+"""InfoNCE around a ring of ranks. A rank holds the documents of one other rank at a time.
 
-Each rank's documents travel from rank to rank; log-sum-exps of the blocks are merged exactly. Backward
-sends the documents around once more, and with each block the sum of the gradients that the ranks have for
-it, which is whole when the block is home again (cf. Cheng et al., 2024, arXiv 2410.17243). Memory does not
-grow with the number of ranks.
+In forward, each rank's documents travel from rank to rank as one block. Each rank computes the log-sum-exp of
+its queries over each block. Merging these is exact.
+
+In backward, the documents travel around once more. A sum of gradients travels with each block, and each rank
+adds its own part. After the last turn the sum is complete and back at the block's owner (cf. Cheng et al.,
+2024, arXiv 2410.17243).
+
+Memory does not grow with the number of ranks.
 
 Shape legend: Q this rank's queries, R a rank's documents, D width.
 """
@@ -24,6 +28,7 @@ from llm2vec_ds.distributed import all_gather_counts, rank, rotate, world_size
 from llm2vec_ds.objectives.contrastive.texts import Outcome
 
 NOT_HERE = -1
+"""Place of a positive that is not in the block."""
 
 
 def ring_info_nce(
@@ -39,14 +44,14 @@ def ring_info_nce(
     precision: Precision,
     wire_dtype: torch.dtype,
 ) -> Outcome:
-    """This rank's queries against all ranks' documents.
+    """Returns the outcome of this rank's queries against all ranks' documents.
 
-    The first Q of this rank's documents are the queries' positives. Documents are rounded to `wire_dtype` (on
-    every rank alike); gradients and a guide's vectors travel in fp32. Ranks may hold different numbers of
-    documents.
+    The first Q of this rank's documents are the queries' positives. Documents are rounded to `wire_dtype` on
+    every rank, the owner included. Gradients and a guide's vectors travel in fp32. Ranks may hold different
+    numbers of documents.
 
     Args:
-        guide: of this rank's queries and documents.
+        guide: the guide's vectors of this rank's queries and documents.
     """
     others = (document_id_R, query_id_Q, score_limit_Q, guide, (hardness, precision), wire_dtype, True)
     return Outcome(*_Ring.apply(query_QD, document_RD, scale, others))
@@ -65,15 +70,18 @@ def ring_log_sum_exp(
     precision: Precision,
     wire_dtype: torch.dtype,
 ) -> LogSumExp:
-    """The same where no document is a query's positive: the sum alone, which is −inf where none counts."""
+    """Returns the sum alone, for queries without a positive among the documents; −inf if none counts."""
     others = (document_id_R, query_id_Q, score_limit_Q, guide, (hardness, precision), wire_dtype, False)
     lse_Q, _, guided_Q = _Ring.apply(query_QD, document_RD, scale, others)
     return LogSumExp(lse_Q, guided_Q)
 
 
 def _blocks(counts: list[int], *of_documents: torch.Tensor) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """(owner, what each tensor holds of its documents) of every rank, this one first. Each `next` is a
-    rotation of all ranks."""
+    """Yields (owner, the owner's part of each tensor) for every rank, this rank first.
+
+    Each `next` after the first rotates the blocks of all ranks.
+    """
+    # Every rotation sends one shape, so blocks are padded to the largest.
     travelling = [_padded(x, max(counts)) for x in of_documents]
     for turn in range(world_size()):
         owner = (rank() - turn) % world_size()
@@ -89,6 +97,8 @@ def _padded(x: torch.Tensor, n_rows: int) -> torch.Tensor:
 
 
 class _Ring(torch.autograd.Function):
+    """Forward and backward around the ring. `others` holds the inputs that get no gradient."""
+
     @staticmethod
     def forward(
         ctx: Any, query_QD: torch.Tensor, document_RD: torch.Tensor, scale: torch.Tensor, others: Any
@@ -133,12 +143,13 @@ class _Ring(torch.autograd.Function):
             )
             d_query_QD += own.d_query_QD
             d_scale += own.d_scale
-            # The gradient that arrives belongs to the block that arrived with it.
+            # Gradient and block have made the same turns, so the gradient that arrives belongs to this block.
             arrived = rotate(travelling) if travelling is not None else None
             travelling = _padded(own.d_document_ND, max(ctx.counts))
             if arrived is not None:
                 travelling += arrived
         assert travelling is not None
+        # One more turn brings each sum back to the owner of its block.
         d_document_RD = rotate(travelling)[: len(of_documents[0])]
         return d_query_QD, d_document_RD, d_scale, None
 
@@ -150,6 +161,7 @@ def _options(
     document_id_N: torch.Tensor,
     guide_NG: torch.Tensor | None = None,
 ) -> dict[str, Any]:
+    """Returns the kernel's options for one block. Positives are in this rank's own block only."""
     query_id_Q, score_limit_Q, *guide = of_queries
     row_Q = torch.arange(len(query_id_Q), device=query_id_Q.device)
     is_here = ctx.with_positives and owner == rank()

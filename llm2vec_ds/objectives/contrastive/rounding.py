@@ -1,4 +1,4 @@
-"""Documents as vectors in fewer bytes hold them (`vectors/quantized.py`), with a gradient.
+"""Rounds document vectors as storage in fewer bytes does (`vectors/quantized.py`), with a gradient.
 
 Shape legend: N texts, D width.
 """
@@ -16,10 +16,9 @@ Form = Rounding | Literal["float32"]
 
 
 def rounded(unit_ND: torch.Tensor, form: Form) -> torch.Tensor:
-    """Vectors of length 1 in the direction of the stored row, `[N, D]`.
+    """Returns vectors `[N, D]` of length 1 in the direction of the stored row.
 
-    The gradient passes as if nothing had been rounded (straight-through: Bengio et al., 2013, arXiv
-    1308.3432).
+    The gradient ignores the rounding (straight-through estimator: Bengio et al., 2013, arXiv 1308.3432).
     """
     if form == "float32":
         return unit_ND

@@ -1,12 +1,12 @@
-"""Texts of one side as further negatives: other queries of a query, and other documents of its positive.
+"""More negatives from the same side: a query against other queries, and its positive against other documents.
 
 With s(a, b) = scale · cos(a, b) the loss of query i becomes
 
     log( Σ_d exp s(q_i, d) + Σ_j exp s(q_i, q_j) + Σ_d exp s(p_i, d) ) − s(q_i, p_i)
 
 (Li et al., 2023, arXiv 2308.03281; Solatorio, 2024, arXiv 2402.16829). The second and third sum leave out all
-texts that known pairs connect with the query (`known_positives.ConnectedTexts`), its own and its positive
-among them, and what `Limits` of the query say, as in the first.
+texts that known pairs connect with the query (`known_positives.ConnectedTexts`). The query itself and its
+positive are among them. The query's `Limits` apply to all three sums.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from llm2vec_ds.objectives.contrastive.texts import Limits, Texts
 
 
 class SameSide(NamedTuple):
-    """`lse_Qs`: log Σ exp s of each further sum, `[Q]`, −inf where nothing counts; `guided_Q`: how many texts
-    the guide leaves out of them."""
+    """The further sums of the loss.
+
+    Attributes:
+        lse_Qs: log Σ exp s of each sum, `[Q]`; −inf where no text counts.
+        guided_Q: how many texts the guide leaves out of the sums.
+    """
 
     lse_Qs: list[torch.Tensor]
     guided_Q: torch.Tensor
 
     def added_to(self, loss_Q: torch.Tensor, positive_score_Q: torch.Tensor) -> torch.Tensor:
-        """The loss with these negatives, from the one without. A sum of −inf has no gradient."""
+        """Adds these negatives to the loss. A sum of −inf adds neither loss nor gradient."""
         further = [lse_Q - positive_score_Q for lse_Q in self.lse_Qs]
         return torch.stack([loss_Q, *further]).logsumexp(0)
 
@@ -39,11 +43,11 @@ def same_side(
     limits: Limits,
     scale: torch.Tensor,
 ) -> SameSide:
-    """One sum for each of `sides`. All ranks call this together.
+    """Returns one sum for each of `sides`. All ranks call this together.
 
     Args:
-        sides: rows, one for each query, and what they are compared with.
-        limits: of the queries, in all sums.
+        sides: the rows, one for each query, and the candidates they are compared with.
+        limits: the queries' limits, which apply to every sum.
     """
     found = []
     for texts, candidates in sides:

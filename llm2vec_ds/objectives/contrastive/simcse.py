@@ -1,4 +1,4 @@
-"""SimCSE: each text twice, with different dropout; the other texts are negatives."""
+"""SimCSE: each text runs twice, with different dropout. The other texts of the batch are negatives."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llm2vec_ds.recipe.objectives import SimcseConfig
 
 
 class Simcse(ContrastiveObjective):
-    """A text's two vectors are each other's positive (Gao et al., 2021, arXiv 2104.08821).
+    """Trains a text's two vectors as a positive pair (Gao et al., 2021, arXiv 2104.08821).
 
-    It has no held-out loss: with dropout off, a text's two vectors are the same.
+    There is no held-out loss: without dropout, the two vectors of a text are equal.
     """
 
     section = SimcseConfig

@@ -1,4 +1,4 @@
-"""Supervised contrastive learning: queries, their positives, hard negatives; each batch from one source."""
+"""Supervised contrastive learning on queries, positives and hard negatives. A batch comes from one source."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class Supervised(ContrastiveObjective):
-    """In-batch negatives are all positives and hard negatives of the batch (arXiv 2404.05961, section 4), but
-    for sources that have none, and for what a guide leaves out."""
+    """Trains each query against all positives and hard negatives of the batch (arXiv 2404.05961, section 4).
+
+    There are two exceptions: sources without in-batch negatives, and documents that a guide leaves out.
+    """
 
     section = SupervisedConfig
 
@@ -44,10 +46,10 @@ class Supervised(ContrastiveObjective):
         return "-".join([*parts, *guides])
 
     def build(self, parts: Parts) -> ContrastiveStage:
-        """As `Objective.build`.
+        """See `Objective.build`.
 
         Raises:
-            UserError: also where an example has no negative.
+            UserError: also if an example would have no negative.
         """
         recipe, pairs = parts.recipe, parts.training
         assert isinstance(pairs, PreparedPairs)
@@ -57,8 +59,8 @@ class Supervised(ContrastiveObjective):
         batch_size = recipe.batch.global_batch_size
         if batch_size == 1 and (n_without := sum(pairs.n_without_negatives)):
             raise UserError(
-                f"batch.global_batch_size=1: {n_without} of {len(pairs)} examples have no "
-                "hard negative, so that their loss is always 0: raise it, or give each of them a negative"
+                f"batch.global_batch_size=1: {n_without} of {len(pairs)} examples have no hard negative, so "
+                "their loss is always 0: raise batch.global_batch_size, or give each example a negative"
             )
         sources = _sources(recipe, recipe.data.path, pairs)
         _check_own_negatives(recipe, sources, pairs)
@@ -88,15 +90,15 @@ def _sources(recipe: Recipe, path: str | list[str], pairs: PreparedPairs) -> Sou
 
 
 def _check_own_negatives(recipe: Recipe, sources: Sources, pairs: PreparedPairs) -> None:
-    """Raises UserError where a source without in-batch negatives has an example without its own."""
+    """Raises UserError if a source has no in-batch negatives and an example has no hard negative either."""
     assert recipe.data.pairs is not None
     of_sources = zip(sources.names, sources.alone, pairs.n_without_negatives, pairs.source_sizes, strict=True)
     for name, alone, n_without, size in of_sources:
         if alone and n_without:
             raise UserError(
                 f"{recipe.data.pairs.instructions}: `{name}` has in_batch_negatives: false, and {n_without} "
-                f"of its {size} examples have no hard negative, so that their loss is always 0: give each "
-                "one (data.pairs.negative_column, data.pairs.max_negatives), or leave in_batch_negatives out"
+                f"of its {size} examples have no hard negative, so their loss is always 0: give each one "
+                "(data.pairs.negative_column, data.pairs.max_negatives), or remove in_batch_negatives"
             )
         if alone:
-            log.info("%s: its queries are compared with their own hard negatives alone", name)
+            log.info("%s: each query is compared with its own hard negatives only", name)

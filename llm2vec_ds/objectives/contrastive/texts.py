@@ -1,4 +1,4 @@
-"""Texts as the contrastive loss sees them, and how near to a query a document may be as a negative.
+"""Texts as the contrastive loss sees them, and the limits that tell a negative from a false negative.
 
 Shape legend: N texts, Q queries, D width, G the guide's width.
 """
@@ -13,13 +13,13 @@ import torch
 from llm2vec_ds.recipe.objectives import ContrastiveConfig, SupervisedConfig
 
 TIE = 1e-6
-"""A guide's cosines nearer than this are equal in fp32, in whatever tile they are computed."""
+"""Two of a guide's cosines that differ by less count as equal: tiles round differently in fp32."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Vectors `[N, D]` of length 1, the ids of their texts, int64 `[N]`, and a guide's vectors of them, `[N,
-    G]` of length 1."""
+    """Vectors `[N, D]` of length 1, the ids of their texts (int64 `[N]`), and a guide's vectors `[N, G]` of
+    length 1 of the same texts."""
 
     vector_ND: torch.Tensor
     id_N: torch.Tensor
@@ -33,7 +33,7 @@ class Texts:
         return Texts(self.vector_ND[places], self.id_N[places], guide_NG)
 
     def __add__(self, other: Texts) -> Texts:
-        """Both, one after the other; of one guide."""
+        """Returns these texts, then `other`. Guide vectors must come from the same guide."""
         guide_NG = None
         if self.guide_NG is not None and other.guide_NG is not None:
             guide_NG = torch.cat([self.guide_NG, other.guide_NG])
@@ -44,15 +44,24 @@ class Texts:
 def positive_scores(
     queries: Texts, positives: Texts, scale: torch.Tensor, wire_dtype: torch.dtype
 ) -> torch.Tensor:
-    """Score of each query and its positive, `[Q]`, which is rounded as on its way to other ranks."""
+    """Returns the score of each query with its positive, `[Q]`.
+
+    The positive is rounded as if another rank had sent it. So its score equals the one in the sum over all
+    documents. The gradient ignores the rounding.
+    """
     own_QD = positives.vector_ND
     own_QD = own_QD + (own_QD.to(wire_dtype).to(own_QD) - own_QD).detach()
     return scale * (queries.vector_ND * own_QD).sum(-1)
 
 
 class Outcome(NamedTuple):
-    """Of each query, `[Q]`: the loss; whether the positive beats every negative (bool); how many documents
-    the guide leaves out that would be negatives without it (fp32)."""
+    """Results for each query, `[Q]`.
+
+    Attributes:
+        loss_Q: the loss.
+        hit_Q: whether the positive beats every negative (bool).
+        guided_Q: how many documents are no negatives only because of the guide (fp32).
+    """
 
     loss_Q: torch.Tensor
     hit_Q: torch.Tensor
@@ -61,15 +70,18 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a document may not be above as a negative of each query: of its scaled score, and of the guide's
-    cosine (GISTEmbed: Solatorio, 2024, arXiv 2402.16829); `[Q]`, None: no limit."""
+    """Upper limits for each query, `[Q]`. A document above a limit is no negative, because it may be right.
+
+    `score_Q` limits the scaled score. `guide_Q` limits the guide's cosine (GISTEmbed: Solatorio, 2024, arXiv
+    2402.16829). None means no limit.
+    """
 
     score_Q: torch.Tensor | None
     guide_Q: torch.Tensor | None
 
     @classmethod
     def of(cls, queries: Texts, positives: Texts, scale: torch.Tensor, config: ContrastiveConfig) -> Limits:
-        """From the positives of the queries, `[Q]`."""
+        """Computes the limits from each query's score with its positive."""
         score_Q = guide_Q = None
         if config.false_negative_margin is not None:
             cosine_Q = (queries.vector_ND * positives.vector_ND).sum(-1).detach()

@@ -1,4 +1,4 @@
-"""SimCSE beside distillation: the same texts twice, with different dropout."""
+"""SimCSE as a second loss in distillation: each text runs twice, with different dropout."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Contrast:
     """InfoNCE between the two copies of each text (Gao et al., 2021, arXiv 2104.08821).
 
     Attributes:
-        weight: factor on the loss; 0: none.
-        n_copies: how often a text goes through the encoder.
+        weight: factor on the loss. 0 turns it off.
+        n_copies: how often each text goes through the encoder.
     """
 
     def __init__(self, config: DistilConfig) -> None:
@@ -25,11 +25,13 @@ class Contrast:
         self._loss = ContrastiveLoss(SimcseConfig(scale=self._scale))
 
     def __call__(self, copies: Sequence[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-        """This rank's share of the loss, without weight (shares add up to it); 0 of a single copy.
+        """Returns this rank's share of the loss, without the weight; 0 if there is only one copy.
+
+        The shares of all ranks add up to the loss.
 
         Args:
-            copies: `[texts, D]` each.
-            ids: int64 `[texts]`, equal for equal texts on every rank.
+            copies: vectors of each copy, `[texts, D]`.
+            ids: int64 `[texts]`. Equal texts have equal ids on every rank.
         """
         if len(copies) == 1:
             return copies[0].new_zeros((), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What a text's vector should have in common with the teacher's: the vector itself, and its cosines.
+"""The distillation loss: each text's vector, and its cosines with other texts, against the teacher's.
 
 Shape legend: Q this rank's texts, N all ranks', D the student's width, T the teacher's.
 """
@@ -35,11 +35,13 @@ class DistillationLoss:
         teacher_QT: torch.Tensor,
         n_global: torch.Tensor,
     ) -> torch.Tensor:
-        """This rank's share of both losses (shares add up), `[2]`, without weights; 0 where the weight is.
+        """Returns this rank's shares of both losses, `[2]`, without weights. A loss of weight 0 gives 0.
+
+        The shares of all ranks add up to the losses.
 
         Args:
-            mapped_QT: student's vectors in the teacher's space.
-            n_global: texts of all ranks.
+            mapped_QT: the student's vectors in the teacher's space.
+            n_global: the number of texts of all ranks.
         """
         none = student_QD.new_zeros((), dtype=torch.float32)
         vector = self._vectors(mapped_QT, teacher_QT).sum() if self.config.vector_weight else none
@@ -47,7 +49,7 @@ class DistillationLoss:
         return torch.stack([vector, similar]) / n_global
 
     def weighted(self, vector: Number, similarity: Number) -> Number:
-        """The sum of both with their weights."""
+        """Returns the weighted sum of both losses."""
         return vector * self.config.vector_weight + similarity * self.config.similarity_weight
 
     def _vectors(self, mapped_QT: torch.Tensor, teacher_QT: torch.Tensor) -> torch.Tensor:

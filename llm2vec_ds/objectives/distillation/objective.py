@@ -1,4 +1,4 @@
-"""Distillation: a text's vector, and its cosines with other texts, become those that a teacher has."""
+"""Distillation: the encoder learns a teacher's vector of each text, and the cosines between texts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from llm2vec_ds.recipe.recipe import Recipe
 
 
 class Distillation(Objective):
-    """The encoder learns from another one's vectors of the same texts."""
+    """Trains the encoder on a teacher's vectors of the same texts."""
 
     section = DistilConfig
 
@@ -55,10 +55,10 @@ class Distillation(Objective):
         return f"{training.fingerprint}-{teacher.fingerprint[:16]}"
 
     def build(self, parts: Parts) -> DistillationStage:
-        """As `Objective.build`.
+        """See `Objective.build`.
 
         Raises:
-            UserError: also where a text has no vector of the teacher, or the widths do not suit.
+            UserError: also if a text has no teacher vector, or if the widths do not match.
         """
         recipe, data = parts.recipe, parts.recipe.data
         assert isinstance(parts.training, PreparedTexts)
@@ -74,21 +74,22 @@ class Distillation(Objective):
         )
 
     def planned_work(self, recipe: Recipe) -> PlannedWork:
-        """The projection is left out: the teacher's width is not known before its vectors are."""
+        """Leaves out the projection: its size is unknown until the teacher's vectors exist."""
         return PlannedWork(texts_per_row=Contrast(section_of(recipe)).n_copies, documents_per_row=1)
 
 
 class DistillationModel(nn.Module):
-    """Encoder and projection as one module, as the engine trains them."""
+    """Encoder and projection in one module, which the engine trains."""
 
     def __init__(self, encoder: Encoder, config: DistilConfig, teacher_width: int, seed: int) -> None:
-        """Raises UserError where vectors are compared as they are, and are too short."""
+        """Raises UserError if there is no projection and the encoder's vectors are too short."""
         super().__init__()
         self.encoder = encoder
         self.projection: nn.Linear | None = None
         if config.vector_weight and config.projection == "linear":
             self.projection = nn.Linear(encoder.dimensions, teacher_width, bias=False, device=encoder.device)
-            # From the seed, so that ranks agree; a rotation keeps the cosines of the start.
+            # The seed gives all ranks the same start. An orthogonal one keeps the encoder's cosines, if the
+            # teacher is at least as wide.
             start = torch.empty(self.projection.weight.shape)
             nn.init.orthogonal_(start, generator=torch.Generator().manual_seed(seed))
             self.projection.weight.data.copy_(start)
@@ -99,8 +100,10 @@ class DistillationModel(nn.Module):
             )
 
     def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[S, D + T]` fp32, a text's vector and its projection (`[S, D]` without one); and the number 1,
-        where contrastive models have their scale."""
+        """Returns each text's vector and its projection, `[S, D + T]` fp32 (`[S, D]` without a projection).
+
+        The second result is the number 1. Contrastive models return their scale there.
+        """
         vectors = self.encoder(batch)
         one = torch.ones((), device=vectors.device)
         if self.projection is None:
@@ -111,21 +114,21 @@ class DistillationModel(nn.Module):
 
 @dataclass(frozen=True)
 class TaughtTexts:
-    """Texts with the teacher's vectors. `key`: what names the texts in the recipe."""
+    """Texts with the teacher's vectors. `key` is the recipe key that names the texts."""
 
     texts: PreparedTexts
     teacher: TeacherVectors
     key: str
 
     def __post_init__(self) -> None:
-        """Raises UserError where a text has no vector."""
+        """Raises UserError if a text has no vector."""
         hashes = self.texts.rows.data.column("text_hash").to_numpy()
         known = self.teacher.known(hashes)
         if not known.all():
             raise UserError(
-                f"distil.teacher has no vector of {np.count_nonzero(~known)} of the {len(known)} texts of "
+                f"distil.teacher has no vector for {np.count_nonzero(~known)} of the {len(known)} texts of "
                 f"{self.key} (the first is text {int(np.argmin(known))}, counted from 0): encode these texts "
-                "with the teacher, or name a model as distil.teacher"
+                "with the teacher, or set distil.teacher to a model"
             )
 
     def __len__(self) -> int:
@@ -133,12 +136,13 @@ class TaughtTexts:
 
 
 class PackedTexts:
-    """Some texts, or two copies of each, as packed micro-batches on the CPU, with the teacher's vectors.
+    """Texts, once or twice each, as packed micro-batches on the CPU, with the teacher's vectors.
 
     Attributes:
-        groups: places of the copies in each micro-batch: the first copies of all texts come first.
-        teacher: `[texts, T]`.
-        ids: int64 `[texts]`, equal for equal texts on every rank.
+        groups: for each micro-batch, the numbers of its copies. The first copies of all texts are counted
+            before the second copies.
+        teacher: the teacher's vectors, `[texts, T]`.
+        ids: int64 `[texts]`. Equal texts have equal ids on every rank.
     """
 
     def __init__(
@@ -154,20 +158,20 @@ class PackedTexts:
         self.ids, self.teacher = torch.from_numpy(hashes), source.teacher[hashes]
         self.n_distinct = len(np.unique(hashes))
         if not bool(self.teacher.isfinite().all()):
-            raise UserError("distil.teacher has vectors that are not finite: encode its texts again")
+            raise UserError("distil.teacher holds a NaN or an infinity: encode its texts again")
 
     def copies(self, found: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Of each copy `[texts, …]`, from those of all micro-batches in their order."""
+        """Returns `[texts, …]` for each copy, from `found`: the rows of all micro-batches in order."""
         return found[self._place.to(found.device)].split(self.n_texts)
 
     def rows_of(self, group: int) -> list[int]:
-        """Rows of the texts in a micro-batch."""
+        """Returns the rows whose texts are in a micro-batch."""
         found: list[int] = self.rows[np.unique(self.groups[group] % self.n_texts)].tolist()
         return found
 
 
 class DistillationStage:
-    """Loss: `DistillationLoss` of the global batch."""
+    """Trains on the `DistillationLoss` of the global batch, plus SimCSE if the recipe asks for it."""
 
     def __init__(
         self,
@@ -240,7 +244,7 @@ class DistillationStage:
 
     @torch.no_grad()
     def held_out(self, forward: Forward) -> dict[str, float] | None:
-        """The losses of the held-out texts, as one batch of all of them."""
+        """Returns the losses of all held-out texts, taken as one batch."""
         if self.held_out_texts is None:
             return None
         rows = rank_slice(np.arange(len(self.held_out_texts)), rank(), world_size())
@@ -260,7 +264,7 @@ class DistillationStage:
         return all_reduce_sum(torch.tensor(float(packed.n_texts), device=self.encoder.device))
 
     def _shares(self, found: torch.Tensor, packed: PackedTexts, n_global: torch.Tensor) -> torch.Tensor:
-        """Of the model's outcome for each text."""
+        """Returns this rank's share of both losses, from the model's output for each text."""
         width, teacher = self.encoder.dimensions, packed.teacher.to(found.device)
         if self.model.projection is not None:
             return self.loss(found[:, :width], found[:, width:], teacher, n_global)

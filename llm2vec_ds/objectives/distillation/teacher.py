@@ -14,16 +14,16 @@ from llm2vec_ds.recipe.recipe import Recipe
 
 
 def prepare_teacher(recipe: Recipe, path: str | list[str]) -> Path:
-    """The folder of the teacher's vectors for the texts of `path`; made if it is not there yet, or damaged.
+    """Returns the folder of the teacher's vectors for `path`. Makes it if it is missing or damaged.
 
     Raises:
-        UserError: as `keep_vectors`.
+        UserError: as in `keep_vectors`.
     """
     return keep_vectors(_wanted(recipe, path))
 
 
 def teacher_folder(recipe: Recipe, path: str | list[str]) -> Path:
-    """Where the vectors for the texts of `path` are kept."""
+    """Returns the folder that holds, or will hold, the vectors for the texts of `path`."""
     return _wanted(recipe, path).folder
 
 

@@ -1,4 +1,8 @@
-"""Masked next token prediction: the hidden state at i−1 predicts the masked token at i."""
+"""The language head of masked next token prediction (MNTP).
+
+The hidden state at i−1 predicts the masked token at i (BehnamGhader et al., 2024, arXiv 2404.05961,
+section 2.1).
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,12 @@ from llm2vec_ds.encoder.encoder import Encoder
 
 
 class MaskedTokenHead(nn.Module):
-    """The language head on masked rows only, in chunks: logits of at most `chunk_tokens` rows are held.
+    """Runs the language head on masked rows only, in chunks: it holds logits of `chunk_tokens` rows at most.
 
-    The weight is the model's own (frozen or tied as it comes) and belongs to this module directly, so
-    that ZeRO-3 gathers it once a call however many chunks a rank has. Honours
+    The weight is the model's own, frozen or tied as the model has it. This module owns it directly. So ZeRO-3
+    gathers it once a call, however many chunks a rank has. The head follows these keys of the config:
     `final_logit_softcapping` (Gemma 2), `logits_scaling` (Granite, a divisor) and `logit_scale` (Cohere, a
-    factor) of the config.
+    factor).
     """
 
     def __init__(self, head: nn.Linear, config: Any, chunk_tokens: int) -> None:
@@ -33,18 +37,19 @@ class MaskedTokenHead(nn.Module):
         self.chunk_tokens = chunk_tokens
 
     def forward(self, hidden_MD: torch.Tensor, label_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy `[M]` fp32 and whether the likeliest token is the right one `[M]` bool."""
+        """Returns the cross-entropy `[M]` fp32, and whether the likeliest token is right `[M]` bool."""
         return _HeadLoss.apply(
             hidden_MD, label_M, self.weight, self.bias, self.softcap, self.factor, self.chunk_tokens
         )
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Loss and hit of each row, chunk by chunk.
+    """Computes loss and hit of each row, chunk by chunk.
 
-    A row's loss depends on its own hidden state only, so forward knows that gradient up to a factor while
-    the logits are there. A frozen head then costs two matrix products, where a checkpointed chunk takes
-    three, and ZeRO-3 gathers its weight once. A trained head's own gradient recomputes the logits.
+    A row's loss depends on its own hidden state only. So forward can compute the gradient of that hidden
+    state while it holds the logits. Only the upstream factor is missing, and backward multiplies by it. A
+    frozen head then costs two matrix products; a checkpointed chunk would cost three. ZeRO-3 gathers the
+    weight once. If the head trains, backward computes the logits again for the gradient of its weight.
     """
 
     @staticmethod
@@ -102,15 +107,15 @@ def _chunk(
     bias_V: torch.Tensor | None,
     options: tuple[Any, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, hit, and ∂loss/∂(hidden · weightᵀ) in the weight's dtype; logits and softmax in fp32."""
+    """Returns loss, hit, and ∂loss/∂(hidden · weightᵀ) in the weight's dtype. Logits and softmax are fp32."""
     softcap, factor, _ = options
     logits = product(hidden, weight_VD, bias_V).float().mul_(factor)
     slope: torch.Tensor | float = factor
     if softcap is not None:
         logits.div_(softcap).tanh_()
-        slope = logits.square().neg_().add_(1).mul_(factor)
+        slope = logits.square().neg_().add_(1).mul_(factor)  # d tanh(x)/dx = 1 − tanh²(x)
         logits.mul_(softcap)
-    # Softmax in place: a call of logsumexp would hold the logits twice and exponentiate them twice.
+    # The softmax runs in place. `logsumexp` would hold the logits twice and compute exp twice.
     highest, likeliest = logits.max(-1, keepdim=True)
     label = label[:, None]
     target = logits.gather(-1, label) - highest
@@ -121,7 +126,7 @@ def _chunk(
 
 
 class MntpModel(nn.Module):
-    """Encoder and head as one module, as the engine trains them."""
+    """Encoder and head in one module, which the engine trains."""
 
     def __init__(self, encoder: Encoder, head: MaskedTokenHead) -> None:
         super().__init__()
@@ -129,12 +134,12 @@ class MntpModel(nn.Module):
         self.head = head
 
     def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss `[M]` and hit `[M]` of the M masked tokens, in stream order.
+        """Returns loss `[M]` and hit `[M]` of the M masked tokens, in stream order.
 
-        A text's first token carries no label, so i−1 is always in the same text.
+        A text's first token never has a label, so i−1 is always in the same text.
         """
         if batch.labels is None or batch.predicted is None:
-            raise ValueError("MNTP needs a batch with labels")
+            raise ValueError("this batch has no labels: pass labels to `pack`")
         hidden_TD = self.encoder.hidden_states(batch)
         outcome: tuple[torch.Tensor, torch.Tensor] = self.head(
             hidden_TD[batch.predicted - 1], batch.labels[batch.predicted]

@@ -1,4 +1,8 @@
-"""Which tokens of a text MNTP hides: keyed by (seed, step, row), so history plays no part."""
+"""Chooses the tokens that MNTP masks.
+
+The random numbers depend on (seed, step, row) only. So a text gets the same masks on any number of ranks, and
+after a run is resumed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,11 @@ from llm2vec_ds.recipe.objectives import MntpConfig
 
 @dataclass(frozen=True)
 class Masking:
-    """BERT's 80/10/10 or all-mask (Devlin et al., 2019, arXiv 1810.04805, section 3.1)."""
+    """Masks every chosen token, or follows BERT (Devlin et al., 2019, arXiv 1810.04805, section 3.1).
+
+    BERT replaces 80 % of the chosen tokens by the mask token and 10 % by a random token. 10 % stay as they
+    are.
+    """
 
     mask_token_id: int
     special_ids: np.ndarray
@@ -23,7 +31,8 @@ class Masking:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, config: MntpConfig) -> Masking:
-        """Raises UserError where the mask token is not one token of the tokenizer."""
+        """Raises UserError if the mask token is not a single token of the tokenizer."""
+        # `encode` may split the string or put a space before it, so the vocabulary's own entry comes first.
         ids = tokenizer.encode(config.mask_token, add_special_tokens=False)
         direct = tokenizer.convert_tokens_to_ids(config.mask_token)
         if direct is not None and direct != tokenizer.unk_token_id:
@@ -39,16 +48,16 @@ class Masking:
 
     @property
     def largest_id(self) -> int:
-        """Of all ids that a hidden token may get."""
+        """The largest id that masking can write."""
         return max(self.mask_token_id, int(self.ordinary_ids.max()))
 
     def __call__(
         self, input_ids: np.ndarray, *, seed: int, step: int, row: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`[L]` ids → (`[L]` ids with masked tokens, `[L]` labels: the original id, or −100).
+        """Returns the ids with masked tokens `[L]`, and the labels `[L]`: the original id, or −100.
 
-        Special tokens are never masked, nor is a text's first token: nothing stands before it that
-        could predict it.
+        Special tokens are never masked. A text's first token is never masked, because no hidden state before
+        it could predict it.
         """
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step, row])))
         input_ids = np.asarray(input_ids, dtype=np.int64)

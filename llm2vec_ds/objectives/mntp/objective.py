@@ -33,15 +33,15 @@ from llm2vec_ds.recipe.objectives import MntpConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
 HELD_OUT_STEP = 2**32
-"""Masking key of held-out texts: the same masks at every evaluation, and never those of a training step."""
+"""The `step` that seeds the masks of held-out texts: the same at every evaluation, and no training step."""
 
 
 MaskedBatches = tuple[list[PackedBatch], list[np.ndarray]]
-"""Packed micro-batches with labels, and the row numbers in each."""
+"""Packed micro-batches with labels, and the row numbers of each."""
 
 
 class Mntp(Objective):
-    """The hidden state at i−1 predicts the masked token at i (arXiv 2404.05961, section 2)."""
+    """The hidden state at i−1 predicts the masked token at i (arXiv 2404.05961, section 2.1)."""
 
     section = MntpConfig
     uses_language_head = True
@@ -55,7 +55,7 @@ class Mntp(Objective):
         masking = Masking.for_tokenizer(encoder.tokenizer, config)
         check_ids(masking.largest_id, encoder.trunk)
         if recipe.adapter is not None:
-            linear.requires_grad_(False)  # adapters alone train; an untied head would otherwise, for nothing
+            linear.requires_grad_(False)  # only adapters train; an untied head would train for nothing
         head = MaskedTokenHead(linear, encoder.trunk.config, config.head_chunk_tokens)
         return MntpStage(
             MntpModel(encoder, head),
@@ -90,7 +90,7 @@ def _section(recipe: Recipe) -> MntpConfig:
 
 
 class MntpStage:
-    """Loss: cross-entropy summed over masked tokens, divided by their number over all ranks."""
+    """Trains on the cross-entropy, averaged over the masked tokens of all ranks."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class MntpStage:
         )
 
     def sample_batch(self, texts: Sequence[TokenizedText]) -> PackedBatch:
-        """Every token is predicted."""
+        """Labels every token, which is the most that the head can have to compute."""
         return pack(texts, [np.asarray(text.input_ids) for text in texts])
 
     @torch.no_grad()
@@ -193,7 +193,7 @@ def _n_masked(batch: PackedBatch) -> int:
 def _rows_not_finite(
     packed: Sequence[PackedBatch], groups: Sequence[np.ndarray], losses: Sequence[torch.Tensor]
 ) -> list[int]:
-    """Rows of the texts with a masked token whose loss is NaN or infinite."""
+    """Returns the rows of texts in which a masked token's loss is NaN or infinite."""
     rows: list[int] = []
     for batch, group, loss_M in zip(packed, groups, losses, strict=True):
         assert batch.predicted is not None

@@ -1,4 +1,4 @@
-"""What an encoder's scores of a query's documents should have in common with a judge's.
+"""A loss that pulls an encoder's scores of a query's documents towards a judge's.
 
 Shape legend: Q this rank's queries, R its documents, D width.
 """
@@ -12,7 +12,9 @@ from llm2vec_ds.recipe.objectives import DistilScoresConfig
 
 
 class ScoreLoss:
-    """With s_j = scale · cos(q, d_j) and t_j the judge's score of document j of the query, the positive 0:
+    """The loss of each query over its own documents: document 0 is the positive, the others are negatives.
+
+    The student's score of document j is s_j = scale · cos(q, d_j). The judge's score is t_j.
 
     kl: KL(softmax_j(t_j / τ) ‖ softmax_j(s_j)) (listwise; cf. Hinton et al., 2015, arXiv 1503.02531);
     margin_mse: the mean over negatives of ((s_0 − s_j) − (t_0 − t_j))² (Hofstätter et al., 2020,
@@ -29,12 +31,12 @@ class ScoreLoss:
         query_of_R: torch.Tensor,
         score_R: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss of this rank's queries, and how many have their best document in common with the judge.
+        """Returns the summed loss of this rank's queries, and how many have the judge's best document first.
 
         Args:
-            document_RD: the first Q are the queries' positives, in their order.
-            query_of_R: whose document it is.
-            score_R: the judge's, fp32.
+            document_RD: the first Q are the queries' positives, in the order of the queries.
+            query_of_R: the query that each document belongs to.
+            score_R: the judge's scores, fp32.
         """
         cosine_R = F.cosine_similarity(query_QD.float()[query_of_R], document_RD.float(), dim=-1)
         found_R, n_queries = self.config.scale * cosine_R, len(query_QD)
@@ -50,7 +52,7 @@ class ScoreLoss:
 
 
 def _log_softmax(score_R: torch.Tensor, query_of_R: torch.Tensor, n_queries: int) -> torch.Tensor:
-    """Over the documents of each query."""
+    """Returns the log-softmax of the scores, over the documents of each query."""
     start = torch.full((n_queries,), -torch.inf, device=score_R.device)
     largest_Q = start.scatter_reduce(0, query_of_R, score_R.detach(), "amax")
     shifted_R = score_R - largest_Q[query_of_R]
@@ -59,7 +61,7 @@ def _log_softmax(score_R: torch.Tensor, query_of_R: torch.Tensor, n_queries: int
 
 
 def _best(score_R: torch.Tensor, query_of_R: torch.Tensor, n_queries: int) -> torch.Tensor:
-    """The first document with the highest score, of each query."""
+    """Returns the best document of each query: the first one with the highest score."""
     start = torch.full((n_queries,), -torch.inf, device=score_R.device)
     is_best = score_R.detach() == start.scatter_reduce(0, query_of_R, score_R.detach(), "amax")[query_of_R]
     place = torch.arange(len(score_R), device=score_R.device).masked_fill(~is_best, len(score_R))

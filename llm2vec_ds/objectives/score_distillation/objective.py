@@ -1,4 +1,4 @@
-"""Distillation from scores: an encoder ranks a query's documents as a judge does."""
+"""Distillation from scores: an encoder learns to rank a query's documents as a judge does."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class ScoreDistillation(Objective):
-    """The encoder learns from a judge's scores of each query's documents."""
+    """Trains the encoder on a judge's scores of each query's documents."""
 
     section = DistilScoresConfig
 
@@ -87,7 +87,7 @@ class ScoredExamples:
 
 
 class ScoreStage:
-    """Loss: `ScoreLoss` of each query, averaged over the global batch."""
+    """Trains on the `ScoreLoss` of each query, averaged over the global batch."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class ScoreStage:
         assert recipe.data.pairs is not None
         self.pairs, self.held_out_pairs, self.data_fingerprint = pairs, held_out_pairs, data_fingerprint
         self.encoder = parts.encoder
-        # The scale belongs to this loss: the model's own stays 1.
+        # `ScoreLoss` applies the scale itself, so the model's scale stays 1.
         self.model = ContrastiveModel(parts.encoder, ContrastiveConfig(scale=1.0))
         self.loss = ScoreLoss(section_of(recipe))
         self.table = ScoreTable(score_folder(recipe, recipe.data.path))
@@ -154,7 +154,7 @@ class ScoreStage:
 
     @torch.no_grad()
     def held_out(self, forward: Forward) -> dict[str, float] | None:
-        """Loss, and the share of queries whose best document is the judge's too."""
+        """Returns the loss, and the share of queries whose best document is also the judge's best."""
         if self.held_out_pairs is None or self.held_out_table is None:
             return None
         rows = rank_slice(np.arange(len(self.held_out_pairs)), rank(), world_size())
@@ -170,7 +170,7 @@ class ScoreStage:
         return {"loss": loss / n_queries, "accuracy": n_hits / n_queries, "n_queries": float(n_queries)}
 
     def _loss(self, vectors: torch.Tensor, batches: ScoredExamples) -> tuple[torch.Tensor, torch.Tensor]:
-        """From vectors in the order of the micro-batches."""
+        """Returns summed loss and hits, from vectors in the order of the micro-batches."""
         place = torch.from_numpy(np.argsort(batches.packed.order)).to(vectors.device)
         query_QD, document_RD = vectors[place].tensor_split([batches.packed.n_queries])
         device = vectors.device

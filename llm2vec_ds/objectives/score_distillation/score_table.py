@@ -1,4 +1,4 @@
-"""Scores of queries' documents on the disk, found by their texts: made once, memory-mapped by every rank."""
+"""A judge's scores on disk, found by query and document. Made once; every rank maps them into memory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from llm2vec_ds.storage.kept_folder import keep, read_kept
 FORMAT_VERSION = 1
 KEYS, SCORES = "keys.npy", "scores.npy"
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
+"""2⁶⁴ divided by the golden ratio, as in Fibonacci hashing."""
 
 
 class ScoreTable:
-    """fp32 scores by query and document; of a pair that occurs twice, the first."""
+    """Looks up fp32 scores by query and document. If a pair occurs twice, its first score counts."""
 
     def __init__(self, folder: Path) -> None:
         self.fingerprint = read_kept(folder).fingerprint
@@ -32,33 +33,33 @@ class ScoreTable:
         self._scores: np.ndarray = np.load(folder / SCORES, mmap_mode="r")
 
     def __call__(self, queries: np.ndarray, documents: np.ndarray) -> torch.Tensor:
-        """Scores `[N]` of pairs of text hashes `[N]`.
+        """Returns the scores `[N]` of pairs of text hashes `[N]`.
 
         Raises:
-            UserError: a pair has none.
+            UserError: a pair has no score.
         """
         keys = pair_keys(queries, documents)
         places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         if (missing := int(np.count_nonzero(self._keys[places] != keys))) > 0:
             raise UserError(
-                f"{missing} of {len(keys)} documents of a batch have no score: give a row one positive, its "
-                "negatives as a list in one column, and a score for each"
+                f"{missing} of {len(keys)} documents of a batch have no score: give each row one positive, "
+                "its negatives as a list in one column, and one score for each document"
             )
         return torch.from_numpy(np.asarray(self._scores[places]))
 
 
 def pair_keys(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """One 64-bit number for two."""
-    with np.errstate(over="ignore"):
+    """Joins two 64-bit hashes into one 64-bit key."""
+    with np.errstate(over="ignore"):  # the sum wraps around at 2⁶⁴
         keys: np.ndarray = queries.astype(np.uint64) * _FACTOR + documents.astype(np.uint64)
     return keys
 
 
 def prepare_scores(recipe: Recipe, path: str | list[str]) -> Path:
-    """The folder of the scores in the pairs of `path`; made if it is not there yet, or damaged.
+    """Returns the folder of the scores in the pairs of `path`. Makes it if it is missing or damaged.
 
     Raises:
-        UserError: a row has no scores, or they cannot be kept.
+        UserError: a row has no scores, or the folder cannot be written.
     """
     folder = score_folder(recipe, path)
 
@@ -74,7 +75,7 @@ def prepare_scores(recipe: Recipe, path: str | list[str]) -> Path:
 
 
 def score_folder(recipe: Recipe, path: str | list[str]) -> Path:
-    """Where the scores in the pairs of `path` are kept."""
+    """Returns the folder that holds, or will hold, the scores in the pairs of `path`."""
     data = recipe.data
     assert data.pairs is not None
     root = Path(data.prepared_dir) if data.prepared_dir else cache_root() / "prepared"
@@ -102,7 +103,7 @@ def _read(recipe: Recipe, path: str | list[str]) -> tuple[np.ndarray, np.ndarray
         for row in rows:
             assert row.scores is not None
             if not all(map(is_text, (row.query, *row.documents))):
-                continue  # which `prepare` leaves out too
+                continue  # `prepare` leaves out such rows, too
             query = Prompt(given.query, row.query).hash()
             for document, score in zip(row.documents, row.scores, strict=True):
                 queries.append(query)
