@@ -1,6 +1,6 @@
 """LLM2Vec-DS: turn a decoder-only LLM into a text encoder.
 
-`from llm2vec_ds import Encoder` is loaded on first use, so that `import llm2vec_ds` stays quick.
+The names below load on first use, so `import llm2vec_ds` stays fast.
 """
 
 from __future__ import annotations

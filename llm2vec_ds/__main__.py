@@ -1,5 +1,8 @@
-"""`python -m llm2vec_ds` and the `llm2vec-ds` command. Each end but success is one line: a user's mistake
-with exit code 2, a run that was asked to stop with 75, a command that a signal ends with 128 + its number."""
+"""`python -m llm2vec_ds` and the `llm2vec-ds` command.
+
+A command that does not succeed ends with one line. Its exit code is 2 for a mistake of the user, 75 for a
+run that was asked to stop, and 128 + the signal's number for a command that a signal ended.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def _exit_code() -> int:
     try:
         from llm2vec_ds.cli.app import app
 
-        app(prog_name="llm2vec-ds")  # also as `python -m llm2vec_ds`; leaves by SystemExit
+        app(prog_name="llm2vec-ds")  # the same name under `python -m llm2vec_ds`; raises SystemExit
     except UserError as error:
         say(f"llm2vec-ds: error: {error}")
         return 2
@@ -37,18 +40,18 @@ def _exit_code() -> int:
 
 
 def _of_the_machine(error: Exception) -> str | None:
-    """Cause and fix of an error of the disk or of a full memory that no command has explained."""
+    """Explains a disk or memory error that no command caught: cause and fix, or None for other errors."""
     if isinstance(error, OSError) and error.errno in NO_SPACE + NO_PLACE:
         return f"{error.filename or 'a file'}: {reason(error)}"
     from llm2vec_ds.process.full_memory import full_memory
 
     which = full_memory(error)
-    return which and f"{which} is full: end other programs, or take a machine with more memory"
+    return which and f"{which} is full: end other programs, or use a machine with more memory"
 
 
 def _said(ending: BaseException, exit_code: int) -> int:
-    """Every rank is asked to end, and one says so."""
-    ignore_ending_signals()  # a launcher may still hand on the one that has been heard
+    """Prints why the command ended. Every rank ends, but only the first one prints."""
+    ignore_ending_signals()  # a launcher may forward the same signal again
     if is_first_rank():
         say(f"llm2vec-ds: {ending}")
     return exit_code

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 NOT_PREDICTED = -100
-"""Label of a token that is not to be predicted."""
+"""Label of a token that the model does not predict."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class PackedBatch:
 
     Attributes:
         input_ids: `[T]` int64.
-        position_ids: `[T]` int64, restarting at 0 in each text.
-        cu_seqlens: `[S+1]` int32, where each text starts, and T at the end.
-        max_seqlen: the longest text, in tokens.
-        pool_mask: `[T]` bool, tokens that count for the text's vector (not the instruction).
-        labels: `[T]` int64 for MNTP, `NOT_PREDICTED` where nothing is to be predicted; else None.
-        predicted: `[M]` int64, the tokens that are to be predicted, ascending. It comes with the labels: to
-            count them on a GPU one has to wait for it.
+        position_ids: `[T]` int64. They restart at 0 in each text.
+        cu_seqlens: `[S+1]` int32, the start of each text. The last entry is T.
+        max_seqlen: tokens of the longest text.
+        pool_mask: `[T]` bool, the tokens that pooling uses (not the instruction).
+        labels: `[T]` int64 for MNTP, with `NOT_PREDICTED` where there is nothing to predict. Else None.
+        predicted: `[M]` int64, the tokens to predict, ascending. It is stored with the labels, because
+            counting them on a GPU would wait for the GPU.
     """
 
     input_ids: torch.Tensor
@@ -45,11 +45,11 @@ class PackedBatch:
         return len(self.input_ids)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with its tensors on `device`."""
+        """Returns the same batch with its tensors on `device`."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def ready_for(self, device: torch.device) -> PackedBatch:
-        """The same batch in memory from which `to(device)` copies without waiting."""
+        """Returns the same batch, in pinned memory for a GPU, so that `to(device)` copies without waiting."""
         return self._with_tensors(torch.Tensor.pin_memory) if device.type == "cuda" else self
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
@@ -61,6 +61,6 @@ class PackedBatch:
         return dataclasses.replace(self, **changed)
 
     def segment_ids(self) -> torch.Tensor:
-        """`[T]` int64: which text each token belongs to."""
+        """Returns the text that each token belongs to, `[T]` int64."""
         texts = torch.arange(self.n_texts, device=self.input_ids.device)
         return torch.repeat_interleave(texts, self.cu_seqlens.diff().long(), output_size=self.n_tokens)

@@ -1,4 +1,4 @@
-"""Ranks and the few collectives that losses need; each works without a process group as one rank."""
+"""Ranks, and the few collectives that losses need. Without a process group they act as one rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands: `rank` of `world_size`, device number `local_rank` on its node."""
+    """This process is `rank` of `world_size`. On its node it uses device number `local_rank`."""
 
     rank: int = 0
     world_size: int = 1
@@ -29,7 +29,9 @@ class Ranks:
 
 
 def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """From the variables of deepspeed/torchrun, else of a SLURM job step, else one process.
+    """Reads the ranks from the variables of deepspeed or torchrun, else from those of a SLURM job step.
+
+    Without any of these variables there is one process.
 
     Raises:
         UserError: only some of RANK, WORLD_SIZE and LOCAL_RANK are set, or they contradict each other.
@@ -57,18 +59,18 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
 
 
 def export_ranks(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Writes the variables that torch.distributed and DeepSpeed read.
+    """Sets the variables that torch.distributed and DeepSpeed read.
 
-    Without them a plain process makes DeepSpeed look for MPI.
+    If they are missing, DeepSpeed looks for MPI.
 
     Raises:
-        UserError: several ranks, and no launcher has said where rank 0 is.
+        UserError: there are several ranks, but no launcher set the address of rank 0.
     """
     values = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
     shown = {name: str(value) for name, value in values.items()}
     set_variables(shown, "torch.distributed and DeepSpeed", environment)
     if ranks.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
-        raise UserError("several ranks need MASTER_ADDR and MASTER_PORT: the node and port of rank 0")
+        raise UserError("several ranks need MASTER_ADDR and MASTER_PORT: set the node and port of rank 0")
 
 
 def world_size() -> int:
@@ -86,10 +88,10 @@ def barrier() -> None:
 
 @contextmanager
 def meeting(ranks: Ranks) -> Iterator[None]:
-    """What torch says when ranks do not find each other, in words.
+    """Explains torch's error when the ranks cannot connect to each other.
 
     Raises:
-        UserError: in place of what torch.distributed raises inside.
+        UserError: replaces the error that torch.distributed raised inside.
     """
     try:
         yield
@@ -98,24 +100,27 @@ def meeting(ranks: Ranks) -> Iterator[None]:
             raise
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"rank {ranks.rank} of {ranks.world_size} does not meet the others at {place} "
-            f"({_one_line(error)}): start every rank, each with this MASTER_ADDR and a MASTER_PORT that is "
-            "free on rank 0's node and open to the others"
+            f"rank {ranks.rank} of {ranks.world_size} cannot connect to the others at {place} "
+            f"({_one_line(error)}): start every rank with this MASTER_ADDR, and with a MASTER_PORT that is "
+            "free on rank 0's node and open to the other nodes"
         ) from None
 
 
 def leave() -> None:
-    """The last thing that a process does with its group: torch warns of one that ends without it."""
+    """Destroys the process group. Without this, torch prints a warning when the process ends."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
 def contact(doing: str) -> Iterator[None]:
-    """What a failed collective says, in words.
+    """Explains the error of a failed collective.
+
+    Args:
+        doing: what the ranks are doing inside; the message begins with it.
 
     Raises:
-        UserError: a collective inside failed, most often because another rank has ended.
+        UserError: a collective inside failed. Most often another rank has ended.
     """
     try:
         yield
@@ -138,25 +143,31 @@ def _is_of_collectives(error: RuntimeError) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """The last error where NCCL names one, else the beginning."""
+    """Returns the error on one line: NCCL's "Last error" if there is one, else the beginning."""
     return " ".join(str(error).rpartition("Last error:")[2].split())[:240]
 
 
 class Traffic:
-    """Bytes that this process has sent in collectives since it started, by kind.
+    """Counts the bytes that this process has sent in collectives since it started, by kind.
 
-    A statistic of the process, as the memory peak is: it only grows, and whoever wants a step's share takes
-    a difference. With W ranks and a message of n bytes (an all-gather's: the gathered whole; a
-    reduce-scatter's: the whole before), a rank of a ring sends 2n(W−1)/W for an all-reduce, n(W−1)/W for
-    an all-gather, a reduce-scatter or an all-to-all, and n for a broadcast or a point-to-point message
-    (Thakur et al., 2005, section 4). A collective library that takes another way sends as much or less.
+    The counts only grow. For one step, take the difference.
+
+    Let W be the number of ranks and n the bytes of the message. For an all-gather, n is the size of the
+    gathered result; for a reduce-scatter, of the whole input. In a ring, each rank sends (Thakur et al.,
+    2005, section 4):
+
+        all-reduce                                  2n(W−1)/W
+        all-gather, reduce-scatter, all-to-all       n(W−1)/W
+        broadcast, point-to-point                    n
+
+    A library with another algorithm sends as much or less.
     """
 
     def __init__(self) -> None:
         self.sent_bytes: Counter[str] = Counter()
 
     def note(self, kind: str, n_bytes: int, n_ranks: int) -> None:
-        """Adds one collective over `n_ranks` with a message of `n_bytes`."""
+        """Adds one collective of `n_ranks` ranks with a message of `n_bytes`."""
         factor = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}.get(kind)
         self.sent_bytes[kind] += n_bytes if factor is None else factor * n_bytes * (n_ranks - 1) // n_ranks
 
@@ -169,7 +180,7 @@ def _note(kind: str, *tensors: torch.Tensor) -> None:
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, without gradient; a new tensor."""
+    """Returns the sum over ranks as a new tensor, without gradient."""
     value = value.detach().clone()
     if world_size() > 1:
         _note("all_reduce", value)
@@ -178,7 +189,7 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max_int(value: int, device: torch.device) -> int:
-    """Largest value over ranks."""
+    """Returns the largest value of all ranks."""
     if world_size() == 1:
         return value
     tensor = torch.tensor(value, device=device)
@@ -188,7 +199,7 @@ def all_reduce_max_int(value: int, device: torch.device) -> int:
 
 
 def on_any_rank(flag: torch.Tensor) -> bool:
-    """Is a bool scalar true on any rank? Waits for the device."""
+    """Returns whether a bool scalar is true on any rank. Waits for the device."""
     if world_size() == 1:
         return bool(flag)
     found = flag.to(torch.uint8)
@@ -198,7 +209,7 @@ def on_any_rank(flag: torch.Tensor) -> bool:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """One small Python value of each rank, in rank order (pickled: for messages, not for data)."""
+    """Returns one small Python value of each rank, in rank order. It is pickled: not for large data."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -207,7 +218,13 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """What `work` returns here; one rank's mistake is everyone's, so that none waits for it in vain."""
+    """Runs `work` and returns its result. If it fails on one rank, it fails on all.
+
+    Otherwise the other ranks would wait for the failed one.
+
+    Raises:
+        UserError: `work` raised one on some rank. Every rank raises the one of the lowest such rank.
+    """
     mistake = ""
     try:
         result = work()
@@ -219,7 +236,7 @@ def agreed(work: Callable[[], T]) -> T:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's Python value on every rank (pickled)."""
+    """Returns rank 0's Python value on every rank. It is pickled."""
     if world_size() == 1:
         return value
     values = [value]
@@ -228,7 +245,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def all_gather_counts(value: int, device: torch.device) -> list[int]:
-    """One whole number of each rank, in rank order."""
+    """Returns one whole number of each rank, in rank order."""
     if world_size() == 1:
         return [value]
     counts = torch.empty(world_size(), 1, dtype=torch.int64, device=device)
@@ -238,7 +255,10 @@ def all_gather_counts(value: int, device: torch.device) -> list[int]:
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
-    """The tensor of the rank before, while this rank's goes to the next; of one shape, without gradient."""
+    """Sends this rank's tensor to the next rank and returns the tensor of the previous rank.
+
+    All ranks need the same shape. There is no gradient.
+    """
     if world_size() == 1:
         return x
     received = torch.empty_like(x)
@@ -253,13 +273,13 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def gather_rows(x_ND: torch.Tensor, wire_dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Rows of all ranks in rank order, `[N_all, ...]`; ranks may hold different numbers of rows.
+    """Returns the rows of all ranks in rank order, `[N_all, ...]`. Ranks may hold different numbers of rows.
 
-    Differentiable: a rank's rows receive the sum of the gradients that all ranks have for them.
+    It is differentiable. A rank's rows get the sum of the gradients that all ranks have for them.
 
     Args:
-        wire_dtype: rows are rounded to it, with one rank too, so that the result does not depend on their
-            number; gradients are summed in `x_ND`'s own dtype.
+        wire_dtype: rows are rounded to this dtype before they are sent. A single rank rounds too, so the
+            result does not depend on the number of ranks. Gradients are summed in the dtype of `x_ND`.
     """
     gathered: torch.Tensor = _GatherRows.apply(x_ND, wire_dtype or x_ND.dtype)
     return gathered
@@ -273,6 +293,7 @@ class _GatherRows(torch.autograd.Function):
         if world_size() == 1:
             return rounded.to(x_ND.dtype, copy=True)
         ctx.counts = counts = all_gather_counts(len(x_ND), x_ND.device)
+        # An all-gather needs equal shapes, so every rank pads its rows to the largest number.
         padded = rounded.new_zeros(max(counts), *x_ND.shape[1:])
         padded[: len(x_ND)] = rounded
         whole = padded.new_empty(len(counts), *padded.shape)
@@ -284,6 +305,8 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         if world_size() == 1:
             return gradient, None
+        # Row i of rank r was copied to every rank. So its gradient is the sum over ranks: a reduce-scatter,
+        # which also needs equal shapes.
         n_most = max(ctx.counts)
         padded = gradient.new_zeros(len(ctx.counts), n_most, *gradient.shape[1:])
         for block, rows in zip(padded, gradient.split(ctx.counts), strict=True):

@@ -1,4 +1,4 @@
-"""`llm2vec-ds doctor`: what this machine has, what a run would use, what is missing and how to get it."""
+"""`llm2vec-ds doctor`: what this machine has, what a run would use, and how to get what is missing."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LEAST_FREE_GIB = 5.0
 LONGEST_CHECK_S = 300
 
 OPTIONAL = {
-    "triton": "pip install 'llm2vec-ds[gpu]': attention kernels for GPUs",
-    "flash_attn": "pip install 'llm2vec-ds[flash]': another attention backend for GPUs",
-    "bitsandbytes": "pip install 'llm2vec-ds[qlora]': quantised LoRA",
-    "mteb": "pip install 'llm2vec-ds[eval]': evaluation on MTEB",
-    "tensorboard": "pip install 'llm2vec-ds[monitor]': the recipe's `monitor: [tensorboard]`",
-    "wandb": "pip install 'llm2vec-ds[monitor]': the recipe's `monitor: [wandb]`",
+    "triton": "pip install 'llm2vec-ds[gpu]' for attention kernels on GPUs",
+    "flash_attn": "pip install 'llm2vec-ds[flash]' for another attention backend on GPUs",
+    "bitsandbytes": "pip install 'llm2vec-ds[qlora]' for LoRA over 4-bit weights",
+    "mteb": "pip install 'llm2vec-ds[eval]' for evaluation on MTEB",
+    "tensorboard": "pip install 'llm2vec-ds[monitor]' for `monitor: tensorboard` in a recipe",
+    "wandb": "pip install 'llm2vec-ds[monitor]' for `monitor: wandb` in a recipe",
 }
 
 
@@ -37,8 +37,10 @@ OPTIONAL = {
 class Finding:
     """One line of the report.
 
-    `fix` says how to get what is missing, and is empty where nothing is; `blocks` where no run is possible
-    without it, `optional` where every run is.
+    Attributes:
+        fix: how to get what is missing; empty if nothing is.
+        blocks: no run is possible without it.
+        optional: every run is possible without it.
     """
 
     name: str
@@ -55,13 +57,13 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Everything but the training check, quick and without network."""
+    """Yields all findings but the training check. This is fast and needs no network."""
     yield _python()
     for package in ("torch", "transformers", "peft", "deepspeed", "datasets", "pyarrow"):
         yield _package(package, f"pip install {package}", blocks=True)
     if importlib.util.find_spec("torch") is not None:
         yield from _devices()
-    yield _tool("g++", "a compiler builds DeepSpeed's CPU optimizer (offload): apt-get install g++")
+    yield _tool("g++", "apt-get install g++ to build DeepSpeed's CPU optimizer (offload)")
     yield _tool("ninja", "pip install ninja, and put the environment's bin folder on PATH")
     for package, fix in OPTIONAL.items():
         yield _package(package, fix, optional=True)
@@ -70,7 +72,7 @@ def examine() -> Iterator[Finding]:
 
 
 def training_check() -> Finding:
-    """One step of MNTP on a model of a few thousand weights: the whole path, engine and file formats."""
+    """Trains one MNTP step on a tiny model, through the whole engine and all file formats."""
     own = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     environment = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("SLURM_")}
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +87,7 @@ def training_check() -> Finding:
                 timeout=LONGEST_CHECK_S,
             )
         except subprocess.TimeoutExpired:
-            return _failed(f"no end after {LONGEST_CHECK_S} s")
+            return _failed(f"it did not end within {LONGEST_CHECK_S} s")
         if outcome.returncode:
             last = (outcome.stderr.strip().splitlines() or [f"exit code {outcome.returncode}"])[-1]
             return _failed(last.removeprefix("llm2vec-ds: error: "))
@@ -94,13 +96,13 @@ def training_check() -> Finding:
 
 
 def _failed(cause: str) -> Finding:
-    fix = "fix that, then see a run of your own: llm2vec-ds train recipes/smoke_mntp.yaml"
+    fix = "fix this, then try a run: llm2vec-ds train recipes/smoke_mntp.yaml"
     return Finding("training check", f"failed: {cause}", fix, blocks=True)
 
 
 def _python() -> Finding:
     old = sys.version_info < (3, 11)
-    fix = "Python 3.11 or later is needed" if old else ""
+    fix = "install Python 3.11 or later" if old else ""
     return Finding("Python", f"{platform.python_version()}, {platform.machine()}", fix, blocks=old)
 
 
@@ -123,15 +125,19 @@ def _devices() -> Iterator[Finding]:
     products = cpu_products()
     yield Finding(
         "CPU",
-        f"{torch.get_num_threads()} threads, {memory_gib:.0f} GiB memory, fp32 products by {products.name} "
-        f"({products.reason})",
+        f"{torch.get_num_threads()} threads, {memory_gib:.0f} GiB memory, fp32 matrix products by "
+        f"{products.name} ({products.reason})",
     )
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         size = f"{card.total_memory / GIB:.0f} GiB, compute capability {card.major}.{card.minor}"
         yield Finding(f"GPU {index}", f"{card.name}, {size}, CUDA {torch.version.cuda}")
     if not torch.cuda.is_available():
-        fix = "a driver, and torch's CUDA build: https://pytorch.org" if shutil.which("nvidia-smi") else ""
+        fix = (
+            "install a driver and torch's CUDA build: https://pytorch.org"
+            if shutil.which("nvidia-smi")
+            else ""
+        )
         yield Finding("GPU", "none that torch can use", fix)
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,20 +156,20 @@ def _cache() -> Finding:
     free_gib = shutil.disk_usage(nearest).free / GIB
     if not os.access(nearest, os.W_OK):
         return Finding(
-            "cache", f"{root} cannot be written", "set LLM2VEC_DS_CACHE to a folder of yours", blocks=True
+            "cache", f"{root} is not writable", "set LLM2VEC_DS_CACHE to a folder of yours", blocks=True
         )
-    fix = "set LLM2VEC_DS_CACHE to a larger disk" if free_gib < LEAST_FREE_GIB else ""
+    fix = "set LLM2VEC_DS_CACHE to a folder on a larger disk" if free_gib < LEAST_FREE_GIB else ""
     return Finding("cache", f"{root}, {free_gib:.0f} GiB free", fix)
 
 
 def _launch() -> Finding:
     if "SLURM_JOB_ID" in os.environ:
-        return Finding("launcher", f"SLURM job {os.environ['SLURM_JOB_ID']}: srun, one task a GPU")
+        return Finding("launcher", f"SLURM job {os.environ['SLURM_JOB_ID']}: srun, one task per GPU")
     return Finding("launcher", "deepspeed --num_gpus N" + (", or sbatch" if shutil.which("sbatch") else ""))
 
 
 def _tiny_run(folder: Path) -> Path:
-    """A model, a tokenizer, a text and a recipe for one step."""
+    """Writes a model, a tokenizer, texts and a recipe for one step. Returns the recipe's path."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read, and how it is said."""
+"""The errors that a user reads, and how they are printed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: one line with the cause and the fix, no traceback."""
+    """A mistake that the user can fix. It prints as one line with cause and fix, without a traceback."""
 
 
 class Stopped(Exception):
-    """A run that ended early because it was asked to, with everything saved: it goes on when run again."""
+    """A run was asked to stop. It saved everything, and goes on when it is run again."""
 
     EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 
 
 @contextmanager
 def writing(what: object) -> Iterator[None]:
-    """Around the writing of a file or folder: what the system refuses is the user's to fix.
+    """Turns the system's errors inside into user errors. Use it around code that writes a file or folder.
 
     Raises:
-        UserError: in place of an OSError; names `what`, the cause and the fix.
+        UserError: replaces an OSError. It names `what`, the cause and the fix.
     """
     try:
         yield
@@ -36,9 +36,11 @@ def writing(what: object) -> Iterator[None]:
 
 
 def say(words: str) -> None:
-    """One line on stderr in one write: under a launcher's `python -u`, `print` takes a second one for the
-    line's end, and lines of ranks that fail together run into each other. Where it cannot be written (a full
-    disk, or closed), the exit code has to say it."""
+    """Prints one line to stderr in a single write.
+
+    `print` under a launcher's `python -u` writes the line's end separately. Lines of ranks that fail together
+    would then mix. If stderr is closed or its disk is full, only the exit code tells of the failure.
+    """
     if sys.stderr is not None:
         with suppress(OSError):
             sys.stderr.write(f"{words}\n")
@@ -46,14 +48,14 @@ def say(words: str) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for all of its launcher's: rank 0, or a process that has no launcher."""
+    """Returns whether this process prints for all ranks: it is rank 0, or has no launcher."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "")) in ("", "0")
 
 
 def reason(error: OSError) -> str:
-    """Cause and fix of a refusal, in a few words."""
+    """Returns cause and fix of a system error, in a few words."""
     cause = error.strerror or " ".join(str(error).split())
-    # Without a number: a library that found fewer bytes written than it asked for.
+    # An error without a number comes from a library that wrote fewer bytes than it meant to.
     if error.errno is None or error.errno in NO_SPACE:
         return f"{cause}: free some space, or write to another disk"
     return f"{cause}: choose a path that you can write to"

@@ -1,5 +1,7 @@
-"""Addresses and interfaces of this host, without resolving names: on clusters they often lead nowhere. And
-the hub of models and data, which is not asked again and again where it cannot be reached."""
+"""Addresses and interfaces of this host, and the model hub when it is unreachable.
+
+Addresses are found without resolving host names, because on clusters these often lead nowhere.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ from llm2vec_ds.errors import UserError
 log = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
-"""Seconds in which a server of the hub has to take a connection."""
+"""Seconds within which a server of the hub must accept a connection."""
 
 SIOCGIFADDR = 0x8915
-"""Linux: the IPv4 address of an interface (netdevice(7))."""
+"""Linux request for the IPv4 address of an interface (netdevice(7))."""
 
 
 def interfaces() -> dict[str, str]:
-    """IPv4 address of each interface that has one; empty where the system is not Linux."""
+    """Returns the IPv4 address of each interface that has one. On other systems than Linux: nothing."""
     if not sys.platform.startswith("linux"):
         return {}
     import fcntl
@@ -41,11 +43,11 @@ def interfaces() -> dict[str, str]:
 
 
 def own_address(interface: str | None = None) -> str:
-    """IPv4 address at which other nodes reach this one.
+    """Returns the IPv4 address at which other nodes reach this one.
 
     Args:
-        interface: its name where the site knows it; None: that of the default route, else the first that is
-            not the loopback.
+        interface: name of the interface, if the user set one. None: the interface of the default route, else
+            the first one that is not the loopback.
 
     Raises:
         UserError: there is no such interface, or it has no IPv4 address.
@@ -58,20 +60,20 @@ def own_address(interface: str | None = None) -> str:
                 f"choose one of {', '.join(addresses) or 'none'}"
             )
         return addresses[interface]
-    if address := _source_address("198.18.0.1"):  # a test network: stands for "anywhere"
+    if address := _source_address("198.18.0.1"):  # reserved for tests; here it means "anywhere outside"
         return address
     outward = [address for address in addresses.values() if not address.startswith("127.")]
     return outward[0] if outward else "127.0.0.1"
 
 
 def interface_towards(address: str) -> str | None:
-    """The interface from which `address` is reached; None if that cannot be told."""
+    """Returns the interface that leads to `address`, or None if it is unknown."""
     source = _source_address(address)
     return next((name for name, own in interfaces().items() if own == source), None)
 
 
 def _source_address(address: str) -> str | None:
-    """Where packets to `address` would leave from; nothing is sent."""
+    """Returns the own address that packets to `address` would carry. Nothing is sent."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))
@@ -82,9 +84,9 @@ def _source_address(address: str) -> str | None:
 
 
 def give_up_on_unreachable_hub() -> None:
-    """From now on a server of the hub that takes no connection counts as if offline mode were on: what is in
-    the cache is used, and all else fails at once. huggingface_hub alone tries six times for each file, in 23
-    seconds.
+    """Makes an unreachable hub fail at once. Cached files are then used, as in offline mode.
+
+    Without this, huggingface_hub tries six times for each file, which takes 23 seconds.
     """
     from huggingface_hub import set_client_factory
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -97,7 +99,7 @@ def give_up_on_unreachable_hub() -> None:
         if host not in faults:
             faults[host] = "" if _has_proxy(request.url.scheme) else _fault_of_connecting(host, port)
             if faults[host]:
-                log.info("%s cannot be reached (%s): only what is cached is used", host, faults[host])
+                log.info("%s cannot be reached (%s): using cached files only", host, faults[host])
         if faults[host]:
             raise OfflineModeIsEnabled(f"{host} cannot be reached: {faults[host]}")
 
@@ -110,13 +112,13 @@ def give_up_on_unreachable_hub() -> None:
 
 
 def _has_proxy(scheme: str) -> bool:
-    """The name then need not resolve here."""
+    """Returns whether a proxy serves this scheme. The hub's name then need not resolve here."""
     proxies = urllib.request.getproxies()
     return scheme in proxies or "all" in proxies
 
 
 def _fault_of_connecting(host: str, port: int) -> str:
-    """Why no connection can be made; empty where one can."""
+    """Returns why no connection is possible, or an empty string if one is."""
     try:
         socket.create_connection((host, port), timeout=CONNECT_S).close()
     except OSError as error:

@@ -65,7 +65,7 @@ def test_a_cache_that_cannot_be_written_blocks(monkeypatch: pytest.MonkeyPatch, 
     found = next(finding for finding in doctor.examine() if finding.name == "cache")
     assert found.mark == "✗"
     assert (found.value, found.fix) == (
-        f"{tmp_path / 'a' / 'b'} cannot be written",
+        f"{tmp_path / 'a' / 'b'} is not writable",
         "set LLM2VEC_DS_CACHE to a folder of yours",
     )
 
@@ -99,4 +99,4 @@ def test_a_step_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(subprocess, "run", hang)
     found = doctor.training_check()
-    assert (found.value, found.blocks) == ("failed: no end after 300 s", True)
+    assert (found.value, found.blocks) == ("failed: it did not end within 300 s", True)

@@ -56,7 +56,7 @@ def test_vectors_are_read_and_left_alone(
     output = ["--input", "texts.txt", "--output", "vectors", *options]
     with caplog.at_level("INFO"):
         assert run(monkeypatch, "encode", "--model", "finished/encoder", *output) == 0
-    assert "done already" in caplog.text
+    assert "already done" in caplog.text
     for file in Path("vectors").glob("shard-00001*"):
         file.unlink()
     output[-1] = "1/2"

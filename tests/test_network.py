@@ -102,7 +102,7 @@ def test_a_hub_that_answers_is_asked_as_ever() -> None:
     ("option", "line"),
     [
         (("--model", "no/such"), "model 'no/such' cannot be loaded: there is no such folder, and the hub"),
-        (("--input", "hub:no/such"), "hub data set hub:no/such cannot be streamed"),
+        (("--input", "hub:no/such"), "hub data set hub:no/such cannot be read"),
     ],
 )
 def test_without_network_a_hub_name_costs_one_line_at_once(

@@ -1,4 +1,4 @@
-"""Recipes of `llm2vec-ds ablate`: which variants, trained how, measured on what."""
+"""The recipe of `llm2vec-ds ablate`: the variants, how they are trained, and what they are measured on."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class AblationRecipe(Section):
     """The paper's comparison of its steps, on any model and data."""
 
     model: Place | None = None
-    """Folder or hub id; null: the demo's SmolLM2-135M-Instruct."""
+    """Folder or hub id of the LLM. null: the demo's SmolLM2-135M-Instruct."""
     text: Place | None = None
-    """Plain text that gives paragraphs (MNTP) and sentences (SimCSE); null: that of the demo. A stage that
-    names its own `data.path` takes that."""
+    """Plain text that gives paragraphs (MNTP) and sentences (SimCSE). null: the demo's text. A stage with its
+    own `data.path` uses that instead."""
     variants: list[str]
-    """`uni` (causal) or `bi`, and the stages that follow, such as `bi+mntp+simcse`."""
+    """`uni` (causal) or `bi`, followed by stages, such as `bi+mntp+simcse`."""
     seeds: list[int] = Field(default_factory=lambda: [42], min_length=1)
-    """Everything that is trained is trained with each."""
+    """Each variant is trained once with each seed."""
     stages: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Each stage's recipe, without model, output and seed."""
+    """The recipe of each stage, without model, output and seed."""
     budgets: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
-    """By name: what a budget changes in the stages."""
+    """The changes that each budget makes to the stages, by the budget's name."""
     evaluate: EvaluateConfig
     """What every variant is measured on."""
 
@@ -47,7 +47,7 @@ class AblationRecipe(Section):
     @classmethod
     def _stages_are_known(cls, stages: dict[str, Any]) -> dict[str, Any]:
         if unknown := [stage for stage in stages if stage not in SECTIONS]:
-            raise ValueError(f"stage {unknown[0]!r} is unknown: choose of {', '.join(SECTIONS)}")
+            raise ValueError(f"stage {unknown[0]!r} is unknown: choose one of {', '.join(SECTIONS)}")
         return stages
 
     @field_validator("budgets")
@@ -65,18 +65,18 @@ class AblationRecipe(Section):
             if attention not in ("uni", "bi") or not set(stages) <= set(SECTIONS):
                 raise ValueError(f"variant {variant!r}: write uni or bi, then stages, such as bi+mntp+simcse")
         if len(set(variants)) < len(variants) or not variants:
-            raise ValueError("name each variant once, and at least one")
+            raise ValueError("give at least one variant, and each only once")
         return variants
 
     def stage_values(self, stage: str, budget: str | None) -> dict[str, Any]:
-        """The stage's recipe as the budget changes it."""
+        """Returns the stage's recipe with the changes of the budget."""
         values = self.stages.get(stage, {})
         changes = self.budgets[budget].get(stage, {}) if budget else {}
         return _merged(values, changes)
 
 
 def runs_of(variants: list[str]) -> Iterator[str]:
-    """Every training run that the variants need, each after the one it starts from: `bi+mntp`, …"""
+    """Yields every training run that the variants need, such as `bi+mntp`, each after the one it extends."""
     seen: dict[str, None] = {}
     for variant in variants:
         parts = variant.split("+")
@@ -85,16 +85,16 @@ def runs_of(variants: list[str]) -> Iterator[str]:
 
 
 def load_ablation(path: Path, budget: str | None, overrides: list[str] | None = None) -> AblationRecipe:
-    """Reads, applies `key=value` overrides, validates.
+    """Reads the file, applies `key=value` overrides and validates it.
 
     Raises:
-        UserError: no such file, no mapping, an unknown key or budget, or an invalid value.
+        UserError: there is no such file, it is no mapping, a key or budget is unknown, or a value is invalid.
     """
     try:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(
-            f"recipe {path}: {error.strerror}: name one such as recipes/smollm2_ablation.yaml"
+            f"recipe {path}: {error.strerror}: give a file such as recipes/smollm2_ablation.yaml"
         ) from None
     except ValueError as error:
         raise UserError(f"recipe {path} is not valid YAML: {error}") from None

@@ -1,6 +1,6 @@
-"""`llm2vec-ds ablate`: the paper's table. Trains every variant with every seed, measures all alike.
+"""`llm2vec-ds ablate`: the paper's table. It trains every variant with every seed and measures it.
 
-Each training run is the ordinary command; each finished part is kept, so that a stopped ablation goes on.
+Each training run is the ordinary command. Finished parts are kept, so a stopped ablation continues.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 TEXTS = ("paragraphs", "held_out", "sentences")
 WRITTEN = (*(f"{name}.txt" for name in TEXTS), "scores", "features", "mteb", "table.md", "report.html")
-"""What an ablation writes into its folder, beside runs/ at its start and results.json."""
+"""What an ablation writes into its folder. It also writes runs/ at the start, and results.json."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Ablation:
     model: str
 
     def run(self) -> dict[str, Any]:
-        """Trains and measures what is missing; returns what results.json holds.
+        """Trains and measures what is missing. Returns the content of results.json.
 
         Raises:
-            UserError: anything that the user can fix.
+            UserError: a mistake that the user can fix.
         """
         self._check()
         texts = self._texts()
@@ -78,7 +78,7 @@ class Ablation:
             (self.output / "runs").mkdir(parents=True, exist_ok=True)
 
     def _texts(self) -> dict[str, str]:
-        """Files of paragraphs, held-out paragraphs and sentences."""
+        """Writes the paragraphs, held-out paragraphs and sentences. Returns their files."""
         material = training_text(Path(self.recipe.text) if self.recipe.text else None)
         lines = {
             "paragraphs": material.paragraphs,
@@ -93,7 +93,7 @@ class Ablation:
         return {name: str(self.output / f"{name}.txt") for name in lines}
 
     def folder(self, variant: str, seed: int) -> str:
-        """Where the variant's encoder is: the model itself where nothing was trained."""
+        """Returns where the variant's encoder is. A variant without training is the model itself."""
         return self.model if "+" not in variant else str(self._run_folder(variant, seed) / "encoder")
 
     def _run_folder(self, run: str, seed: int) -> Path:
@@ -107,7 +107,7 @@ class Ablation:
         key = result_key(text, weights_key(recipe["model"]["path"]))
         done = folder.with_name(f"{run}.done")
         if done.exists() and done.read_text(encoding="utf-8", errors="replace") == key:
-            log.info("%s, seed %s: trained before", run, seed)
+            log.info("%s, seed %s: already trained", run, seed)
             return
         begun = folder.with_name(f"{run}.begun")
         going_on = (
@@ -121,7 +121,7 @@ class Ablation:
             replace_text(begun, key)
         log.info("llm2vec-ds train %s", " ".join([str(file), *going_on]))
         if run_command("train", str(file), *going_on):
-            raise UserError(f"training stopped, see above; repeat it with: llm2vec-ds train {file}")
+            raise UserError(f"training stopped (see above): repeat it with llm2vec-ds train {file}")
         replace_text(done, key)
 
     def _stage_recipe(
@@ -135,7 +135,7 @@ class Ablation:
             "distil": {"path": texts["sentences"]},
         }.get(stage)
         if "path" not in data and own is None:
-            raise UserError(f"stages.{stage}.data.path is missing: this stage needs its own data")
+            raise UserError(f"stages.{stage}.data.path is missing: set it, this stage needs its own data")
         causal = run.startswith("uni")
         return {
             "stage": stage,
@@ -154,7 +154,7 @@ class Ablation:
         key = result_key(weights_key(model), model, variant, evaluate.model_dump())
         stored = _stored(file)
         if stored is not None and stored.key == key:
-            log.info("%s, seed %s: measured before", variant, seed)
+            log.info("%s, seed %s: already measured", variant, seed)
             return stored.scores
         encoder = Encoder.from_pretrained(model, causal=variant.startswith("uni"))
         scores = {**self._sentence_scores(encoder, model), **self._word_scores(encoder, model, variant, seed)}
@@ -178,7 +178,11 @@ class Ablation:
         return {score.task: score.value for score in scores}
 
     def _word_scores(self, encoder: Encoder, model: str, variant: str, seed: int) -> dict[str, float]:
-        """By the paper's protocol, shifted where MNTP has trained; beside it the other way and entity F1."""
+        """Returns word-level scores by the paper's protocol.
+
+        The main accuracy is next_token for variants with MNTP, else same_token. The other accuracy and the F1
+        of entities are added.
+        """
         scores: dict[str, float] = {}
         shift, other = ("next_token", "same_token") if "mntp" in variant else ("same_token", "next_token")
         for name, words in self.recipe.evaluate.words.items():
@@ -190,7 +194,8 @@ class Ablation:
             scores[f"{name}, {other}"] = result[other]["accuracy"]
             if result[shift]["entity_f1"] is not None:
                 scores[f"{name}, entity F1"] = result[shift]["entity_f1"]
-            if "+" in variant or seed == self.recipe.seeds[-1]:  # else the next seed's layer needs them
+            # An untrained variant has the same features for all seeds, so the next seed still needs them.
+            if "+" in variant or seed == self.recipe.seeds[-1]:
                 shutil.rmtree(features, ignore_errors=True)
         return scores
 
@@ -218,23 +223,23 @@ class _Measured:
 
 
 def _stored(file: Path) -> _Measured | None:
-    """What an earlier ablation measured; None where there is nothing, or it is damaged."""
+    """Returns what an earlier ablation measured. None: there is nothing, or it is damaged."""
     if not file.exists():
         return None
     try:
         return checked_json(file.read_bytes(), _Measured)
     except ValueError as error:
-        log.warning("%s is damaged (%s): measured again", file, error)
+        log.warning("%s is damaged (%s): measuring again", file, error)
         return None
 
 
 def run_ablation(recipe: AblationRecipe, budget: str | None, output: Path) -> dict[str, Any]:
-    """Everything: see `Ablation.run`."""
+    """Runs an ablation. See `Ablation.run`."""
     return Ablation(recipe, budget, output, recipe.model or str(demo_model_dir())).run()
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A Markdown table, a row a variant, the mean over seeds ± their standard deviation."""
+    """Returns a Markdown table: one row per variant, the mean over seeds ± their standard deviation."""
     metrics = list(dict.fromkeys(m for by_seed in results.values() for s in by_seed.values() for m in s))
     lines = [f"| variant | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
     for variant, by_seed in results.items():
@@ -251,13 +256,13 @@ def _cell(values: list[float]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that figures depend on."""
+    """Returns the versions of Python and of the packages that the scores depend on."""
     names = ("llm2vec-ds", "torch", "transformers", "deepspeed", "peft", "mteb")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def hardware() -> str:
-    """Processor, or GPUs."""
+    """Returns the name of the GPUs, or of the processor."""
     import torch
 
     if torch.cuda.is_available():

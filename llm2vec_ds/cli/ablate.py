@@ -1,4 +1,4 @@
-"""`ablate` and `report`: wiring only."""
+"""The commands `ablate` and `report`: wiring only."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def register(app: typer.Typer) -> None:
     )(report)
 
 
-@kept("finished runs and scores are kept, run the same command to go on")
+@kept("finished runs and scores are kept; run the same command to go on")
 def ablate(
     recipe: Annotated[
-        Path, typer.Argument(help="recipes/smollm2_ablation.yaml, or one of your own.", callback=expanded)
+        Path,
+        typer.Argument(help="recipes/smollm2_ablation.yaml, or your own ablation file.", callback=expanded),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change, e.g. seeds=[1,2].")
@@ -41,13 +42,18 @@ def ablate(
     output: Annotated[
         Path,
         typer.Option(
-            help="Folder for runs, scores, table.md and report.html; goes on where it stopped.",
+            help="Folder for runs, scores, table.md and report.html. A stopped ablation continues there.",
             callback=expanded,
         ),
     ] = Path("ablation"),
-    budget: Annotated[str | None, typer.Option(help="A budget of the recipe, such as quick or full.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="One of the budgets in the recipe, such as quick or full.")
+    ] = None,
 ) -> None:
-    """Train and measure the paper's variants: uni, bi, bi+mntp, bi+simcse, bi+mntp+simcse."""
+    """Train and measure the paper's variants: uni, bi, bi+mntp, bi+simcse, bi+mntp+simcse.
+
+    Use it to see what each step adds. It prints a table, and writes table.md and report.html.
+    """
     from llm2vec_ds.ablation.recipe import load_ablation
 
     loaded = load_ablation(recipe, budget, overrides)
@@ -61,7 +67,7 @@ def ablate(
     logging.getLogger("llm2vec_ds").info("%s, %s", output / "table.md", output / "report.html")
 
 
-@kept("the report is not finished, run the same command again")
+@kept("the report is not finished; run the same command again")
 def report(
     folders: Annotated[
         list[Path],
@@ -70,14 +76,16 @@ def report(
     output: Annotated[
         Path,
         typer.Option(
-            help="The HTML file; its figures go into a folder of that name, as PNG.", callback=expanded
+            help="The HTML file to write. Its figures go into a folder of the same name, as PNG.",
+            callback=expanded,
         ),
     ] = Path("report.html"),
     examples: Annotated[
-        bool, typer.Option(help="Load the encoders for a map and similarities of example sentences.")
+        bool,
+        typer.Option(help="Also load the encoders, to draw a map and similarities of example sentences."),
     ] = True,
 ) -> None:
-    """Draw what runs measured: one HTML file that needs no network."""
+    """Draw the measurements of runs into one HTML file, which needs no network."""
     if output.suffix != ".html":
         raise UserError(f"--output {output} must end in .html")
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""The command line: each group of commands is one file, and heavy imports wait until a command runs."""
+"""The command line. Each group of commands is one file. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ app = typer.Typer(
     name="llm2vec-ds",
     cls=Group,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Turn a decoder-only LLM into a text encoder: bidirectional attention, MNTP, contrastive training.",
+    help="Turn a decoder-only LLM into a text encoder: bidirectional attention, MNTP, contrastive training."
+    "\n\nBegin with `doctor` and `demo`. Then `init` writes recipes, and `train` runs one. "
+    "`llm2vec-ds COMMAND --help` explains a command.",
     epilog=examples(
         "doctor",
         "demo --budget quick",
@@ -42,7 +44,7 @@ app = typer.Typer(
 )
 
 
-# Their subcommands take `-h` from the app.
+# Their subcommands inherit `-h` from the app.
 for _commands in (doctor, demo, start, train, plan, evaluate, vectors, mining, score, export, ablate):
     _commands.register(app)
 show_flags(app)

@@ -1,4 +1,4 @@
-"""What commands share: examples in their help, quiet libraries, the arguments that name a recipe."""
+"""What the commands share: examples in their help, quiet libraries, common arguments and options."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ import typer
 
 
 def examples(*commands: str) -> str:
-    """An epilog of a command's help."""
+    """Returns the list of examples at the end of a command's help."""
     return "\n\n".join(["Examples:", *(f"- `llm2vec-ds {command}`" for command in commands)])
 
 
 def quiet_libraries() -> None:
-    """transformers' advice and its bar over weights that load (downloads from the hub keep theirs),
-    bitsandbytes' about its kernels, DeepSpeed's warning that a machine without GPU has none, and what
-    libraries say to those who program with them (`python -W default` shows that). The hub is not asked again
-    and again. Called late: --help needs none of it.
+    """Hides messages of libraries that do not help a user, and makes an unreachable hub fail at once.
+
+    Hidden are advice of transformers and its progress bar for loading weights, bitsandbytes' message about
+    its kernels, DeepSpeed's warning about a machine without a GPU, and deprecation warnings. Downloads keep
+    their progress bar. `python -W default` shows the deprecation warnings.
+
+    Commands call this late, because --help should not import these libraries.
     """
     from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
@@ -37,7 +40,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     if downloads_shown:
         hub.enable_progress_bars()
-    # Loaded for the first time it looks for a compiled CPU kernel, and says so where there is none.
+    # On import, bitsandbytes looks for a compiled CPU kernel and prints a message if there is none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
@@ -45,15 +48,18 @@ def quiet_libraries() -> None:
 
 
 def expanded(value: Any) -> Any:
-    """Callback of all that names a place: `~` is the home folder, also where no shell saw it (--to=~/x)."""
+    """Callback of options that name a place: replaces `~` by the home folder.
+
+    The shell does not always do that, for example not in `--output=~/x`.
+    """
     if isinstance(value, list | tuple):
         return [expanded(item) for item in value]
-    # Unlike pathlib's, this leaves a hub id and the name of an unknown user as they are.
+    # Unlike pathlib's expanduser, this keeps a hub id and the name of an unknown user.
     return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value  # noqa: PTH111
 
 
 def encoder_place(value: Any) -> Any:
-    """As `expanded`; a run's folder stands for its encoder."""
+    """Callback as `expanded`. It also replaces a run's folder by the run's encoder."""
     from llm2vec_ds.encoder.of_run import encoder_of
 
     value = expanded(value)
@@ -61,25 +67,28 @@ def encoder_place(value: Any) -> Any:
 
 
 def _recipe_keys(incomplete: str) -> list[str]:
-    """For the shell: recipe keys that begin so."""
+    """Returns the recipe keys that begin with `incomplete`, for completion in the shell."""
     from llm2vec_ds.recipe.recipe import documented_keys
 
     return [f"{key}=" for key, _, _ in documented_keys() if key.startswith(incomplete)]
 
 
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe file, see recipes/.", callback=expanded)]
+RecipeFile = Annotated[
+    Path, typer.Argument(help="A recipe: a YAML file such as those in recipes/.", callback=expanded)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Recipe keys to change, e.g. seed=1 batch.global_batch_size=64.",
+        help="Changes keys of the recipe, e.g. seed=1 batch.global_batch_size=64. docs/recipe_keys.md lists "
+        "all keys.",
         autocompletion=_recipe_keys,
     ),
 ]
 Model = Annotated[
     str,
     typer.Option(
-        help="Folder of an encoder or of a run, or any decoder-only LLM (folder or hub id).",
+        help="Folder of an encoder or of a run. Or any decoder-only LLM, as a folder or hub id.",
         callback=encoder_place,
     ),
 ]
@@ -89,8 +98,9 @@ MicroBatchTokens = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Tokens of one forward pass. Default: 4,096 on a CPU; on a GPU 32,768 or what fits.",
+        help="Tokens of one forward pass. Lower it if memory is full. Default: 4,096 on a CPU, and 32,768 or "
+        "what fits on a GPU.",
         min=1,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

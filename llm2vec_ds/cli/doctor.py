@@ -1,4 +1,4 @@
-"""`doctor`: wiring only."""
+"""The command `doctor`: wiring only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     check: Annotated[
-        bool, typer.Option(help="Also train one step on a tiny model, about ten seconds.")
+        bool, typer.Option(help="Also train one step on a tiny model. Takes about ten seconds.")
     ] = True,
 ) -> None:
-    """Say what this machine has, what a run would use, and what is missing and how to get it."""
+    """Check this machine: what it has, what a run would use, and how to get what is missing.
+
+    ✓: it is there. !: some runs need it. ·: optional. ✗: no run is possible without it.
+    """
     quiet_libraries()
     from llm2vec_ds.doctor import examine, training_check
 

@@ -1,4 +1,4 @@
-"""`llm2vec-ds evaluate …`: wiring only."""
+"""The commands `evaluate mteb` and `evaluate words`: wiring only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 evaluate = typer.Typer(
     name="evaluate",
-    help="Measure an encoder: MTEB, local data in its task classes, word-level tasks.",
+    help="Measure an encoder: on MTEB, on your own data as MTEB tasks, and on word-level tasks.",
     no_args_is_help=True,
 )
 
@@ -40,21 +40,23 @@ def register(app: typer.Typer) -> None:
 
 
 Causal = Annotated[
-    bool | None, typer.Option(help="Causal or bidirectional attention; default: what the folder says.")
+    bool | None,
+    typer.Option(help="Use causal or bidirectional attention. Default: as the encoder's folder says."),
 ]
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TASK",
-        help="sts:FILE, retrieval:FOLDER, clustering:FILE, classification:FILE, or mteb's name of a task, "
-        "with one subset if wanted (STS17:en-en). Again for more.",
+        help="Your own data as sts:FILE, retrieval:FOLDER, clustering:FILE or classification:FILE. Or the "
+        "name of an mteb task, with a subset if you like (STS17:en-en). Repeat it for more tasks.",
     ),
 ]
 InstructionsOfTasks = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|none",
-        help="JSON or YAML {task: instruction} over those of mteb's metadata; none: no instruction.",
+        help="A JSON or YAML file {task: instruction} that replaces those of mteb's metadata. Or `none` for "
+        "no instructions.",
         callback=expanded,
     ),
 ]
@@ -66,14 +68,14 @@ def _needs(package: str) -> None:
 
 
 def _needs_mteb() -> None:
-    """Imports it, too: it makes its own cache folder then."""
+    """Checks that mteb is installed and imports it. On import, mteb creates its cache folder."""
     _needs("mteb")
     with writing("mteb's cache (the folder MTEB_CACHE, else ~/.cache/mteb)"):
         importlib.import_module("mteb")
 
 
 def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, float]] | None:
-    """What a recipe's `evaluation` measures during training."""
+    """Returns the function that measures during training, as the recipe's `evaluation` says."""
     if config is None:
         return None
     _needs_mteb()
@@ -84,7 +86,7 @@ def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, 
 
 ExcludeSelf = Annotated[
     bool,
-    typer.Option(help="Of retrieval:FOLDER: a query's own document is not ranked."),
+    typer.Option(help="For retrieval:FOLDER: do not rank the document that has the query's own id."),
 ]
 
 
@@ -95,15 +97,21 @@ ExcludeSelf = Annotated[
         "evaluate mteb --model my/llm --causal --task retrieval:beir/scifact --task STS17:en-en",
     )
 )
-@kept("finished tasks are kept, run the same command to go on")
+@kept("finished tasks are kept; run the same command to go on")
 def mteb(
     model: Model,
     task: Tasks = None,
-    benchmark: Annotated[str | None, typer.Option(help='mteb\'s name, such as "MTEB(eng, v1)".')] = None,
-    subset: Annotated[str | None, typer.Option(help="paper15: the paper's 15 tasks (unconfirmed).")] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help='Name of a benchmark in mteb, such as "MTEB(eng, v1)".')
+    ] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="paper15: the 15 tasks of the paper. The list is not confirmed.")
+    ] = None,
     output: Annotated[
         Path,
-        typer.Option(help="Folder for results; what it holds already is not run again.", callback=expanded),
+        typer.Option(
+            help="Folder for results. Tasks that it already holds do not run again.", callback=expanded
+        ),
     ] = Path("mteb-results"),
     exclude_self: ExcludeSelf = False,
     causal: Causal = None,
@@ -113,9 +121,10 @@ def mteb(
     precision: Precision = "auto",
     micro_batch_tokens: MicroBatchTokens = None,
 ) -> None:
-    """Run MTEB tasks, or local data as MTEB tasks. Queries get the task's instruction, documents stay bare.
+    """Run MTEB tasks, or your own data as MTEB tasks.
 
-    Under a launcher with several ranks each encodes its share of the texts.
+    Queries get the task's instruction, documents get none. Under a launcher with several ranks, each rank
+    encodes its share of the texts.
     """
     _needs_mteb()
     quiet_libraries()
@@ -164,43 +173,56 @@ def mteb(
         "--test hub:eriktks/conll2003@test --column ner_tags",
     )
 )
-@kept("vectors of a finished file are kept, run the same command to go on")
+@kept("vectors of a finished file are kept; run the same command to go on")
 def words(
     model: Model,
     train: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help=".conllu, a CoNLL column file, or hub:owner/name@split.", callback=expanded
+            metavar="FILE",
+            help="Data to train on: a .conllu file, a CoNLL column file, or hub:owner/name@split.",
+            callback=expanded,
         ),
     ],
-    test: Annotated[str, typer.Option(metavar="FILE", help="The same, to measure on.", callback=expanded)],
+    test: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Data to measure on, in the same formats.", callback=expanded),
+    ],
     column: Annotated[
         str,
-        typer.Option(help="Labels: upos, xpos, a column's number (-1: the last), or a hub column's name."),
+        typer.Option(
+            help="Column of the labels: upos, xpos, a number (-1 is the last), or a name in a hub data set."
+        ),
     ] = "upos",
     output: Annotated[
         Path,
         typer.Option(
-            help="Folder for scores.json and, under features/, the encoder's vectors.", callback=expanded
+            help="Folder for scores.json. The encoder's vectors go into its folder features/.",
+            callback=expanded,
         ),
     ] = Path("word-results"),
     causal: Causal = None,
     max_sentences: Annotated[
-        int | None, typer.Option(metavar="N", help="Only the first N sentences of each file.", min=1)
+        int | None, typer.Option(metavar="N", help="Read only the first N sentences of each file.", min=1)
     ] = None,
-    max_steps: Annotated[int, typer.Option(metavar="N", help="Steps of the linear layer.", min=1)] = 4000,
+    max_steps: Annotated[
+        int, typer.Option(metavar="N", help="Training steps of the linear layer.", min=1)
+    ] = 4000,
     seed: Annotated[
-        list[int] | None, typer.Option(help="Of the linear layer; again for more. [default: 42]")
+        list[int] | None,
+        typer.Option(help="Seed of the linear layer. Repeat it for several runs. [default: 42]"),
     ] = None,
     as_json: AsJson = False,
     attention: Attention = "auto",
     precision: Precision = "auto",
     micro_batch_tokens: MicroBatchTokens = None,
 ) -> None:
-    """Train a linear layer on the frozen encoder's word vectors, as the paper does for POS, chunks and NER.
+    """Measure word vectors on tagging: part of speech, chunks, named entities.
 
-    Two results: each word from its own tokens (same_token), and from the tokens one before (next_token),
-    which is the paper's choice for models that MNTP has trained.
+    This is the paper's protocol: a linear layer learns the labels from the frozen encoder's word vectors.
+
+    There are two results. For same_token, a word's vector comes from its own tokens. For next_token, it comes
+    from the tokens one position before. The paper uses next_token for models trained with MNTP.
     """
     _needs("seqeval")
     quiet_libraries()

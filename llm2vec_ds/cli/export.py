@@ -1,4 +1,4 @@
-"""`export` and `merge`: wiring only."""
+"""The commands `export` and `merge`: wiring only."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ if TYPE_CHECKING:
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME=TEXT", help="An instruction under a name, such as 'query=Find passages'; repeatable."
+        metavar="NAME=TEXT",
+        help="Store an instruction under a name, such as 'query=Find passages'. Repeat it for more.",
     ),
 ]
 Push = Annotated[
-    str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to this hub repository.")
+    str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the export to this hub repository.")
 ]
-Private = Annotated[bool, typer.Option(help="Of a repository that --push makes: only you see it.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what --push would upload, and upload nothing.")]
+Private = Annotated[bool, typer.Option(help="If --push creates the repository: only you can see it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what --push would upload. Upload nothing.")]
 Scores = Annotated[
     Path | None,
-    typer.Option(help="scores.json of `evaluate mteb`, for the model card.", callback=expanded),
+    typer.Option(help="scores.json of `evaluate mteb`, to put into the model card.", callback=expanded),
 ]
 
 
@@ -62,46 +63,49 @@ def register(app: typer.Typer) -> None:
 
 def export(
     source: Annotated[
-        Path, typer.Argument(help="Folder of a run, of a demo, or an encoder folder.", callback=expanded)
+        Path, typer.Argument(help="Folder of a run, of a demo or of an encoder.", callback=expanded)
     ],
     output: Annotated[
         Path,
         typer.Option(
-            help="The folder, or for gguf the file, to write; it appears when it is checked.",
+            help="The folder to write, or the file for gguf. It appears after all checks have passed.",
             callback=expanded,
         ),
     ],
     format: Annotated[
         str,
         typer.Option(
-            help="sentence-transformers (vLLM and TEI read it too), transformers, onnx (for onnxruntime and "
-            "transformers.js), or gguf (for llama.cpp, Ollama, LM Studio)."
+            help="sentence-transformers (also for vLLM and text-embeddings-inference), transformers, onnx "
+            "(for onnxruntime and transformers.js), or gguf (for llama.cpp, Ollama, LM Studio)."
         ),
     ] = "sentence-transformers",
     dtype: Annotated[
         str,
         typer.Option(
-            help="auto (as the encoder is stored), fp32, bf16 or fp16; gguf has q8_0 too; "
-            "onnx has fp32 (its auto), fp16 and int8."
+            help="auto (as the encoder is stored), fp32, bf16 or fp16. gguf also has q8_0. onnx has only "
+            "fp32 (its auto), fp16 and int8."
         ),
     ] = "auto",
     prompt: Prompts = None,
     licence: Annotated[
-        str | None, typer.Option("--licence", "--license", help="Of the base model, where its card lacks it.")
+        str | None,
+        typer.Option("--licence", "--license", help="Licence of the base model, if its card lacks it."),
     ] = None,
     push: Push = None,
     private: Private = True,
     dry_run: DryRun = False,
     scores: Scores = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier export; what others put beside it stays.")
+        bool, typer.Option("--overwrite", help="Replace an earlier export. Other files in its folder stay.")
     ] = False,
 ) -> None:
-    """Write an encoder as a folder or file that other tools load without this package's code, and check it.
+    """Write an encoder for other tools, and check it there.
 
-    Flags, pooling, prompts, model card and licence are written beside the merged weights; then the folder is
-    loaded again by transformers and sentence-transformers (a GGUF file by llama.cpp, an ONNX graph by
-    onnxruntime) and must give the encoder's vectors. What a reader cannot express is said here.
+    The export holds the merged weights, the attention flags, pooling, prompts, a model card and the licence.
+    Tools load it without this package's code.
+
+    The check loads the export with transformers and sentence-transformers (gguf: llama.cpp, onnx:
+    onnxruntime). It must give the encoder's vectors. If a tool cannot express a setting, a line says so.
     """
     prompts = _named(prompt or [])
     quiet_libraries()
@@ -114,7 +118,7 @@ def export(
     if push is not None:
         _write_and_push(source, output, options, push, private=private, dry_run=dry_run)
     elif dry_run:
-        raise UserError("--dry-run shows what --push would upload: give --push OWNER/NAME too")
+        raise UserError("--dry-run shows what --push would upload: add --push OWNER/NAME")
     else:
         _write(source, output, options)
 
@@ -138,20 +142,20 @@ def _write_and_push(
         if dry_run:
             print(described(upload))
             return
-        with kept(f"{output} is written but not uploaded, run the same command with --overwrite"):
+        with kept(f"{output} is written but not uploaded; run the same command with --overwrite"):
             print(push(upload))
 
 
 def _write(source: Path, output: Path, options: ExportOptions, card_folder: Path | None = None) -> None:
-    with kept("nothing is left behind, run the same command again"):
+    with kept("nothing is left behind; run the same command again"):
         _exporter(options.format, card_folder)(source, output, options)
 
 
 def _exporter(format: str, card_folder: Path | None) -> Callable[[Path, Path, Any], list[str]]:
-    """What writes a format; of a single file it writes the card into `card_folder`.
+    """Returns the function that writes a format. For a single file it writes the card into `card_folder`.
 
     Raises:
-        UserError: a package for it is missing.
+        UserError: a package for this format is missing.
     """
     needed = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}.get(format, ())
     if missing := [name for name in needed if not find_spec(name)]:
@@ -169,54 +173,59 @@ def _exporter(format: str, card_folder: Path | None) -> Callable[[Path, Path, An
     return export
 
 
-@kept("nothing is left behind, run the same command again")
+@kept("nothing is left behind; run the same command again")
 def merge(
     encoders: Annotated[
         list[str],
         typer.Argument(
             metavar="ENCODER",
-            help="The encoder/ of a run over NF4; or several encoders, runs or LLMs of one shape; or with "
-            "--last a run.",
+            help="Two or more encoders, runs or LLMs of one shape. Or, with --last, one run. Or the encoder/ "
+            "of one run over NF4.",
             callback=expanded,
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the new encoder.", callback=expanded)],
+    output: Annotated[Path, typer.Option(help="Folder for the new encoder.", callback=expanded)],
     weights: Annotated[
-        str | None, typer.Option(metavar="W,W", help="Of each encoder, 1 together; default: equal.")
+        str | None,
+        typer.Option(
+            metavar="W,W", help="A weight for each encoder. Their sum is 1. Default: equal weights."
+        ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="linear, or slerp: along the arc between two encoders.")
+        str,
+        typer.Option(help="linear: a weighted mean. slerp: a point on the arc between two encoders."),
     ] = "linear",
     evaluate: Annotated[
         str | None,
         typer.Option(
             metavar="TASK",
-            help="Measure mixtures of two encoders, from the first alone to the second alone, and keep the "
-            "best; as evaluate mteb --task takes it, e.g. sts:dev.csv.",
+            help="Try weights from 0 to 1 for two encoders and keep the best on this task. With --weights: "
+            "measure only that mixture. TASK is as for `evaluate mteb --task`, e.g. sts:dev.csv.",
         ),
     ] = None,
     last: Annotated[
-        int | None, typer.Option(metavar="N", help="The mean of a run's last N checkpoints.", min=1)
+        int | None, typer.Option(metavar="N", help="Average a run's last N checkpoints.", min=1)
     ] = None,
     original: Annotated[
         str | None,
         typer.Option(
-            help="Of a run over NF4: the original model, folder or hub id; default: training's.",
+            help="For a run over NF4: folder or hub id of the original model. Default: the trained one.",
             callback=expanded,
         ),
     ] = None,
 ) -> None:
-    """Put several encoders of one shape, or a run's last checkpoints, into one.
+    """Merge several encoders of one shape, or a run's last checkpoints, into one encoder.
 
-    Of a single encoder of a run over NF4: put its adapters into the original weights, and say how much
-    vectors move by it. Its `encoder/` itself holds the dequantised NF4 weights that they were trained on.
+    For one encoder of a run over NF4, it puts the adapters into the original weights and reports how much the
+    vectors change. The run's own `encoder/` holds the dequantised NF4 weights that the adapters were trained
+    on.
     """
     quiet_libraries()
     several = len(encoders) > 1
     given = {"--weights": weights, "--evaluate": evaluate, "--last": last, "--original": original}
     allowed = {"--weights", "--evaluate"} if several else {"--last"} if last else {"--original"}
     if wrong := [name for name, value in given.items() if value is not None and name not in allowed]:
-        raise UserError(f"{wrong[0]} has no effect here: see llm2vec-ds merge --help")
+        raise UserError(f"{wrong[0]} has no effect here: leave it out, or see llm2vec-ds merge --help")
     if several:
         _mix(encoders, output, weights, method, evaluate)
     elif last:
@@ -233,8 +242,8 @@ def _into_original(encoder: str, output: Path, original: str | None) -> None:
 
     difference = merge_into_original(Path(encoder), output, original)
     print(
-        f"{output}: against {encoder}, cosine of a text's vectors {difference.mean_cosine:.4f} on average, "
-        f"{difference.least_cosine:.4f} at least ({difference.n_texts} texts)"
+        f"{output}: cosine with the vectors of {encoder}: mean {difference.mean_cosine:.4f}, "
+        f"lowest {difference.least_cosine:.4f} ({difference.n_texts} texts)"
     )
 
 
@@ -244,7 +253,7 @@ def _mix(sources: list[str], output: Path, weights: str | None, method: str, eva
     try:
         parsed = [float(weight) for weight in weights.split(",")] if weights else None
     except ValueError:
-        raise UserError(f"--weights {weights!r} must be numbers with commas, such as 0.6,0.4") from None
+        raise UserError(f"--weights {weights!r} must be numbers separated by commas, e.g. 0.6,0.4") from None
     measured = evaluation_of(EvaluationConfig(tasks=[evaluate])) if evaluate else None
 
     def measure(encoder: Encoder) -> tuple[str, float]:
@@ -255,5 +264,5 @@ def _mix(sources: list[str], output: Path, weights: str | None, method: str, eva
     points = mix(sources, output, weights=parsed, method=method, measure=measure if measured else None)
     for point in points:
         print(f"{'  '.join(f'{weight:.2f}' for weight in point.weights)}  {point.score:.4f}")
-    picture = f"; the curve as a picture: llm2vec-ds report {output}" if len(points) > 1 else ""
-    print(f"{output}: {method} mixture, weights and curve in {output / 'merge.json'}{picture}")
+    picture = f". To draw the curve: llm2vec-ds report {output}" if len(points) > 1 else ""
+    print(f"{output}: {method} mixture. Weights and curve are in {output / 'merge.json'}{picture}")

@@ -1,4 +1,4 @@
-"""Help that shows a flag as one: `--check / --no-check`, and not `--check <bool>`, which takes no value."""
+"""Shows flags in the help as `--check / --no-check`. The default would be `--check <bool>`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 
 class _ShowsFlags:
-    """Of a command: what its help prints. What it parses stays as it is."""
+    """Changes what a command's help prints. How the command parses its options stays the same."""
 
     params: list[Any]
     add_help_option: bool
@@ -18,7 +18,7 @@ class _ShowsFlags:
     def format_help(self, ctx: Any, formatter: Any) -> None:
         shown = copy.copy(self)
         shown.params = [_as_shown(param) for param in self.get_params(ctx)]  # type: ignore[attr-defined]
-        shown.add_help_option = False  # it is among them
+        shown.add_help_option = False  # `params` already has it
         super(_ShowsFlags, shown).format_help(ctx, formatter)  # type: ignore[misc]
 
 
@@ -27,7 +27,7 @@ def _as_shown(param: Any) -> Any:
         return param
     flag = copy.copy(param)
     flag.metavar = ""
-    # One name each: columns for short and for negative ones would leave little for what they mean.
+    # All forms in one name. Extra columns for short and negative forms would leave little room for the text.
     forms = filter(None, (", ".join(param.opts), ", ".join(param.secondary_opts)))
     flag.opts, flag.secondary_opts = [" / ".join(forms)], []
     return flag
@@ -42,7 +42,7 @@ class Group(_ShowsFlags, TyperGroup):
 
 
 def show_flags(app: typer.Typer) -> None:
-    """In the help of all commands that are registered, those of groups too."""
+    """Applies this to all registered commands, and to those of groups."""
     for command in app.registered_commands:
         command.cls = Command
     for group in app.registered_groups:

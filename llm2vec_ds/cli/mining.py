@@ -1,4 +1,4 @@
-"""`mine`: wiring only."""
+"""The command `mine`: wiring only."""
 
 from __future__ import annotations
 
@@ -13,52 +13,68 @@ from llm2vec_ds.process.interrupts import kept
 Pairs = Annotated[
     str,
     typer.Option(
-        help="Queries with their positives: .jsonl, .csv, .parquet, a folder, or hub:name.",
+        help="Queries with their positives: .jsonl, .csv or .parquet, a folder of them, or hub:name.",
         callback=expanded,
     ),
 ]
 Output = Annotated[
-    Path, typer.Option(help="A .jsonl file: query, positive, negative (a list).", callback=expanded)
+    Path,
+    typer.Option(
+        help="The .jsonl file to write. A line has query, positive and negative (a list).", callback=expanded
+    ),
 ]
 Corpus = Annotated[
     str | None,
     typer.Option(
-        help="Where negatives come from: any of those, or .txt. Default: all positives.",
+        help="Texts that negatives come from: the same formats, or .txt. Default: all positives.",
         callback=expanded,
     ),
 ]
 FirstRank = Annotated[
-    int, typer.Option(metavar="N", help="Leave out the nearest candidates before this one.", min=1)
+    int,
+    typer.Option(
+        metavar="N", help="Use candidates from this rank on. Nearer ones are often unmarked positives.", min=1
+    ),
 ]
-LastRank = Annotated[int, typer.Option(metavar="N", help="Leave out the candidates after this one.", min=1)]
+LastRank = Annotated[int, typer.Option(metavar="N", help="Use candidates up to this rank.", min=1)]
 Margin = Annotated[
     float,
-    typer.Option(metavar="X", help="A candidate's cosine is below the positive's minus this.", min=0.0),
+    typer.Option(
+        metavar="X", help="A candidate's cosine must be lower than the positive's minus X.", min=0.0
+    ),
 ]
 Ratio = Annotated[
     float,
-    typer.Option(metavar="R", help="A candidate's cosine is below this times the positive's, such as 0.95."),
+    typer.Option(
+        metavar="R", help="A candidate's cosine must be lower than R times the positive's, e.g. 0.95."
+    ),
 ]
 RerankerFolder = Annotated[
     str | None,
     typer.Option(
-        help="A CrossEncoder of sentence-transformers: leaves out candidates as good as the positive for it.",
+        help="A CrossEncoder of sentence-transformers (folder or hub id). It leaves out the candidates that "
+        "it finds as good as the positive. This is slow.",
         callback=expanded,
     ),
 ]
 RerankerMargin = Annotated[
-    float, typer.Option(metavar="X", help="As --margin, of the reranker's score (0 to 1).", min=0.0)
+    float, typer.Option(metavar="X", help="As --margin, for the reranker's scores (0 to 1).", min=0.0)
 ]
 RerankerRatio = Annotated[
-    float, typer.Option(metavar="R", help="As --ratio, of the reranker's score (0 to 1).")
+    float, typer.Option(metavar="R", help="As --ratio, for the reranker's scores (0 to 1).")
 ]
-RerankerBatch = Annotated[int, typer.Option(metavar="N", help="Pairs of one pass of the reranker.", min=1)]
+RerankerBatch = Annotated[
+    int, typer.Option(metavar="N", help="Pairs in one forward pass of the reranker.", min=1)
+]
 Sampling = Annotated[
-    str, typer.Option(help="Which of the ranks: top (the nearest) or random (fixed by --seed).")
+    str,
+    typer.Option(help="Which candidates of the rank range: top (the nearest) or random (fixed by --seed)."),
 ]
-QueryInstruction = Annotated[str | None, typer.Option(help="Put before each query; attended, not pooled.")]
+QueryInstruction = Annotated[
+    str | None, typer.Option(help="Goes before each query. The model attends to it, but it is not pooled.")
+]
 DocumentInstruction = Annotated[
-    str | None, typer.Option(help="Put before each text of the corpus and each positive.")
+    str | None, typer.Option(help="The same before each text of the corpus and each positive.")
 ]
 
 
@@ -74,16 +90,16 @@ def register(app: typer.Typer) -> None:
     )(mine)
 
 
-@kept("what is encoded and searched so far is kept, run the same command to go on")
+@kept("finished blocks are kept; run the same command to go on")
 def mine(
     model: Model,
     pairs: Pairs,
     output: Output,
     corpus: Corpus = None,
     query_column: Annotated[str, typer.Option(help="Column of --pairs with the query.")] = "query",
-    positive_column: Annotated[str, typer.Option(help="Column with its right document.")] = "positive",
+    positive_column: Annotated[str, typer.Option(help="Column of --pairs with the positive.")] = "positive",
     corpus_column: Annotated[str, typer.Option(help="Column of --corpus with the text.")] = "text",
-    negatives: Annotated[int, typer.Option(metavar="N", help="Negatives of a pair.", min=1)] = 5,
+    negatives: Annotated[int, typer.Option(metavar="N", help="Negatives for each pair.", min=1)] = 5,
     first_rank: FirstRank = 1,
     last_rank: LastRank = 50,
     margin: Margin = 0.0,
@@ -96,19 +112,21 @@ def mine(
     query_instruction: QueryInstruction = None,
     document_instruction: DocumentInstruction = None,
     micro_batch_tokens: MicroBatchTokens = None,
-    seed: Annotated[int, typer.Option(help="Fixes random sampling.", min=0)] = 42,
+    seed: Annotated[int, typer.Option(help="Seed for --sampling random.", min=0)] = 42,
     bad_rows: Annotated[
-        str, typer.Option(help="Rows that are not what their format says: raise (stop), or skip (count).")
+        str, typer.Option(help="Rows that break their format: raise (stop) or skip (leave out and count).")
     ] = "raise",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")] = False,
 ) -> None:
-    """Find hard negatives: texts that the model takes for near a query, though they do not answer it.
+    """Find hard negatives: texts that the model finds near a query, though they do not answer it.
 
-    Every query is compared with the whole corpus (exact search). Never negatives: the positive, other
-    positives of the same query, and what scores as high as the positive. Ranks count the rest, from 1.
+    The output is training data for the supervised stage.
 
-    The log counts what was skipped and why. Killed, it goes on where it stopped. The output is data for the
-    supervised stage.
+    Every query is compared with the whole corpus (exact search). A text is a candidate if it is no positive
+    of this query, and if its cosine is lower than the positive's. Ranks count candidates, from 1 (nearest).
+
+    The log counts what was left out and why. If the command is stopped, run it again. It continues where it
+    stopped.
     """
     quiet_libraries()
     from llm2vec_ds.mining.mine import mine as run

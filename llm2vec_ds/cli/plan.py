@@ -1,4 +1,4 @@
-"""`plan`: wiring only."""
+"""The command `plan`: wiring only."""
 
 from __future__ import annotations
 
@@ -24,33 +24,41 @@ def register(app: typer.Typer) -> None:
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(metavar="N", help="Machines.", min=1)] = None,
+    nodes: Annotated[int | None, typer.Option(metavar="N", help="Number of machines.", min=1)] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(metavar="G", help="GPUs of each; 0: a CPU.", min=0)
+        int | None, typer.Option(metavar="G", help="GPUs of each machine. 0: train on a CPU.", min=0)
     ] = None,
     gpu_memory_gib: Annotated[
         float | None,
-        typer.Option(metavar="M", help="GiB of one GPU, or of a CPU's host.", min=0.1),
+        typer.Option(metavar="M", help="Memory of one GPU in GiB. For a CPU: of the machine.", min=0.1),
     ] = None,
     interconnect_gbps: Annotated[
-        float | None, typer.Option(metavar="B", help="What one GPU sends, gigabits a second.", min=0.001)
+        float | None,
+        typer.Option(metavar="B", help="How fast one GPU sends, in gigabits per second.", min=0.001),
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(metavar="F", help="Dense bf16 speed of one GPU, 10¹² a second.", min=0.001)
+        float | None,
+        typer.Option(
+            metavar="F", help="Dense bf16 speed of one GPU, in 10¹² operations per second.", min=0.001
+        ),
     ] = None,
     measured: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="RUN",
-            help="Folder of a run on this machine; fits a step's time. Repeatable.",
+            help="Folder of a run on this kind of machine. The time of a step is estimated from its speed. "
+            "Repeat it for more runs.",
             callback=expanded,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of the table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object instead of the table.")
+    ] = False,
 ) -> None:
-    """Say what a recipe needs and what fits, without weights, data or network: memory by part, bytes sent.
+    """Show whether a recipe fits a machine: memory by part, the largest batch, bytes sent.
 
-    The machine is the recipe's `machine`, or what the options say.
+    It needs no weights, no data and no network. The options describe the machine; without them the recipe's
+    `machine` section does.
     """
     from llm2vec_ds.recipe.files import load_stages
 

@@ -1,4 +1,4 @@
-"""`score`: wiring only."""
+"""The command `score`: wiring only."""
 
 from __future__ import annotations
 
@@ -22,40 +22,43 @@ def register(app: typer.Typer) -> None:
     )(score)
 
 
-@kept("finished blocks are kept, run the same command to go on")
+@kept("finished blocks are kept; run the same command to go on")
 def score(
     pairs: Annotated[
         str,
         typer.Argument(
-            help="Queries with positive and negatives: .jsonl, .csv, .parquet, or hub:name.",
+            help="Queries with a positive and negatives: .jsonl, .csv, .parquet or hub:name.",
             callback=expanded,
         ),
     ],
     reranker: Annotated[
         str,
-        typer.Option(help="A CrossEncoder of sentence-transformers: folder or hub id.", callback=expanded),
+        typer.Option(
+            help="The CrossEncoder of sentence-transformers that scores: folder or hub id.", callback=expanded
+        ),
     ],
     output: Annotated[
-        Path, typer.Option(help="A .jsonl file; with --shard a folder of them.", callback=expanded)
+        Path, typer.Option(help="The .jsonl file to write. With --shard: a folder.", callback=expanded)
     ],
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Only part I of N of the rows, I from 0.")
+        str | None, typer.Option(metavar="I/N", help="Score only part I of N of the rows. I counts from 0.")
     ] = None,
     query_column: Annotated[str, typer.Option(help="Column with the query.")] = "query",
-    positive_column: Annotated[str, typer.Option(help="Column with its right document.")] = "positive",
-    negative_column: Annotated[str, typer.Option(help="Column with hard negatives.")] = "negative",
+    positive_column: Annotated[str, typer.Option(help="Column with the positive.")] = "positive",
+    negative_column: Annotated[str, typer.Option(help="Column with the hard negatives.")] = "negative",
     max_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Longest query and document together.", min=8)
+        int, typer.Option(metavar="N", help="Most tokens of a query and a document together.", min=8)
     ] = 512,
     batch_size: Annotated[
-        int, typer.Option(metavar="N", help="Pairs of one pass; changes nothing but speed.", min=1)
+        int,
+        typer.Option(metavar="N", help="Pairs in one forward pass. It changes only speed and memory.", min=1),
     ] = 32,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")] = False,
 ) -> None:
-    """Let a reranker judge each query's documents: writes the pairs with a list `scores`, the positive first.
+    """Score each query's documents with a reranker. The output is training data for the stage distil_scores.
 
-    The scores are the model's own numbers, without a sigmoid. Killed, it goes on where it stopped. The output
-    is data for the stage distil_scores.
+    Each line gets a list `scores`: the positive's score first, then the negatives'. They are the model's own
+    numbers, without a sigmoid. If the command is stopped, run it again. It continues where it stopped.
     """
     quiet_libraries()
     from llm2vec_ds.mining.score import ScoreOptions
@@ -65,7 +68,7 @@ def score(
     part = None
     if shard is not None:
         if output.suffix == ".jsonl":
-            raise UserError(f"--shard needs a folder, --output {output} is a file: drop .jsonl")
+            raise UserError(f"--shard needs a folder, but --output {output} is a file: leave out .jsonl")
         part = Shard.parse(shard)
         output = part.file(output, ".jsonl")
         output.parent.mkdir(parents=True, exist_ok=True)

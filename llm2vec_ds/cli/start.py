@@ -1,4 +1,4 @@
-"""`init`: wiring only."""
+"""The command `init`: wiring only."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=examples("init", "init my-encoder"))(init)
 
 
-@kept("what is written stays, run the same command again")
+@kept("written files stay; run the same command again")
 def init(
     folder: Annotated[
-        Path, typer.Argument(help="Where to write; default: the current folder.", callback=expanded)
+        Path, typer.Argument(help="Folder to write to. Default: the current folder.", callback=expanded)
     ] = Path(),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that differ from what is shipped.")
+        bool, typer.Option("--overwrite", help="Replace files that you have changed.")
     ] = False,
 ) -> None:
-    """Write recipes, DeepSpeed's JSONs and SLURM's scripts into a folder, with a README.
+    """Write recipes, DeepSpeed configs, SLURM scripts and a README into a folder.
 
-    Nothing that is there and differs is replaced without --overwrite.
+    If a file is there with other content, nothing is written, unless you give --overwrite.
     """
     from llm2vec_ds.start.files import README, write_to
 
     written = write_to(folder, overwrite=overwrite)
-    logging.getLogger("llm2vec_ds").info("%s: %s files written, begin with %s", folder, len(written), README)
+    logging.getLogger("llm2vec_ds").info("%s: wrote %s files. Begin with %s", folder, len(written), README)

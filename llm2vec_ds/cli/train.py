@@ -1,4 +1,4 @@
-"""`train` and `prepare`: wiring only."""
+"""The commands `train` and `prepare`: wiring only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm2vec_ds.errors import Stopped
 from llm2vec_ds.process.interrupts import kept
 
 OF_KEYS = {"ignore_unknown_options": True}
-"""`--learning_rate 1e-4` reaches the recipe, which answers with its key."""
+"""Passes an option such as `--learning_rate 1e-4` on to the recipe. Its error names the recipe's own key."""
 
 
 def register(app: typer.Typer) -> None:
@@ -36,11 +36,14 @@ def register(app: typer.Typer) -> None:
 
 
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Run one training stage, or all of a file with `stages`. A run's folder gets recipe.yaml, metrics.jsonl
-    and encoder/.
+    """Train an encoder: one stage, or all stages of a recipe that has `stages`.
 
-    Starts as one process, under `deepspeed --num_gpus N --module llm2vec_ds train RECIPE`, or under any
-    launcher that sets RANK, WORLD_SIZE and LOCAL_RANK (or `srun`, one task a GPU).
+    The run's folder, `output_dir`, gets recipe.yaml, metrics.jsonl and, at the end, encoder/. To go on with a
+    run that was stopped, repeat the command with resume=true.
+
+    On one GPU or a CPU, run it as it is. For several GPUs use
+    `deepspeed --num_gpus N --module llm2vec_ds train RECIPE`, `srun` with one task per GPU, or any launcher
+    that sets RANK, WORLD_SIZE and LOCAL_RANK.
     """
     from llm2vec_ds.recipe.files import load_stages
 
@@ -49,21 +52,22 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from llm2vec_ds.distributed import leave
     from llm2vec_ds.engine.run_stages import train_stages
 
-    with kept("checkpoints and prepared texts are kept, run the same command with resume=true to go on"):
+    with kept("checkpoints and prepared texts are kept; run the same command with resume=true to go on"):
         try:
             folder = train_stages(resolved, evaluation_of)
-        except Stopped:  # every rank stops here; after an error only some do, and leaving could hang
+        except Stopped:  # All ranks stop here. After an error only some ranks do, and `leave` could hang.
             leave()
             raise
     leave()
     logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
 
 
-@kept("finished parts are kept, run the same command to go on")
+@kept("finished parts are kept; run the same command to go on")
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Tokenise a recipe's texts now, so that training starts at once and its nodes need no network.
+    """Tokenise a recipe's texts ahead of training.
 
-    Killed, it goes on where it stopped. Training with the same keys finds the result by itself.
+    Training then starts at once, and its nodes need no network. With the same keys, it finds the prepared
+    texts by itself. If the command is stopped, run it again. It continues where it stopped.
     """
     from llm2vec_ds.recipe.files import load_stages
 
@@ -76,7 +80,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from llm2vec_ds.model.loading import load_tokenizer
     from llm2vec_ds.objectives.registry import objective_of
 
-    # Later stages go on with the first one's tokenizer, which is there before their model is.
+    # Later stages use the first stage's tokenizer. Their own models do not exist yet.
     stages[0] = with_encoders_of_runs(stages[0])
     model = stages[0].model
     tokenizer = load_tokenizer(tokenizer_place(model.path), trust_remote_code=model.trust_remote_code)

@@ -1,4 +1,4 @@
-"""`encode` and `search`: wiring only."""
+"""The commands `encode` and `search`: wiring only."""
 
 from __future__ import annotations
 
@@ -26,26 +26,28 @@ if TYPE_CHECKING:
 Input = Annotated[
     str,
     typer.Option(
-        help="Texts: .txt (one a line), .jsonl, .csv, .parquet, hub:name, or - for stdin.",
+        help="The texts: .txt (one per line), .jsonl, .csv, .parquet, hub:name, or - for standard input.",
         callback=expanded,
     ),
 ]
 Output = Annotated[
     Path,
     typer.Option(
-        help="Where the vectors go: a .npy file ([texts, dimensions] float32), .jsonl or .parquet, or a "
-        "folder for shards.",
+        help="The file to write: .npy ([texts, dimensions] float32), .jsonl or .parquet. Or a folder for "
+        "shards.",
         callback=expanded,
     ),
 ]
 ShardOption = Annotated[
     str | None,
     typer.Option(
-        metavar="I/N", help="Only part I of N of the texts, I from 0, as a file of the folder --output."
+        metavar="I/N",
+        help="Encode only part I of N of the texts, into a file in the folder --output. I counts from 0.",
     ),
 ]
 BadTextsOption = Annotated[
-    str, typer.Option(help="Empty or unreadable texts: raise (stop), or nan (name them and go on).")
+    str,
+    typer.Option(help="Empty or unreadable texts: raise (stop) or nan (name them, and write NaN vectors)."),
 ]
 
 
@@ -73,13 +75,16 @@ def encode(
     input: Input,
     output: Output,
     shard: ShardOption = None,
-    format: Annotated[str, typer.Option(help="Of the files in a folder: npy, jsonl or parquet.")] = "npy",
+    format: Annotated[
+        str, typer.Option(help="Format of the files if --output is a folder: npy, jsonl or parquet.")
+    ] = "npy",
     text_column: Annotated[str, typer.Option(help="Column of --input with the text.")] = "text",
     instruction: Annotated[
-        str | None, typer.Option(help="Put before each text; attended, not pooled.")
+        str | None, typer.Option(help="Goes before each text. The model attends to it, but it is not pooled.")
     ] = None,
     prompt_name: Annotated[
-        str | None, typer.Option(help="Instead of it: an instruction that the encoder's folder names.")
+        str | None,
+        typer.Option(help="Name of an instruction that the encoder stores. Replaces --instruction."),
     ] = None,
     normalize: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = False,
     truncate_dim: Annotated[
@@ -87,20 +92,20 @@ def encode(
     ] = None,
     store: Annotated[
         str,
-        typer.Option(help="float32; int8: a quarter of the bytes; binary: signs alone, a 32nd of them."),
+        typer.Option(
+            help="float32, int8 (a quarter of the bytes), or binary (only signs, a 32nd of the bytes)."
+        ),
     ] = "float32",
     bad_texts: BadTextsOption = "raise",
     attention: Attention = "auto",
     precision: Precision = "auto",
     micro_batch_tokens: MicroBatchTokens = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an --output of other options or texts.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")] = False,
 ) -> None:
-    """Write the vectors of texts, in their order, on all GPUs there are.
+    """Write the vectors of texts, in the order of the texts. Uses all GPUs of this machine.
 
-    Killed, it goes on where it stopped; what is finished is left alone, so that an array of shards can
-    simply be run again. Neither texts nor vectors need to fit in memory.
+    If the command is stopped, run it again. It continues where it stopped, and leaves finished files as they
+    are. So you can submit a whole array of shards again. Texts and vectors need not fit in memory.
     """
     from llm2vec_ds.vectors.encode import EncodeOptions, Target, encode_file
 
@@ -122,31 +127,36 @@ def encode(
         micro_batch_tokens=micro_batch_tokens,
         stored=cast("Stored", store),
     )
-    from_stdin = "nothing is kept of standard input, give it again"
-    with kept(from_stdin if input == "-" else "finished blocks are kept, run the same command to go on"):
+    from_stdin = "nothing is kept from standard input; run the command again with the same input"
+    with kept(from_stdin if input == "-" else "finished blocks are kept; run the same command to go on"):
         encode_file(options, target, overwrite=overwrite)
 
 
 def search(
     index: Annotated[
-        Path, typer.Argument(help="What encode wrote: a file, or a folder of shards.", callback=expanded)
+        Path,
+        typer.Argument(help="Vectors that `encode` wrote: a file, or a folder of shards.", callback=expanded),
     ],
-    query: Annotated[str, typer.Argument(help="What to look for.")],
-    top: Annotated[int, typer.Option(metavar="N", help="How many texts.", min=1)] = 10,
+    query: Annotated[str, typer.Argument(help="The text to search for.")],
+    top: Annotated[int, typer.Option(metavar="N", help="How many texts to print.", min=1)] = 10,
     model: Annotated[
         str | None,
-        typer.Option(help="Encoder or run; default: the one that the index names.", callback=encoder_place),
+        typer.Option(
+            help="Encoder or run for the query. Default: the model that wrote the index.",
+            callback=encoder_place,
+        ),
     ] = None,
     texts: Annotated[
         str | None,
-        typer.Option(help="Where the texts are; default: the input that the index names.", callback=expanded),
+        typer.Option(help="File of the texts. Default: the input that the index names.", callback=expanded),
     ] = None,
-    instruction: Annotated[str | None, typer.Option(help="Put before the query.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Goes before the query.")] = None,
     prompt_name: Annotated[
-        str | None, typer.Option(help="Instead of it: an instruction that the encoder's folder names.")
+        str | None,
+        typer.Option(help="Name of an instruction that the encoder stores. Replaces --instruction."),
     ] = None,
 ) -> None:
-    """Print the encoded texts that are nearest to a query: cosine, row and text, nearest first."""
+    """Print the texts nearest to a query: cosine, row and text, nearest first."""
     quiet_libraries()
     from llm2vec_ds.vectors.search import search as run
 

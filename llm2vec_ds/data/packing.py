@@ -1,4 +1,4 @@
-"""Texts → packed micro-batches under a token budget, without padding."""
+"""Packs texts into micro-batches under a token budget, without padding."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from llm2vec_ds.errors import UserError
 def plan_micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Groups texts `0..n-1` so that each group holds at most `max_tokens` tokens.
 
-    Longest first, so that neighbours are of like length: attention on CPU takes a run of equally long
-    texts at once. A greedy cut of that order wastes less than one text a group.
+    The longest text comes first, so neighbours have similar lengths. Attention on a CPU computes equally long
+    neighbours at once. The order is cut greedily, which wastes less than one text per group.
 
     Raises:
-        UserError: one text alone is over the budget.
+        UserError: a single text is longer than the budget.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.max() > max_tokens:
-        raise UserError(f"a text of {lengths.max()} tokens is over micro_batch_tokens={max_tokens}: raise it")
+        raise UserError(
+            f"a text of {lengths.max()} tokens is longer than micro_batch_tokens={max_tokens}: raise it"
+        )
     groups: list[list[int]] = []
     filled = max_tokens
     for index in np.argsort(-lengths, kind="stable"):
@@ -36,7 +38,11 @@ def plan_micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> 
 
 
 def pack(texts: Sequence[TokenizedText], labels: Sequence[np.ndarray] | None = None) -> PackedBatch:
-    """One stream of all texts, in order; `labels` (one array a text, −100 = not predicted) for MNTP."""
+    """Packs all texts into one stream, in order.
+
+    Args:
+        labels: for MNTP, one array per text; −100 is not predicted.
+    """
     lengths = np.asarray([len(text) for text in texts], dtype=np.int64)
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)

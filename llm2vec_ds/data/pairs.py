@@ -1,4 +1,4 @@
-"""Sources of pairs with their instructions → examples (query, positive, hard negatives) of one row number."""
+"""Examples (query, positive, hard negatives) from several sources of pairs, numbered from 0."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from llm2vec_ds.storage.reading import parse_yaml
 
 @dataclass(frozen=True)
 class Given:
-    """What the file of instructions says of a source. Sources of one `group` share batches.
+    """What the file of instructions says about a source.
 
-    `in_batch_negatives`: a query of it is compared with the texts of other examples, too.
+    Attributes:
+        group: sources of one group share batches.
+        in_batch_negatives: whether its queries are also compared with the texts of other examples.
     """
 
     group: str
@@ -49,16 +51,17 @@ class PairSource:
 
 
 def find_pair_sources(data: DataConfig, path: str | list[str]) -> list[PairSource]:
-    """The sources that `path` names, in the order of their groups and names, in which `PreparedPairs` numbers
-    them.
+    """Returns the sources that `path` names, ordered by group and name. `PreparedPairs` uses the same order.
 
     Raises:
-        UserError: a file is missing; the instructions are no mapping, or leave a source out.
+        UserError: a file is missing, or the instructions are no mapping or lack a source.
     """
     found = find_source(path)
     places = {found.hub: found.hub} if found.hub else {_name(file): str(file) for file in found.files}
     if not found.hub and len(places) < len(found.files):
-        raise UserError(f"data.path {path!r}: two files have the same name, which names their source")
+        raise UserError(
+            f"data.path {path!r}: two files have the same name, but each source needs its own: rename one"
+        )
     pairs = data.pairs
     if pairs is None or pairs.instructions is None:
         own = Instructions(data.instruction)
@@ -66,7 +69,7 @@ def find_pair_sources(data: DataConfig, path: str | list[str]) -> list[PairSourc
     given = _read_instructions(Path(pairs.instructions))
     if missing := sorted(set(places) - set(given)):
         raise UserError(
-            f"{pairs.instructions} says nothing of {', '.join(missing[:5])}: add a line `{missing[0]}: …` "
+            f"{pairs.instructions} has no entry for {', '.join(missing[:5])}: add a line `{missing[0]}: …` "
             "(null for no instruction)"
         )
     found_sources = [PairSource(name, places[name], given[name]) for name in places]
@@ -74,7 +77,7 @@ def find_pair_sources(data: DataConfig, path: str | list[str]) -> list[PairSourc
 
 
 class PreparedPairs:
-    """Examples of several sources, numbered through: group by group, in a group source by source."""
+    """Examples of several sources. Numbers run through all groups, and within a group through its sources."""
 
     def __init__(self, groups: dict[str, list[PreparedTexts]]) -> None:
         self._texts = [texts for group in groups.values() for texts in group]
@@ -89,7 +92,7 @@ class PreparedPairs:
 
     @property
     def n_without_negatives(self) -> list[int]:
-        """Examples of a query and its positive alone, by source."""
+        """Number of examples without hard negatives, by source."""
         sizes = (
             np.diff(starts, append=len(texts))
             for starts, texts in zip(self._starts, self._texts, strict=True)
@@ -98,19 +101,19 @@ class PreparedPairs:
 
     @property
     def source_sizes(self) -> list[int]:
-        """Examples, by source."""
+        """Number of examples, by source."""
         return [len(starts) for starts in self._starts]
 
     def sources_of(self, examples: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The number of each example's source."""
+        """Returns the number of each example's source."""
         found: np.ndarray = np.searchsorted(self._first_example, examples, side="right") - 1
         return found
 
     def batches(self, recipe: Recipe) -> GlobalBatches:
-        """Which examples go to which step, as the recipe has it.
+        """Returns which examples go to which step, as the recipe says.
 
         Raises:
-            UserError: there are fewer than a batch takes.
+            UserError: there are fewer examples than one batch needs.
         """
         assert recipe.data.pairs is not None
         size, temperature = recipe.batch.global_batch_size, recipe.data.pairs.sampling_temperature
@@ -119,7 +122,7 @@ class PreparedPairs:
         return QueryBatches(self._queries_of_groups(), size, recipe.seed, temperature)
 
     def _queries_of_groups(self) -> list[np.ndarray]:
-        """Of each group, the number of each example's query: the same for the same text and instruction."""
+        """Returns for each group the query number of each example. Equal texts and instructions share one."""
         hashes = np.concatenate(
             [
                 texts.rows.data.column("text_hash").to_numpy()[starts]
@@ -130,7 +133,7 @@ class PreparedPairs:
         return [np.unique(own, return_inverse=True)[1] for own in np.split(hashes, ends)]
 
     def text_hashes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of all queries, and of all documents."""
+        """Returns the hashes of all queries, and of all documents."""
         hashes = [texts.rows.data.column("text_hash").to_numpy() for texts in self._texts]
         is_query = [_roles(texts) == QUERY for texts in self._texts]
         queries, documents = (
@@ -140,7 +143,7 @@ class PreparedPairs:
         return queries, documents
 
     def __getitem__(self, examples: Sequence[int] | np.ndarray) -> list[list[TokenizedText]]:
-        """The texts of each example: query, positive, hard negatives. One read a source."""
+        """Returns the texts of each example: query, positive, hard negatives. Reads each source once."""
         examples = np.asarray(examples, dtype=np.int64)
         sources = self.sources_of(examples)
         found: dict[int, list[TokenizedText]] = {}
@@ -163,7 +166,7 @@ class PreparedPairs:
 def prepare_pairs(
     data: DataConfig, path: str | list[str], tokenizer: Any, *, end_with_eos: bool = False
 ) -> dict[str, list[Path]]:
-    """Folders of prepared texts by group."""
+    """Prepares the texts of all sources. Returns their folders by group."""
     groups: dict[str, list[Path]] = defaultdict(list)
     for source in find_pair_sources(data, path):
         groups[source.given.group].append(
@@ -173,13 +176,13 @@ def prepare_pairs(
 
 
 def load_prepared_pairs(groups: dict[str, list[Path]]) -> PreparedPairs:
-    """Opens what `prepare_pairs` made."""
+    """Opens the folders that `prepare_pairs` made."""
     loaded = {name: [load_prepared(folder) for folder in folders] for name, folders in groups.items()}
     return PreparedPairs(loaded)
 
 
 def prepare_all(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[Path]]]:
-    """Folders by group, of the training data and, where the recipe names it, of the held-out data."""
+    """Prepares the training data, and held-out data if the recipe names some. Returns folders by group."""
     data, end_with_eos = recipe.data, recipe.pooling == "eos"
     made = []
     for path in (data.path, data.held_out_path):
@@ -203,7 +206,7 @@ def _name(file: Path) -> str:
 
 
 def _read_instructions(path: Path) -> dict[str, Given]:
-    """By source."""
+    """Reads the file of instructions. Returns its entries by source."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -221,7 +224,7 @@ def _given(path: Path, name: str, value: Any) -> Given:
     known = {"query", "document", "group", "in_batch_negatives"}
     if not isinstance(value, dict) or not set(value) <= known:
         raise UserError(
-            f"{path}: `{name}` must be an instruction, or a mapping of query, document, group, "
+            f"{path}: `{name}` must be an instruction, or a mapping with the keys query, document, group, "
             "in_batch_negatives"
         )
     in_batch = value.get("in_batch_negatives", True)

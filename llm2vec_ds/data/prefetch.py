@@ -1,4 +1,4 @@
-"""The next step's batch is made while this one computes."""
+"""Makes the next step's batch while this step computes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """Calls `make(step)` one step ahead, in a thread; what it raises, the call for that step raises.
+    """Calls `make(step)` one step ahead, in a thread. If it raises, the call for that step raises.
 
     Args:
-        make: a pure function, so that a step is the same whoever makes it, and when.
-        n_steps: none is made from this one on.
+        make: a pure function. So a batch does not depend on when or in which thread it is made.
+        n_steps: number of steps. No batch is made from this step on.
     """
 
     def __init__(self, make: Callable[[int], T], n_steps: int) -> None:
@@ -36,7 +36,7 @@ class Prefetch(Generic[T]):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing is made in this context, which waits for what is being made."""
+        """Waits for the batch in progress, and makes no batch inside this context."""
         with self._making:
             yield
 
@@ -45,5 +45,5 @@ class Prefetch(Generic[T]):
             return self._make(step)
 
     def close(self) -> None:
-        """Waits for what is being made, which holds the data open."""
+        """Waits for the batch in progress, because it keeps the data files open."""
         self._thread.shutdown(cancel_futures=True)

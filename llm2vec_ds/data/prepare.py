@@ -1,9 +1,10 @@
 """Tokenises a source once into memory-mapped Arrow files that every rank and every later run reads.
 
-A folder of prepared texts is keyed by the source (paths, sizes, times of change), the tokenizer and the
-settings. It is filled part by part under another name, each part with a note of how far it got, so that a
-killed preparation goes on where it stopped; it gets its name by a rename, so it is complete or absent. Before
-it is used again its content is compared with its fingerprint: a damaged folder is made again.
+The name of a folder of prepared texts is a key of the source (paths, sizes, times of change), the tokenizer
+and the settings. The folder is filled part by part under another name. A note says how far the parts go, so a
+killed preparation continues where it stopped. At the end the folder is renamed, so it is complete or absent.
+
+Before a folder is used again, its content is compared with its fingerprint. A damaged folder is made again.
 """
 
 from __future__ import annotations
@@ -60,12 +61,16 @@ TEXTS_PER_PART = 200_000
 CHARACTERS_PER_PART = 2**26
 
 Item = tuple[str, ...]
-"""A text, or the texts of one example: query, positive, negatives."""
+"""One text, or the texts of one example: query, positive, negatives."""
 
 
 @dataclass(frozen=True)
 class PreparedTexts:
-    """Tokenised texts on disk. `fingerprint` is the SHA-256 of their content."""
+    """Tokenised texts on disk.
+
+    Attributes:
+        fingerprint: SHA-256 of their content.
+    """
 
     rows: Any
     fingerprint: str
@@ -83,7 +88,7 @@ class PreparedTexts:
 
 @dataclass(frozen=True)
 class Instructions:
-    """What is put before texts: of pairs, before queries and before documents."""
+    """The instructions before queries and before documents. Texts without pairs use the one for queries."""
 
     query: str | None = None
     document: str | None = None
@@ -97,12 +102,13 @@ def prepare(
     end_with_eos: bool = False,
     instructions: Instructions | None = None,
 ) -> Path:
-    """Makes the folder of prepared texts if it is not there yet, or damaged; returns it.
+    """Returns the folder of prepared texts. Makes it first if it is missing or damaged.
 
-    One process does this while the others wait (ranks by the caller, other runs by a lock file).
+    One process does this while the others wait. The caller makes the other ranks wait, and a lock file makes
+    other runs wait.
 
     Args:
-        instructions: of the pairs' queries and documents; null: `data.instruction` for texts and queries.
+        instructions: for queries and documents of pairs. None: `data.instruction`, for texts and queries.
 
     Raises:
         UserError: the source cannot be read, or holds no text.
@@ -130,10 +136,10 @@ def prepare(
 
 
 def load_prepared(folder: Path) -> PreparedTexts:
-    """Opens a folder that `prepare` made; nothing but the lengths is read into memory.
+    """Opens a folder that `prepare` made. Only the lengths are read into memory.
 
     Raises:
-        UserError: it is damaged, as far as that shows at once.
+        UserError: it is damaged, and this shows without reading all of it.
     """
     import pyarrow as pa
 
@@ -149,7 +155,11 @@ def load_prepared(folder: Path) -> PreparedTexts:
 
 @dataclass
 class _Progress:
-    """How far the finished parts go. `counts` holds rows, tokens, and what was left out and why."""
+    """How far the finished parts go.
+
+    Attributes:
+        counts: rows, tokens, and what was left out and why.
+    """
 
     n_texts_read: int = 0
     parts: list[str] = field(default_factory=list)
@@ -158,7 +168,7 @@ class _Progress:
 
 @dataclass(frozen=True)
 class _ToRows:
-    """Items of a source, a text or the texts of one example, → tokenised rows with their roles."""
+    """Turns the items of a source into tokenised rows with their roles."""
 
     data: DataConfig
     tokenizer: Any
@@ -192,7 +202,7 @@ class _ToRows:
 
 
 class _Preparation:
-    """One folder in the making."""
+    """Makes one folder of prepared texts."""
 
     def __init__(self, data: DataConfig, source: Source, to_rows: _ToRows, folder: Path) -> None:
         self.data = data
@@ -208,7 +218,7 @@ class _Preparation:
         left_out: Counter[str] = Counter()
         texts = self._stream(left_out)
         with tqdm(desc="tokenise", unit=" texts", unit_scale=True, disable=None) as bar:
-            # What is left out is counted anew while the texts of finished parts are read over.
+            # Texts of finished parts are read again but not tokenised. This counts again what is left out.
             bar.update(sum(1 for _ in islice(texts, progress.n_texts_read)))
             for text in texts:
                 n_read = self._write_part(chain([text], texts), progress, bar)
@@ -219,22 +229,25 @@ class _Preparation:
         self._finish(progress)
 
     def _progress(self) -> _Progress:
-        """How far an earlier preparation came; its parts are read, because a power cut may have cut them."""
+        """Returns how far an earlier preparation came. Reads its parts, because they may be cut off.
+
+        A power cut can do that.
+        """
         import pyarrow as pa
 
         if not self.note.exists():
             return _Progress()
         try:
-            progress = read_json(self.note, _Progress, "it is not gone on with")
+            progress = read_json(self.note, _Progress, "its parts are not used")
             if (
                 sum(len(batch) for batch in batches(self.unfinished, progress.parts))
                 != progress.counts["rows"]
             ):
                 raise ValueError("rows are missing")
         except (UserError, OSError, KeyError, ValueError, pa.ArrowException) as error:
-            log.warning("%s is damaged (%s): preparing from the first text", self.unfinished, error)
+            log.warning("%s is damaged (%s): preparing from the first text again", self.unfinished, error)
             return _Progress()
-        log.info("preparing %s goes on after %s texts", self.source, progress.n_texts_read)
+        log.info("preparing %s: continuing after %s texts", self.source, progress.n_texts_read)
         return progress
 
     def _stream(self, left_out: Counter[str]) -> Iterator[Item]:
@@ -247,7 +260,7 @@ class _Preparation:
         return ((text,) for text in texts)
 
     def _write_part(self, texts: Iterator[Item], progress: _Progress, bar: Any) -> int:
-        """Tokenises the next texts into one Arrow file; returns how many were read."""
+        """Tokenises the next texts into one Arrow file. Returns how many texts it read."""
         import pyarrow as pa
 
         name = f"part-{len(progress.parts):05d}.arrow"
@@ -270,7 +283,7 @@ class _Preparation:
         return n_read
 
     def _write_note(self, progress: _Progress) -> None:
-        """How far the finished parts go."""
+        """Writes the note that says how far the finished parts go."""
         replace_json(self.note, asdict(progress), None)
 
     def _finish(self, progress: _Progress) -> None:
@@ -326,7 +339,7 @@ def _as_columns(rows: list[tuple[int, TokenizedText]]) -> dict[str, list[Any]]:
 
 
 def _block(items: Iterator[Item]) -> list[Item]:
-    """The next items, few enough for the tokenizer's memory."""
+    """Returns the next items, few enough for the tokenizer's memory."""
     block: list[Item] = []
     n_characters = 0
     for item in items:

@@ -1,4 +1,4 @@
-"""A folder of prepared texts on the disk: its manifest, its Arrow files, and whether it is damaged."""
+"""A folder of prepared texts on disk: its manifest, its Arrow files, and the check for damage."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llm2vec_ds.storage.reading import read_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-"""Of the folder, and of how texts become tokens."""
+"""Version of the folder's format, and of the way texts become tokens."""
 
 QUERY, POSITIVE, NEGATIVE = 0, 1, 2
-"""Role of a row. A query begins an example, and every text that is no part of pairs is one."""
+"""Role of a row. A query begins an example. A text that is not part of a pair counts as a query."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Manifest:
     """What a folder of prepared texts holds.
 
     Attributes:
-        fingerprint: SHA-256 over those of the parts.
+        fingerprint: SHA-256 over the hashes of the parts.
         counts: rows, tokens, and what was left out and why.
-        largest_id: of all token ids; None: version 0.1 wrote the folder, and did not look.
+        largest_id: the largest token id. None: version 0.1 wrote the folder and did not store it.
     """
 
     fingerprint: str
@@ -40,7 +40,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder that `prepare` made; opens no part.
+    """Reads the manifest of a folder that `prepare` made. Opens no part.
 
     Raises:
         UserError: it is damaged.
@@ -49,25 +49,27 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is wrong with a folder that `prepare` made; None: nothing. Reads all of it."""
+    """Returns what is wrong with a folder that `prepare` made, or None. Reads all of it."""
     try:
         manifest = read_manifest(folder)
         if fingerprint(folder, manifest.parts) != manifest.fingerprint:
-            return "its parts are not those that were written"
+            return "its content has changed"
     except (UserError, OSError) as error:
         return str(error)
     return None
 
 
 def fingerprint(folder: Path, parts: list[str]) -> str:
-    # From two seconds on a bar is shown: a large folder takes a while.
+    # A large folder takes a while, so a bar appears after two seconds.
     named = tqdm(parts, desc="check prepared texts", unit="part", disable=None, delay=2)
     return files_sha256(folder / name for name in named)
 
 
 def batches(folder: Path, parts: list[str]) -> Iterator[Any]:
-    """Batch by batch and not memory-mapped, because mapped pages of a large source count as this process's
-    memory."""
+    """Yields the record batches of all parts.
+
+    The files are not memory-mapped, because mapped pages of a large source count as this process's memory.
+    """
     import pyarrow as pa
 
     for name in parts:
@@ -76,7 +78,7 @@ def batches(folder: Path, parts: list[str]) -> Iterator[Any]:
 
 
 def largest_id_in(folder: Path) -> int:
-    """Of all token ids in a folder that `prepare` made."""
+    """Returns the largest token id in a folder that `prepare` made."""
     manifest = read_manifest(folder)
     return largest_id(folder, manifest.parts) if manifest.largest_id is None else manifest.largest_id
 
@@ -86,9 +88,9 @@ def largest_id(folder: Path, parts: list[str]) -> int:
 
 
 def n_duplicates(folder: Path, parts: list[str], n_rows: int) -> int:
-    """Texts (of pairs: queries) that stand in an earlier row too. Holds 9 bytes a row.
+    """Counts texts that equal an earlier row. Of pairs, it counts only queries.
 
-    Sorted, because np.unique would take about 60 bytes a row.
+    It sorts hashes, which takes 9 bytes per row. np.unique would take about 60 bytes per row.
     """
     hashes = np.empty(n_rows, dtype=np.int64)
     end = 0

@@ -1,4 +1,4 @@
-"""Texts with instructions → token ids and the span of tokens that count for the text's vector."""
+"""Turns texts with instructions into token ids, and into the span of tokens that pooling uses."""
 
 from __future__ import annotations
 
@@ -16,32 +16,36 @@ log = logging.getLogger(__name__)
 PLAIN = "{instruction} {text}"
 CHAT = "chat"
 TEXT_SPANS = ("offsets", "upstream")
-"""Which tokens are the text's own. `offsets`: those that hold its characters. `upstream`: as many from the
-end as the text has when it is tokenised alone, as `llm2vec` 0.2 counts (for its exact numbers; where a blank
-before the first word changes its tokens, the count is off)."""
+"""How the text's own tokens are found. `offsets`: the tokens that hold its characters. `upstream`: the last
+tokens, as many as the text has when it is tokenised alone. `llm2vec` 0.2 counts so, and this gives its exact
+numbers. The count is wrong if a space before the first word changes the tokens."""
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _PROBE = "\ue000"  # a private-use character that no chat template contains
 
 
 def is_text(value: object) -> TypeGuard[str]:
-    """A string that UTF-8 can hold. Half of a surrogate pair it cannot: text that was cut inside an emoji."""
+    """Returns whether `value` is a string that UTF-8 can hold.
+
+    It cannot hold half of a surrogate pair, which is what remains of a text that was cut inside an emoji.
+    """
     return isinstance(value, str) and not _LONE_SURROGATE.search(value)
 
 
 @dataclass(frozen=True)
 class Template:
-    """What stands around instruction and text.
+    """How instruction and text become one string.
 
-    `form` holds `{text}` once and `{instruction}` at most once, before it. Where a text has no instruction,
-    `{instruction}` and one blank after it vanish. `special_tokens` says whether the tokenizer adds its own
-    (a chat template spells them out itself).
+    Attributes:
+        form: holds `{text}` once, and `{instruction}` at most once, before the text. For a text without
+            instruction, `{instruction}` and one space after it are removed.
+        special_tokens: whether the tokenizer adds its special tokens. A chat template already has them.
     """
 
     form: str = PLAIN
     special_tokens: bool = True
 
     def render(self, instruction: str | None, text: str) -> tuple[str, int, int]:
-        """The one string that is tokenised, and where the text begins and ends in it, in characters."""
+        """Returns the string to tokenise, and where the text begins and ends in it, in characters."""
         head, _, tail = self.form.partition("{text}")
         if instruction:
             head = head.replace("{instruction}", instruction.strip())
@@ -51,7 +55,7 @@ class Template:
 
 
 def template_for(choice: str | None, tokenizer: Any) -> Template:
-    """A recipe's `data.template`: null (plain), `chat` (the tokenizer's own), or a form.
+    """Returns the template for a recipe's `data.template`: null (plain), `chat` (the tokenizer's), or a form.
 
     Raises:
         UserError: the form lacks `{text}`, or the tokenizer has no chat template.
@@ -62,53 +66,53 @@ def template_for(choice: str | None, tokenizer: Any) -> Template:
         check_form(choice, "data.template")
         return Template(choice)
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("data.template is `chat`, but the tokenizer has no chat template: write the form out")
+        raise UserError("data.template is `chat`, but the tokenizer has no chat template: write out a form")
     message = [{"role": "user", "content": _PROBE}]
     rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=False)
     if rendered.count(_PROBE) != 1:
         raise UserError(
-            "the tokenizer's chat template does not hold a user's message just once: write the form out"
+            "the tokenizer's chat template does not contain a user's message exactly once: write out a form"
         )
     if any(added_ids(tokenizer)):
         log.warning(
-            "data.template=chat: the template stands for the tokens that the tokenizer adds by itself, which "
-            "sentence-transformers cannot leave out, so that the encoder can be exported with --format "
-            "transformers only; a form written out in data.template can be exported"
+            "data.template=chat: this encoder can only be exported with --format transformers. The chat "
+            "template replaces the special tokens that the tokenizer adds, and sentence-transformers cannot "
+            "leave those out. To export in other formats, write out a form in data.template"
         )
     return Template(rendered.replace(_PROBE, PLAIN), special_tokens=False)
 
 
 def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Special tokens that the tokenizer puts before and after a text."""
+    """Returns the special tokens that the tokenizer puts before and after a text."""
     whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     return list(whole[:start]), list(whole[start + len(bare) :])
 
 
 def check_form(form: str, key: str) -> None:
-    """Refuses a template's form that a text cannot be put into; `key`: where it is named."""
+    """Checks that a text fits into a template's form. `key` is where the user sets it."""
     if form.count("{text}") != 1 or form.count("{instruction}") > 1:
         raise UserError(f"{key} {form!r} must hold {{text}} once and {{instruction}} at most once")
     if "{instruction}" in form.partition("{text}")[2]:
-        raise UserError(f"{key} {form!r}: {{instruction}} must stand before {{text}}")
+        raise UserError(f"{key} {form!r}: {{instruction}} must come before {{text}}")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, and an instruction that is attended but not pooled."""
+    """A text and its instruction. The model attends to the instruction, but it is not pooled."""
 
     instruction: str | None
     text: str
 
     def hash(self) -> int:
-        """63 bits of SHA-256: equal for equal texts on every machine."""
+        """Returns 63 bits of the SHA-256. Equal texts have equal hashes on every machine."""
         digest = hashlib.sha256("\0".join([self.instruction or "", self.text]).encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Ids of one text with what stands around it; tokens `pool_start:pool_end` are the text itself."""
+    """Token ids of one text, with instruction and special tokens. `pool_start:pool_end` is the text."""
 
     input_ids: Sequence[int]
     pool_start: int
@@ -120,7 +124,7 @@ class TokenizedText:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuses tokenizers without character offsets, which the span of a text needs."""
+    """Checks that the tokenizer gives character offsets. The span of a text needs them."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"{type(tokenizer).__name__} gives no character offsets: use a model with a tokenizer.json "
@@ -136,14 +140,14 @@ def tokenize(
     end_with_eos: bool = False,
     text_span: str = "offsets",
 ) -> list[TokenizedText]:
-    """Instruction and text as one string each; the boundary from the tokenizer's offsets.
+    """Tokenises each instruction and text as one string. The tokenizer's offsets give the boundary.
 
     A token that begins before the boundary and ends after it (the space of " word") belongs to the
     text. Special tokens that the tokenizer adds are never pooled. A text without tokens has
     `pool_start == pool_end`.
 
     Args:
-        end_with_eos: the end-of-sequence token stands last (for `eos` pooling).
+        end_with_eos: makes the end-of-sequence token the last one (for `eos` pooling).
         text_span: one of TEXT_SPANS.
 
     Raises:
@@ -180,10 +184,10 @@ def tokenize(
 
 
 def _span(encoding: Any, begin: int, finish: int) -> tuple[int, int]:
-    """First and one past the last token that holds characters of `begin:finish`, looking from both ends.
+    """Returns the first token with characters of `begin:finish`, and one past the last such token.
 
-    Asked token by token: a list of all offsets would cost as much as tokenising. A special token that the
-    tokenizer added has no characters (None).
+    It searches from both ends and asks for one token at a time. A list of all offsets would cost as much as
+    tokenising. A special token that the tokenizer added has no characters (None).
     """
     start, end = 0, len(encoding)
     while start < end and ((place := encoding.token_to_chars(start)) is None or place[1] <= begin):
@@ -194,16 +198,16 @@ def _span(encoding: Any, begin: int, finish: int) -> tuple[int, int]:
 
 
 def _recounted(tokenizer: Any, tail: str, n_tokens: int) -> int:
-    """First of the last tokens, when there are as many of them as the tail has alone."""
+    """Returns where the text begins if it has as many tokens as `tail` has when it is tokenised alone."""
     alone = tokenizer(tail, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return max(0, n_tokens - len(alone["input_ids"]))
 
 
 def drop_words(tokenizer: Any, text: str, max_text_tokens: int, max_tokens: int) -> str:
-    """The text, or so many of its first words that at most `max_text_tokens` tokens are left.
+    """Shortens a text to its first words, until it has at most `max_text_tokens` tokens.
 
-    As upstream `llm2vec` shortens: each round keeps max_text_tokens / n of the words, n being the tokens, of
-    which no more than `max_tokens` are counted.
+    Upstream `llm2vec` does the same. Each round keeps max_text_tokens / n of the words, where n is the number
+    of tokens. No more than `max_tokens` tokens are counted.
     """
     while True:
         n_tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -215,15 +219,15 @@ def drop_words(tokenizer: Any, text: str, max_text_tokens: int, max_tokens: int)
 
 
 def truncate(text: TokenizedText, max_tokens: int) -> TokenizedText:
-    """Cuts the end of the text itself; what stands around it stays whole."""
+    """Cuts the end of the text itself. Instruction, template and special tokens stay whole."""
     return next(split(text, max_tokens))
 
 
 def split(text: TokenizedText, max_tokens: int) -> Iterator[TokenizedText]:
-    """Blocks of at most `max_tokens`, each with what stands around the text.
+    """Yields blocks of at most `max_tokens`. Each has the instruction, template and special tokens.
 
     Raises:
-        UserError: instruction, template and special tokens leave no room for text.
+        UserError: instruction, template and special tokens leave no room for the text.
     """
     if len(text) <= max_tokens:
         yield text
@@ -233,7 +237,7 @@ def split(text: TokenizedText, max_tokens: int) -> Iterator[TokenizedText]:
     if room < 1:
         raise UserError(
             f"instruction and special tokens take {len(head) + len(tail)} of max_tokens={max_tokens}: "
-            "raise max_tokens or shorten the instruction"
+            "raise max_tokens, or shorten the instruction"
         )
     body = text.input_ids[text.pool_start : text.pool_end]
     for start in range(0, len(body), room):

@@ -1,7 +1,7 @@
-"""One file of rows → each row's columns and its place, in any of FORMATS, plain or compressed.
+"""Reads one file of rows, in any of FORMATS, plain or compressed. Gives each row's columns and its place.
 
-A text file is UTF-8, or UTF-16 or UTF-32 with a byte order mark. A row that is not what its format says goes
-to `BadRows`: it ends the reading with its line, or is left out and counted.
+A text file is UTF-8, or UTF-16 or UTF-32 with a byte order mark. A row that breaks its format goes to
+`BadRows`: it is an error that names its line, or it is left out and counted.
 """
 
 from __future__ import annotations
@@ -38,21 +38,25 @@ MARKS = {
 }
 LONGEST_LINE_BYTES = 2**26
 SHOWN = 3
-"""Bad rows that are named in the log."""
+"""The log names at most this many bad rows."""
 
 Row = tuple[dict[str, Any], str]
-"""A row's columns, and where it stands, for error messages."""
+"""A row's columns, and its place for error messages."""
 
 
 @dataclass
 class BadRows:
-    """What becomes of a bad row: `raise` ends the reading, `skip` leaves it out and counts it."""
+    """Handles bad rows: `raise` raises an error, `skip` leaves them out and counts them."""
 
     policy: str = "raise"
     counts: Counter[str] = field(default_factory=Counter)
 
     def found(self, message: str) -> None:
-        """Raises UserError under `raise`."""
+        """Handles one bad row.
+
+        Raises:
+            UserError: the policy is `raise`.
+        """
         if self.policy == "raise":
             raise UserError(message)
         self.counts["bad rows"] += 1
@@ -68,21 +72,25 @@ def format_or_none(file: Path) -> str | None:
 
 
 def format_of(file: Path) -> str:
-    """Raises UserError where it is none of FORMATS."""
+    """Returns the file's format.
+
+    Raises:
+        UserError: it is none of FORMATS.
+    """
     found = format_or_none(file)
     if found is None:
         raise UserError(
-            f"data file {file}: unknown format {''.join(file.suffixes[-2:])!r}, "
+            f"data file {file}: unknown format {''.join(file.suffixes[-2:])!r}: "
             f"use one of {', '.join(FORMATS)}, plain or with {', '.join(COMPRESSIONS)}"
         )
     return found
 
 
 def rows_of(file: Path, columns: Sequence[str], bad: BadRows, optional: Sequence[str] = ()) -> Iterator[Row]:
-    """Rows in order, of which `columns` and, where they are there, `optional` are read.
+    """Yields the rows in order, with `columns` and, if present, `optional`.
 
-    A line of a `.txt` file is the first of `columns`. A JSON list of at least two is `columns`, and its rest
-    the first of `optional`.
+    A line of a `.txt` file fills the first of `columns`. A JSON list of at least two items fills `columns`,
+    and its other items fill the first of `optional`.
 
     Raises:
         UserError: the file cannot be read, or a row is bad.
@@ -101,14 +109,14 @@ def rows_of(file: Path, columns: Sequence[str], bad: BadRows, optional: Sequence
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Raises UserError in place of what a file that cannot be read, or decoded, raises."""
+    """Turns errors of reading or decoding a file into UserError."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
     except UnicodeError as error:
         words = " ".join(str(error).split())[:120]
-        raise UserError(f"{file}: not text in UTF-8, or as its byte order mark says: {words}") from None
+        raise UserError(f"{file} is not text in UTF-8, or as its byte order mark says: {words}") from None
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -117,16 +125,16 @@ def _open(file: Path) -> IO[bytes]:
 
 
 def encoding_of(start: bytes) -> str:
-    """By the byte order mark, if any, at the start of a file."""
+    """Returns the encoding from the byte order mark at the start of a file. Without one it is UTF-8."""
     return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8-sig")
 
 
 @contextmanager
 def opened_text(file: Path) -> Iterator[io.TextIOWrapper]:
-    """A text file, compressed or not, in UTF-8 or as its byte order mark says.
+    """Opens a text file, compressed or not, in UTF-8 or as its byte order mark says.
 
     Raises:
-        UserError: it cannot be read, here or while it is read.
+        UserError: it cannot be opened, or reading fails later.
     """
     with _reading(file), _as_text(file, _open(file), None) as text:
         yield text
@@ -139,7 +147,7 @@ def _as_text(file: Path, opened: IO[bytes], newline: str | None) -> io.TextIOWra
 
 
 def _text_lines(file: Path, columns: Sequence[str], bad: BadRows, _: Sequence[str]) -> Iterator[Row]:
-    """A line that is binary or not UTF-8 is left out and counted, always."""
+    """Yields the lines. A line that is binary or not UTF-8 is always left out and counted."""
     with _open(file) as opened:
         if encoding_of(opened.read(4)) != "utf-8-sig":
             opened.seek(0)
@@ -160,7 +168,7 @@ def _text_lines(file: Path, columns: Sequence[str], bad: BadRows, _: Sequence[st
 
 
 def _bounded_lines(opened: IO[bytes]) -> Iterator[bytes]:
-    """Lines; one over LONGEST_LINE_BYTES comes in parts cut at blanks, so that no line fills the memory."""
+    """Yields the lines. One over LONGEST_LINE_BYTES is cut at spaces, so that no line fills the memory."""
     rest = b""
     while chunk := opened.readline(LONGEST_LINE_BYTES):
         line, rest = rest + chunk, b""
@@ -198,11 +206,11 @@ def _json_row(
     elif isinstance(value, dict):
         yield value, place
     else:
-        bad.found(f"{place}: expected a JSON object, one a line")
+        bad.found(f"{place}: expected one JSON object per line")
 
 
 def _json_file(file: Path, columns: Sequence[str], bad: BadRows, optional: Sequence[str]) -> Iterator[Row]:
-    """An array of rows; or, under a wrong name, JSON lines."""
+    """Yields the rows of a JSON array. Also reads JSON lines that have the wrong file ending."""
     with _open(file) as opened:
         text = _as_text(file, opened, None).read()
     if not text.lstrip().startswith("["):
@@ -211,7 +219,7 @@ def _json_file(file: Path, columns: Sequence[str], bad: BadRows, optional: Seque
     try:
         values = parse_json(text)
     except ValueError as error:
-        if text.lstrip().partition("\n")[0].rstrip().endswith("]"):  # lists, one a line
+        if text.lstrip().partition("\n")[0].rstrip().endswith("]"):  # one list per line
             yield from _json_lines(file, columns, bad, optional)
             return
         raise UserError(f"{file}: not valid JSON: {error}") from None
@@ -226,15 +234,18 @@ def _table(file: Path, columns: Sequence[str], bad: BadRows, _: Sequence[str]) -
         if len(fields) == len(header):
             yield dict(zip(header, fields, strict=True)), f"{file}, line {line}"
             continue
-        remedy = "is a tab in a text?" if format_of(file) == ".tsv" else "put texts with commas in quotes"
+        remedy = (
+            "does a text contain a tab?" if format_of(file) == ".tsv" else "put texts with commas in quotes"
+        )
         bad.found(f"{file}, line {line}: {len(fields)} fields, but the header has {len(header)}: {remedy}")
 
 
 def table_rows(file: Path, bad: BadRows) -> Iterator[tuple[list[str], int]]:
-    """The fields of each row of a `.csv` or `.tsv` file, the header's too, and the line where it ends.
+    """Yields the fields of each row of a `.csv` or `.tsv` file, and the line where it ends.
 
-    Tabs part the fields of a `.tsv` file; of a `.csv` file what its first line has most of. In a `.tsv` file
-    a quotation mark is one, unless a whole field stands in quotes.
+    The header is the first row. Tabs separate the fields of a `.tsv` file. For a `.csv` file it is the
+    delimiter that is most frequent in the first line. In a `.tsv` file a quotation mark is part of the text,
+    unless it encloses a whole field.
 
     Raises:
         UserError: a quote is not closed, or a row is bad.
@@ -259,7 +270,7 @@ def table_rows(file: Path, bad: BadRows) -> Iterator[tuple[list[str], int]]:
                 bad.found(message)
                 continue
             if any("\0" in value for value in fields):
-                bad.found(f"{file}, line {reader.line_num}: a NUL byte is in it")
+                bad.found(f"{file}, line {reader.line_num}: it contains a NUL byte")
             elif fields:
                 yield [_unquoted(value) for value in fields] if tabs else fields, reader.line_num
 
@@ -268,7 +279,7 @@ def _delimiter(file: Path, header: str) -> str:
     outside = "".join(header.split('"')[::2])
     found = max(DELIMITERS, key=outside.count)
     if found != "," and outside.count(found):
-        log.info("%s: its fields are parted by %r", file, found)
+        log.info("%s: fields are separated by %r", file, found)
         return found
     return ","
 
@@ -287,7 +298,7 @@ def _parquet_rows(file: Path, columns: Sequence[str], _: BadRows, optional: Sequ
         with pq.ParquetFile(file) as table:
             found = table.schema_arrow.names
             if not set(columns) <= set(found):
-                yield dict.fromkeys(found), str(file)  # whoever looks for a missing column names those there
+                yield dict.fromkeys(found), str(file)  # the caller's error lists these columns
                 return
             more = [name for name in found if any(name == o or name.startswith(f"{o}_") for o in optional)]
             number = 0
@@ -296,4 +307,4 @@ def _parquet_rows(file: Path, columns: Sequence[str], _: BadRows, optional: Sequ
                     number += 1
                     yield row, f"{file}, row {number}"
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a Parquet file: {' '.join(str(error).split())[:160]}") from None
+        raise UserError(f"{file} is not a Parquet file: {' '.join(str(error).split())[:160]}") from None

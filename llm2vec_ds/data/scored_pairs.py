@@ -1,4 +1,4 @@
-"""Pairs with a score for each document of a query: how well it answers, by whoever judged it."""
+"""Reads pairs with a score for each document of a query. A judge, such as a reranker, gave the scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from llm2vec_ds.recipe.sections import PairsConfig
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """A row of pairs as it stands in its file. `scores`: of the positive and each negative, where read."""
+    """A row of pairs as it is in its file.
+
+    Attributes:
+        scores: of the positive and each negative. None: not read.
+    """
 
     query: str
     positive: str
@@ -32,14 +36,14 @@ class ScoredRow:
 def stream_scored_rows(
     source: Source, pairs: PairsConfig, score_column: str | None, key: str
 ) -> Iterator[ScoredRow]:
-    """All rows in order, blank texts included.
+    """Yields all rows in order, also those with blank texts.
 
     Args:
-        score_column: a list of numbers, one a document; None: scores are not read.
-        key: where the user names that column.
+        score_column: column with a list of numbers, one per document. None: scores are not read.
+        key: where the user sets this column.
 
     Raises:
-        UserError: a column is missing, or scores are no numbers, or not one for each document.
+        UserError: a column is missing, scores are no numbers, or there is not one score per document.
     """
     columns = [pairs.query_column, pairs.positive_column, *([score_column] if score_column else [])]
     for row, place in _rows(source, columns, BadRows(), [pairs.negative_column]):
@@ -57,7 +61,7 @@ def stream_scored_rows(
         if found is not None and len(found) != 1 + len(negatives):
             raise UserError(
                 f"{place}: column {score_column!r} has {len(found)} scores for {1 + len(negatives)} "
-                "documents (the positive, then the negatives): give one each"
+                "documents (the positive, then the negatives): give one score per document"
             )
         yield ScoredRow(query, positive, negatives, found, place)
 
@@ -74,6 +78,6 @@ def _scores(row: dict[str, Any], column: str, place: str, key: str) -> list[floa
         for score in value
     ):
         raise UserError(
-            f"{place}: column {column!r} is no list of finite numbers: let llm2vec-ds score write it"
+            f"{place}: column {column!r} is no list of finite numbers: write it with llm2vec-ds score"
         )
     return [float(score) for score in value]

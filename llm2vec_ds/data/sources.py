@@ -1,9 +1,9 @@
-"""Files of texts, or a hub data set → a stream of strings that is never held as a whole.
+"""Reads texts from files or from a hub data set, as a stream that is never in memory as a whole.
 
-What becomes of a bad line of a `.txt` file: blank lines, lines with NUL bytes (binary) and lines that are
-not UTF-8 are left out and counted. A text over `LONGEST_TEXT_CHARACTERS` comes in pieces of that size, cut
-at a blank. Duplicates stay. In the other formats a row that cannot be read is an error with its place, or
-left out and counted (`BadRows`).
+Of a `.txt` file, blank lines, lines with NUL bytes (binary) and lines that are not UTF-8 are left out and
+counted. In the other formats, a row that cannot be read is an error that names its place, or it is left out
+and counted (`BadRows`). A text over `LONGEST_TEXT_CHARACTERS` is cut at a space into pieces of that size.
+Duplicates stay.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Source:
     hub: str | None = None
 
     def identity(self) -> list[Any]:
-        """What changes when the texts may have changed: path, size and time of each file."""
+        """Returns path, size and time of each file. This changes if the texts may have changed."""
         stats = [(str(file.resolve()), file.stat()) for file in self.files]
         return [self.hub, *([path, stat.st_size, stat.st_mtime_ns] for path, stat in stats)]
 
@@ -51,24 +51,25 @@ class Source:
 
 
 def find_source(path: str | Sequence[str], key: str = "data.path") -> Source:
-    """What a recipe's `data.path` (or another `key`) names: a file, several, a folder, or a hub data set.
+    """Finds what a recipe's `data.path` (or another `key`) names: files, a folder, or a hub data set.
 
     Raises:
-        UserError: a file is missing, they are not all of one known format, or one of several is of the hub.
+        UserError: a file is missing, the files are not all in one known format, or a hub data set is combined
+            with others.
     """
     paths = [path] if isinstance(path, str) else list(path)
     if len(paths) == 1 and paths[0].startswith(HUB_PREFIX):
         return Source(hub=paths[0])
     if beside := [name for name in paths if name.startswith(HUB_PREFIX)]:
         raise UserError(
-            f"{key}: {beside[0]} stands beside others: a recipe takes one data set of the hub, or files"
+            f"{key}: {beside[0]} cannot be combined with others: give one data set of the hub, or files"
         )
     files = [file for name in paths for file in _files(Path(name).expanduser())]
     if not files:
         raise UserError(f"{key} {path!r} names no file of a known format ({', '.join(FORMATS)})")
     formats = sorted({format_of(file) for file in files})
     if len(formats) > 1:
-        raise UserError(f"data files of several formats ({', '.join(formats)}): use one format a recipe")
+        raise UserError(f"data files have several formats ({', '.join(formats)}): use one format")
     return Source(tuple(files))
 
 
@@ -81,12 +82,12 @@ def stream_texts(
     key: str = "data.text_column",
     bad_rows: str = "raise",
 ) -> Iterator[str]:
-    """Texts in order, blank ones included; adds to `counts` what was left out and why.
+    """Yields the texts in order, also blank ones. Adds to `counts` what was left out and why.
 
     Args:
-        whole: False keeps only the first piece of an oversized text (enough where texts are truncated).
-        key: where the user names the column.
-        bad_rows: `raise`, or `skip`: count them and go on.
+        whole: False keeps only the first piece of an oversized text. That is enough if texts are truncated.
+        key: where the user sets the column.
+        bad_rows: `raise` an error, or `skip` and count them.
 
     Raises:
         UserError: the column is missing or a row cannot be read.
@@ -115,17 +116,17 @@ def stream_pairs(
     keys: Sequence[str] = PAIR_KEYS,
     bad_rows: str = "raise",
 ) -> Iterator[tuple[str, ...]]:
-    """Query, positive and up to `max_negatives` hard negatives of each example, in order.
+    """Yields query, positive and up to `max_negatives` hard negatives of each example, in order.
 
-    A positive column may hold one text or a list of them, each of which makes an example; a negative column
-    likewise, or there are columns `negative_1`, `negative_2` … In a list a text may stand with its score,
-    `[text, 0.9]`. Blank texts vanish from lists. A row without a negative column has none.
+    The positive column holds one text or a list of texts. Each makes an example. The negative column holds
+    one text or a list, or there are columns `negative_1`, `negative_2` … A list may hold texts with scores,
+    `[text, 0.9]`. Blank texts in lists are left out. A row without a negative column has no hard negatives.
 
     Args:
-        keys: where the user names the columns of query, positive and negative.
+        keys: where the user sets the columns of query, positive and negative.
 
     Raises:
-        UserError: as `stream_texts`; the source is plain text, which has no columns; or the recipe names a
+        UserError: as `stream_texts`. Or the source is plain text, which has no columns. Or the recipe names a
             negative column that no row has.
     """
     if any(format_of(file) == ".txt" for file in source.files):
@@ -158,14 +159,14 @@ def stream_pairs(
         return
     if pairs.negative_column != PairsConfig().negative_column:
         raise UserError(
-            f"{source}: no row has the column {pairs.negative_column!r} of data.pairs.negative_column: name "
-            "another, or set data.pairs.max_negatives=0"
+            f"{source}: no row has the column {pairs.negative_column!r}: change data.pairs.negative_column, "
+            "or set data.pairs.max_negatives=0"
         )
-    log.info("%s: no column %r, so no hard negatives", source, pairs.negative_column)
+    log.info("%s: no column %r, so there are no hard negatives", source, pairs.negative_column)
 
 
 def _negative_columns(row: dict[str, Any], column: str) -> list[str]:
-    """The column itself; or, numbered, `column_1`, `column_2` …"""
+    """Returns the column itself, or the numbered columns `column_1`, `column_2` …"""
     if column in row:
         return [column]
     numbered = {
@@ -175,7 +176,7 @@ def _negative_columns(row: dict[str, Any], column: str) -> list[str]:
 
 
 def _texts(value: Any, column: str, place: str) -> list[str]:
-    """One text, or those of a list without blank ones (one blank text if no other is there)."""
+    """Returns the text, or the texts of a list without blank ones. If all are blank, one blank text."""
     if not isinstance(value, list):
         return [_text(value, column, place)]
     scored = (_without_score(item) for item in value)
@@ -183,18 +184,18 @@ def _texts(value: Any, column: str, place: str) -> list[str]:
 
 
 def _without_score(item: Any) -> Any:
-    """`[text, score]` is the text."""
+    """Returns the text of `[text, score]`, or the item itself."""
     has_score = isinstance(item, list) and len(item) == 2 and isinstance(item[1], int | float)
     return item[0] if has_score else item
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or those of a folder in a known format; what is left out of a folder stands in the log."""
+    """Returns the file, or the files of a folder in a known format. The log names the files left out."""
     if not path.is_dir():
         if not path.is_file():
             hint = ""
             if re.fullmatch(LIKE_A_HUB_NAME, str(path)) and format_or_none(path) is None:
-                hint = f"; a data set of the hub is {HUB_PREFIX}{path}"
+                hint = f": for a data set of the hub write {HUB_PREFIX}{path}"
             raise UserError(f"data file {path} not found (relative paths start at {Path.cwd()}){hint}")
         return [path]
     taken: list[Path] = []
@@ -202,8 +203,8 @@ def _files(path: Path) -> list[Path]:
     seen: set[Path] = set()
     for where, folders, names in os.walk(path, followlinks=True):
         folder = Path(where)
-        if (real := folder.resolve()) in seen:  # a link back to a folder above, or a second way to one
-            left_out.append(f"{folder}/ (there already)")
+        if (real := folder.resolve()) in seen:  # a link to a folder that was already read
+            left_out.append(f"{folder}/ (already read)")
             folders.clear()
             continue
         seen.add(real)
@@ -224,7 +225,7 @@ def _files(path: Path) -> list[Path]:
 def _rows(
     source: Source, columns: Sequence[str], bad: BadRows, optional: Sequence[str] = ()
 ) -> Iterator[Row]:
-    """As `rows_of`, of all files; or of the hub."""
+    """Yields the rows of all files, or of the hub data set, as `rows_of` does."""
     if source.hub:
         yield from _hub(source.hub)
         return
@@ -235,27 +236,27 @@ def _rows(
 def _value(row: dict[str, Any], column: str, place: str, key: str) -> Any:
     if column not in row:
         found = ", ".join(str(name) for name in row)
-        raise UserError(f"{place}: no column {column!r}; set {key} to one of: {found}")
+        raise UserError(f"{place}: no column {column!r}: set {key} to one of {found}")
     return row[column]
 
 
 def _text(value: Any, column: str, place: str) -> str:
-    """A missing value (null, NaN) is the empty text, a number its digits.
+    """Returns the value as a text. A missing value (null, NaN) becomes empty, a number becomes its digits.
 
     Raises:
-        UserError: a list, an object or bytes, which would be trained as Python writes them.
+        UserError: it is a list, an object, bytes or a boolean. Training should not see Python's form of them.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal | date):
         names: dict[type, str] = {list: "a list", dict: "an object", bytes: "bytes", bool: "true or false"}
         kind = names.get(type(value), type(value).__name__)
-        raise UserError(f"{place}: column {column!r} holds {kind}, no text: write one text in each row")
+        raise UserError(f"{place}: column {column!r} holds {kind}, not a text: write one text in each row")
     return str(value)
 
 
 def _hub(name: str) -> Iterator[Row]:
-    """`hub:owner/name`, `hub:owner/name:config`, each with `@split` (default train), streamed."""
+    """Streams the rows of `hub:owner/name[:config][@split]`. The default split is train."""
     import datasets
 
     address, _, split = name.removeprefix(HUB_PREFIX).partition("@")
@@ -264,15 +265,15 @@ def _hub(name: str) -> Iterator[Row]:
         rows = datasets.load_dataset(owner, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(rows):
             yield row, f"{name}, row {number}"
-    except Exception as error:  # whatever the hub's client raises, the user sees one line
+    except Exception as error:  # the hub's client raises many types, and the user should see one line
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
-            f"hub data set {name} cannot be streamed ({cause}): check name, split and network"
+            f"hub data set {name} cannot be read ({cause}): check its name, the split and the network"
         ) from None
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Parts of at most LONGEST_TEXT_CHARACTERS characters, cut at the last blank where there is one."""
+    """Yields pieces of at most LONGEST_TEXT_CHARACTERS characters, cut at the last space if there is one."""
     start = 0
     while start < len(text):
         stop = start + LONGEST_TEXT_CHARACTERS

@@ -1,4 +1,4 @@
-"""Sentences with a label for each word: CoNLL-U or CoNLL column files, or a hub data set."""
+"""Reads sentences with a label for each word: CoNLL-U or CoNLL column files, or a hub data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HUB = "hub:"
 
 @dataclass(frozen=True)
 class TaggedSentence:
-    """Words and one label each."""
+    """The words of a sentence, and one label for each."""
 
     words: list[str]
     labels: list[str]
@@ -26,10 +26,10 @@ def load_tagged(source: str, column: str) -> list[TaggedSentence]:
     """Reads sentences and the labels of one column.
 
     Args:
-        source: a .conllu file; a CoNLL column file (a word a line, columns parted by blanks, an empty line
-            after a sentence); or `hub:owner/name@split`.
-        column: in .conllu `upos`, `xpos`, `deprel` or a number; in a column file a number from 0, negative
-            ones from the end (-1: the last); in a hub data set its name, such as `ner_tags`.
+        source: a .conllu file, a CoNLL column file, or `hub:owner/name@split`. A column file has one word per
+            line, columns separated by spaces, and an empty line after each sentence.
+        column: for .conllu `upos`, `xpos`, `deprel` or a number. For a column file a number from 0; negative
+            numbers count from the end (-1: the last). For a hub data set a name, such as `ner_tags`.
 
     Raises:
         UserError: the source cannot be read, has no such column, or holds no sentence.
@@ -67,7 +67,7 @@ Line = tuple[int, list[str]]
 
 
 def _blocks(lines: Any, source: str, *, conllu: bool) -> Iterator[list[Line]]:
-    """Sentences as numbered lines of columns. Multi-word tokens and empty nodes of CoNLL-U are no words."""
+    """Yields sentences as numbered lines of columns. Skips multi-word tokens and empty nodes of CoNLL-U."""
     block: list[Line] = []
     for number, line in enumerate(lines, 1):
         columns = line.rstrip("\n").split("\t") if conllu else line.split()
@@ -92,7 +92,7 @@ def _sentence(block: list[Line], word: int, label: int, source: str) -> TaggedSe
 
 
 def _from_hub(source: str, column: str) -> list[TaggedSentence]:
-    """The hub's own Parquet conversion: many such sets come as scripts, which `datasets` runs no more."""
+    """Reads the hub's own Parquet conversion. Many such sets are scripts, which `datasets` no longer runs."""
     from datasets import load_dataset
 
     name, _, split = source.removeprefix(HUB).partition("@")
@@ -100,7 +100,7 @@ def _from_hub(source: str, column: str) -> list[TaggedSentence]:
         raise UserError(f"{source}: name the split, such as {source}@test")
     try:
         data = load_dataset(name, revision="refs/convert/parquet", split=split)
-    except Exception as error:  # its errors are many, and all of them say that the data cannot be had
+    except Exception as error:  # `load_dataset` raises many types, and all mean that there is no data
         raise UserError(f"{source} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     if column not in data.column_names or "tokens" not in data.column_names:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The texts of a source by row: exactly one for each row, so that row n's vector is vector n."""
+"""Reads the texts of a source by row. There is exactly one for each row, so vector n belongs to row n."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ UNREADABLE = ("binary", "not UTF-8", "bad rows")
 
 @dataclass(frozen=True)
 class TextRows:
-    """Rows `start:stop` of a source, read anew by each iteration; None stands for an unreadable line.
+    """Rows `start:stop` of a source. Each iteration reads them again. None stands for an unreadable line.
 
-    `key`: where the user names the column, for messages. `bad_rows`: `raise`, or `skip` for None in the place
-    of a row that is not what its format says.
+    Attributes:
+        key: where the user sets the column, for messages.
+        bad_rows: `raise` an error for a row that breaks its format, or `skip` it: it becomes None.
     """
 
     source: Source
@@ -35,7 +36,7 @@ class TextRows:
 
 
 def count_rows(source: Source, column: str, key: str = "--text-column", bad_rows: str = "raise") -> int:
-    """How many rows `source` has; reads it through.
+    """Returns how many rows `source` has. Reads all of it.
 
     Raises:
         UserError: as `stream_texts`.

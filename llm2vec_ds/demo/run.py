@@ -1,7 +1,7 @@
-"""`llm2vec-ds demo`: a real LLM through LLM2Vec, measured after every step.
+"""`llm2vec-ds demo`: takes a real LLM through LLM2Vec and measures it after every step.
 
-It prepares text, writes two ordinary recipes and runs them with the ordinary command, so that what it
-does can be repeated and changed by hand.
+It prepares text, writes two ordinary recipes and runs them with the ordinary command. So you can repeat and
+change by hand what it does.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Budget:
-    """Trained tokens a stage (both SimCSE passes counted), so that a slow machine changes the time only."""
+    """How many tokens each stage trains on. It counts both SimCSE passes.
+
+    A budget fixes tokens, not time. So a slow machine gives the same result later.
+    """
 
     mntp_tokens: int
     simcse_tokens: int
@@ -58,12 +61,12 @@ SMALL_SIMCSE = {
     "optimizer": {"lr": 1e-3, "warmup_steps": 5, "schedule": "constant"},
     "batch": {"global_batch_size": 48, "micro_batch_tokens": 2048},
 }
-# So few tokens are better spent on three times as many steps of a third of the sentences.
+# With so few tokens, three times as many steps with a third of the sentences train better.
 QUICK_SIMCSE = SMALL_SIMCSE | {"batch": {"global_batch_size": 16, "micro_batch_tokens": 2048}}
 BUDGETS = {
     "quick": Budget(6_000, 14_000, SMALL_MNTP, QUICK_SIMCSE),
     "default": Budget(24_000, 76_000, SMALL_MNTP, SMALL_SIMCSE),
-    # The paper's steps and batches (32 × 512 tokens and 128 sentences, 1000 steps each), for a GPU.
+    # Steps and batches as in the paper (32 × 512 tokens and 128 sentences, 1000 steps each), for a GPU.
     "full": Budget(
         1000 * 32 * 128,
         1000 * 128 * 2 * 18,
@@ -77,7 +80,7 @@ WRITTEN = (
     *("paragraphs.txt", "held_out.txt", "sentences.txt", "mntp.yaml", "simcse.yaml"),
     *("simcse", "encoder", "stages.png"),
 )
-"""What a demo writes into its folder, beside mntp/ at its start and metrics.json at its end."""
+"""What a demo writes into its folder. It also writes mntp/ at the start and metrics.json at the end."""
 
 
 def run_demo(
@@ -90,12 +93,13 @@ def run_demo(
     seed: int = 42,
     qlora: bool = False,
 ) -> dict[str, Any]:
-    """Causal baseline → bidirectional → MNTP → SimCSE; returns what metrics.json holds.
+    """Runs causal baseline → bidirectional → MNTP → SimCSE. Returns the content of metrics.json.
 
-    With `qlora` both stages train over NF4; all figures are of whole weights, the trained ones' dequantised.
+    With `qlora` both stages train over NF4. All measurements use full-precision weights. Those of a trained
+    encoder are dequantised from NF4.
 
     Raises:
-        UserError: unusable input, or `output` holds a demo already.
+        UserError: an input is unusable, or `output` already holds a demo.
     """
     _check(output, budget, qlora, text)
     pairs = load_graded_pairs(sts) if sts else own_graded_pairs()
@@ -135,7 +139,7 @@ def run_demo(
     }
     replace_json(output / "metrics.json", metrics)
     log.info(
-        "encoder: %s, figures: %s, picture: %s",
+        "encoder: %s, scores: %s, picture: %s",
         *(output / n for n in ("encoder", "metrics.json", "stages.png")),
     )
     return metrics
@@ -166,7 +170,7 @@ def _measure(name: str, encoder: Encoder, pairs: GradedPairs, retrieval: Retriev
 def _write_recipes(
     output: Path, base: str, material: DemoText, budget: Budget, seed: int, quantization: str | None
 ) -> dict[str, Path]:
-    """Text files and recipes of both stages; steps follow from the token budget and the mean length."""
+    """Writes text files and recipes of both stages. Budget and mean length give the number of steps."""
     files = {
         "paragraphs": material.paragraphs,
         "held_out": material.held_out_paragraphs,
@@ -211,20 +215,20 @@ def _write_recipes(
 
 
 def _mean_tokens(tokenizer: Any, texts: list[str], max_tokens: int) -> float:
-    """Mean tokens of a row: a longer text becomes several blocks of `max_tokens`."""
+    """Returns the mean tokens of a row. A longer text becomes several blocks of `max_tokens`."""
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     return sum(lengths) / sum(-(-length // max_tokens) for length in lengths)
 
 
 def _train(recipe: Path) -> None:
-    """The ordinary command, in a process of its own, so that its memory is free before the next step."""
+    """Runs the ordinary command in a separate process, so that its memory is free before the next step."""
     log.info("llm2vec-ds train %s", recipe)
     if run_command("train", str(recipe)):
-        raise UserError(f"training stopped, see above; repeat it with: llm2vec-ds train {recipe}")
+        raise UserError(f"training stopped (see above): repeat it with llm2vec-ds train {recipe}")
 
 
 def _trained(folder: Path) -> dict[str, Any]:
-    """What the run itself logged: tokens, speed, held-out figures at its start and end."""
+    """Returns what the run itself logged: tokens, speed, and held-out measurements at its start and end."""
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     n_tokens = sum(step["n_tokens"] for step in steps)
     result: dict[str, Any] = {

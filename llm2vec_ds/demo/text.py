@@ -1,4 +1,4 @@
-"""English text for the demo: Python's own help topics, or a file of the user's."""
+"""English text for the demo: Python's own help topics, or the user's file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SENTENCE_CHARACTERS = (25, 90)
 
 @dataclass(frozen=True)
 class DemoText:
-    """Paragraphs for MNTP, some held out; short sentences for SimCSE."""
+    """Paragraphs for MNTP, held-out paragraphs, and short sentences for SimCSE."""
 
     paragraphs: list[str]
     held_out_paragraphs: list[str]
@@ -27,13 +27,13 @@ class DemoText:
 
 
 def training_text(file: Path | None) -> DemoText:
-    """From `file`, or from the help topics that retrieval does not hold out.
+    """Reads the text of `file`, or of the help topics that the retrieval test does not use.
 
     Raises:
-        UserError: the file is missing, no UTF-8, or holds too little text.
+        UserError: the file is missing, is not UTF-8, or holds too little text.
     """
     documents = _read(file) if file else [body for _, body in _topics(held_out=False)]
-    # Help topics quote each other: what a held-out one says must not train under another heading.
+    # Help topics quote each other. A paragraph of a held-out topic must not train under another heading.
     tested = {p for _, body in _topics(held_out=True) for p in _paragraphs(body)}
     paragraphs = list(
         dict.fromkeys(p for document in documents for p in _paragraphs(document) if p not in tested)
@@ -43,14 +43,14 @@ def training_text(file: Path | None) -> DemoText:
     sentences = list(dict.fromkeys(s for p in paragraphs for s in _sentences(p)))
     if len(train) < 20 or len(sentences) < 64:
         raise UserError(
-            f"{file}: {len(train)} paragraphs and {len(sentences)} sentences of 25 to 90 characters are too "
-            "few, the demo needs 20 and 64"
+            f"{file} has only {len(train)} paragraphs and {len(sentences)} sentences of 25 to 90 characters: "
+            "the demo needs 20 and 64"
         )
     return DemoText(train, held_out, sentences)
 
 
 def held_out_retrieval() -> RetrievalSet:
-    """Queries: headings of help topics that never train. Passages: pieces of their bodies."""
+    """Returns the retrieval test. Queries are headings of held-out help topics, passages their texts."""
     queries: list[str] = []
     passages: list[str] = []
     owner: list[int] = []
@@ -68,7 +68,7 @@ def held_out_retrieval() -> RetrievalSet:
 
 
 def _topics(held_out: bool) -> list[tuple[str, str]]:
-    """(heading, body) of every fourth help topic, or of the others."""
+    """Returns (heading, body) of every fourth help topic, or of the others."""
     from pydoc_data.topics import topics
 
     chosen = [
@@ -89,13 +89,13 @@ def _read(file: Path) -> list[str]:
 
 
 def _paragraphs(document: str) -> list[str]:
-    """Blocks between blank lines as single lines; headings, rules and fragments left out."""
+    """Returns the blocks between blank lines, each as one line. Leaves out headings, rules and fragments."""
     blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", document))
     return [block for block in blocks if len(block) >= 80 and not block.startswith(("=", "*", "-"))]
 
 
 def _sentences(paragraph: str) -> list[str]:
-    """Sentences that are words rather than code, of a length like that of a caption or headline."""
+    """Returns sentences that are words rather than code and are about as long as a caption or headline."""
     shortest, longest = SENTENCE_CHARACTERS
     return [
         sentence

@@ -1,4 +1,4 @@
-"""A folder in BEIR's layout (Thakur et al., 2021, arXiv 2104.08663): corpus, queries, and whose they are."""
+"""Reads a folder in BEIR's layout (Thakur et al., 2021, arXiv 2104.08663): corpus, queries and relevance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 
 @dataclass(frozen=True)
 class Beir:
-    """`corpus`: title and text by id; `queries`: text by id; `relevant`: relevance by query and document."""
+    """A retrieval data set.
+
+    Attributes:
+        corpus: title and text by id.
+        queries: text by id.
+        relevant: relevance by query and document.
+    """
 
     corpus: dict[str, tuple[str, str]]
     queries: dict[str, str]
@@ -26,10 +32,12 @@ class Beir:
 
 
 def read_beir(folder: Path) -> Beir:
-    """Ids may be whole numbers. The table of relevance has a header or none, three columns or TREC's four.
+    """Reads a data set in BEIR's layout.
+
+    Ids may be whole numbers. The relevance table has three columns, or TREC's four. Its header is optional.
 
     Raises:
-        UserError: a file is missing or damaged, an id is there twice, or names nothing.
+        UserError: a file is missing or damaged, an id occurs twice, or an id does not exist.
     """
     for name in FILES:
         if not (folder / name).is_file():
@@ -41,7 +49,7 @@ def read_beir(folder: Path) -> Beir:
     queries = {own: _text(row.get("text"), place) for own, row, place in _by_id(folder / FILES[1])}
     if same := len(queries.keys() & corpus.keys()):
         log.info(
-            "%s: %s queries have a document of the same id, which is ranked, too; exclude_self leaves it out",
+            "%s: for %s queries, a document has the query's own id. It is ranked unless exclude_self is set",
             folder,
             same,
         )
@@ -53,9 +61,9 @@ def _by_id(file: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     for row, place in rows_of(file, ["_id"], BadRows()):
         own = row.get("_id")
         if not isinstance(own, str | int) or isinstance(own, bool):
-            raise UserError(f"{place}: every line needs _id and text, and its title, if any, is text")
+            raise UserError(f"{place}: every line needs _id and text, and a title must be a text")
         if (before := first.setdefault(str(own), place)) != place:
-            raise UserError(f"{place}: the _id {own!r} is there twice, first in {before}")
+            raise UserError(f"{place}: the _id {own!r} occurs twice, first in {before}")
         yield str(own), row, place
     if not first:
         raise UserError(f"{file} holds no row")
@@ -63,7 +71,7 @@ def _by_id(file: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{place}: every line needs _id and text, and its title, if any, is text")
+        raise UserError(f"{place}: every line needs _id and text, and a title must be a text")
     return value
 
 
@@ -82,12 +90,12 @@ def _relevant(file: Path, queries: Any, corpus: Any) -> dict[str, dict[str, int]
         except (ValueError, OverflowError):
             if number == 0:
                 continue  # the header
-            raise UserError(f"{place}: expected query-id, corpus-id, score by tabs") from None
+            raise UserError(f"{place}: expected query-id, corpus-id, score, separated by tabs") from None
         if query not in queries or document not in corpus:
             raise UserError(f"{place}: no such query or document")
         own = relevant.setdefault(query, {})
         if own.setdefault(document, relevance) != relevance:
-            raise UserError(f"{place}: {query} and {document} stand there before, with another score")
+            raise UserError(f"{place}: {query} and {document} already have another score")
     if not relevant:
         raise UserError(f"{file} names no relevant document")
     return relevant

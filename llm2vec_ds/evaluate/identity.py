@@ -1,4 +1,4 @@
-"""Which model and which data a result belongs to."""
+"""Keys that say which model and which data a result belongs to."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from llm2vec_ds.model.fingerprint import model_fingerprint
 from llm2vec_ds.storage.fingerprint import key_of
 
 FORMAT_VERSION = 2
-"""Of kept scores and word vectors."""
+"""Version of the format of stored scores and word vectors."""
 
 
 def weights_key(model: str) -> str:
-    """Changes with a folder's weights; a hub id stands for itself."""
+    """Returns a key of a folder's weights. A hub id is its own key."""
     return str(model_fingerprint(model)) if Path(model).is_dir() else model
 
 
 def result_key(*parts: Any) -> str:
-    """Changes with any of the parts, and with this package's version, which scores are of too."""
+    """Returns a key of all parts and of this package's version, because scores depend on both."""
     return key_of(__version__, *parts, version=FORMAT_VERSION)
 
 
 def model_name(model: str) -> str:
-    """`owner/name` of a hub id; a folder's own name and its parent's."""
+    """Returns `owner/name` for a hub id. For a folder: the parent's name and its own."""
     if not Path(model).is_dir():
         return model if "/" in model else f"local/{model}"
     folder = Path(model).resolve()

@@ -1,6 +1,6 @@
-"""Evaluation while training: the tasks of a recipe's `evaluation`, on the encoder as it stands.
+"""Evaluation during training: runs the tasks of a recipe's `evaluation` on the current encoder.
 
-mteb is imported with this module: commands import it when they run.
+This module imports mteb. Commands import it only when they run.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from llm2vec_ds.recipe.sections import EvaluationConfig, WordsConfig
 
 
 def in_training_evaluation(config: EvaluationConfig) -> Callable[[Encoder], dict[str, float]]:
-    """Reads the data once; the result measures an encoder, the same on every rank.
+    """Reads the data once. Returns a function that measures an encoder, with the same result on every rank.
 
-    Each rank runs all of it, so that partitioned weights (ZeRO-3) are gathered equally often everywhere.
+    Each rank runs all tasks, so that all ranks gather partitioned weights (ZeRO-3) equally often.
 
     Raises:
-        UserError: nothing to measure, or data that cannot be read.
+        UserError: there is nothing to measure, or the data cannot be read.
     """
     if not config.tasks and config.words is None:
         raise UserError("evaluation measures nothing: set evaluation.tasks or evaluation.words")

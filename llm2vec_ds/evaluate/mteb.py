@@ -1,6 +1,6 @@
 """MTEB 2.x (Muennighoff et al., 2023, arXiv 2210.07316; Enevoldsen et al., 2025, arXiv 2502.13595).
 
-mteb is imported with this module: commands import it when they run.
+This module imports mteb. Commands import it only when they run.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from llm2vec_ds.storage.reading import parse_yaml
 log = logging.getLogger(__name__)
 
 DIGITS = 6
-"""To which mteb rounds what it stores: a score is the same measured and read."""
+"""mteb rounds stored scores to this many digits. We do too, so a measured score equals a stored one."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A task's main score, between 0 and 1 (a correlation: −1 and 1)."""
+    """A task's main score, between 0 and 1. A correlation is between −1 and 1."""
 
     task: str
     type: str
@@ -41,11 +41,13 @@ class Score:
 
 
 class MtebEncoder(AbsEncoder):
-    """Our packed encoder as mteb sees it. Vectors do not depend on mteb's batch size: all texts of a call are
-    packed by token count."""
+    """Our encoder with mteb's interface.
+
+    Vectors do not depend on mteb's batch size, because all texts of a call are packed by token count.
+    """
 
     def __init__(self, encoder: RankEncoder, meta: ModelMeta, instructions: Mapping[str, str] | None) -> None:
-        """`instructions`: by task, over those of mteb's metadata; None: no instruction at all."""
+        """Args: instructions: by task. They replace those of mteb's metadata. None: no instructions."""
         self.model = None
         self.encoder = encoder
         self.mteb_model_meta = meta
@@ -61,12 +63,12 @@ class MtebEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """`[N, D]` fp32, not normalised."""
+        """Returns the vectors, `[N, D]` fp32, not normalised."""
         texts = [text for batch in inputs for text in batch["text"]]
         return self.encoder.encode(texts, self.instruction(task_metadata, prompt_type))
 
     def instruction(self, task: Any, prompt_type: PromptType | None) -> str | None:
-        """Queries, and the texts of tasks without sides, get the task's instruction; documents stay bare."""
+        """Returns the task's instruction for queries and for tasks without sides. Documents get none."""
         if self.instructions is None or prompt_type == PromptType.document:
             return None
         prompt = self.instructions.get(task.name, task.prompt)
@@ -76,10 +78,13 @@ class MtebEncoder(AbsEncoder):
 
 
 def read_instructions(file: str | None) -> dict[str, str] | None:
-    """A JSON or YAML file `{task: instruction}`; `none` means no instruction anywhere, None only mteb's own.
+    """Reads a JSON or YAML file `{task: instruction}`.
+
+    Args:
+        file: the file. `none`: no instructions. None: only those of mteb.
 
     Raises:
-        UserError: no such file, or not of that form.
+        UserError: there is no such file, or it has another form.
     """
     if file is None:
         return {}
@@ -92,12 +97,15 @@ def read_instructions(file: str | None) -> dict[str, str] | None:
     except ValueError as error:
         raise UserError(f"--instructions {file}: {str(error)[:200]}") from None
     if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
-        raise UserError(f"--instructions {file} must map names of tasks to instructions")
+        raise UserError(f"--instructions {file} must map task names to instructions")
     return {str(name): value for name, value in values.items()}
 
 
 def model_meta(model: str, encoder: RankEncoder, instructions: Mapping[str, str] | None) -> ModelMeta:
-    """Its revision changes with whatever changes vectors, so that stored results are those of this model."""
+    """Returns the model's metadata for mteb.
+
+    The revision changes with everything that changes vectors. So stored results always belong to this model.
+    """
     trunk, settings = encoder.encoder.trunk, encoder.encoder.settings
     parts = [
         weights_key(model),
@@ -121,10 +129,10 @@ def model_meta(model: str, encoder: RankEncoder, instructions: Mapping[str, str]
 
 
 def evaluate_mteb(encoder: MtebEncoder, tasks: list[Any], output: Path) -> list[Score]:
-    """Runs what `output` does not hold yet (mteb's own layout, under `output/results`).
+    """Runs the tasks that `output` does not hold yet. Results have mteb's layout, in `output/results`.
 
     Raises:
-        UserError: a data set cannot be had, or `output` cannot be written.
+        UserError: a data set cannot be loaded, or `output` cannot be written.
     """
     with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
@@ -140,10 +148,10 @@ def evaluate_mteb(encoder: MtebEncoder, tasks: list[Any], output: Path) -> list[
 
 
 def measure(encoder: MtebEncoder, task: Any, cache: Any | None) -> Score:
-    """One task's score; results that `cache` (mteb's `ResultCache`) holds are taken from there.
+    """Returns one task's score. Uses the result in `cache` (mteb's `ResultCache`) if there is one.
 
     Raises:
-        UserError: its data cannot be had.
+        UserError: its data cannot be loaded, or its score is not a number.
     """
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -159,33 +167,33 @@ def measure(encoder: MtebEncoder, task: Any, cache: Any | None) -> Score:
     ) as error:
         cause = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{task.metadata.name}: its data cannot be had from the hub ({cause}): connect to the network, "
-            "or fetch it into the Hugging Face cache first"
+            f"{task.metadata.name}: its data cannot be loaded from the hub ({cause}): connect to the "
+            "network, or download it into the Hugging Face cache first"
         ) from None
     value = round(float(results.task_results[0].get_score()), DIGITS)
     if not math.isfinite(value):
         raise UserError(
-            f"{task.metadata.name}: its score is not a number, as where all vectors or all scores are equal: "
-            "check the model and the data"
+            f"{task.metadata.name}: its score is not a number, which happens if all vectors or all scores "
+            "are equal: check the model and the data"
         )
     return Score(task.metadata.name, task.metadata.type, task.metadata.main_score, value)
 
 
 def _drop_result_of_other_data(cache: Any, task: Any, meta: Any) -> None:
-    """mteb takes a complete result for good even where the data have changed since."""
+    """Removes a stored result if the data have changed. mteb itself would use it."""
     try:
         stored = cache.load_task_result(task.metadata.name, meta)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # as mteb meets what is damaged
-        log.warning("%s: its stored result is damaged: measured again", task.metadata.name)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # mteb's errors for damage
+        log.warning("%s: the stored result is damaged, measuring again", task.metadata.name)
         cache.get_task_result_path(task.metadata.name, meta).unlink()
         return
     if stored is not None and stored.dataset_revision != task.metadata.revision:
-        log.info("%s: its data have changed since they were measured: again", task.metadata.name)
+        log.info("%s: the data have changed, measuring again", task.metadata.name)
         cache.get_task_result_path(task.metadata.name, meta).unlink()
 
 
 def summary(model: str, meta: ModelMeta, scores: list[Score]) -> dict[str, Any]:
-    """What `--json` prints: each task's main score, the mean of each type, and the mean of all tasks."""
+    """Returns what `--json` prints: each task's main score, the mean by type, and the mean of all tasks."""
     types = list(dict.fromkeys(score.type for score in scores))
     means = {kind: float(np.mean([s.value for s in scores if s.type == kind])) for kind in types}
     return {
@@ -202,7 +210,7 @@ def summary(model: str, meta: ModelMeta, scores: list[Score]) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The summary as a Markdown table."""
+    """Returns the summary as a Markdown table."""
     lines = ["| task | type | metric | score |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {task['type']} | {task['metric']} | {task['main_score']:.4f} |"
@@ -215,7 +223,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def write_summary(result: Mapping[str, Any], output: Path) -> None:
-    """`scores.json` and `scores.md` beside mteb's own results."""
+    """Writes `scores.json` and `scores.md` beside mteb's own results."""
     with writing(f"--output {output}"):
         replace_json(output / "scores.json", result)
         replace_text(output / "scores.md", table(result) + "\n")

@@ -1,6 +1,6 @@
-"""Which mteb tasks to run: names, benchmarks, the paper's subset, and local files as mteb's own task classes.
+"""Finds the mteb tasks to run: by name, benchmark, the paper's subset, or local files in mteb's task classes.
 
-mteb is imported with this module: commands import it when they run.
+This module imports mteb. Commands import it only when they run.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ SUBSETS = {
         "STSBenchmark",
     ],
 }
-"""`paper15`: 15 tasks of MTEB (eng, v1) on which the paper compares its variants. The list is not confirmed:
-no public source of it was at hand."""
+"""`paper15`: 15 tasks of MTEB (eng, v1) on which the paper compares its variants. The list is not confirmed,
+because no public source of it was found."""
 
 TEXTS_OF_A_FILE = 500
 LOCAL = ("sts", "retrieval", "clustering", "classification")
@@ -62,17 +62,18 @@ def tasks_for(
     *,
     exclude_self: bool = False,
 ) -> list[Any]:
-    """The tasks asked for, in order.
+    """Returns the requested tasks, in order.
 
     Args:
-        names: `sts:FILE`; `retrieval:`, `clustering:` or `classification:` and a file or folder; mteb's name
-            of a task, or such a name with one of its subsets (`STS17:en-en`).
+        names: `sts:FILE`, or `retrieval:`, `clustering:` or `classification:` and a file or folder, or mteb's
+            name of a task, with one of its subsets if wanted (`STS17:en-en`).
         benchmark: mteb's name of a benchmark.
         subset: a key of `SUBSETS`.
-        exclude_self: of `retrieval:`: a document with the query's own id is not ranked.
+        exclude_self: for `retrieval:`, do not rank a document with the query's own id.
 
     Raises:
-        UserError: nothing asked for, an unknown name, unusable local data, or two tasks of one name.
+        UserError: no task is requested, a name is unknown, local data are unusable, or two tasks have one
+            name.
     """
     if subset is not None and subset not in SUBSETS:
         raise UserError(f"--subset {subset!r} is unknown: choose {', '.join(SUBSETS)}")
@@ -109,7 +110,7 @@ def _task(name: str, exclude_self: bool) -> Any:
         return task
     if rest not in task.hf_subsets:
         known = ", ".join(task.hf_subsets)[:200]
-        raise UserError(f"--task {name}: {kind} has no subset {rest!r}: choose of {known}")
+        raise UserError(f"--task {name}: {kind} has no subset {rest!r}: choose one of {known}")
     return mteb.get_task(kind, hf_subsets=[rest])
 
 
@@ -117,7 +118,7 @@ def _without_kind(name: str, path: Path) -> UserError:
     meant = "retrieval" if path.is_dir() else "sts"
     others = ", ".join(f"{kind}:" for kind in LOCAL if kind != meant)
     return UserError(
-        f"--task {name} does not say what to measure: write {meant}:{name}, or {others} before it"
+        f"--task {name} does not say what to measure: write {meant}:{name}, or put {others} before it"
     )
 
 
@@ -125,7 +126,7 @@ def _local(kind: str, path: Path, exclude_self: bool) -> Any:
     if not path.exists():
         raise UserError(f"--task {kind}:{path}: there is no such file or folder")
     if kind == "sts" and path.is_dir():
-        raise UserError(f"--task sts:{path}: sts needs a file")
+        raise UserError(f"--task sts:{path} is a folder: sts needs a file")
     make: dict[str, Any] = {
         "sts": _sts,
         "retrieval": partial(_retrieval, exclude_self=exclude_self),
@@ -136,7 +137,7 @@ def _local(kind: str, path: Path, exclude_self: bool) -> Any:
 
 
 def _metadata(path: Path, task_type: str, main_score: str, files: Sequence[Path], split: str) -> TaskMetadata:
-    """No prompt: local tasks have an instruction only where the instruction file names them."""
+    """Returns metadata without a prompt. A local task has an instruction only if the user's file names it."""
     return TaskMetadata(
         name=f"{task_type}-{path.stem}",
         description=f"{task_type} on local data.",
@@ -149,7 +150,7 @@ def _metadata(path: Path, task_type: str, main_score: str, files: Sequence[Path]
 
 
 def _made(base: type, metadata: TaskMetadata, dataset: Any, **settings: Any) -> Any:
-    """An instance of mteb's class that already holds its data; no hub is asked."""
+    """Returns an instance of mteb's class that already holds its data, so it does not ask the hub."""
 
     def load_data(self: Any, *args: Any, **options: Any) -> None:
         self.dataset, self.data_loaded = dataset, True
@@ -173,12 +174,15 @@ def _clustering(path: Path) -> Any:
         {"sentences": [row["text"] for row in rows], "labels": [row["label"] for row in rows]}
     )
     metadata = _metadata(path, "Clustering", "v_measure", _files_of(path), "test")
-    # Of a small local set all documents count; mteb's default samples 4 %.
+    # All documents of a small local set count. By default, mteb samples 4 %.
     return _made(AbsTaskClustering, metadata, DatasetDict(test=data), max_fraction_of_documents_to_embed=None)
 
 
 def _classification(path: Path) -> Any:
-    """With a `split` column (train, test) as mteb's tasks; without one by cross-validation over all rows."""
+    """Makes a classification task. With a column `split` (train, test) it works as mteb's tasks.
+
+    Without that column it uses cross-validation over all rows.
+    """
     rows = _labelled(path)
     names = sorted({row["label"] for row in rows})
 
@@ -195,8 +199,8 @@ def _classification(path: Path) -> Any:
     labels = {name: {row["label"] for row in chosen} for name, chosen in parts.items()}
     if unknown := sorted(labels["test"] - labels["train"]):
         raise UserError(
-            f"{path}: only test rows have the label {unknown[0]!r}, which no classifier can learn then: give "
-            "it to train rows, or leave these out"
+            f"{path}: only test rows have the label {unknown[0]!r}, so no classifier can learn it: add train "
+            "rows with it, or remove these test rows"
         )
     if len(labels["train"]) < 2:
         raise UserError(f"{path}: its train rows need at least two different labels")
@@ -206,8 +210,11 @@ def _classification(path: Path) -> Any:
 
 
 def _labelled(path: Path) -> list[dict[str, str]]:
-    """Rows with `text` and `label`, of any format but .txt; of a folder, whose files are the labels, with the
-    first `TEXTS_OF_A_FILE` different texts of each (column `text`, or `query` of training pairs)."""
+    """Returns rows with `text` and `label` from a file or a folder.
+
+    A file has any format but .txt. In a folder, the file names are the labels. Each file gives its first
+    `TEXTS_OF_A_FILE` different texts, from the column `text`, or `query` for training pairs.
+    """
     if path.is_dir():
         files = _files_of(path)
         rows = [row for file in files for row in islice(_texts_of(file), TEXTS_OF_A_FILE)]
@@ -229,7 +236,7 @@ def _files_of(path: Path) -> Sequence[Path]:
 
 
 def _texts_of(file: Path) -> Iterator[dict[str, str]]:
-    """Each text once, with the file's name without endings."""
+    """Yields each text once, with the file's name (without endings) as its label."""
     label, seen = file.name.partition(".")[0], set()
     for row, place in rows_of(file, ["text"], BadRows(), ["query"]):
         text = row.get("text") or row.get("query")
@@ -241,12 +248,12 @@ def _texts_of(file: Path) -> Iterator[dict[str, str]]:
 
 
 def _is_given(value: Any) -> bool:
-    """A label may be a number, or true and false."""
+    """Returns whether a text or label is there. A label may be a number, true or false."""
     return isinstance(value, int) or (isinstance(value, str) and bool(value.strip()) and is_text(value))
 
 
 def _retrieval(path: Path, exclude_self: bool) -> Any:
-    """As mteb's tasks, whose `ignore_identical_ids` leaves out documents with the query's own id."""
+    """Makes a retrieval task. `ignore_identical_ids` of mteb leaves out documents with the query's own id."""
     data = read_beir(path) if path.is_dir() else corpus_of_pairs(path)
     titles, texts = zip(*data.corpus.values(), strict=True)
     split = {
@@ -257,6 +264,6 @@ def _retrieval(path: Path, exclude_self: bool) -> Any:
     }
     files = [path / name for name in FILES] if path.is_dir() else [path]
     metadata = _metadata(path, "Retrieval", "ndcg_at_10", files, "test")
-    if exclude_self:  # another score, so no stored one is taken for it
+    if exclude_self:  # this gives another score, so results without it must not be used
         metadata.dataset["revision"] += "-exclude-self"
     return _made(AbsTaskRetrieval, metadata, {"default": {"test": split}}, ignore_identical_ids=exclude_self)

@@ -1,4 +1,4 @@
-"""A file of training pairs as a retrieval task: each query against the documents of all queries."""
+"""Turns a file of training pairs into a retrieval task: each query against the documents of all queries."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ ALL = 2**20
 
 
 def corpus_of_pairs(file: Path) -> Beir:
-    """Documents are all positives and hard negatives, each text once. A query's positives are right.
+    """Reads a file of pairs as a retrieval data set.
+
+    The documents are all positives and hard negatives, each text once. A query's positives are relevant.
 
     Raises:
-        UserError: a row without the columns `query` and `positive`, or the file cannot be read.
+        UserError: a row lacks the columns `query` and `positive`, or the file cannot be read.
     """
     counts: Counter[str] = Counter()
     queries: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Retrieval: are the passages that answer a query near the top of the whole collection?"""
+"""Measures retrieval: do the passages that answer a query rank near the top of all passages?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm2vec_ds.encoder.encoder import Encoder
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Queries, passages, and which passages are right: `relevant [queries, passages]` bool."""
+    """Queries, passages, and which passages answer which query: `relevant [queries, passages]` bool."""
 
     queries: list[str]
     passages: list[str]
@@ -19,7 +19,7 @@ class RetrievalSet:
 
 
 def ndcg_at_10(encoder: Encoder, data: RetrievalSet, *, progress: bool = False) -> float:
-    """Mean nDCG@10 (Järvelin & Kekäläinen, 2002) with cosine similarity as the score."""
+    """Returns the mean nDCG@10 (Järvelin & Kekäläinen, 2002), with cosine similarity as the score."""
     from sklearn.metrics import ndcg_score
 
     queries = encoder.encode(data.queries, normalize=True, show_progress=progress)

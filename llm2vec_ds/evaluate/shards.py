@@ -1,4 +1,4 @@
-"""One evaluation on all GPUs: rank 0 asks for vectors, every rank encodes its share of the texts."""
+"""Runs one evaluation on all GPUs. Rank 0 asks for vectors, and every rank encodes its share of the texts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def process_group() -> Iterator[torch.device | None]:
-    """The ranks of a launcher, and this process's device; without one None: an encoder takes every GPU."""
+    """Joins the ranks of a launcher, and yields this process's device.
+
+    Without a launcher it yields None. The encoder then uses all GPUs.
+    """
     ranks: Ranks = ranks_from_environment()
     if ranks.world_size == 1:
         yield None
@@ -47,16 +50,16 @@ def process_group() -> Iterator[torch.device | None]:
 
 @dataclass(frozen=True)
 class RankEncoder:
-    """An encoder as evaluation calls it; this rank encodes everything."""
+    """An encoder as evaluation calls it. This rank encodes all texts."""
 
     encoder: Encoder
     micro_batch_tokens: int | None = None
 
     def encode(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
-        """Vectors of `texts` in their order, `[N, D]` fp32, not normalised.
+        """Returns the vectors of `texts` in order, `[N, D]` fp32, not normalised.
 
-        Equal texts are encoded once. A text without characters has the zero vector, which is like no other;
-        some public data sets hold such texts.
+        Equal texts are encoded once. An empty text gets the zero vector, which is similar to no other. Some
+        public data sets contain such texts.
         """
         distinct = list(dict.fromkeys(text for text in texts if text.strip()))
         place = {text: row for row, text in enumerate(distinct)}
@@ -82,12 +85,12 @@ class RankEncoder:
 
 @dataclass(frozen=True)
 class ShardedEncoder(RankEncoder):
-    """An encoder that is loaded on every rank. Rank 0 calls `encode`, the others are in `serve`."""
+    """An encoder that is loaded on every rank. Rank 0 calls `encode`, the other ranks call `serve`."""
 
     def serve(self) -> None:
-        """Encodes this rank's share of what rank 0 asks for, until rank 0 is done."""
+        """Encodes this rank's share of each request of rank 0, until rank 0 is done."""
         while (asked := broadcast_object(None)) is not None:
-            with suppress(UserError):  # every rank has it: rank 0 says it, and then that it is done
+            with suppress(UserError):  # every rank gets the same error. Rank 0 reports it and calls `done`
                 self._share(*asked)
 
     def done(self) -> None:
@@ -99,10 +102,11 @@ class ShardedEncoder(RankEncoder):
         return self._share(texts, instruction)
 
     def _share(self, texts: Sequence[str], instruction: str | None) -> np.ndarray:
-        """Ranks take every W-th text; all of them hold all vectors afterwards."""
+        """Encodes every W-th text on each of W ranks. Returns all vectors on every rank."""
         own = agreed(lambda: RankEncoder._vectors(self, texts[rank() :: world_size()], instruction))
         if world_size() == 1:
             return own
+        # Gathered rows come rank by rank. Rank r has the texts r, r + W, r + 2W, …
         order = np.concatenate([np.arange(r, len(texts), world_size()) for r in range(world_size())])
         vectors = np.empty((len(texts), own.shape[1]), dtype=np.float32)
         vectors[order] = gather_rows(torch.from_numpy(own).to(self.encoder.device)).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Semantic textual similarity: does cosine similarity rank sentence pairs as people do?"""
+"""Measures semantic textual similarity: does cosine similarity rank sentence pairs as people do?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = ("sentence1", "sentence2", "score")
 
 @dataclass(frozen=True)
 class GradedPairs:
-    """Sentence pairs and how alike people find them (any increasing scale)."""
+    """Sentence pairs, and how similar people find them (on any increasing scale)."""
 
     first: list[str]
     second: list[str]
@@ -26,8 +26,10 @@ class GradedPairs:
 
 
 def load_graded_pairs(path: str | Path) -> GradedPairs:
-    """A .csv or .tsv file with sentence1, sentence2, score: named by a header, or the first three columns
-    without one; or these columns of a .jsonl, .json or .parquet file.
+    """Reads the columns sentence1, sentence2 and score of a file.
+
+    A .csv or .tsv file may lack a header. Then these are its first three columns. A .jsonl, .json or .parquet
+    file names them.
 
     Raises:
         UserError: the file is missing, or a row does not hold two sentences and a number.
@@ -69,12 +71,16 @@ def _table(path: Path) -> tuple[list[list[str]], list[str]]:
 
 
 def _given(value: object) -> str:
-    """What is no text and no number is missing."""
+    """Returns a text or number as text, and anything else as an empty text."""
     return str(value) if isinstance(value, str | int | float) else ""
 
 
 def _number(text: str) -> float:
-    """Raises ValueError for NaN and infinity too: they have no rank."""
+    """Returns the number in a text.
+
+    Raises:
+        ValueError: it is no number, or NaN or infinity, which have no rank.
+    """
     number = float(text)
     if not math.isfinite(number):
         raise ValueError
@@ -82,13 +88,13 @@ def _number(text: str) -> float:
 
 
 def own_graded_pairs() -> GradedPairs:
-    """The pairs that come with this package, written for it."""
+    """Returns the pairs that are part of this package, and were written for it."""
     with resources.as_file(resources.files("llm2vec_ds") / "assets" / "sentence_pairs.csv") as path:
         return load_graded_pairs(path)
 
 
 def sts_spearman(encoder: Encoder, pairs: GradedPairs, *, progress: bool = False) -> float:
-    """Spearman's rank correlation of cosine similarity with the graded scores."""
+    """Returns Spearman's rank correlation of cosine similarity with the graded scores."""
     from scipy.stats import spearmanr
 
     texts = list(dict.fromkeys(pairs.first + pairs.second))

@@ -1,4 +1,4 @@
-"""A frozen encoder's vector for each word of a sentence."""
+"""Computes a frozen encoder's vector for each word of a sentence."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ SHIFTS: tuple[Shift, ...] = ("same_token", "next_token")
 
 @dataclass(frozen=True)
 class WordFeatures:
-    """Vectors of N words, by shift, and which word is whose.
+    """Vectors of N words, by shift, with their labels and sentences.
 
-    A word's vector is the mean over its sub-words' hidden states (`same_token`), or over the hidden states
-    one token before each of them (`next_token`), which a next-token objective trains to say what comes.
+    With `same_token`, a word's vector is the mean over its sub-words' hidden states. With `next_token`, it is
+    the mean over the hidden states one token before each sub-word. A next-token objective trains these states
+    to predict the sub-word.
 
     Attributes:
         vectors: by shift `[N, D]` fp32, perhaps memory-mapped.
-        labels: `[N]` of each word.
-        sentence: `[N]` number of the sentence that a word is of, rising.
-        n_unscored: words without vectors: cut off as too far in a long sentence, or at a text's very first
-            token, which has none before it. They are left out with either shift, so that both are measured on
-            the same words.
+        labels: `[N]`, the label of each word.
+        sentence: `[N]`, the number of each word's sentence, ascending.
+        n_unscored: words without vectors. Either the sentence was cut before the word, or the word begins at
+            the very first token, which has no token before it. Both shifts leave these words out, so that
+            they are measured on the same words.
     """
 
     vectors: dict[Shift, np.ndarray]
@@ -57,10 +58,10 @@ def word_features(
     cache: Path | None = None,
     progress: bool = False,
 ) -> WordFeatures:
-    """Runs the encoder once over the sentences, or reads what `cache` holds.
+    """Runs the encoder once over the sentences, or reads the vectors from `cache`.
 
     Args:
-        cache: a folder for this encoder and these sentences alone; made when missing.
+        cache: a folder only for this encoder and these sentences. It is made if it is missing.
     """
     texts, places = zip(*(_tokens_of_words(encoder, s.words) for s in sentences), strict=True)
     n_words = [[i for i, tokens in enumerate(words) if tokens] for words in places]
@@ -77,8 +78,11 @@ def word_features(
 
 
 def _tokens_of_words(encoder: Encoder, words: Sequence[str]) -> tuple[TokenizedText, list[list[int]]]:
-    """The sentence, words parted by blanks, and the tokens of each word; no tokens for a word that cannot be
-    scored. A word has the tokens that hold any of its characters, or nothing but the blank before it."""
+    """Returns the tokenised sentence (words separated by spaces), and the tokens of each word.
+
+    A word's tokens are those with any of its characters, or with only the space before it. A word that cannot
+    be scored has no tokens.
+    """
     limit = encoder.settings.max_tokens
     encoding: Any = encoder.tokenizer(" ".join(words), return_attention_mask=False, verbose=False)
     n_tokens = len(encoding["input_ids"])
@@ -138,7 +142,7 @@ def _vectors(
 
 
 def _means(hidden_TD: torch.Tensor, places: Sequence[Sequence[int]], back: int) -> np.ndarray:
-    """`[words, D]`: mean over each word's tokens, `back` tokens earlier."""
+    """Returns the mean over each word's tokens, `back` tokens earlier, `[words, D]`."""
     word = torch.tensor([w for w, tokens in enumerate(places) for _ in tokens], dtype=torch.long)
     token = torch.tensor([t - back for tokens in places for t in tokens], dtype=torch.long)
     sums = torch.zeros(len(places), hidden_TD.shape[1]).index_add_(0, word, hidden_TD[token])
@@ -150,12 +154,12 @@ def _means(hidden_TD: torch.Tensor, places: Sequence[Sequence[int]], back: int) 
 def _cached(folder: Path | None) -> dict[Shift, np.ndarray] | None:
     if folder is None or not folder.is_dir():
         return None
-    log.info("%s: word vectors of an earlier run", folder)
+    log.info("%s: using word vectors of an earlier run", folder)
     return {shift: np.load(folder / f"{shift}.npy", mmap_mode="r") for shift in SHIFTS}
 
 
 def _store(folder: Path, vectors: dict[Shift, np.ndarray]) -> dict[Shift, np.ndarray]:
-    """The folder is complete or absent."""
+    """Stores the vectors. At any moment the folder is complete or absent."""
     what = f"word vectors {folder}"
     with writing(what), replaced_folder(folder, what) as unfinished:
         for shift, rows in vectors.items():

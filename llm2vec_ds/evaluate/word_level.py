@@ -1,9 +1,9 @@
-"""Word-level tasks by the paper's protocol (BehnamGhader et al., 2024, arXiv 2404.05961): a linear layer on
-the vectors of a frozen encoder.
+"""Word-level tasks by the paper's protocol: a linear layer on the vectors of a frozen encoder.
 
-From the authors' published configuration: dropout 0.1 on the word's vector, AdamW at 5e-4, 8 sentences a
-step, 4000 steps. Theirs lets the rate fall linearly over a longer run that it stops early, by under a
-quarter; here it is constant.
+The paper is BehnamGhader et al., 2024, arXiv 2404.05961. The settings are those of the authors' published
+configuration: dropout 0.1 on the word's vector, AdamW at 5e-4, 8 sentences per step, 4000 steps. One thing
+differs. Their learning rate falls linearly over a longer run that stops early, by under a quarter. Here it is
+constant.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class ProbeOptions:
 
 @dataclass(frozen=True)
 class WordScores:
-    """Shares between 0 and 1.
+    """Scores between 0 and 1.
 
     Attributes:
-        accuracy: of words with the right label, as the paper reports for every task.
-        entity_f1: of whole entities or chunks (micro-averaged, as seqeval counts them); None where labels are
-            no B-/I- spans.
-        majority: accuracy of the training data's most frequent label.
+        accuracy: share of words with the right label. The paper reports it for every task.
+        entity_f1: F1 of whole entities or chunks (micro-averaged, as seqeval counts them). None if the labels
+            are no B-/I- spans.
+        majority: accuracy of always predicting the training data's most frequent label.
     """
 
     accuracy: float
@@ -50,10 +50,10 @@ class WordScores:
 
 
 def probe(train: WordFeatures, test: WordFeatures, shift: Shift, options: ProbeOptions) -> WordScores:
-    """Trains the layer on `train`, measures on `test`. A test label that `train` lacks counts as wrong.
+    """Trains the layer on `train` and measures it on `test`. A label that only `test` has counts as wrong.
 
     Raises:
-        UserError: one of them has no word with a vector.
+        UserError: `train` or `test` has no word with a vector.
     """
     for name, features in (("training", train), ("test", test)):
         if not features.labels:

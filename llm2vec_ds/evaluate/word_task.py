@@ -1,4 +1,4 @@
-"""A word-level task: its data, one run of the encoder over them, several seeds of the linear layer."""
+"""Runs a word-level task: the encoder once over the data, then the linear layer with several seeds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class WordTask:
     max_sentences: int | None = None
 
     def check(self) -> None:
-        """Refuses what cannot be read, before a model is loaded.
+        """Checks that the data can be read. Call it before you load a model.
 
         Raises:
             UserError: see `load_tagged`.
@@ -40,7 +40,7 @@ class WordTask:
             load_tagged(source, self.column)
 
     def sentences(self, source: str) -> list[TaggedSentence]:
-        """The first `max_sentences` of a source."""
+        """Returns the first `max_sentences` sentences of a source."""
         return load_tagged(source, self.column)[: self.max_sentences]
 
 
@@ -53,14 +53,14 @@ def run_word_task(
     *,
     micro_batch_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Scores by shift, the mean over seeds and each seed's.
+    """Returns scores by shift: the mean over seeds, and each seed's accuracy.
 
     Args:
         model: where the encoder was loaded from, for the cache and the result.
-        cache: folder for word vectors; each encoder and file has its own folder in it.
+        cache: folder for word vectors. Each encoder and file has its own folder in it.
 
     Raises:
-        UserError: no data that can be scored, or `cache` cannot be written.
+        UserError: the data have no word that can be scored, or `cache` cannot be written.
     """
     parts = [
         word_features(
@@ -101,7 +101,7 @@ def _key(encoder: Encoder, model: str, task: WordTask, source: str) -> str:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The scores as a Markdown table."""
+    """Returns the scores as a Markdown table."""
     lines = ["| vectors from | accuracy | entity F1 | majority | words |", "|---|---|---|---|---|"]
     for shift in SHIFTS:
         s = result[shift]
@@ -111,7 +111,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def write_scores(result: Mapping[str, Any], output: Path) -> None:
-    """`scores.json` in `output`."""
+    """Writes `scores.json` into `output`."""
     with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
         replace_json(output / "scores.json", result)

@@ -1,4 +1,7 @@
-"""Queries, their positives and a corpus → distinct texts in memory-mapped Arrow files, and who is whose."""
+"""Reads queries, their positives and a corpus into distinct texts in Arrow files, and numbers the pairs.
+
+The Arrow files are memory-mapped.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ INDEX_FILE = "index.npz"
 
 @dataclass(frozen=True)
 class DistinctTexts:
-    """Texts numbered in the order of their first appearance; none of them is in memory."""
+    """Texts numbered in the order of their first appearance. None of them is in memory."""
 
     rows: Any
     row_of_text: np.ndarray
@@ -40,9 +43,11 @@ class DistinctTexts:
 
 @dataclass(frozen=True)
 class Corpus:
-    """`pairs [n, 2]`: number of the query, number of its positive among the documents.
+    """Queries, documents, and the pairs between them.
 
-    The first `n_candidates` documents are the corpus; a positive that is not in it comes after.
+    Attributes:
+        pairs: `[n, 2]`, the number of the query, and the number of its positive among the documents.
+        n_candidates: the first documents, this many, are the corpus. Positives outside the corpus follow.
     """
 
     queries: DistinctTexts
@@ -54,18 +59,20 @@ class Corpus:
 def write_corpus(
     folder: Path, pairs: Iterable[tuple[str, ...]], corpus: Iterable[str] | None, counts: Counter[str]
 ) -> None:
-    """Reads both once; keeps 8 bytes a text in memory. The index, written last, says that all is there.
+    """Writes the texts of pairs and corpus, and an index.
 
-    Texts lose the blanks around them; blank ones, and pairs with a blank part, are left out and counted.
+    It reads both once, and keeps 8 bytes per text in memory. The index is written last, so it shows that the
+    rest is complete. Spaces around texts are removed. Blank texts, and pairs with a blank part, are left out
+    and counted.
 
     Args:
-        corpus: None: the positives are the corpus.
+        corpus: its texts. None: the positives are the corpus.
 
     Raises:
-        UserError: no pair, or no text in the corpus.
+        UserError: there is no pair, or no text in the corpus.
     """
     pairs = iter(pairs)
-    first = list(islice(pairs, 1))  # a mistake in the pairs shows before the corpus is read
+    first = list(islice(pairs, 1))  # so that a mistake in the pairs shows before the corpus is read
     with _Writer(folder / "queries.arrow") as queries, _Writer(folder / "documents.arrow") as documents:
         for text in map(str.strip, corpus or ()):
             counts["blank"] += not text
@@ -98,7 +105,7 @@ def write_corpus(
 
 
 def load_corpus(folder: Path) -> Corpus:
-    """Opens what `write_corpus` wrote; only numbers are read into memory.
+    """Opens what `write_corpus` wrote. Only numbers are read into memory.
 
     Raises:
         UserError: a file is damaged.
@@ -133,7 +140,7 @@ def _distinct_texts(file: Path, row_of_text: np.ndarray) -> DistinctTexts:
 
 
 class _Writer:
-    """Texts into an Arrow file; a hash of each stays."""
+    """Writes texts into an Arrow file, and keeps a hash of each in memory."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -169,7 +176,8 @@ class _Writer:
 
 
 def _distinct(hashes: array[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Row where each distinct text first stands, in order; number of the text that stands in each row."""
+    """Returns the first row of each distinct text, in order, and for each row the number of its text."""
+    # np.unique orders texts by hash. `number` gives them the order of their first appearance instead.
     _, first, inverse = np.unique(np.asarray(hashes), return_index=True, return_inverse=True)
     order = np.argsort(first)
     number = np.empty_like(order)
@@ -179,19 +187,20 @@ def _distinct(hashes: array[int]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class KnownPositives:
-    """Documents that are a positive of a query in any pair."""
+    """For each query, the documents that are its positive in any pair."""
 
     documents: np.ndarray
     starts: np.ndarray
 
     def of(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(place in `queries`, document) of each known positive."""
+        """Returns (place in `queries`, document) of each known positive."""
+        # Query q has the documents starts[q] to starts[q + 1]. `within` counts 0, 1, … inside each range.
         begin, n = self.starts[queries], self.starts[queries + 1] - self.starts[queries]
         within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
         return np.repeat(np.arange(len(queries)), n), self.documents[np.repeat(begin, n) + within]
 
 
 def known_positives(pairs: np.ndarray) -> KnownPositives:
-    """For look-up by query."""
+    """Sorts the pairs by query, for fast look-up."""
     order = np.argsort(pairs[:, 0], kind="stable")
     return KnownPositives(pairs[order, 1], np.searchsorted(pairs[order, 0], np.arange(pairs[:, 0].max() + 2)))

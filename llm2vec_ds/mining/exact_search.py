@@ -1,4 +1,4 @@
-"""Exact search: the best rows of a matrix that need not fit in memory, tile by tile.
+"""Exact search: finds the best rows of a matrix, tile by tile. The matrix need not fit in memory.
 
 Shapes: B queries, N documents, D dimensions, K best, X exclusions.
 """
@@ -12,15 +12,16 @@ import torch
 from llm2vec_kernels.products import product
 
 ROUNDING = 1e-6
-"""Cosines nearer than this are equal in fp32."""
+"""Two cosines that differ by less than this count as equal, because fp32 rounds."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Which documents are no candidates of a query.
+    """Says which documents are no candidates of a query.
 
-    `below_B`: a candidate scores less than this, by more than rounding. `query_X, document_X`: the document
-    of this row is none of this query's candidates.
+    Attributes:
+        below_B: a candidate scores less than this, by more than ROUNDING.
+        query_X, document_X: exclusions. This document is no candidate of this query.
     """
 
     below_B: torch.Tensor
@@ -30,8 +31,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ranked:
-    """`rows_BK`: each query's candidates of the highest scores, best first, int64; −1 where there are fewer
-    than K. `n_near_B`: documents that are no candidates because they score too high."""
+    """The result of a search.
+
+    Attributes:
+        rows_BK: each query's candidates with the highest scores, best first, int64. −1 fills up to K.
+        n_near_B: number of documents that are no candidates because they score too high.
+    """
 
     rows_BK: np.ndarray
     n_near_B: np.ndarray
@@ -40,10 +45,12 @@ class Ranked:
 def best_rows(
     queries_BD: torch.Tensor, documents_ND: np.ndarray, k: int, limits: Limits, *, rows_per_tile: int
 ) -> Ranked:
-    """By inner products in fp32. Scores equal but for rounding come in any order.
+    """Finds each query's k best candidates by inner products in fp32.
+
+    Scores that differ only by rounding come in any order.
 
     Args:
-        documents_ND: fp32, memory-mapped or not; one tile of `rows_per_tile` at a time is on the device.
+        documents_ND: fp32, memory-mapped or not. One tile of `rows_per_tile` at a time is on the device.
     """
     device = queries_BD.device
     best_BK = torch.full((len(queries_BD), k), -torch.inf, device=device)
@@ -55,13 +62,14 @@ def best_rows(
         n_near_B += _exclude(scores_BT, start, limits)
         score, row = scores_BT.topk(min(k, len(tile_TD)))
         row = torch.where(score > -torch.inf, row + start, -1)
+        # The k best of this tile and of all earlier tiles are the k best so far.
         best_BK, order = torch.cat([best_BK, score], dim=1).topk(k)
         rows_BK = torch.cat([rows_BK, row], dim=1).gather(1, order)
     return Ranked(rows_BK.cpu().numpy(), n_near_B.cpu().numpy())
 
 
 def _exclude(scores_BT: torch.Tensor, start: int, limits: Limits) -> torch.Tensor:
-    """−inf for what is no candidate, in place; how many of each query's are so for their score, `[B]`."""
+    """Sets scores of non-candidates to −inf, in place. Returns how many score too high, `[B]`."""
     here = (limits.document_X >= start) & (limits.document_X < start + scores_BT.shape[1])
     scores_BT[limits.query_X[here], limits.document_X[here] - start] = -torch.inf
     near_BT = scores_BT >= limits.below_B[:, None] - ROUNDING

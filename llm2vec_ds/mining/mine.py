@@ -1,9 +1,9 @@
-"""Hard negatives: for each pair, texts of a corpus that the model takes for near, by exact search.
+"""Mines hard negatives: for each pair, texts of a corpus that the model finds near, by exact search.
 
     pairs, corpus ─► distinct texts (Arrow) ─► vectors (.npy) ─► ranks of each pair ─► output
 
-All but the output lies in a work folder beside it, grows block by block, and a note says how far; so a
-killed run goes on where it stopped, and neither texts nor vectors need to fit in memory.
+All files but the output are in a work folder beside it. They grow block by block, and a note says how far. So
+a killed run continues where it stopped. Texts and vectors need not fit in memory.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 TEXTS_PER_BLOCK = 1024
 PAIRS_PER_BLOCK = 2048
 RERANKED_PAIRS_PER_BLOCK = 128
-"""Where a reranker reads the texts of all ranks, which takes long."""
+"""Block size with a reranker. It is smaller, because a reranker reads the texts of all ranks and is slow."""
 DOCUMENTS_PER_TILE = 16384
 OTHERS, NEAR, EARLIER, RERANKED = (
     "skipped: another positive of the query",
@@ -56,18 +56,18 @@ Score = TypeVar("Score", float, torch.Tensor)
 
 
 def mine(options: MiningOptions, output: Path, *, overwrite: bool = False) -> Counter[str]:
-    """Writes `output`, a JSON line for each pair with `query`, `positive` and `negative`, a list.
+    """Writes `output`: for each pair a JSON line with `query`, `positive` and `negative`, a list.
 
-    A candidate is a text of the corpus that is no known positive of the query in any pair and whose cosine
-    is below the positive's by ratio and margin (`below`). Ranks count candidates only, from 1. Of those in
-    the rank range a reranker leaves out what is not below the positive for it, too.
+    A candidate is a text of the corpus that is no known positive of the query in any pair. Its cosine is also
+    below the positive's by ratio and margin (`below`). Ranks count only candidates, from 1. In the rank
+    range, a reranker leaves out candidates whose score is not below the positive's.
 
     Returns:
-        How many pairs, queries and candidates there were, what was left out and why, and pairs with too few
+        Counts of pairs, queries and candidates, of what was left out and why, and of pairs with too few
         negatives or none.
 
     Raises:
-        UserError: a wrong option or source, an output that is there, or cannot be written.
+        UserError: an option or source is wrong, or the output exists or cannot be written.
     """
     options.check()
     if output.suffix != ".jsonl":
@@ -94,9 +94,16 @@ def mine(options: MiningOptions, output: Path, *, overwrite: bool = False) -> Co
 
 @dataclass
 class _Progress:
-    """How far the finished blocks go. `n_encoded` by kind of text; `n_bytes` of the lines of searched pairs,
-    `n_few` of which got too few negatives and `n_none` none; `counts` of what was read and left out, and
-    `skipped` of what was no negative and why.
+    """How far the finished blocks go.
+
+    Attributes:
+        n_encoded: encoded texts, by kind of text.
+        n_searched: searched pairs.
+        n_bytes: size of their lines.
+        n_few: pairs with too few negatives.
+        n_none: pairs without negatives.
+        counts: what was read and left out.
+        skipped: which texts were no negatives, and why.
     """
 
     n_encoded: dict[str, int] = field(default_factory=lambda: {"queries": 0, "documents": 0})
@@ -109,7 +116,7 @@ class _Progress:
 
 
 class _Mining:
-    """One work folder: each step does what is not done yet."""
+    """Works in one work folder. Each step does only what is missing."""
 
     def __init__(self, options: MiningOptions, sources: list[Source], folder: Path) -> None:
         self.options = options
@@ -120,14 +127,14 @@ class _Mining:
         self.progress = _Progress()
         if self.note.exists():
             self.progress = read_json(self.note, _Progress, f"remove {folder} to start again")
-        if not self.found.exists():  # it was moved to the output, which is to be made again
+        if not self.found.exists():  # it was moved to the output, which must be made again
             self.progress = replace(self.progress, n_searched=0, n_bytes=0, n_few=0, n_none=0, skipped={})
         elif self.found.stat().st_size < self.progress.n_bytes:
             raise UserError(f"{self.found} is damaged (it is cut off): remove {folder} to start again")
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Loaded only where something is left to encode."""
+        """The encoder. It is loaded only if something is left to encode."""
         return Encoder.from_pretrained(self.options.model)
 
     @cached_property
@@ -143,7 +150,7 @@ class _Mining:
         if not self.progress.counts:
             try:
                 self._read_sources()
-            except BaseException:  # nothing worth going on with
+            except BaseException:  # there is nothing yet that the next run could use
                 shutil.rmtree(self.folder)
                 raise
         corpus = load_corpus(self.folder)
@@ -157,11 +164,11 @@ class _Mining:
         return Counter(self.progress.counts | self.progress.skipped | pairs)
 
     def _read_sources(self) -> None:
-        # The models first: a wrong one shows before the long reading.
+        # The models come first, so that a wrong one shows before the long reading.
         bytes_per_text = 4 * self.encoder.trunk.config.hidden_size
         if self.reranker is not None:
             n_texts = 2 + self.options.last_rank - self.options.first_rank
-            log.info("--reranker %s reads up to %s texts a pair", self.options.reranker, n_texts)
+            log.info("--reranker %s reads up to %s texts per pair", self.options.reranker, n_texts)
         options, counts = self.options, Counter[str]()
         columns = PairsConfig(
             query_column=options.query_column, positive_column=options.positive_column, max_negatives=0
@@ -190,17 +197,17 @@ class _Mining:
         self._write_note()
 
     def _encode(self, kind: str, texts: DistinctTexts, instruction: str | None) -> np.ndarray:
-        """Normalised vectors, `[texts, D]` fp32, memory-mapped."""
+        """Encodes the texts that are left. Returns normalised vectors, `[texts, D]` fp32, memory-mapped."""
         path, n_done = self.folder / f"{kind}.npy", self.progress.n_encoded[kind]
         if not n_done:
             shape = (len(texts), self.encoder.trunk.config.hidden_size)
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        self._mapped(path, len(texts))  # else blocks of an earlier run would be taken for good
+        self._mapped(path, len(texts))  # checks that blocks of an earlier run are not damaged
         with tqdm(total=len(texts), initial=n_done, desc=f"encode {kind}", unit="text", disable=None) as bar:
             for block in _blocks(n_done, len(texts), TEXTS_PER_BLOCK):
                 vectors = self._vectors(texts[block], instruction)
                 n_after = len(texts) - block[0]
-                # Written, not assigned through the map: there a full disk would be a bus error.
+                # Written to the file, not assigned to the map. With a map, a full disk is a bus error.
                 write_at(path, vectors.tobytes(), -n_after * vectors[0].nbytes, os.SEEK_END)
                 self.progress.n_encoded[kind] = int(block[-1]) + 1
                 self._write_note()
@@ -250,8 +257,10 @@ class _Mining:
     def _in_range(
         self, corpus: Corpus, block: np.ndarray, ranked: Ranked, skipped: dict[str, int]
     ) -> list[np.ndarray]:
-        """Each pair's candidates of the rank range that the reranker, if any, does not leave out; adds to
-        `skipped` what is."""
+        """Returns each pair's candidates in the rank range that the reranker, if any, keeps.
+
+        Adds the others to `skipped`.
+        """
         first = self.options.first_rank - 1
         of_ranks = [rows[rows >= 0] for rows in ranked.rows_BK]
         skipped[EARLIER] = sum(min(first, len(rows)) for rows in of_ranks)
@@ -265,7 +274,7 @@ class _Mining:
     def _below_positive(
         self, corpus: Corpus, block: np.ndarray, rows: list[np.ndarray], reranker: Reranker
     ) -> list[np.ndarray]:
-        """Those of each pair's documents that are below its positive for the reranker, too."""
+        """Returns the documents of each pair that the reranker also scores below the positive."""
         query, positive = corpus.pairs[block].T
         n_of_pair = [1 + len(own) for own in rows]
         documents = np.concatenate([[p, *own] for p, own in zip(positive, rows, strict=True)])
@@ -289,7 +298,7 @@ class _Mining:
     def _write_found(
         self, corpus: Corpus, block: np.ndarray, in_range: list[np.ndarray], skipped: dict[str, int]
     ) -> None:
-        """Lines of a block of pairs; whatever a killed run wrote after the last note is cut off."""
+        """Writes the lines of a block of pairs. First removes what a killed run wrote after its last note."""
         chosen = [self._choose(int(pair), rows) for pair, rows in zip(block, in_range, strict=True)]
         query, positive = corpus.pairs[block].T
         negatives = iter(corpus.documents[np.concatenate(chosen)])
@@ -308,7 +317,7 @@ class _Mining:
         self._write_note()
 
     def _choose(self, pair: int, in_range: np.ndarray) -> np.ndarray:
-        """At most `negatives` of the rank range: its first, or drawn by (seed, pair), in the order drawn."""
+        """Returns at most `negatives` candidates: the first ones, or random ones, drawn by (seed, pair)."""
         n = self.options.negatives
         if self.options.sampling == "random":
             seeds = np.random.SeedSequence([self.options.seed, pair])
@@ -320,10 +329,10 @@ class _Mining:
 
 
 def below(score: Score, ratio: float, margin: float) -> Score:
-    """What a negative's score must be below, by that of the positive: ratio · score − margin.
+    """Returns the limit for a negative's score from the positive's: score − (1 − ratio) · |score| − margin.
 
-    A ratio of 0.95 is TopK-PercPos of NV-Retriever (Moreira et al., 2024, arXiv 2407.15831). Of a score below
-    0 the ratio takes as much as of its amount, so that the limit is never above the score.
+    For a score above 0 this is ratio · score − margin. For any score, the limit is never above the score. A
+    ratio of 0.95 is TopK-PercPos of NV-Retriever (Moreira et al., 2024, arXiv 2407.15831).
     """
     return score - (1 - ratio) * abs(score) - margin
 
@@ -333,5 +342,5 @@ def _pairs_per_block(options: MiningOptions) -> int:
 
 
 def _blocks(start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-    """Consecutive numbers, `size` at a time."""
+    """Yields consecutive numbers, `size` at a time."""
     return (np.arange(first, min(first + size, stop)) for first in range(start, stop, size))

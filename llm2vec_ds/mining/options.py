@@ -1,4 +1,4 @@
-"""What `llm2vec-ds mine` is asked for."""
+"""The options of `llm2vec-ds mine`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llm2vec_ds.storage.fingerprint import files_in, key_of
 
 SAMPLINGS = ("top", "random")
 FORMAT_VERSION = 3
-"""Of unfinished work."""
+"""Version of the format of unfinished work."""
 
 
 @dataclass(frozen=True)
 class MiningOptions:
-    """What is mined, and from where: see `llm2vec-ds mine --help`."""
+    """The options of a search for hard negatives. See `llm2vec-ds mine --help`."""
 
     model: str
     pairs: str
@@ -44,11 +44,11 @@ class MiningOptions:
     bad_rows: str = "raise"
 
     def check(self) -> None:
-        """Refuses options that contradict each other.
+        """Checks that the options are valid and do not contradict each other.
 
         Raises:
-            UserError: ranks that are reversed or too few, a margin that is no number, a ratio outside of 0 to
-                1, an unknown sampling, or what a reranker is to do without one.
+            UserError: ranks are reversed or too few, a margin is no number, a ratio is not in 0 to 1, a value
+                is unknown, or an option needs a reranker and there is none.
         """
         for name in ("margin", "reranker_margin"):
             if not math.isfinite(value := getattr(self, name)):
@@ -56,17 +56,19 @@ class MiningOptions:
         for name in ("ratio", "reranker_ratio"):
             if not 0 < (value := getattr(self, name)) <= 1:
                 raise UserError(
-                    f"{_option(name)} {value} is not above 0 and at most 1: give one such as 0.95"
+                    f"{_option(name)} {value} must be above 0 and at most 1: give one such as 0.95"
                 )
         if self.reranker is None and (self.reranker_margin or self.reranker_ratio != 1):
             name = "reranker_margin" if self.reranker_margin else "reranker_ratio"
-            raise UserError(f"{_option(name)} does nothing without --reranker: name one, or leave it out")
+            raise UserError(f"{_option(name)} does nothing without --reranker: give one, or leave it out")
         if self.first_rank > self.last_rank:
-            raise UserError(f"--first-rank {self.first_rank} is over --last-rank {self.last_rank}: swap them")
+            raise UserError(
+                f"--first-rank {self.first_rank} is above --last-rank {self.last_rank}: swap them"
+            )
         n_ranks = self.last_rank - self.first_rank + 1
         if n_ranks < self.negatives:
             raise UserError(
-                f"--negatives {self.negatives} is over the {n_ranks} ranks from {self.first_rank} to "
+                f"--negatives {self.negatives} is more than the {n_ranks} ranks from {self.first_rank} to "
                 f"{self.last_rank}: raise --last-rank"
             )
         if self.bad_rows not in ("raise", "skip"):
@@ -75,9 +77,9 @@ class MiningOptions:
             raise UserError(f"--sampling {self.sampling!r} is unknown: choose {' or '.join(SAMPLINGS)}")
 
     def key(self, sources: list[Source], *more: object) -> str:
-        """Changes with all that the output depends on; of a model's files with their sizes and times."""
+        """Returns a key of all that the output depends on. A model counts by size and time of its files."""
         values = asdict(self)
-        # They shape nothing that is written.
+        # These do not change the output.
         for name in ("micro_batch_tokens", "bad_rows", "reranker_batch_size"):
             del values[name]
         identities = [source.identity() for source in sources]

@@ -9,14 +9,14 @@ from llm2vec_ds.model.from_sentence_transformers import load_cross_encoder
 from llm2vec_ds.process.full_memory import enough_memory
 
 MAX_TOKENS = 512
-"""Longest query and document together, unless a command says otherwise."""
+"""Most tokens of a query and a document together, unless a command says otherwise."""
 
 
 class Reranker:
     """A CrossEncoder of sentence-transformers, on the GPU if there is one."""
 
     def __init__(self, path: str, *, max_tokens: int = MAX_TOKENS, batch_size: int, batch_key: str) -> None:
-        """Args: batch_key: the option that lowers `batch_size`.
+        """Args: batch_key: the option for `batch_size`, for the error of a full memory.
 
         Raises:
             UserError: as `load_cross_encoder`.
@@ -26,7 +26,7 @@ class Reranker:
         self.batch_size, self.remedy = batch_size, f"lower {batch_key} (now {batch_size})"
 
     def __call__(self, pairs: list[tuple[str, str]]) -> np.ndarray:
-        """The model's own numbers, without a sigmoid, for each query and document; fp64.
+        """Returns the model's own score, without a sigmoid, for each query and document, in fp64.
 
         Raises:
             UserError: memory is full.

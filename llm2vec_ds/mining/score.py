@@ -1,7 +1,7 @@
-"""A reranker's scores for the documents of each query, beside them in a new file of pairs.
+"""Scores the documents of each query with a reranker, and writes pairs with scores into a new file.
 
-Rows are read, scored and appended block by block, and a note says how far, so that a killed run goes on
-where it stopped, and nothing needs to fit in memory.
+Rows are read, scored and appended block by block, and a note says how far. So a killed run continues where it
+stopped, and nothing needs to fit in memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What is scored: see `llm2vec-ds score --help`."""
+    """The options of scoring. See `llm2vec-ds score --help`."""
 
     reranker: str
     pairs: str
@@ -50,7 +50,7 @@ class ScoreOptions:
 
     def key(self, source: Source, shard: Shard) -> str:
         values = asdict(self)
-        del values["batch_size"]  # shapes nothing but speed and memory
+        del values["batch_size"]  # it changes only speed and memory
         return key_of(
             values, source.identity(), files_in(Path(self.reranker)), asdict(shard), version=FORMAT_VERSION
         )
@@ -63,16 +63,16 @@ class _Progress:
 
 
 def score(options: ScoreOptions, output: Path, shard: Shard | None = None, *, overwrite: bool = False) -> int:
-    """Writes `output`, a JSON line for each row of pairs: its texts, and `scores`, of the positive first.
+    """Writes `output`: for each row of pairs a JSON line with its texts and `scores`, the positive's first.
 
     Args:
-        shard: only this part of the rows.
+        shard: score only this part of the rows. None: all.
 
     Returns:
-        How many rows it holds.
+        How many rows the output holds.
 
     Raises:
-        UserError: a wrong option, source or reranker, or an output that is there or cannot be written.
+        UserError: an option, the source or the reranker is wrong, or the output exists or cannot be written.
     """
     shard = shard or Shard()
     if output.suffix != ".jsonl":
@@ -91,7 +91,7 @@ def score(options: ScoreOptions, output: Path, shard: Shard | None = None, *, ov
 
 
 class _Scoring:
-    """One work folder: does what is not done yet."""
+    """Works in one work folder. It does only what is missing."""
 
     def __init__(self, options: ScoreOptions, source: Source, folder: Path) -> None:
         self.options, self.source = options, source
@@ -139,7 +139,9 @@ class _Scoring:
         listed = [list(islice(scores, len(row.documents))) for row in block]
         for row, own in zip(block, listed, strict=True):
             if not all(map(math.isfinite, own)):
-                raise UserError(f"{row.place}: --reranker {self.options.reranker} gives no finite score")
+                raise UserError(
+                    f"{row.place}: --reranker {self.options.reranker} gives no finite score: use another"
+                )
         return listed
 
     def _append(self, block: list[ScoredRow], scores: list[list[float]]) -> None:

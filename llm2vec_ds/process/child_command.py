@@ -1,4 +1,4 @@
-"""A command of this package in a separate process, so that its memory is free afterwards."""
+"""Runs a command of this package in a separate process, so that its memory is free afterwards."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from llm2vec_ds.process.interrupts import Interrupted
 
 
 def run_command(*arguments: str) -> int:
-    """Runs `llm2vec-ds ARGUMENTS`; returns its exit code.
+    """Runs `llm2vec-ds ARGUMENTS`. Returns its exit code.
 
     Raises:
-        Interrupted: a signal asked this process to end; the command got it too, and has saved and ended.
+        Interrupted: a signal asked this process to end. The command also got it, and has saved and ended.
     """
     with subprocess.Popen([sys.executable, "-m", "llm2vec_ds", *arguments]) as command:
         try:

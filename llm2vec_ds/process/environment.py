@@ -1,4 +1,4 @@
-"""Environment variables that this process sets for the libraries in it. Each is logged."""
+"""Sets environment variables for libraries in this process. The log shows each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 def set_variables(
     values: Mapping[str, str], reader: str, environment: MutableMapping[str, str] = os.environ
 ) -> None:
-    """Sets all of `values`, whatever was there.
+    """Sets all of `values`, and replaces old values.
 
     Args:
-        reader: who reads them, for the log.
+        reader: who reads the variables, for the log.
     """
     changed = {name: value for name, value in values.items() if environment.get(name) != value}
     environment.update(changed)
@@ -25,5 +25,5 @@ def set_variables(
 
 
 def set_defaults(values: Mapping[str, str], reader: str) -> None:
-    """Sets those that the user has not set."""
+    """Sets only those of `values` that the user has not set."""
     set_variables({name: value for name, value in values.items() if name not in os.environ}, reader)

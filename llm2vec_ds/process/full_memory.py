@@ -1,4 +1,4 @@
-"""Errors that say that memory is full, of a GPU or of the machine: told apart from others in one place."""
+"""Recognises errors of a full memory, of a GPU or of the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm2vec_ds.errors import UserError
 
 GPU, MACHINE = "the GPU's memory", "this machine's memory"
 
-# Of CUDA itself and of its libraries, which do not go through torch's allocator; of torch's on the host.
+# Errors of CUDA and its libraries, which do not use torch's allocator. Then errors of the host.
 _OF_A_GPU = re.compile(r"CUDA( error:)? out of memory|CU\w+_STATUS_ALLOC_FAILED")
 _OF_THE_MACHINE = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory"
@@ -20,7 +20,7 @@ _OF_THE_MACHINE = re.compile(
 
 
 def full_memory(error: BaseException) -> str | None:
-    """GPU or MACHINE, whichever memory the error calls full; None for any other error."""
+    """Returns which memory the error calls full: GPU or MACHINE. None for any other error."""
     if isinstance(error, torch.OutOfMemoryError):
         return GPU
     if isinstance(error, MemoryError):
@@ -35,10 +35,13 @@ def full_memory(error: BaseException) -> str | None:
 
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """Around work that may fill memory; `remedy` says what to lower.
+    """Turns an error of full memory inside into a user error.
+
+    Args:
+        remedy: what the user should lower.
 
     Raises:
-        UserError: in place of an error of a full memory.
+        UserError: memory is full.
     """
     try:
         yield

@@ -1,7 +1,8 @@
-"""What glibc's allocator does with freed memory (elsewhere nothing is changed).
+"""Changes what glibc's allocator does with freed memory. Other systems stay as they are.
 
-By itself it gives large blocks back to the system when they are freed, and takes fresh pages, zeroed one by
-one, for the next ones: a fifth of a training step on a CPU whose micro-batch holds thousands of tokens.
+By default glibc returns large freed blocks to the system. For the next blocks it gets new pages, which the
+system zeroes one by one. On a CPU with thousands of tokens per micro-batch this takes a fifth of a training
+step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from threading import Lock
 log = logging.getLogger(__name__)
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
-_GLIBC_MMAP_THRESHOLD = 2**25  # the most to which glibc raises it by itself, to the largest block freed
+_GLIBC_MMAP_THRESHOLD = 2**25  # glibc raises it to the largest freed block, up to this
 _GLIBC_MMAP_MAX = 2**16
 _NEVER = 2**31 - 1
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
@@ -24,10 +25,11 @@ _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MA
 
 @contextmanager
 def large_blocks_go_back() -> Iterator[None]:
-    """Blocks of 1 MiB or more go back to the system when they are freed: for work whose parts stay.
+    """Inside, freed blocks of 1 MiB or more go back to the system.
 
-    Whole tensors would otherwise come from the heap, between parts that stay, and a rank's memory grow to
-    that of the whole model while it loads its part. The environment's own settings are left alone.
+    This is for a rank that loads whole tensors and keeps a part of each. Otherwise whole tensors would come
+    from the heap, between parts that stay. The rank's memory would then grow to that of the whole model. If
+    the environment has its own allocator settings, nothing changes.
     """
     if _own_settings():
         yield
@@ -40,7 +42,7 @@ def large_blocks_go_back() -> Iterator[None]:
 
 
 class _Uses:
-    """How many uses of `freed_memory_is_kept` are going on: the allocator is one for the whole process."""
+    """Counts the open uses of `freed_memory_is_kept`. The whole process has only one allocator."""
 
     def __init__(self) -> None:
         self.lock, self.number = Lock(), 0
@@ -51,13 +53,13 @@ _uses = _Uses()
 
 @contextmanager
 def freed_memory_is_kept(log_level: int = logging.DEBUG) -> Iterator[None]:
-    """Freed blocks stay with the process, for the next step to take, as PyTorch's CUDA allocator keeps them.
+    """Inside, the process keeps freed blocks for the next step, as PyTorch's CUDA allocator does.
 
-    One use may lie inside another, as encoding inside training. Left as it is where the environment has
-    its own settings (`MALLOC_TRIM_THRESHOLD_` and the like).
+    Uses can be nested, such as encoding inside training. If the environment has its own allocator settings
+    (`MALLOC_TRIM_THRESHOLD_` and similar), nothing changes.
     """
     if own := _own_settings():
-        log.log(log_level, "freed memory goes where %s says", ", ".join(own))
+        log.log(log_level, "freed memory: as %s says", ", ".join(own))
         yield
         return
     with _uses.lock:

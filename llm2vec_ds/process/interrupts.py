@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM and a closed terminal raise one exception: a command cleans up and says what it keeps."""
+"""Turns Ctrl-C, SIGTERM and a closed terminal into one exception, so that a command can clean up.
+
+The exception carries what the command keeps.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HANDED_ON_S = 1.0
-"""A launcher hands a signal on to processes that have had it from the terminal: within this time, it is the
-same one."""
+"""Seconds within which two signals count as one. A launcher forwards a signal to processes that already got
+it from the terminal."""
 
 
 class Interrupted(BaseException):
-    """A signal ends this command. No Exception, so that no library takes it for its own failure.
+    """A signal ends this command. It is no `Exception`, so that no library catches it.
 
     Attributes:
-        kept: what is kept, and how to go on; empty where there is nothing to say.
+        kept: what is kept and how to go on. Empty if there is nothing to say.
     """
 
     def __init__(self, number: int, kept: str = "") -> None:
@@ -30,7 +33,7 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What a shell makes of a process that this signal ends."""
+        """The exit code that a shell reports for a process ended by this signal."""
         return 128 + self.number
 
     def __str__(self) -> str:
@@ -40,8 +43,9 @@ class Interrupted(BaseException):
 
 @contextmanager
 def kept(what: str) -> Iterator[None]:
-    """Around a command's work, or as its decorator: what it keeps when a signal ends it. The innermost
-    counts.
+    """Adds to an `Interrupted` from inside what the command keeps. Use it around work, or as a decorator.
+
+    If several are nested, the innermost counts.
 
     Raises:
         Interrupted: the one raised inside, with `what`.
@@ -55,8 +59,10 @@ def kept(what: str) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, signals of ENDING raise `Interrupted` in the main thread. Ignored ones stay ignored, such as
-    SIGHUP under `nohup`."""
+    """Inside, signals of ENDING raise `Interrupted` in the main thread.
+
+    Signals that were ignored stay ignored, such as SIGHUP under `nohup`.
+    """
     raise_first = _RaiseFirst()
     before = catch(ENDING, raise_first)
     try:
@@ -66,7 +72,7 @@ def interruptible() -> Iterator[None]:
 
 
 def catch(numbers: Iterable[signal.Signals], handler: Any) -> dict[signal.Signals, Any]:
-    """Sets the handler of those that are not ignored; returns the earlier handlers, which `restore` takes."""
+    """Sets the handler of all signals that are not ignored. Returns the earlier handlers, for `restore`."""
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
 
@@ -77,12 +83,12 @@ def restore(before: dict[signal.Signals, Any]) -> None:
 
 
 def ignore_ending_signals() -> None:
-    """From now on nothing is left that they could end."""
+    """Ignores the signals of ENDING from now on, because the command is already ending."""
     catch(ENDING, signal.SIG_IGN)
 
 
 class _RaiseFirst:
-    """The first signal raises; a later one does not disturb the cleaning up, or ends it at once."""
+    """Raises at the first signal. A forwarded copy of it changes nothing. A later signal ends the process."""
 
     def __init__(self) -> None:
         self._raised_at: float | None = None

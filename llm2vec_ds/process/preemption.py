@@ -1,4 +1,4 @@
-"""Stopping when asked: a signal or a file sets a flag, ranks agree on it, and the step's end saves."""
+"""Stops a run when asked. A signal or a file sets a flag, the ranks agree on it, and the step's end saves."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 Signal = Literal["USR1", "USR2", "TERM", "INT", "HUP"]
 DEFAULT_SIGNALS: list[Signal] = ["USR1", "TERM"]
-"""What SLURM sends before a job's end (`--signal`), and what ends or preempts a job."""
+"""SLURM sends USR1 before a job's end (`--signal`), and TERM to end or preempt a job."""
 STOP_FILE = "STOP"
 OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)
-"""Ctrl-C, and the terminal closed."""
+"""Ctrl-C, and a closed terminal."""
 
 
 class StopRequest:
-    """Whether this process has been asked to stop. Nothing is saved in a signal handler: it sets a flag."""
+    """Knows whether this process was asked to stop. The signal handler only sets a flag. It saves nothing."""
 
     def __init__(self, folder: Path) -> None:
         self._stop_file = folder / STOP_FILE
@@ -36,20 +36,22 @@ class StopRequest:
         self._announced_at: float | None = None
 
     def seen(self, *, look_for_file: bool) -> bool:
-        """True from the first signal on, or while the run's folder holds a file STOP."""
+        """Returns True after the first signal, or if the run's folder holds a file STOP."""
         if not self.cause and look_for_file and self._stop_file.exists():
             self.cause = f"the file {self._stop_file}"
         return bool(self.cause)
 
     def stopped(self, where: str) -> Stopped:
-        """The end of a run that was asked to stop."""
+        """Returns the exception that ends a run which was asked to stop."""
         cause = self.cause or "a signal to another rank"
         return Stopped(f"stopped by {cause} {where}: run the same command with resume=true to go on")
 
     @contextmanager
     def listening(self, names: Sequence[str]) -> Iterator[None]:
-        """Catches the signals of these names (`USR1`, `TERM` …) but for those of a terminal, also where they
-        are ignored before; a second one changes nothing."""
+        """Inside, catches the signals of these names (`USR1`, `TERM` …), except those of a terminal.
+
+        It also catches signals that were ignored before. A second signal changes nothing.
+        """
         named = {signal.Signals[f"SIG{name}"] for name in names}
         before = {number: signal.signal(number, self._note) for number in named.difference(OF_A_TERMINAL)}
         try:
@@ -60,8 +62,10 @@ class StopRequest:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Around the steps: Ctrl-C or a closed terminal asks too, and a line says so at once; a second
-        Ctrl-C ends the process. Ignored ones stay ignored."""
+        """Around the steps: Ctrl-C or a closed terminal also asks to stop, and a line says so at once.
+
+        A second Ctrl-C ends the process. Signals that were ignored stay ignored.
+        """
         before = catch(OF_A_TERMINAL, self._note)
         try:
             with _heard_at_once(self._tell_or_end):
@@ -90,8 +94,11 @@ class StopRequest:
 
 @contextmanager
 def _heard_at_once(hear: Callable[[int], None]) -> Iterator[None]:
-    """Calls `hear` with each caught signal's number from a separate thread: the main thread's handlers wait
-    until it comes back from a long operation, a whole backward pass or a collective without end."""
+    """Calls `hear` in a separate thread with the number of each caught signal.
+
+    Handlers in the main thread have to wait for a long operation, such as a backward pass or a collective
+    that never ends.
+    """
     receiver, sender = socket.socketpair()
 
     def listen() -> None:

@@ -1,4 +1,4 @@
-"""Standard output and error on terminals that do not know every character."""
+"""Makes standard output and error work on terminals that cannot show every character."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import sys
 
 
 def say_what_it_can() -> None:
-    """A character that the terminal's encoding lacks is written as an escape, so that nothing ends for it.
+    """Writes characters that the terminal's encoding lacks as escapes.
 
-    Python raises UnicodeEncodeError there, which could end a command after its work is done. JSON that it
-    prints stays JSON: that is escaped already.
+    Python would raise UnicodeEncodeError, which could end a command after its work is done. Printed JSON
+    stays valid, because it is already escaped.
     """
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)

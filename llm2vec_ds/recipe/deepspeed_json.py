@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON that a recipe names: reading and checking it needs no DeepSpeed."""
+"""Reads and checks the DeepSpeed JSON that a recipe names. This needs no DeepSpeed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ OWNED_BY_RECIPE = (
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The file's object, without keys that begin with `_`.
+    """Returns the file's object, without keys that begin with `_`.
 
     Raises:
-        UserError: the file is missing, no JSON object, or holds "auto" where it would be dropped silently.
+        UserError: the file is missing or holds no JSON object. Or it has an "auto" that the recipe does not
+            replace.
     """
     if not Path(path).is_file():
         raise UserError(f"DeepSpeed config {path} not found: see ds_configs/ for ready ones")
@@ -36,12 +37,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
     _check_sections(path, config)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     if key := _auto_key({k: v for k, v in config.items() if k not in OWNED_BY_RECIPE}):
-        raise UserError(f'DeepSpeed config {path}: `{key}` is "auto", give a value (or leave the key out)')
+        raise UserError(f'DeepSpeed config {path}: `{key}` is "auto": give a value, or leave the key out')
     return config
 
 
 def _check_sections(path: str | Path, config: dict[str, Any]) -> None:
-    """Refuses a section that this module looks into and that is none."""
+    """Checks that the sections which this module reads are objects."""
     zero = config.get("zero_optimization", {})
     offloads = ("offload_optimizer", "offload_param")
     inner = (
@@ -62,12 +63,12 @@ def _auto_key(value: Any, prefix: str = "") -> str | None:
 
 
 def optimizer_is_offloaded(config: Mapping[str, Any]) -> bool:
-    """Does this JSON keep the optimizer's states on the host?"""
+    """Returns whether this JSON keeps the optimizer's states on the host."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     return bool(offload.get("device", "none") != "none")
 
 
 def parameters_are_offloaded(config: Mapping[str, Any]) -> bool:
-    """Does this JSON keep the weights on the host?"""
+    """Returns whether this JSON keeps the weights on the host."""
     offload = config.get("zero_optimization", {}).get("offload_param") or {}
     return bool(offload.get("device", "none") != "none")

@@ -1,6 +1,6 @@
-"""Recipes as YAML files: read with `key=value` overrides, several stages in one, and written.
+"""Reads recipes from YAML files, with `key=value` overrides and with several stages in one file. Writes them.
 
-Precedence: command-line `key=value` over recipe file over default.
+A `key=value` on the command line overrides the file, and the file overrides the default.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llm2vec_ds.storage.reading import parse_yaml
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads a recipe file, applies `key=value` overrides (dotted keys), validates.
+    """Reads a recipe file, applies `key=value` overrides (dotted keys) and validates it.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, a key is unknown or a value is invalid; or it has
-            several stages and none is named.
+        UserError: the file is missing or is no YAML mapping, a key is unknown, or a value is invalid. Or the
+            file has several stages and no override picks one.
     """
     recipes = load_stages(path, overrides)
     if len(recipes) > 1:
@@ -33,12 +33,14 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Recipe]:
-    """The recipes of a file, in their order: one, or one for each key of its `stages`.
+    """Reads the recipes of a file, in order: one, or one for each key of its `stages`.
 
-    A stage's keys lie over those beside `stages`. Each writes to a folder of its name in `output_dir`, and
-    starts from the `encoder/` of the one before unless it says `model.path`. `stage=NAME` picks one.
-    `output_dir=` also moves a `model.path` that names an earlier stage's folder. `model.path=` is for the
-    first stage that runs, `data.pairs…=` for those that read pairs.
+    The keys of a stage override the keys beside `stages`. Each stage writes to a folder of its name in
+    `output_dir`. It starts from the `encoder/` of the stage before, unless it sets `model.path`.
+
+    The override `stage=NAME` picks one stage. `output_dir=` also changes a `model.path` that names an earlier
+    stage's folder. `model.path=` applies to the first stage that runs, `data.pairs…=` to the stages that read
+    pairs.
 
     Raises:
         UserError: as `load_recipe`.
@@ -50,7 +52,7 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Re
         return [parse_recipe(values, source=str(path))]
     stages = values.pop("stages")
     if not isinstance(stages, dict) or not stages or set(stages) - set(SECTIONS):
-        raise UserError(f"recipe {path}: `stages` must have keys out of {', '.join(SECTIONS)}")
+        raise UserError(f"recipe {path}: the keys of `stages` must be among {', '.join(SECTIONS)}")
     chosen = next((o.partition("=")[2] for o in reversed(given) if o.startswith("stage=")), None)
     if chosen is not None and chosen not in stages:
         raise UserError(f"recipe {path} has no stage {chosen!r}: it has {', '.join(stages)}")
@@ -64,13 +66,13 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Re
 
 
 def _is_for(override: str, stage: str, *, is_first: bool, stages: list[str]) -> bool:
-    """Is an override of a file's `stages` meant for this one?"""
+    """Returns whether an override applies to this stage of a file with `stages`."""
     key = override.partition("=")[0]
     if key == "model.path":
         return is_first
     if key == "data.pairs" or key.startswith("data.pairs."):
         readers = [name for name in stages if SECTIONS[name].reads_pairs]
-        return stage in readers or not readers  # where none reads them, the recipe says so
+        return stage in readers or not readers  # if no stage reads pairs, validation reports it
     section = key.partition(".")[0]
     return key != "stage" and (section not in SECTIONS or section == stage)
 
@@ -96,7 +98,7 @@ def _stage_values(
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """A new mapping: `above` where it has a key, section by section."""
+    """Returns a new mapping with the keys of both. `above` wins, section by section."""
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in below.items()}
     for key, value in above.items():
         old = result.get(key)
@@ -119,7 +121,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes the resolved recipe, every default filled in, so that the run can be repeated."""
+    """Writes the resolved recipe with every default filled in, so that the run can be repeated."""
     values = recipe.model_dump(mode="json")
     replace_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
@@ -128,7 +130,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Puts one `key=value` (dotted key, YAML value) into `values`.
 
     Raises:
-        UserError: no such form, or a key below a single value.
+        UserError: it is not of this form, or a parent of the key is a single value.
     """
     key, equals, text = override.partition("=")
     if key.startswith("-"):

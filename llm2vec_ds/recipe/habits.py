@@ -1,16 +1,16 @@
-"""Keys that other tools have taught people to type, and what says the same in a recipe.
+"""Keys of other tools, and what a recipe has instead.
 
 The tools are transformers' Trainer, peft, sentence-transformers, upstream `llm2vec`, and the trainers around
-them. The answer is what an error says behind the key; docs/recipe_keys.md has the table.
+them. The error for an unknown key shows the answer. docs/recipe_keys.md has the table.
 """
 
 from __future__ import annotations
 
 import difflib
 
-GLOBAL_BATCH = "`batch.global_batch_size`, texts of a step over all GPUs and accumulation steps"
-WARMUP = "`optimizer.warmup_steps`, in steps (theirs × `max_steps`)"
-PACKED = "nothing: texts are packed without padding"
+GLOBAL_BATCH = "`batch.global_batch_size`, the texts of one step over all GPUs and accumulation steps"
+WARMUP = "`optimizer.warmup_steps`, in steps (the ratio × `max_steps`)"
+PACKED = "nothing (texts are always packed, without padding)"
 LONGEST = "`data.max_tokens`"
 MODEL = "`model.path`"
 TEXTS = "`data.path`, a file, a folder or `hub:owner/name`"
@@ -21,7 +21,7 @@ FOUR_BITS = "`model.quantization: nf4`"
 PRECISION = "`model.precision`, bf16 or fp32"
 CHECKPOINT_STEPS = "`checkpoint.every_steps`"
 BEST = "`checkpoint.best_by`, a held-out metric such as loss"
-EVERY_STEP = "nothing: metrics.jsonl has every step"
+EVERY_STEP = "nothing (metrics.jsonl has every step)"
 WANDB = "the environment variable WANDB_PROJECT, with `monitor: wandb`"
 
 HABITS: dict[str, str] = {
@@ -34,13 +34,13 @@ HABITS: dict[str, str] = {
     "torch_dtype": PRECISION,
     "dtype": PRECISION,
     "bf16": "`model.precision: bf16`",
-    "fp16": "`model.precision: bf16` (or fp32): fp16 is not offered",
+    "fp16": "`model.precision: bf16` or fp32 (fp16 is not supported)",
     "load_in_4bit": FOUR_BITS,
-    "load_in_8bit": f"{FOUR_BITS}: 8 bits are not offered",
+    "load_in_8bit": f"{FOUR_BITS} (8 bits are not supported)",
     "gradient_checkpointing": "`model.activation_checkpointing`: none, selective or full",
-    "bidirectional": "`model.causal`, its opposite (false by default)",
+    "bidirectional": "`model.causal`, which is the opposite (default: false)",
     "pooling_mode": "`pooling`",
-    "torch_compile": "nothing: `model.fused_layers` is auto",
+    "torch_compile": "nothing (`model.fused_layers` is auto)",
     # LoRA
     "lora_r": "`adapter.rank`",
     "r": "`adapter.rank`",
@@ -64,8 +64,8 @@ HABITS: dict[str, str] = {
     "mini_batch_size": "`batch.micro_batch_tokens`, in tokens",
     "train_micro_batch_size_per_gpu": "`batch.micro_batch_tokens`, in tokens",
     "per_device_eval_batch_size": "`batch.micro_batch_tokens`, in tokens",
-    "gradient_accumulation_steps": "nothing: `batch.global_batch_size` texts run in parts of "
-    "`batch.micro_batch_tokens`",
+    "gradient_accumulation_steps": "nothing (`batch.global_batch_size` texts run in parts of "
+    "`batch.micro_batch_tokens`)",
     "num_train_epochs": "`epochs`",
     "num_epochs": "`epochs`",
     "stop_after_n_steps": "`max_steps`",
@@ -73,7 +73,7 @@ HABITS: dict[str, str] = {
     "group_by_length": PACKED,
     "packing": PACKED,
     "sample_packing": PACKED,
-    "dataloader_num_workers": "nothing: texts are tokenised once and read ahead",
+    "dataloader_num_workers": "nothing (texts are tokenised once, and batches are made ahead)",
     # the optimizer
     "learning_rate": "`optimizer.lr`",
     "optim": "`optimizer.name`",
@@ -107,12 +107,12 @@ HABITS: dict[str, str] = {
     "temperature": SCALE,
     # what is measured and kept
     "report_to": "`monitor`: tensorboard, wandb or csv",
-    "run_name": "the environment variable WANDB_NAME, with `monitor: wandb`; else the name of `output_dir`",
+    "run_name": "the environment variable WANDB_NAME, with `monitor: wandb` (default: the run folder's name)",
     "wandb_project": WANDB,
     "project": WANDB,
     "logging_steps": EVERY_STEP,
     "logging_strategy": EVERY_STEP,
-    "logging_dir": "nothing: `monitor/` in `output_dir`",
+    "logging_dir": "nothing (it is `monitor/` in `output_dir`)",
     "eval_steps": MEASURE,
     "eval_strategy": MEASURE,
     "evaluation_strategy": MEASURE,
@@ -121,8 +121,8 @@ HABITS: dict[str, str] = {
     "save_total_limit": "`checkpoint.keep_last`",
     "load_best_model_at_end": BEST,
     "metric_for_best_model": BEST,
-    "greater_is_better": "`checkpoint.lowest_is_best`, its opposite",
-    "resume_from_checkpoint": "`resume: true`, which finds the newest one in `output_dir`",
+    "greater_is_better": "`checkpoint.lowest_is_best`, which is the opposite",
+    "resume_from_checkpoint": "`resume: true`, which finds the newest checkpoint in `output_dir`",
     "overwrite_output_dir": "`overwrite`",
     "data_seed": "`seed`",
     "full_determinism": "`deterministic`",
@@ -130,11 +130,13 @@ HABITS: dict[str, str] = {
     "deepspeed_config": "`deepspeed`",
     "fsdp": "`deepspeed: ds_configs/zero3.json`, which splits the weights too",
 }
-"""By name, however deep in a recipe it is typed."""
+"""Answer by the key's name. The key may be typed at any depth of a recipe."""
 
 
 def answer_to(name: str) -> str | None:
-    """What says the same here; None: no habit that is known. `-` counts as `_`, capitals as small ones, and
-    a slip of a letter or two in a long name counts as none."""
+    """Returns what a recipe has instead of another tool's key, or None for an unknown name.
+
+    `-` equals `_`, and capitals equal small letters. One or two wrong letters in a long name do not matter.
+    """
     near = difflib.get_close_matches(name.lower().replace("-", "_"), HABITS, n=1, cutoff=0.92)
     return HABITS[near[0]] if near else None

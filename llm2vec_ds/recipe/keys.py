@@ -1,4 +1,4 @@
-"""The keys of a section: their documentation, and the nearest to one that does not exist."""
+"""The keys of a section: their documentation, and the nearest key to one that does not exist."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from llm2vec_ds.recipe.sections import Section
 
 
 def keys_of(section: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted key, default or type, meaning) of every key of a section and of those inside; of a section
-    itself where it can be null."""
+    """Returns (dotted key, default or type, meaning) of every key of a section and of its inner sections.
+
+    A section that can be null has a row of its own.
+    """
     rows = []
     for name, field in section.model_fields.items():
         inner, meaning = _section_at([name], section), " ".join((field.description or "").split())
@@ -29,7 +31,7 @@ def keys_of(section: type[Section], prefix: str = "") -> list[tuple[str, str, st
 
 
 def default_of(key: str, root: type[Section]) -> Any:
-    """Of a dotted key, as JSON has it; None where there is no such key or no default."""
+    """Returns the default of a dotted key as a JSON value. None: there is no such key or no default."""
     *parents, name = key.split(".")
     section = _section_at(parents, root)
     field = section.model_fields.get(name) if section else None
@@ -39,8 +41,11 @@ def default_of(key: str, root: type[Section]) -> Any:
 
 
 def unknown_key(location: list[str], root: type[Section]) -> str:
-    """What is wrong with a key at `location` that `root` does not have, and which it has: what says the same
-    as another tool's key, else the key of this name in another section, else the nearest."""
+    """Returns the error message for a key at `location` that `root` does not have.
+
+    It proposes the answer to another tool's key, else a key of this name in another section, else the nearest
+    key.
+    """
     key, name = ".".join(location), location[-1]
     if answer := answer_to(name):
         return f"unknown key `{key}`: set {answer}"
@@ -64,7 +69,7 @@ def _likeness(one: str, other: str) -> float:
 
 
 def section_given_a_value(location: list[str], value: Any, root: type[Section]) -> str:
-    """What is wrong with a single value at `location`, where `root` has a section."""
+    """Returns the error message for a single value at `location`, where `root` has a section."""
     key, section = ".".join(location), _section_at(location, root)
     first = f", such as `{key}.{next(iter(section.model_fields))}`" if section else ""
     return f"`{key}` is a section: set its keys{first} (got {value!r})"

@@ -1,6 +1,6 @@
-"""A recipe: what one training run does. Validated, unknown keys refused with the nearest.
+"""A recipe: what one training run does. It is validated. The error for an unknown key names the nearest one.
 
-The DeepSpeed JSON that `deepspeed` names holds ZeRO, offload and communication only; the trainer adds the
+The DeepSpeed JSON that `deepspeed` names holds only ZeRO, offload and communication. The trainer adds the
 rest from the recipe.
 """
 
@@ -42,7 +42,7 @@ class Recipe(Section):
     """One training run: a stage, its model, its data. `recipe_class` adds the section of the stage."""
 
     stage: str
-    """Which objective trains the model."""
+    """The objective that trains the model."""
     model: ModelConfig
     data: DataConfig
     output_dir: Place
@@ -51,33 +51,34 @@ class Recipe(Section):
     """True starts again in an `output_dir` that holds a run."""
     resume: bool | Literal["force"] = False
     """True goes on from the newest valid checkpoint in `output_dir`, or starts if there is none. `force` goes
-    on even if recipe, data or model have changed since (docs/checkpoints.md)."""
+    on even if recipe, data or model have changed (docs/checkpoints.md)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
-    """Fixes the order of the data, masking, dropout and the adapters' start."""
+    """Fixes the order of the data, masking, dropout and the initial adapters."""
     max_steps: Positive = 1000
     """Number of optimizer steps."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training texts, in place of `max_steps`. `max_steps` becomes this number times the
-    whole batches of all sources, rounded up. null: `max_steps` counts."""
+    """Passes over the training texts, instead of `max_steps`. It sets `max_steps` to this number times the
+    number of whole batches of all sources, rounded up. null: `max_steps` counts."""
     deepspeed: Place | None = None
     """Path of a DeepSpeed JSON (see ds_configs/). null: one process, or plain data parallelism."""
     step_timeout_s: Annotated[float, Field(ge=0)] = 1800.0
-    """A step, measurement or save that takes longer ends the run. The line names rank and step. 0: wait for
-    ever."""
+    """A step, measurement or save that takes longer ends the run. The error names rank and step. 0: no
+    limit."""
     deterministic: bool = False
-    """True takes only operations that give the same bits each time on a GPU, which is slower. A resumed run
-    then equals an undisturbed one exactly. On a CPU they always do, with the same number of threads."""
+    """True uses only GPU operations that give the same bits each time, which is slower. A resumed run then
+    equals an uninterrupted one exactly. On a CPU this always holds, for the same number of threads."""
     held_out_every_steps: Annotated[int, Field(ge=0)] = 0
     """Measure on `data.held_out_path` after this many steps. 0: at the start and at the end only."""
     monitor: Monitors = []  # noqa: RUF012  (pydantic copies it)
-    """Where metrics go beside metrics.jsonl, a word or a list: `tensorboard`, `wandb`, `csv`. Files lie under
-    `monitor/` of the run."""
+    """Where metrics go in addition to metrics.jsonl: `tensorboard`, `wandb`, `csv`, or a list of them. Files
+    are in `monitor/` of the run."""
     pooling: Literal["mean", "weighted_mean", "last", "eos", "bos"] = "mean"
-    """How token vectors become the text's vector. `mean` of its tokens, `weighted_mean` by position, its
-    `last` token, or the end (`eos`, which is added to each text) or the beginning (`bos`) of the sequence."""
+    """How token vectors become the text's vector. `mean`: the mean of the text's tokens. `weighted_mean`: the
+    mean weighted by position. `last`: the text's last token. `eos`: the end token, which is added to each
+    text. `bos`: the first token of the sequence."""
     pooled_tokens: Literal["text", "all"] = "text"
-    """What pooling sees. `text`: the text alone. `all`: instruction, template and special tokens too, as vLLM
-    and text-embeddings-inference pool (docs/serving.md)."""
+    """Which tokens are pooled. `text`: those of the text alone. `all`: also instruction, template and special
+    tokens, as vLLM and text-embeddings-inference do (docs/serving.md)."""
     adapter: AdapterConfig | None = AdapterConfig()
     """LoRA. `null` trains every weight of the trunk (full fine-tuning, docs/recipe.md)."""
     machine: MachineConfig = MachineConfig()
@@ -85,12 +86,12 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig | None = None
-    """Tasks measured during training; null: none."""
+    """Tasks to measure during training. null: none."""
 
     @model_validator(mode="before")
     @classmethod
     def _only_the_own_stage_section(cls, values: Any) -> Any:
-        """Drops empty sections of other stages, which old recipes hold, and fills in the own one."""
+        """Removes empty sections of other stages, which old recipes have. Adds the stage's own section."""
         if not isinstance(values, dict) or values.get("stage") not in list(SECTIONS):
             return values
         stage = values["stage"]
@@ -119,19 +120,19 @@ class Recipe(Section):
             return self
         if self.adapter is None:
             raise ValueError(
-                "model.quantization: nf4 holds frozen weights only: set adapter, or quantization: null"
+                "model.quantization: nf4 freezes all weights, so adapter: null leaves nothing to train: set "
+                "adapter, or quantization: null"
             )
         if self.adapter.variant == "pissa":
             raise ValueError(
-                "adapter.variant: pissa takes weights of 16 or 32 bits apart, nf4 has none: use lora, rslora "
-                "or dora"
+                "adapter.variant: pissa needs weights in 16 or 32 bits, not nf4: use lora, rslora or dora"
             )
         return self
 
     @model_validator(mode="after")
     def _pairs_are_not_split(self) -> Recipe:
         if self.data.pairs is not None and self.data.long_texts == "split":
-            raise ValueError("data.long_texts: split would part a query from its positive: use truncate")
+            raise ValueError("data.long_texts: split would separate a query from its positive: use truncate")
         return self
 
     @model_validator(mode="after")
@@ -151,19 +152,19 @@ class Recipe(Section):
         if warmup_steps <= self.max_steps:
             return None
         return (
-            f"optimizer.warmup_steps={warmup_steps} is over max_steps={self.max_steps}, so that the "
-            "learning rate would never reach optimizer.lr: lower it"
+            f"optimizer.warmup_steps={warmup_steps} is more than max_steps={self.max_steps}, so the learning "
+            "rate would never reach optimizer.lr: lower it"
         )
 
     def with_steps_of_epochs(self, steps_per_epoch: int) -> Recipe:
-        """`max_steps` as `epochs` says; the recipe itself where it does not.
+        """Returns the recipe with `max_steps` from `epochs`, or the recipe itself if `epochs` is null.
 
         Raises:
-            UserError: the warm-up is longer.
+            UserError: the warm-up is longer than `max_steps`.
         """
         if self.epochs is None:
             return self
-        # Rounded first, for 0.1 · 30 is 3.0000000000000004.
+        # Rounded first, because 0.1 · 30 is 3.0000000000000004 in floating point.
         n_steps = math.ceil(round(self.epochs * steps_per_epoch, 6))
         recipe = self.model_copy(update={"max_steps": max(1, n_steps)})
         if mistake := recipe._warm_up_mistake():
@@ -187,7 +188,7 @@ class Recipe(Section):
 
 
 def recipe_class(stage: str) -> type[Recipe]:
-    """`Recipe` with the section of a stage, under the stage's name.
+    """Returns the class `Recipe` with the section of a stage, under the stage's name.
 
     Raises:
         KeyError: no such stage.
@@ -202,12 +203,16 @@ def _with_section(stage: str, section: type[ObjectiveConfig]) -> type[Recipe]:
 
 
 def parse_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Validates; all mistakes in one UserError line."""
+    """Validates a recipe.
+
+    Raises:
+        UserError: one line with all mistakes.
+    """
     values = with_names_of_today(values, source)
     stage = values.get("stage")
     if "stage" in values and not (isinstance(stage, str) and stage in SECTIONS):
         known = ", ".join(SECTIONS)
-        raise UserError(f"{source}: `stage`: Input should be one of {known} (got {stage!r})")
+        raise UserError(f"{source}: `stage` must be one of {known} (got {stage!r})")
     parsed_by = recipe_class(stage) if stage is not None else Recipe
     try:
         return parsed_by.model_validate(values)
@@ -229,7 +234,7 @@ def _explain(mistake: Any, parsed_by: type[Recipe]) -> str:
 
 
 def documented_keys() -> list[tuple[str, str, str]]:
-    """(dotted key, default or type, meaning) of every recipe key, from the docstrings of the fields."""
+    """Returns (dotted key, default or type, meaning) of every recipe key. Meanings are the docstrings."""
     rows = keys_of(Recipe)
     for stage, section in SECTIONS.items():
         rows += keys_of(section, f"{stage}.")

@@ -1,4 +1,4 @@
-"""Keys of earlier versions: they are read as today's, and the log says so."""
+"""Keys of earlier versions. They still work, and the log names the new key."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ RENAMED = {"batch.max_tokens_per_micro_batch": "batch.micro_batch_tokens"}
 
 
 def with_names_of_today(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """`values`, with each former key under its name of today.
+    """Returns `values` with today's name for each former key.
 
     Raises:
-        UserError: a key stands there under both names.
+        UserError: `values` holds a key under both names.
     """
     for former, key in RENAMED.items():
         section, name = former.split(".")

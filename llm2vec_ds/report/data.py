@@ -1,4 +1,4 @@
-"""What folders hold that a report shows: training runs, scores, encoders."""
+"""Reads what a report shows from folders: training runs, scores, encoders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, int | float | dict[str, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its stage, a row for each step, rows of held-out measurements, its recipe's text."""
+    """One training run: its stage, a row per step, held-out measurements, and the text of its recipe."""
 
     name: str
     stage: str
@@ -28,7 +28,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores of mixtures of two encoders; `weights`: of the second."""
+    """Scores of mixtures of two encoders. `weights` are those of the second one."""
 
     name: str
     measured: str
@@ -41,9 +41,9 @@ class ReportData:
     """Everything that the given folders hold.
 
     Attributes:
-        scores: by metric, then by variant: one value a seed.
-        encoders: by name, folder or hub id, and whether causal attention is asked for.
-        facts: what to say about model, hardware and versions.
+        scores: by metric, then by variant: one value per seed.
+        encoders: by name: folder or hub id, and whether it should use causal attention.
+        facts: lines about model, hardware and versions.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -53,7 +53,7 @@ class ReportData:
     curves: list[Curve] = field(default_factory=list)
 
     def add_scores(self, variant: str, values: Mapping[str, Any]) -> None:
-        """Notes one seed's scores of a variant."""
+        """Adds one seed's scores of a variant."""
         for metric, value in values.items():
             if isinstance(value, (int, float)):
                 self.scores.setdefault(metric, {}).setdefault(variant, []).append(float(value))
@@ -113,7 +113,7 @@ def _run(data: ReportData, folder: Path, label: str, name: str = "") -> bool:
 
 @dataclass(frozen=True)
 class _Results:
-    """What an ablation's results.json has to say: scores by variant and seed, and how they were made."""
+    """The content of an ablation's results.json: scores by variant and seed, and how they were made."""
 
     scores: dict[str, dict[str, dict[str, float]]]
     model: str
@@ -181,7 +181,7 @@ class _Labels:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What scores.json has to say: of `evaluate mteb` the tasks, of `evaluate words` the rest."""
+    """The content of scores.json. `tasks` is from `evaluate mteb`, the other fields from `evaluate words`."""
 
     model: str
     tasks: dict[str, _Task] = field(default_factory=dict)
@@ -210,7 +210,7 @@ class _Mixture:
 
 @dataclass(frozen=True)
 class _Merge:
-    """What merge.json has to say."""
+    """The content of merge.json."""
 
     sources: list[str]
     weights: list[float]
@@ -235,6 +235,6 @@ def _merge(data: ReportData, folder: Path, label: str) -> bool:
 
 
 def _short(source: str) -> str:
-    """A run's name, for its `encoder/` too."""
+    """Returns a short name. For a run's `encoder/` it is the run's name."""
     path = Path(source)
     return path.parent.name if path.name == "encoder" else path.name

@@ -1,4 +1,4 @@
-"""A few sentences on known topics, written for this package: what an encoder makes of them."""
+"""A few sentences on known topics, written for this package, and what an encoder makes of them."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ TOPIC_OF = [topic for topic, sentences in TOPICS.items() for _ in sentences]
 
 @dataclass(frozen=True)
 class Examples:
-    """What an encoder makes of `SENTENCES`, in their order.
+    """An encoder's vectors of `SENTENCES`, as a map and as similarities.
 
     Attributes:
-        places: `[N, 2]`, their vectors (of length 1, centred) on their first two principal axes.
-        cosines: `[N, N]`.
+        places: `[N, 2]`, the vectors (of length 1, centred) on their first two principal axes.
+        cosines: `[N, N]`, the cosine of each two sentences.
     """
 
     places: np.ndarray

@@ -1,4 +1,4 @@
-"""A report's figures: drawn once, as SVG that takes the page's colours and as PNG."""
+"""Draws a report's figures as SVG in the page's colours, and as PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm2vec_ds.report.data import ReportData, Run
 from llm2vec_ds.report.example_sentences import SENTENCES, TOPIC_OF, TOPICS, Examples
 
 INK = "#010203"
-"""Stands for the page's text colour; replaced in SVG, so that one figure serves light and dark."""
+"""Placeholder for the page's text colour. The SVG gets the real one, so it suits light and dark pages."""
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#999999"]
 SIZE_INCHES = (5.2, 3.4)
 OVER_STEPS = {
@@ -28,7 +28,7 @@ OVER_STEPS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: `svg` for the page, `png` for elsewhere; `n_marks` points, bars or cells drawn."""
+    """One figure: `svg` for the page, `png` for other uses. `n_marks` counts its points, bars or cells."""
 
     name: str
     caption: str
@@ -42,7 +42,7 @@ class Figure:
 
 
 def figures_of(data: ReportData, examples: Mapping[str, Examples]) -> list[Figure]:
-    """All figures that the data give, in the page's order."""
+    """Draws all figures that the data give, in the page's order."""
     figures = _overview(data) + [_scores(metric, found) for metric, found in data.scores.items()]
     for stage in dict.fromkeys(run.stage for run in data.runs):
         runs = [run for run in data.runs if run.stage == stage]
@@ -67,7 +67,7 @@ def _overview(data: ReportData) -> list[Figure]:
 
 
 def _drawn(name: str, caption: str, draw: Callable[[Any], int]) -> Figure:
-    """A figure of one panel, which `draw` fills."""
+    """Draws a figure of one panel, which `draw` fills."""
     return _drawn_on(name, caption, lambda figure: draw(figure.subplots()), SIZE_INCHES)
 
 
@@ -129,7 +129,7 @@ def _over_steps(stage: str, key: str, runs: Sequence[Run]) -> Figure:
 
 
 def _measured_over_steps(runs: Sequence[Run]) -> list[str]:
-    """Metrics of held_out.jsonl that some run has measured at least twice; counts are none."""
+    """Returns the metrics of held_out.jsonl that some run measured at least twice. Leaves out counts."""
     rows = [[name for row in run.held_out for name in row] for run in runs]
     names = dict.fromkeys(name for of_run in rows for name in of_run)
     counts = ("step", "n_masked")
@@ -147,7 +147,7 @@ def _held_out(stage: str, metric: str, runs: Sequence[Run]) -> Figure:
 
 
 def _merged(measured: str, data: ReportData) -> Figure:
-    """A line for each two encoders that were mixed, from the first alone to the second alone."""
+    """Draws one line for each two mixed encoders, from the first alone to the second alone."""
     series = {c.name: (c.weights, c.scores) for c in data.curves if c.measured == measured}
 
     def draw(axes: Any) -> int:
@@ -160,7 +160,7 @@ def _merged(measured: str, data: ReportData) -> Figure:
 
 
 def _scores(metric: str, by_variant: Mapping[str, Sequence[float]]) -> Figure:
-    """A bar a variant: the mean over seeds; a dot a seed where there are several."""
+    """Draws one bar per variant, the mean over seeds. If there are several seeds, each gets a dot."""
 
     def draw(axes: Any) -> int:
         names, means = list(by_variant), [float(np.mean(values)) for values in by_variant.values()]

@@ -10,16 +10,16 @@ import numpy as np
 PANELS_PER_ROW = 4
 PANEL_INCHES, ROW_INCHES, NAMES_INCHES = 2.2, 0.27, 1.7
 LEAST_METRICS, LEAST_VARIANTS = 3, 3
-"""Fewer are easier to read one by one."""
+"""With fewer scores or variants there is no overview. Their own figures are easy to read."""
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
-"""By metric, then by variant: one value a seed."""
+"""Scores by metric, then by variant: one value per seed."""
 
 
 def chosen(scores: Scores) -> dict[str, Mapping[str, Sequence[float]]]:
-    """The scores to draw; empty if there are few.
+    """Returns the scores to draw. Empty if there are few.
 
-    Leaves out the second readings of a task (`pos, same_token`), which only explain the first (`pos`).
+    Leaves out second results of a task (`pos, same_token`), which only explain the first (`pos`).
     """
     main = {metric: found for metric, found in scores.items() if not _is_second(metric, scores)}
     variants = {variant for by_variant in main.values() for variant in by_variant}
@@ -39,9 +39,10 @@ def size_inches(scores: Scores) -> tuple[float, float]:
 
 
 def draw(figure: Any, scores: Scores, ink: str, colours: Sequence[str]) -> int:
-    """Fills an empty figure; returns the number of means drawn.
+    """Fills an empty figure. Returns the number of means drawn.
 
-    A large dot is the mean over seeds, a small dot is one seed. Dots, not bars: axes need not begin at 0.
+    A large dot is the mean over seeds, a small dot is one seed. Dots are better than bars here, because their
+    axes need not begin at 0.
     """
     n_columns = min(len(scores), PANELS_PER_ROW)
     n_rows = -(-len(scores) // n_columns)

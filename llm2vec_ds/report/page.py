@@ -1,4 +1,4 @@
-"""`llm2vec-ds report`: one HTML file that needs nothing else, and its figures as PNG."""
+"""`llm2vec-ds report`: writes one HTML file that needs no other file, and its figures as PNG."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--line); backgroun
 
 
 def write_report(folders: Sequence[Path], output: Path, *, with_examples: bool = True) -> list[Figure]:
-    """Writes `output` (HTML) and a folder of PNGs beside it, named after it; returns the figures.
+    """Writes `output` (HTML) and a folder of PNGs of the same name beside it. Returns the figures.
 
     Args:
-        with_examples: load each encoder for a map and a similarity matrix of example sentences.
+        with_examples: whether to load each encoder, for a map and a similarity matrix of example sentences.
 
     Raises:
-        UserError: a folder holds nothing to show, an encoder cannot be loaded, or `output` not be written.
+        UserError: a folder holds nothing to show, an encoder cannot be loaded, or `output` cannot be written.
     """
     data = read_folders(folders)
     pictures = output.with_suffix("")
@@ -69,7 +69,7 @@ def write_report(folders: Sequence[Path], output: Path, *, with_examples: bool =
 
 
 def _examples(data: ReportData, cache: Path) -> dict[str, Examples]:
-    """Of each encoder; kept, so that a second report loads no model."""
+    """Returns the examples of each encoder. They are stored, so a second report loads no model."""
     kept = _kept(cache)
     found = {}
     for name, (path, causal) in data.encoders.items():
@@ -84,18 +84,18 @@ def _examples(data: ReportData, cache: Path) -> dict[str, Examples]:
 
 
 def _kept(cache: Path) -> dict[str, tuple[list[list[float]], list[list[float]]]]:
-    """What an earlier report kept; nothing where that is damaged: it is made again."""
+    """Returns the examples that an earlier report stored. Returns nothing if they are damaged."""
     if not cache.exists():
         return {}
     try:
         return checked_json(cache.read_bytes(), dict[str, tuple[list[list[float]], list[list[float]]]])
     except ValueError as error:
-        log.warning("%s is damaged (%s): example sentences are encoded again", cache, error)
+        log.warning("%s is damaged (%s): encoding the example sentences again", cache, error)
         return {}
 
 
 def page(data: ReportData, figures: Sequence[Figure], folders: Sequence[str], with_examples: bool) -> str:
-    """The HTML file's text."""
+    """Returns the text of the HTML file."""
     title = f"LLM2Vec-DS: {', '.join(folders)}"
     parts = [f"<h1>{_text(title)}</h1>"]
     if data.scores:

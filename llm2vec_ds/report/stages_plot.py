@@ -1,4 +1,4 @@
-"""Pictures of what a run measured."""
+"""Draws the demo's scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METRICS = {"sts_spearman": "Similarity (Spearman's ρ)", "retrieval_ndcg_at_10":
 
 
 def plot_stages(metrics: dict[str, dict[str, float]], path: Path, title: str) -> None:
-    """One panel a metric, one bar for each LLM2Vec stage, as a PNG."""
+    """Writes a PNG with one panel per metric and one bar per LLM2Vec stage."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

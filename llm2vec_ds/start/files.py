@@ -1,6 +1,6 @@
-"""Recipes, DeepSpeed's JSONs and SLURM's scripts, for a person who has the package and no checkout.
+"""Copies recipes, DeepSpeed configs and SLURM scripts, for users who have the package but no checkout.
 
-A checkout has them at its top. setup.py puts the same files beside this module into the wheel.
+A checkout has them at its top level. For the wheel, setup.py puts the same files beside this module.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ README = "README.md"
 
 
 def shipped() -> dict[str, Path]:
-    """Each file by its path below the folder that it is written to.
+    """Returns each file by its path relative to the target folder.
 
     Raises:
-        UserError: the installation lacks them.
+        UserError: the installation lacks these files.
     """
     here = Path(__file__).resolve().parent
     for root in (here, here.parents[1]):
@@ -31,11 +31,11 @@ def shipped() -> dict[str, Path]:
 
 
 def write_to(folder: Path, *, overwrite: bool = False) -> list[str]:
-    """Writes what is not there yet; returns the paths below `folder` of what it wrote.
+    """Writes the files that are missing. Returns the paths of the written files, relative to `folder`.
 
     Raises:
-        UserError: a file is there and differs, unless `overwrite`; nothing is written then. Or it cannot be
-            written.
+        UserError: a file exists with other content and `overwrite` is False. Nothing is written then. Or a
+            file cannot be written.
     """
     contents = {name: file.read_bytes() for name, file in shipped().items()}
     with writing(folder):
@@ -44,7 +44,7 @@ def write_to(folder: Path, *, overwrite: bool = False) -> list[str]:
     if changed and not overwrite:
         shown = ", ".join(changed[:5]) + (", …" if len(changed) > 5 else "")
         raise UserError(
-            f"{folder} holds other content in {shown}: choose another folder, or replace it by --overwrite"
+            f"{folder} holds other content in {shown}: choose another folder, or replace it with --overwrite"
         )
     wanted = [name for name in contents if there.get(name) != contents[name]]
     for name in wanted:

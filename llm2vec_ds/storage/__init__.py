@@ -1,1 +1,1 @@
-"""How files and folders are written so that no work is lost: one lock, one folder that is replaced whole."""
+"""Writes files and folders so that no work is lost: locks, durable files, folders replaced as a whole."""

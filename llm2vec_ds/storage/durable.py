@@ -1,4 +1,4 @@
-"""Files and folders that survive a power cut: written, flushed to the disk, only then given their name."""
+"""Writes files and folders that survive a power cut. They get their name only after they are on the disk."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 RENAME_EXCHANGE, AT_FDCWD = 2, -100
-"""Of Linux (renameat2(2))."""
+"""Constants of Linux (renameat2(2))."""
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """The whole of `content` is on the disk when this returns."""
+    """Writes a file. All of `content` is on the disk when this returns."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         left = memoryview(content)
@@ -28,7 +28,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable; what the files hold is theirs to flush."""
+    """Makes the names in `folder` durable. It does not flush the content of the files."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,13 +37,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Atomic, and durable when this returns."""
+    """Renames a file or folder. This is atomic, and durable when it returns."""
     old.rename(new)
     sync_folder(new.parent)
 
 
 def sync_tree(folder: Path) -> None:
-    """Makes every file below `folder` durable, and every name."""
+    """Makes all files below `folder` durable, with their content and their names."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             path = Path(parent) / name
@@ -62,10 +62,10 @@ def _sync_file(path: Path) -> None:
 
 
 def exchange(new: Path, old: Path) -> None:
-    """Swaps two folders side by side, atomic and durable when this returns.
+    """Swaps two folders with the same parent. This is atomic, and durable when it returns.
 
-    Where the system or the file system cannot swap, three renames do it: killed between them, `old` is at
-    `aside_of(new)`.
+    If the system or the file system cannot swap, three renames do it. If the process is killed between them,
+    `old` is at `aside_of(new)`.
     """
     if not _exchanged(new, old):
         aside = aside_of(new)
@@ -76,12 +76,12 @@ def exchange(new: Path, old: Path) -> None:
 
 
 def aside_of(new: Path) -> Path:
-    """Where `exchange` puts the old folder for a moment."""
+    """Returns where `exchange` puts the old folder for a moment."""
     return new.with_name(f"{new.name}.old")
 
 
 def _exchanged(new: Path, old: Path) -> bool:
-    """False: this system cannot."""
+    """Swaps two folders in one operation. Returns False if this system cannot do that."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
@@ -95,42 +95,44 @@ def _exchanged(new: Path, old: Path) -> bool:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """The file holds its old content or the new one, never a part."""
+    """Replaces a file. At any moment it holds the old content or the new one, never a part."""
     new = unfinished_file(path)
     write_file(new, content)
     rename(new, path)
 
 
 def unfinished_file(path: Path) -> Path:
-    """Where `replace_file` writes, and what a kill leaves of it."""
+    """Returns the file that `replace_file` writes first. A killed process may leave it."""
     return path.with_name(f".{path.name}.new")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """The same of text."""
+    """Replaces a text file, as `replace_file`."""
     replace_file(path, text.encode())
 
 
 def replace_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """The same of a value that JSON can hold."""
+    """Replaces a JSON file, as `replace_file`."""
     replace_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def move_file(new: Path, place: Path) -> None:
-    """A finished file takes its place, whole, durable when this returns."""
+    """Moves a finished file to its place. This is atomic, and durable when it returns."""
     _sync_file(new)
     rename(new, place)
 
 
 def put_folder(unfinished: Path, place: Path) -> None:
-    """A finished folder takes its place in one move, durable when this returns; a folder that was there has
-    the unfinished one's name afterwards."""
+    """Moves a finished folder to its place in one step. This is durable when it returns.
+
+    If there was a folder at this place, it now has the name of the unfinished one.
+    """
     sync_tree(unfinished)
     (exchange if place.exists() else rename)(unfinished, place)
 
 
 def write_at(path: Path, content: bytes, offset: int, whence: int = os.SEEK_SET) -> int:
-    """Puts `content` at its place in a file, safe on the disk when this returns; returns where it ends."""
+    """Writes `content` at an offset in a file. It is on the disk when this returns. Returns where it ends."""
     with path.open("r+b") as file:
         file.seek(offset, whence)
         file.write(content)
@@ -140,7 +142,7 @@ def write_at(path: Path, content: bytes, offset: int, whence: int = os.SEEK_SET)
 
 
 def remove_folder(folder: Path) -> None:
-    """Under another name first, so that a folder that keeps its name is whole."""
+    """Removes a folder. Renames it first, so that a folder under its own name is always complete."""
     leaving = folder.with_name(f".removed-{folder.name}")
     rename(folder, leaving)
     shutil.rmtree(leaving)

@@ -1,4 +1,4 @@
-"""Short texts that are equal for equal contents: keys of what is kept, and hashes of what was written."""
+"""Keys of stored results and hashes of files. They are equal for equal contents."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ KEY_CHARACTERS = 24
 
 
 def key_of(*parts: Any, version: int) -> str:
-    """Key of a kept result: the same for the same parts and version of its format.
+    """Returns the key of a stored result. It is the same for the same parts and version.
 
     Args:
-        parts: what the result depends on; JSON must be able to hold them.
-        version: of the format, and of how the result is computed: raise it when either changes. Version 1
-            is not written into the key, because it is older than versions are.
+        parts: what the result depends on. JSON must be able to hold them.
+        version: version of the format and of the computation. Raise it when either changes. Keys of version 1
+            do not contain it, because such keys existed before versions did.
     """
     digest = json_sha256(list(parts))[:KEY_CHARACTERS]
     return digest if version == 1 else f"v{version}-{digest}"
 
 
 def json_sha256(value: Any) -> str:
-    """Of a value that JSON can hold; the order of keys does not count."""
+    """Returns the SHA-256 of a value that JSON can hold. The order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(file: Path) -> str:
-    """Of a file's content."""
+    """Returns the SHA-256 of a file's content."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def files_sha256(files: Iterable[Path]) -> str:
-    """Of the contents of several files in their order; their names do not count."""
+    """Returns one SHA-256 over the contents of several files, in order. Their names do not matter."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(bytes.fromhex(file_sha256(file)))
@@ -43,7 +43,7 @@ def files_sha256(files: Iterable[Path]) -> str:
 
 
 def files_in(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file in a folder; nothing where there is no folder."""
+    """Returns name, size and time of change of each file in a folder. Empty if there is no folder."""
     if not folder.is_dir():
         return []
     stats = [(file.name, file.stat()) for file in sorted(folder.iterdir())]

@@ -1,4 +1,6 @@
-"""A folder of files that are made once and used by many runs: complete or absent, and checked before use.
+"""A folder of files that are made once and used by many runs.
+
+It is complete or absent, and it is checked before use.
 
 .NAME.unfinished ─► filled, perhaps by several runs ─► manifest with SHA-256 ─► NAME
 """
@@ -26,10 +28,10 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Kept:
-    """What a kept folder says of itself.
+    """The manifest of a kept folder.
 
     Attributes:
-        files: relative to the folder, or absolute where they lie elsewhere.
+        files: paths relative to the folder, or absolute paths of files elsewhere.
         fingerprint: SHA-256 over their contents, in this order.
     """
 
@@ -38,11 +40,11 @@ class Kept:
 
 
 def keep(folder: Path, what: str, make: Callable[[Path], list[str]]) -> None:
-    """Makes the folder if it is not there yet, or damaged. One process does, the others wait.
+    """Makes the folder if it is missing or damaged. One process does this, the others wait.
 
     Args:
-        what: names it in messages.
-        make: fills an unfinished folder, which may hold what a killed run left; returns the files.
+        what: name of the folder in messages.
+        make: fills an unfinished folder and returns the files. The folder may hold files of a killed run.
 
     Raises:
         UserError: it cannot be written.
@@ -52,7 +54,7 @@ def keep(folder: Path, what: str, make: Callable[[Path], list[str]]) -> None:
         root.mkdir(parents=True, exist_ok=True)
         with held(root / f".{folder.name}.lock", f"{what} in {root}", wait=True):
             if folder.is_dir() and (damage := _damage_of(folder)):
-                log.warning("%s in %s: damaged (%s), made again", what, folder, damage)
+                log.warning("%s in %s: damaged (%s), making it again", what, folder, damage)
                 shutil.rmtree(folder)
             if not folder.is_dir():
                 unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -65,21 +67,25 @@ def keep(folder: Path, what: str, make: Callable[[Path], list[str]]) -> None:
 
 
 def read_kept(folder: Path) -> Kept:
-    """Raises UserError where the manifest is damaged or gone."""
+    """Reads the manifest of a kept folder.
+
+    Raises:
+        UserError: the manifest is damaged or missing.
+    """
     return read_json(folder / MANIFEST, Kept, f"remove {folder}, then prepare again")
 
 
 def _damage_of(folder: Path) -> str | None:
-    """What is wrong with a kept folder; None: nothing. Reads all of it."""
+    """Returns what is wrong with a kept folder, or None. Reads all of it."""
     try:
         kept = read_kept(folder)
         if _fingerprint(folder, kept.files) != kept.fingerprint:
-            return "its files are not those that were written"
+            return "its content has changed"
     except (UserError, OSError) as error:
         return str(error)
     return None
 
 
 def _fingerprint(folder: Path, files: list[str]) -> str:
-    # From two seconds on a bar is shown: large files take a while.
+    # Large files take a while, so a bar appears after two seconds.
     return files_sha256(folder / name for name in tqdm(files, desc="check", disable=None, delay=2))

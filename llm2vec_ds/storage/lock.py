@@ -1,8 +1,9 @@
-"""One writer at a time: a lock file that names its holder, for processes of one host and of several.
+"""A lock file that lets one process write at a time, on one host or on several. It names its holder.
 
-Only one process can make the file, on a shared file system too. Its holder also keeps an flock on it, which
-the system drops when the process ends. So a host knows which of its own locks are left over. Of another host
-only SLURM can tell: it has started the same job again, or the holder's job does not run any more.
+Only one process can create the file, also on a shared file system. The holder also keeps an flock on it,
+which the system drops when the process ends. So a host knows which of its own locks are left over. For a lock
+of another host, only SLURM can tell: either it has started the same job again, or the holder's job no longer
+runs.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from llm2vec_ds.storage.reading import checked_json
 log = logging.getLogger(__name__)
 
 NAMELESS_WAIT_S = 1.0
-"""A process writes its name into the file that it has just made long before this."""
+"""Seconds to wait for the holder's name in a lock file. A process writes it right after creating the file."""
 WAIT_S = 0.2
-"""Between two looks at a lock that another process holds."""
+"""Seconds between two checks of a lock that another process holds."""
 BEGINNING = '{"host": "'
 SQUEUE_WAIT_S = 30
 WORKING = {
@@ -42,13 +43,13 @@ WORKING = {
     "RESIZING",
     "STAGE_OUT",
 }
-"""States of a SLURM job whose processes may be there; a pending one's are not."""
+"""States of a SLURM job that may have running processes. A pending job has none."""
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock. `job`, `restarts` and `cluster` are SLURM's, where it started the process."""
+    """The process that holds a lock. `job`, `restarts` and `cluster` are set if SLURM started it."""
 
     host: str
     pid: int
@@ -70,7 +71,7 @@ class Holder:
 
     @classmethod
     def parse(cls, text: str) -> Holder | None:
-        """None: the text is not what a holder writes."""
+        """Reads what a holder wrote. Returns None for any other text."""
         try:
             return checked_json(text.encode(), cls)
         except ValueError:
@@ -82,10 +83,10 @@ class Holder:
 
 
 class Busy(UserError):
-    """Another process works there.
+    """Another process holds the lock.
 
     Attributes:
-        is_alive: it is known to run.
+        is_alive: it is known that this process is running.
     """
 
     def __init__(self, message: str, *, is_alive: bool) -> None:
@@ -95,14 +96,14 @@ class Busy(UserError):
 
 @contextmanager
 def held(file: Path, what: object, *, wait: bool = False) -> Iterator[None]:
-    """Holds the lock `file` over `what`; its folder must be there.
+    """Holds the lock `file` for `what`. The folder of the file must exist.
 
     Args:
-        wait: for a process that holds it and is known to run.
+        wait: whether to wait for a holder that is known to be running.
 
     Raises:
-        Busy: another process holds it, or may do so on another host; names it.
-        UserError: the file cannot be made.
+        Busy: another process holds the lock, or may hold it on another host. The message names it.
+        UserError: the file cannot be created.
     """
     with writing(what):
         descriptor = _acquire_patiently(file, what) if wait else _acquire(file, what)
@@ -121,7 +122,7 @@ def _acquire_patiently(file: Path, what: object) -> int:
             if not busy.is_alive:
                 raise
             if not waiting:
-                log.info("%s: waiting for another process that works there", what)
+                log.info("%s: waiting for another process that uses it", what)
         waiting = True
         time.sleep(WAIT_S)
 
@@ -132,12 +133,12 @@ def _acquire(file: Path, what: object) -> int:
         try:
             if (is_ours := _flock(descriptor)) is False:
                 raise _busy(file, what, _read(descriptor), is_alive=True)
-            if not _is_at(file, descriptor):  # its holder has removed it in between
+            if not _is_at(file, descriptor):  # the holder removed the file after we opened it
                 os.close(descriptor)
                 continue
             if not is_new:
                 _take_over(file, descriptor, what, has_flock=bool(is_ours))
-        except BaseException:  # the file stays: another process may hold it, even where this one made it
+        except BaseException:  # the file stays, because another process may hold it even if we created it
             os.close(descriptor)
             raise
         try:
@@ -149,19 +150,19 @@ def _acquire(file: Path, what: object) -> int:
 
 
 def _open(file: Path) -> tuple[int, bool]:
-    """The file, and whether this process made it."""
+    """Opens the file. Also returns whether this process created it."""
     while True:
         try:
             return os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         except FileExistsError:
             try:
                 return os.open(file, os.O_RDWR), False
-            except FileNotFoundError:  # it has just been released
+            except FileNotFoundError:  # its holder has just released it
                 continue
 
 
 def _flock(descriptor: int) -> bool | None:
-    """Whether this process has the flock now; None: the file system has none."""
+    """Returns whether this process now has the flock. None: the file system has no flock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -174,10 +175,10 @@ def _flock(descriptor: int) -> bool | None:
 
 
 def _take_over(file: Path, descriptor: int, what: object, *, has_flock: bool) -> None:
-    """Returns if the file's holder is known to have ended.
+    """Checks that the file's holder has ended.
 
     Raises:
-        UserError: it is not.
+        Busy: it may still be running.
     """
     text = _read(descriptor)
     if Holder.parse(text) is None:
@@ -185,19 +186,19 @@ def _take_over(file: Path, descriptor: int, what: object, *, has_flock: bool) ->
         text = _read(descriptor)
     holder, own = Holder.parse(text), Holder.this_process()
     if holder is None:
-        ended: bool | None = has_flock and _is_begun(text)  # killed before it could write its name
+        ended: bool | None = has_flock and _is_begun(text)  # it was killed before it wrote its name
     elif holder.host == own.host:
         ended = has_flock or not _is_running(holder.pid)
     else:
         ended = _slurm_has_ended(holder, own)
     if not ended:
-        is_alive = holder is not None and holder.host != own.host and ended is False  # so says SLURM
+        is_alive = holder is not None and holder.host != own.host and ended is False  # SLURM says so
         raise _busy(file, what, text, is_alive=is_alive)
     log.info("%s: taking over from %s, which has ended", what, holder or "a process")
 
 
 def _slurm_has_ended(holder: Holder, own: Holder) -> bool | None:
-    """Whether the holder's job, of this cluster, has ended; None where SLURM cannot say."""
+    """Returns whether the holder's job in this cluster has ended. None: SLURM cannot tell."""
     if holder.job is None or own.job is None or holder.cluster != own.cluster:
         return None
     if holder.job == own.job:
@@ -207,13 +208,13 @@ def _slurm_has_ended(holder: Holder, own: Holder) -> bool | None:
         asked = subprocess.run(line, capture_output=True, text=True, timeout=SQUEUE_WAIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if asked.returncode:  # a job is forgotten some minutes after its end
+    if asked.returncode:  # SLURM forgets a job some minutes after its end
         return True if "Invalid job id" in asked.stderr else None
     return not set(asked.stdout.split()) & WORKING
 
 
 def _is_begun(text: str) -> bool:
-    """Is it the beginning, or nothing, of what a holder writes?"""
+    """Returns whether the text is empty or the beginning of what a holder writes."""
     return text[: len(BEGINNING)] == BEGINNING[: len(text)]
 
 
@@ -224,10 +225,10 @@ def _is_running(pid: int) -> bool:
 
 
 def _busy(file: Path, what: object, text: str, *, is_alive: bool) -> Busy:
-    holder = Holder.parse(text) or "a process that has not said its name"
+    holder = Holder.parse(text) or "a process without a name"
     doubt = "" if is_alive else f". If that process has ended, remove {file} and run this again"
     return Busy(
-        f"{what}: another process works there ({holder}): wait for it, or choose another place{doubt}",
+        f"{what}: another process is using it ({holder}): wait for it, or choose another place{doubt}",
         is_alive=is_alive,
     )
 
@@ -253,7 +254,7 @@ def _release(file: Path, descriptor: int) -> None:
     try:
         if _is_at(file, descriptor):
             file.unlink()
-    except OSError as error:  # the work is done, and the next process finds that this one has ended
+    except OSError as error:  # no harm: the work is done, and the next process sees that this one has ended
         log.warning("%s cannot be removed: %s", file, error.strerror)
     finally:
         os.close(descriptor)

@@ -1,9 +1,9 @@
-"""A folder that is replaced as a whole: nothing of others in it is lost, and it is never there in part.
+"""Replaces an output folder as a whole. It is never there in part, and files of others in it are not lost.
 
-    .NAME.unfinished-RANDOM ─► written, flushed to the disk ─► takes the place of NAME in one move
+    .NAME.unfinished-RANDOM ─► written, flushed to the disk ─► replaces NAME in one step
 
-A manifest in the folder lists the files that were written. When the folder is replaced, only these go; what
-others have put beside them is taken along. A folder without a manifest is not touched at all.
+A manifest in the folder lists the files that this toolkit wrote. Only these are replaced. All other files
+move to the new folder. A folder without a manifest is never changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "llm2vec_ds_files.json"
 FORMAT_VERSION = 1
-# Version 0.1 wrote no manifest. Its folders have this file with a version in it, and files of these names.
+# Version 0.1 wrote no manifest. Its folders have a settings file with a version, and files of these names.
 SETTINGS_OF_0_1 = "llm2vec_ds.json"
 FILES_OF_0_1 = (
     "config.json",
@@ -54,7 +54,7 @@ FILES_OF_0_1 = (
 
 @dataclass(frozen=True)
 class Manifest:
-    """What MANIFEST holds: `files`, relative to the folder."""
+    """The content of MANIFEST. `files` are relative to the folder."""
 
     format_version: int
     llm2vec_ds_version: str
@@ -63,16 +63,19 @@ class Manifest:
 
 @contextmanager
 def replaced_folder(folder: Path, what: str, sources: Iterable[Path] = ()) -> Iterator[Path]:
-    """Gives an empty folder to write into. When the block ends, it takes the place of `folder` in one move:
-    killed at any moment, `folder` is the old one or the new one, whole. What an earlier kill left is removed.
+    """Yields an empty folder to write into. At the end of the block it replaces `folder` in one step.
+
+    If the process is killed at any moment, `folder` is the complete old one or the complete new one.
+    Leftovers of an earlier kill are removed.
 
     Args:
-        what: names the folder in messages.
-        sources: what the content is made from; `folder` must not hold it.
+        what: name of the folder in messages.
+        sources: what the content is made from. `folder` must not contain it.
 
     Raises:
-        UserError: as `check_replaceable`; or the new folder has a file where the old one has another's.
-        OSError: it cannot be written.
+        UserError: as `check_replaceable`. Or a new file has the name of a file that this toolkit did not
+            write.
+        OSError: the folder cannot be written.
     """
     place = check_replaceable(folder, what, sources)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -88,22 +91,22 @@ def replaced_folder(folder: Path, what: str, sources: Iterable[Path] = ()) -> It
                 _take_along(place, unfinished, what)
             put_folder(unfinished, place)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)  # after the exchange: the old folder
+            shutil.rmtree(unfinished, ignore_errors=True)  # after the swap this is the old folder
 
 
 def check_replaceable(folder: Path, what: str, sources: Iterable[Path] = ()) -> Path:
-    """The folder's own place, without symbolic links; it may be written or replaced.
+    """Checks that a folder may be written or replaced. Returns its path without symbolic links.
 
     Raises:
-        UserError: it holds nothing that this toolkit wrote, or the sources, the current folder or a home; or
-            it is no folder, or one that cannot be moved.
+        UserError: it contains the sources, the current folder or the home folder. Or it has files, but none
+            of this toolkit. Or it is no folder, or one that cannot be moved.
     """
     place = resolved(folder, what)
     if place.exists() and not place.is_dir():
         raise UserError(f"{what} is a file: name a folder")
     if place == Path(place.anchor):
         raise UserError(f"{what} is the root of the file system: name a folder in it")
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111  (Path.home() raises where the user has none)
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111  (Path.home() raises if the user has none)
     for inside, name in ((home, "your home folder"), (Path.cwd(), "the folder you are in")):
         if _holds(place, inside.resolve()):
             raise UserError(f"{what} is or holds {name}: name a folder in it")
@@ -111,21 +114,21 @@ def check_replaceable(folder: Path, what: str, sources: Iterable[Path] = ()) -> 
         raise UserError(f"{what} is a mount point, which cannot be replaced: name a folder in it")
     for source in sources:
         if _holds(place, source.resolve()):
-            raise UserError(f"{what} holds {source}, which is read: choose another folder")
+            raise UserError(f"{what} holds {source}, which is an input: choose another folder")
     if place.exists() and any(place.iterdir()) and not written_files(place):
         raise UserError(
-            f"{what} holds files, and no encoder or export of this toolkit: choose another folder, or move "
-            "what is in it"
+            f"{what} holds files, but no encoder or export of this toolkit: choose another folder, or move "
+            "these files away"
         )
     return place
 
 
 def check_no_foreign(folder: Path, what: str, names: Iterable[str], marks: Iterable[str]) -> None:
-    """For a folder that is worked in and not replaced: files in it are written over only where they are ours.
+    """Checks that files of others in a folder are not overwritten. The folder itself is not replaced.
 
     Args:
-        names: what is written into it.
-        marks: one of these is in every folder that was written by the same command.
+        names: files that will be written into it.
+        marks: every folder that the same command wrote has one of these.
 
     Raises:
         UserError: it holds one of `names`, and none of `marks`.
@@ -133,23 +136,27 @@ def check_no_foreign(folder: Path, what: str, names: Iterable[str], marks: Itera
     found = [name for name in names if (folder / name).exists()]
     if found and not any((folder / mark).exists() for mark in marks):
         raise UserError(
-            f"{what} holds {found[0]}, which would be written over: choose another folder, or move it away"
+            f"{what} holds {found[0]}, which would be overwritten: choose another folder, or move it away"
         )
 
 
 def check_reads_no_output(outputs: Iterable[Path], inputs: Iterable[Path], what: str) -> None:
-    """Raises UserError where an output is one of the inputs, also by another name."""
+    """Checks that no output is one of the inputs, also under another name.
+
+    Raises:
+        UserError: an output is an input.
+    """
     read = [path for path in inputs if path.exists()]
     for output in outputs:
         if output.exists() and any(path.samefile(output) for path in read):
-            raise UserError(f"{what} would write over {output}, which it reads: choose another output")
+            raise UserError(f"{what} would overwrite {output}, which is an input: choose another output")
 
 
 def resolved(path: Path, what: str) -> Path:
-    """Absolute, with `~` expanded, and without symbolic links.
+    """Returns the absolute path, with `~` expanded and without symbolic links.
 
     Raises:
-        UserError: there is no such user, or links lead in a circle.
+        UserError: there is no such user, or the links form a circle.
     """
     try:
         return path.expanduser().resolve()
@@ -158,13 +165,13 @@ def resolved(path: Path, what: str) -> Path:
 
 
 def written_files(folder: Path) -> set[str]:
-    """Files that this toolkit wrote into the folder, relative to it; none if there is no manifest."""
+    """Returns the files that this toolkit wrote into the folder, relative to it. None without a manifest."""
     try:
         manifest = checked_json((folder / MANIFEST).read_bytes(), Manifest)
     except FileNotFoundError:
         return _files_of_0_1(folder)
     except (OSError, ValueError) as error:
-        log.warning("%s is damaged (%s): the folder counts as another's", folder / MANIFEST, error)
+        log.warning("%s is damaged (%s): treating the folder as not ours", folder / MANIFEST, error)
         return set()
     return {name for name in manifest.files if _is_inside(name)} | {MANIFEST}
 
@@ -195,7 +202,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _take_along(old: Path, new: Path, what: str) -> None:
-    """Others' files in the old folder get a second name in the new one, so that no moment lacks them."""
+    """Links files of others from the old folder into the new one. So they exist at every moment."""
     own = written_files(old)
     for path in sorted(old.rglob("*")):
         name = path.relative_to(old)
@@ -204,7 +211,7 @@ def _take_along(old: Path, new: Path, what: str) -> None:
         target = new / name
         if os.path.lexists(target):
             raise UserError(
-                f"{what} holds {name}, which this toolkit did not write, and would replace it: move it away"
+                f"{what} holds {name}, which this toolkit did not write but would replace: move it away"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(path, target)
@@ -221,25 +228,25 @@ def _link(path: Path, target: Path) -> None:
 
 
 def _recover(place: Path) -> None:
-    """Puts right what killed processes left beside `place`."""
+    """Cleans up what killed processes left beside `place`."""
     name = glob.escape(place.name)
     for lock in place.parent.glob(f".{name}.unfinished-*.lock"):
         left = lock.with_suffix("")
         aside = aside_of(left)
-        with suppress(UserError), held(lock, left):  # else its process still works
+        with suppress(UserError), held(lock, left):  # if this fails, its process is still running
             if aside.exists() and not place.exists():
                 rename(aside, place)
             for folder in (left, aside):
                 if folder.exists():
                     shutil.rmtree(folder)
-                    log.info("%s removed, which a process that was killed had left", folder)
+                    log.info("removed %s, which a killed process had left", folder)
     for left in place.parent.glob(f".{name}.*"):  # of version 0.1
         if re.fullmatch(r"\.[0-9a-f]{8}", left.name.removeprefix(f".{place.name}")) and _is_of_0_1(left):
             shutil.rmtree(left)
-            log.info("%s removed, which a process that was killed had left", left)
+            log.info("removed %s, which a killed process had left", left)
 
 
 def _is_of_0_1(folder: Path) -> bool:
-    """Does it hold nothing but what version 0.1 wrote?"""
+    """Returns whether the folder holds only files of version 0.1."""
     known = {file for pattern in FILES_OF_0_1 for file in folder.glob(pattern)}
     return folder.is_dir() and all(path in known for path in folder.rglob("*") if not path.is_dir())

@@ -1,4 +1,4 @@
-"""JSON and YAML that may be damaged: what is wrong is an error with a cause, however it is wrong."""
+"""Reads JSON and YAML that may be damaged. Every kind of damage becomes an error that names the cause."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from llm2vec_ds.errors import UserError
 
 T = TypeVar("T")
 
-TOO_DEEP = "it is nested too deep"
+TOO_DEEP = "it is nested too deeply"
 MERGE = "tag:yaml.org,2002:merge"
-"""`<<`, which may stand in a mapping more than once."""
+"""The tag of `<<`, which may occur in a mapping more than once."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value that `text` holds.
+    """Returns the value of a JSON text.
 
     Raises:
-        ValueError: no JSON, no Unicode, or nested deeper than Python can follow.
+        ValueError: it is no JSON or no Unicode, or is nested too deeply for Python.
     """
     try:
         return json.loads(text)
@@ -32,10 +32,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that `text` holds.
+    """Returns the value of a YAML text.
 
     Raises:
-        ValueError: no YAML, nested deeper than Python can follow, or a mapping that has a key twice.
+        ValueError: it is no YAML, is nested too deeply for Python, or has a key twice in a mapping.
     """
     import yaml
 
@@ -49,7 +49,7 @@ def parse_yaml(text: str) -> Any:
 
 @cache
 def _unique_keys() -> Any:
-    """PyYAML's safe loader, which by itself takes the last of equal keys and says nothing."""
+    """Returns a safe loader that rejects a repeated key. PyYAML's own silently takes the last one."""
     import yaml
 
     class UniqueKeys(yaml.SafeLoader):
@@ -60,7 +60,7 @@ def _unique_keys() -> Any:
                     continue
                 line = key.start_mark.line + 1
                 if first := lines.get(key.value):
-                    raise yaml.YAMLError(f"`{key.value}` is there twice, in lines {first} and {line}")
+                    raise yaml.YAMLError(f"`{key.value}` occurs twice, in lines {first} and {line}")
                 lines[key.value] = line
             return super().construct_mapping(node, deep)
 
@@ -68,13 +68,13 @@ def _unique_keys() -> Any:
 
 
 def read_json(file: Path, shape: type[T], remedy: str) -> T:
-    """What a JSON file holds, as the type `shape`; no value is converted to it.
+    """Reads a JSON file as the type `shape`. Values are not converted to it.
 
     Args:
         remedy: what the user can do about a damaged file.
 
     Raises:
-        UserError: the file cannot be read, is no JSON, or holds something of another shape.
+        UserError: the file cannot be read, is no JSON, or its value has another shape.
     """
     try:
         return checked_json(file.read_bytes(), shape)
@@ -86,11 +86,15 @@ def read_json(file: Path, shape: type[T], remedy: str) -> T:
 
 
 def read_json_lines(file: Path, shape: type[T], remedy: str) -> Iterator[T]:
-    """A value of the type `shape` for each line; a last one that is cut off is left out: whoever writes the
-    file is not done, or was killed.
+    """Yields a value of the type `shape` for each line.
+
+    A last line that is cut off is left out. Its writer is not done, or was killed.
+
+    Args:
+        remedy: what the user can do about a damaged file.
 
     Raises:
-        UserError: the file cannot be read, or another line is damaged; `remedy` says what to do.
+        UserError: the file cannot be read, or another line is damaged.
     """
     try:
         lines = file.read_bytes().splitlines(keepends=True)
@@ -106,10 +110,10 @@ def read_json_lines(file: Path, shape: type[T], remedy: str) -> Iterator[T]:
 
 
 def checked_json(text: bytes, shape: type[T]) -> T:
-    """The value that `text` holds, as the type `shape`; no value is converted to it.
+    """Returns the value of a JSON text as the type `shape`. Values are not converted to it.
 
     Raises:
-        ValueError: no JSON, nested too deep, or of another shape; one line.
+        ValueError: it is no JSON, is nested too deeply, or has another shape. The message is one line.
     """
     try:
         value: T = _adapter(shape).validate_json(text, strict=True)  # type: ignore[arg-type]
@@ -120,12 +124,12 @@ def checked_json(text: bytes, shape: type[T]) -> T:
 
 @cache
 def _adapter(shape: Any) -> TypeAdapter[Any]:
-    """Building one costs as much as reading a long line."""
+    """Returns the type's adapter. It is cached, because building one costs as much as reading a long line."""
     return TypeAdapter(shape)
 
 
 def explain(mistake: Any) -> str:
-    """One of pydantic's mistakes in a few words."""
+    """Returns one of pydantic's mistakes in a few words."""
     key = ".".join(str(part) for part in mistake["loc"])
     said = mistake["msg"].removeprefix("Value error, ")
     return f"`{key}`: {said}" if key else said

@@ -1,4 +1,4 @@
-"""A folder of long work that a killed run left and another goes on with: whose it is, and safe writing."""
+"""A folder for long work. If a run is killed, the next one continues with what the folder holds."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LOCK, KEY = "lock", "key"
 
 @contextmanager
 def work_folder(folder: Path, key: str) -> Iterator[None]:
-    """Makes `folder`, or goes on with what is in it; empties it first where it was begun under another key.
+    """Creates `folder`, or continues with its content. Empties it first if it belongs to another key.
 
     Raises:
-        UserError: another process works in it.
+        UserError: another process is using it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / LOCK, folder):
@@ -32,10 +32,10 @@ def _empty_unless_same(folder: Path, key: str) -> None:
     file = folder / KEY
     left = file.read_text(encoding="utf-8", errors="replace") if file.exists() else None
     if left == key:
-        log.info("%s: going on with what an earlier run left", folder)
+        log.info("%s: continuing what an earlier run began", folder)
         return
     if left is not None:
-        log.info("%s: left by a run of other options, texts or model: starting again", folder)
+        log.info("%s: an earlier run had other options, texts or another model: starting again", folder)
     for old in folder.iterdir():
         if old.name != LOCK:
             old.unlink()

@@ -1,8 +1,8 @@
-"""Vectors of a file of texts, into one file or into shards of a folder; killed, it goes on where it stopped.
+"""Writes the vectors of a file of texts into one file, or into shards of a folder.
 
     texts ─► work folder: vectors.npy grows block by block, a note says how far ─► .npy, .jsonl or .parquet
 
-Neither texts nor vectors need to fit in memory.
+A killed run continues where it stopped. Texts and vectors need not fit in memory.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ log = logging.getLogger(__name__)
 
 STDIN = "-"
 FORMAT_VERSION = 2
-"""Of files of vectors, and of how texts become vectors."""
+"""Version of the file format, and of the way texts become vectors."""
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What is encoded, and how; all of it shapes the vectors but `micro_batch_tokens`."""
+    """What to encode, and how. All options but `micro_batch_tokens` change the vectors."""
 
     model: str
     input: str
@@ -69,22 +69,22 @@ class EncodeOptions:
 
     @property
     def bad_rows(self) -> str:
-        """A row that is not what its format says is a bad text."""
+        """What to do with a row that breaks its format. It is treated as a bad text."""
         return "skip" if self.bad_texts == "nan" else "raise"
 
     def key(self, source: Source) -> str:
-        """Changes with all that the vectors depend on; of a model's files with their sizes and times."""
+        """Returns a key of all that the vectors depend on. A model counts by size and time of its files."""
         values = asdict(self)
         del values["micro_batch_tokens"]
-        if self.stored == "float32":  # which it always was, before there was a choice
+        if self.stored == "float32":  # keys from before this option existed stay the same
             del values["stored"]
         files, on_cuda = files_in(Path(self.model)), torch.cuda.is_available()
         return key_of(values, source.identity(), files, on_cuda, version=FORMAT_VERSION)
 
     def key_of_version_1(self, source: Source, toolkit: str) -> str:
-        """That of a version `toolkit` whose keys had no version."""
+        """Returns the key that version `toolkit` would use. Its keys had no format version."""
         values = asdict(self)
-        values["batch_tokens"] = values.pop("micro_batch_tokens") or CPU_TOKENS  # name and default then
+        values["batch_tokens"] = values.pop("micro_batch_tokens") or CPU_TOKENS  # the old name and default
         del values["stored"]
         parts = [toolkit, values, source.identity(), files_in(Path(self.model)), torch.cuda.is_available()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
@@ -92,7 +92,7 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """Where vectors go: a file, or a shard of a folder in one of VECTOR_FORMATS."""
+    """Where the vectors go: a file, or a shard in a folder, in one of VECTOR_FORMATS."""
 
     path: Path
     shard: Shard = field(default_factory=Shard)
@@ -100,10 +100,10 @@ class Target:
 
     @classmethod
     def of(cls, output: Path, shard: str | None, suffix: str) -> Target:
-        """From the command line: a file's name says its format, a folder's files are of `suffix`.
+        """Reads the target from the command line. A file's name gives its format, `suffix` that of a folder.
 
         Raises:
-            UserError: an unknown format, or a shard of a single file.
+            UserError: the format is unknown, or there is a shard but `output` is a file.
         """
         if suffix not in VECTOR_FORMATS:
             known = ", ".join(f[1:] for f in VECTOR_FORMATS)
@@ -111,7 +111,9 @@ class Target:
         parsed = Shard.parse(shard) if shard is not None else Shard()
         if output.suffix in VECTOR_FORMATS and not output.is_dir():
             if shard is not None:
-                raise UserError(f"--shard needs a folder, --output {output} is a file: drop {output.suffix}")
+                raise UserError(
+                    f"--shard needs a folder, but --output {output} is a file: leave out {output.suffix}"
+                )
             return cls(output, suffix=output.suffix)
         if output.suffix and not output.is_dir() and shard is None:
             raise UserError(f"--output {output} must end in {', '.join(VECTOR_FORMATS)}, or name a folder")
@@ -119,10 +121,11 @@ class Target:
 
 
 def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = False) -> Path:
-    """Writes the target's vectors and their note; finished ones of the same options are left alone.
+    """Writes the target's vectors and their note. A finished target with the same options stays as it is.
 
     Raises:
-        UserError: a wrong option or input, an output of other options, or one that cannot be written.
+        UserError: an option or the input is wrong, or the output belongs to other options or cannot be
+            written.
     """
     _check_stored(options, target)
     file = target.path
@@ -138,7 +141,7 @@ def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = Fal
         if file.exists() and not overwrite:
             note = VectorNote.read(file)
             if note is not None and note.key == key:
-                log.info("%s: done already, left alone", file)
+                log.info("%s: already done, nothing to do", file)
                 return file
             raise UserError(f"--output {file} exists: choose another, or give --overwrite")
         with work_folder(folder, f"{key} {target.shard}"):
@@ -152,11 +155,11 @@ def _check_stored(options: EncodeOptions, target: Target) -> None:
     if options.stored != "float32" and target.suffix != ".npy":
         raise UserError(f"--store {options.stored} is for .npy files, not for {target.suffix}: use .npy")
     if options.stored == "binary" and options.bad_texts == "nan":
-        raise UserError("--store binary cannot say that a text has no vector: use int8, or --bad-texts raise")
+        raise UserError("--store binary cannot mark a text without vector: use int8, or --bad-texts raise")
 
 
 def _key(options: EncodeOptions, source: Source, target: Target) -> str:
-    """Today's, or that of version 1 where these very shards were begun with it: all shards have one key."""
+    """Returns today's key, or that of version 1 if these shards began with it. All shards need one key."""
     shard, folder = target.shard, target.path.parent
     parts = [Shard(index, shard.count).file(folder, target.suffix) for index in range(shard.count)]
     files = [file for file in (parts if target.path in parts else [target.path]) if file.exists()]
@@ -167,7 +170,7 @@ def _key(options: EncodeOptions, source: Source, target: Target) -> str:
 
 
 def _encode_stdin(options: EncodeOptions, target: Target, folder: Path, overwrite: bool) -> Path:
-    """Standard input cannot be read twice, so it goes to the disk first; and nothing can be resumed."""
+    """Encodes standard input. It cannot be read twice, so it goes to the disk first and cannot be resumed."""
     if target.shard.count > 1:
         raise UserError("--shard needs a file as --input: standard input is read once")
     if target.path.exists() and not overwrite:
@@ -183,19 +186,20 @@ def _encode_stdin(options: EncodeOptions, target: Target, folder: Path, overwrit
 
 
 def _check_note(file: Path) -> None:
-    """A note without its vectors is one that a killed process left, or a file of others."""
+    """Checks a note without vectors. A killed process left it, or it is a file of others."""
     if file.exists() or not note_of(file).exists():
         return
     try:
         VectorNote.read(file)
     except UserError:
         raise UserError(
-            f"--output {file}: its note would replace {note_of(file)}, which is none: choose another --output"
+            f"--output {file}: its note would overwrite {note_of(file)}, which is another file: choose "
+            "another --output"
         ) from None
 
 
 def _run(encoding: _Encoding) -> None:
-    """The work folder stays where another run can go on from it."""
+    """Runs an encoding. If it fails, the work folder stays if another run can continue from it."""
     try:
         encoding.run()
     except BaseException:
@@ -206,7 +210,7 @@ def _run(encoding: _Encoding) -> None:
 
 
 class _Encoding:
-    """One work folder: does what is not done yet."""
+    """Works in one work folder. It does only what is missing."""
 
     def __init__(
         self, options: EncodeOptions, source: Source, target: Target, folder: Path, key: str
@@ -240,7 +244,7 @@ class _Encoding:
         stored = self.options.stored
         width = stored_width(dimensions, stored)
         n_done, shape = self._n_done(), (stop - start, width)
-        if not n_done or not self.vectors.exists():  # it was moved to the output, which is to be made again
+        if not n_done or not self.vectors.exists():  # it was moved to the output, which must be made again
             n_done = 0
             np.lib.format.open_memmap(self.vectors, mode="w+", dtype=DTYPES[stored], shape=shape)
         if self._stored_shape() != (shape, np.dtype(DTYPES[stored])) or not 0 <= n_done <= stop - start:
@@ -260,7 +264,7 @@ class _Encoding:
             n_after = stop - start - n_done
             rows_in_bytes = quantize(block, stored)
             place = -n_after * width * rows_in_bytes.itemsize
-            # Written, not assigned through the map: there a full disk would be a bus error.
+            # Written to the file, not assigned to the map. With a map, a full disk is a bus error.
             write_at(self.vectors, rows_in_bytes.tobytes(), place, os.SEEK_END)
             n_done += len(block)
             replace_json(self.progress, n_done)
@@ -268,7 +272,7 @@ class _Encoding:
             raise UserError(f"--input {self.options.input} became shorter while it was read: start again")
 
     def _stored_shape(self) -> tuple[tuple[int, ...], np.dtype] | None:
-        """None: the file is damaged."""
+        """Returns shape and dtype of the stored vectors. None: the file is damaged."""
         try:
             mapped = np.load(self.vectors, mmap_mode="r")
         except (OSError, EOFError, ValueError):
@@ -281,7 +285,7 @@ class _Encoding:
         return read_json(self.progress, int, f"remove {self.folder} to start again")
 
     def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, list[str | None], np.ndarray]]:
-        """First row, texts and vectors of each block."""
+        """Yields first row, texts and vectors of each block."""
         texts = iter(self._rows(start, stop))
         for vectors in vector_blocks(self.vectors):
             yield start, list(islice(texts, len(vectors))), vectors
@@ -303,7 +307,7 @@ class _Encoding:
             llm2vec_ds_version=__version__,
             stored=options.stored,
         )
-        # An old note first: it must not speak for the new file.
+        # An old note goes first, so that it never describes the new file.
         note_of(file).unlink(missing_ok=True)
         move_file(self.vectors if self.target.suffix == ".npy" else self.rows, file)
         note.write(file)
@@ -311,5 +315,5 @@ class _Encoding:
 
 
 def _absolute(place: str) -> str:
-    """A file or folder as it is found from everywhere; a hub id and standard input are no such."""
+    """Returns the absolute path of a file or folder. A hub id and standard input stay as they are."""
     return str(Path(place).resolve()) if Path(place).exists() else place

@@ -1,11 +1,11 @@
-"""Vectors on disk: one file, or the shards of a folder, each with a note beside it that says what it holds.
+"""Vectors on disk: one file, or the shards in a folder. A note beside each file says what it holds.
 
-vectors.npy            [rows, dimensions] float32; NaN rows stand for texts without a vector; or in fewer
-                       bytes (quantized.py), as the note says
-vectors.jsonl          a line a row: {"row": 0, "text": "…", "vector": […] or null}
+vectors.npy            [rows, dimensions] float32, a row of NaN for a text without a vector. Or fewer bytes
+                       (quantized.py), if the note says so
+vectors.jsonl          one line per row: {"row": 0, "text": "…", "vector": […] or null}
 vectors.parquet        the same as columns
 <any of these>.json    the note: model, input, options, rows, dimensions
-DIR/shard-00003-of-00016.npy      rows of one shard; shards follow one another
+DIR/shard-00003-of-00016.npy      rows of one shard. The shards in order give all rows
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _SHARD_NAME = re.compile(r"shard-(\d+)-of-(\d+)(\.[a-z]+)")
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count`, counted from 0."""
+    """Part `index` of `count` parts. The index counts from 0."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """From `I/N`.
+        """Reads `I/N`.
 
         Raises:
-            UserError: not two whole numbers with 0 ≤ I < N.
+            UserError: it is not two whole numbers with 0 ≤ I < N.
         """
         found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
         if not found or int(found[1]) >= int(found[2]):
@@ -52,7 +52,10 @@ class Shard:
         return cls(int(found[1]), int(found[2]))
 
     def rows(self, n_rows: int) -> tuple[int, int]:
-        """First row, and one past the last, of this part of `n_rows`; parts differ by one row at most."""
+        """Returns the first row of this part of `n_rows`, and one past the last.
+
+        The sizes of parts differ by one row at most.
+        """
         return n_rows * self.index // self.count, n_rows * (self.index + 1) // self.count
 
     def file(self, folder: Path, suffix: str) -> Path:
@@ -61,7 +64,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class VectorNote:
-    """What a file of vectors holds. `first_row`: its place among the input's `n_rows` rows."""
+    """The note of a file of vectors.
+
+    Attributes:
+        first_row: the input's row of the file's first vector.
+        n_rows: rows of the input.
+        n_rows_here: rows of this file.
+    """
 
     key: str
     model: str
@@ -81,10 +90,10 @@ class VectorNote:
 
     @classmethod
     def read(cls, file: Path) -> VectorNote | None:
-        """None: there is no note.
+        """Reads the note of a file of vectors. None: there is no note.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the note is damaged.
         """
         if not note_of(file).exists():
             return None
@@ -98,8 +107,8 @@ def note_of(file: Path) -> Path:
 def load_vectors(path: str | Path) -> np.ndarray:
     """Reads the vectors of a file or of a folder of shards, in the order of the input.
 
-    One `.npy` file of float32 comes memory-mapped. Several files are joined in memory. int8 and binary
-    vectors become fp32 again. `vector_blocks` does the same by the block.
+    One `.npy` file of float32 is memory-mapped. Several files are joined in memory. int8 and binary vectors
+    become fp32 again. `vector_blocks` does the same block by block.
 
     Args:
         path: a `.npy`, `.jsonl` or `.parquet` file that `llm2vec-ds encode` wrote, or a folder of its shards.
@@ -119,7 +128,7 @@ def load_vectors(path: str | Path) -> np.ndarray:
 
 
 def vector_blocks(path: str | Path) -> Iterator[np.ndarray]:
-    """Gives what `load_vectors` reads, a bounded number of rows at a time.
+    """Yields what `load_vectors` reads, a bounded number of rows at a time.
 
     Args:
         path: as for `load_vectors`.
@@ -136,7 +145,7 @@ def vector_blocks(path: str | Path) -> Iterator[np.ndarray]:
 
 
 def vector_files(path: str | Path) -> list[Path]:
-    """The file, or a folder's shards in order, complete and of one kind.
+    """Returns the file, or a folder's shards in order. Checks that they are complete and of one kind.
 
     Raises:
         UserError: as `vector_blocks`.
@@ -156,7 +165,7 @@ def vector_files(path: str | Path) -> list[Path]:
     kinds = {(int(match[2]), match[3]) for match in found.values()}
     if len(kinds) > 1:
         raise UserError(
-            f"{path} holds shards of several encodings: keep those of one, or encode into another"
+            f"{path} holds shards of several encodings: keep those of one, or encode into another folder"
         )
     ((count, suffix),) = kinds
     files = [Shard(index, count).file(path, suffix) for index in range(count)]
@@ -165,14 +174,14 @@ def vector_files(path: str | Path) -> list[Path]:
             f"{path}: shard(s) {', '.join(missing[:10])} of {count} are missing: encode them first"
         )
     if len({_kind(file) for file in files}) > 1:
-        raise UserError(f"{path}: its shards come from different models, inputs or options: encode it anew")
+        raise UserError(f"{path}: its shards come from different models, inputs or options: encode it again")
     return files
 
 
 def _kind(file: Path) -> tuple[Any, ...]:
     note = VectorNote.read(file)
     if note is None:
-        raise UserError(f"{file} has no note {note_of(file).name}: encode it anew")
+        raise UserError(f"{file} has no note {note_of(file).name}: encode it again")
     return note.key, note.n_rows, note.dimensions, note.stored
 
 
@@ -198,10 +207,10 @@ def _read_blocks(file: Path) -> Iterator[np.ndarray]:
 
 
 def stored_rows(file: Path) -> tuple[np.ndarray, Stored, int]:
-    """Rows of a .npy file as they are stored, memory-mapped, in which form, and their dimensions.
+    """Returns the rows of a .npy file as they are stored (memory-mapped), their form, and their dimensions.
 
     Raises:
-        UserError: it is damaged, or not what its note says.
+        UserError: the file is damaged, or its note says something else.
     """
     note = VectorNote.read(file)
     stored: Stored = note.stored if note else "float32"
@@ -210,17 +219,17 @@ def stored_rows(file: Path) -> tuple[np.ndarray, Stored, int]:
     except (OSError, EOFError, ValueError) as error:
         raise _damaged(file, " ".join(str(error).split())[:160]) from None
     if not isinstance(mapped, np.ndarray) or mapped.dtype != DTYPES[stored] or mapped.ndim != 2:
-        raise _damaged(file, f"it holds no {stored} vectors, a row each")
+        raise _damaged(file, f"it does not hold one {stored} vector per row")
     width = note.dimensions if note else int(mapped.shape[1])
     if mapped.shape[1] != stored_width(width, stored):
-        raise _damaged(file, f"its vectors have {mapped.shape[1]} dimensions, its note says {width}")
+        raise _damaged(file, f"its vectors have {mapped.shape[1]} dimensions, but its note says {width}")
     _check_rows(file, note, len(mapped))
     return mapped, stored, width
 
 
 def _check_rows(file: Path, note: VectorNote | None, n_rows: int) -> None:
     if note and n_rows != note.n_rows_here:
-        raise _damaged(file, f"it has {n_rows} rows, its note says {note.n_rows_here}")
+        raise _damaged(file, f"it has {n_rows} rows, but its note says {note.n_rows_here}")
 
 
 def _damaged(file: Path, cause: str) -> UserError:
@@ -229,7 +238,7 @@ def _damaged(file: Path, cause: str) -> UserError:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a .jsonl or .parquet file; `vector` is None for a text without one."""
+    """A row of a .jsonl or .parquet file. `vector` is None for a text without a vector."""
 
     row: int
     text: str | None
@@ -237,7 +246,7 @@ class _Row:
 
 
 def read_rows(file: Path) -> Iterator[list[dict[str, Any]]]:
-    """Blocks of rows (`row`, `text`, `vector`) of a .jsonl or .parquet file.
+    """Yields blocks of rows (`row`, `text`, `vector`) of a .jsonl or .parquet file.
 
     Raises:
         UserError: the file is damaged.
@@ -279,7 +288,7 @@ def _json_rows(file: Path) -> Iterator[list[_Row]]:
 def write_rows(
     file: Path, blocks: Iterator[tuple[int, list[str | None], np.ndarray]], dimensions: int
 ) -> None:
-    """A .jsonl or .parquet file of blocks of first row, texts and vectors; NaN vectors become null."""
+    """Writes a .jsonl or .parquet file from blocks of first row, texts and vectors. NaN becomes null."""
     write = _write_parquet if file.suffix == ".parquet" else _write_json_lines
     write(file, (_listed(*block) for block in blocks), dimensions)
 

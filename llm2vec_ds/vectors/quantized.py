@@ -1,7 +1,9 @@
-"""Vectors in fewer bytes, for cosines: a row's own scale does not matter, so no row needs a second number.
+"""Stores vectors in fewer bytes, for search by cosine.
 
-int8     round(127 · x / max |x|), D bytes; a row of zeros stands for a text without a vector
-binary   the sign of each component, D / 8 bytes, the first component in the highest bit
+A cosine does not depend on a row's scale, so no row stores its scale.
+
+int8     round(127 · x / max |x|), D bytes. A row of zeros stands for a text without a vector
+binary   the sign of each component, D / 8 bytes. The first component is in the highest bit
 """
 
 from __future__ import annotations
@@ -16,22 +18,22 @@ DTYPES: dict[Stored, type[np.generic]] = {"float32": np.float32, "int8": np.int8
 
 
 def stored_width(dimensions: int, stored: Stored) -> int:
-    """Columns of a row."""
+    """Returns how many columns a stored row has."""
     return -(-dimensions // 8) if stored == "binary" else dimensions
 
 
 def quantize(vectors_ND: np.ndarray, stored: Stored) -> np.ndarray:
-    """fp32 `[N, D]` → `[N, stored_width]`.
+    """Converts fp32 `[N, D]` to `[N, stored_width]`.
 
     Raises:
-        ValueError: a row of NaN, which `binary` has no room for.
+        ValueError: there is a row of NaN, which `binary` cannot store.
     """
     if stored == "float32":
         return vectors_ND.astype(np.float32, copy=False)
     missing_N = np.isnan(vectors_ND).any(axis=1)
     if stored == "binary":
         if missing_N.any():
-            raise ValueError("binary vectors cannot say that a text has none")
+            raise ValueError("binary cannot mark a text without vector")
         return np.packbits(vectors_ND > 0, axis=1)
     largest_N1 = np.abs(vectors_ND).max(axis=1, keepdims=True, initial=1e-30)
     scaled_ND = np.where(missing_N[:, None], 0.0, 127 * vectors_ND / largest_N1)
@@ -39,7 +41,10 @@ def quantize(vectors_ND: np.ndarray, stored: Stored) -> np.ndarray:
 
 
 def dequantize(rows: np.ndarray, stored: Stored, dimensions: int) -> np.ndarray:
-    """Back to fp32 `[N, D]`, each row up to its length; ±1 for `binary`, NaN for a text without a vector."""
+    """Converts back to fp32 `[N, D]`. The length of each row is lost.
+
+    `binary` gives ±1. A text without a vector gives NaN.
+    """
     if stored == "float32":
         return rows
     if stored == "binary":
@@ -50,6 +55,6 @@ def dequantize(rows: np.ndarray, stored: Stored, dimensions: int) -> np.ndarray:
 
 
 def hamming(rows: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Components whose sign differs between each of `rows [N, D/8]` and `bits [D/8]`, `[N]`."""
+    """Counts the components with different signs between each of `rows [N, D/8]` and `bits [D/8]`, `[N]`."""
     distance_N: np.ndarray = np.bitwise_count(rows ^ bits).sum(axis=1, dtype=np.int64)
     return distance_N

@@ -1,4 +1,4 @@
-"""The texts of an encoding that are nearest to a query, to look at by eye: exact search, block by block."""
+"""Finds the encoded texts that are nearest to a query, by exact search, block by block."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from llm2vec_ds.vectors.files import (
 from llm2vec_ds.vectors.quantized import dequantize, hamming, quantize
 
 RESCORED = 16
-"""Of binary vectors so many times `top` are nearest by their signs and compared with the query itself."""
+"""For binary vectors, the RESCORED · `top` rows with the nearest signs are compared with the query itself."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """`row` of the encoded input, the cosine of its vector with the query's, and its text."""
+    """A found text: its row in the encoded input, the cosine with the query, and the text itself."""
 
     row: int
     cosine: float
@@ -46,28 +46,29 @@ def search(
     instruction: str | None = None,
     prompt_name: str | None = None,
 ) -> list[Hit]:
-    """The `top` nearest texts, nearest first; rows without a vector are never among them.
+    """Returns the `top` nearest texts, nearest first. Rows without a vector are never among them.
 
     Args:
         index: what `llm2vec-ds encode` wrote: a file, or a folder of shards.
-        model: the encoder; None: the one that the index names.
-        texts: where the texts are; None: the input that the index names.
-        instruction: put before the query.
-        prompt_name: instead of it, an instruction that the encoder names.
+        model: the encoder. None: the one that the index names.
+        texts: the file of the texts. None: the input that the index names.
+        instruction: goes before the query.
+        prompt_name: name of an instruction that the encoder stores. Replaces `instruction`.
 
     Raises:
-        UserError: no such index, model or texts, or they do not belong together.
+        UserError: index, model or texts do not exist, or do not belong together.
     """
     files = vector_files(index)
     note = VectorNote.read(files[0])
     if note is None:
-        raise UserError(f"{files[0]} has no note {note_of(files[0]).name}: encode it anew")
+        raise UserError(f"{files[0]} has no note {note_of(files[0]).name}: encode it again")
     if model is None and Path(note.model).is_absolute() and not Path(note.model).exists():
-        raise UserError(f"{index} was made by {note.model}, which is gone: name its encoder with --model")
+        raise UserError(f"{index} was made by {note.model}, which is gone: give its encoder with --model")
     encoder = Encoder.from_pretrained(model or note.model)
     if encoder.dimensions < note.dimensions:
         raise UserError(
-            f"{index} has {note.dimensions} dimensions, the model {encoder.dimensions}: use its own"
+            f"{index} has {note.dimensions} dimensions, but the model has {encoder.dimensions}: use the "
+            "model that made it"
         )
     vector = encoder.encode(
         query,
@@ -85,7 +86,7 @@ def search(
 
 
 def _nearest(index: str | Path, vector_D: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and cosines, best first."""
+    """Returns rows and cosines, best first."""
     rows, cosines, start = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32), 0
     for block_ND in vector_blocks(index):
         lengths = np.linalg.norm(block_ND, axis=1).clip(min=1e-12)
@@ -100,8 +101,11 @@ def _nearest(index: str | Path, vector_D: np.ndarray, top: int) -> tuple[np.ndar
 
 
 def _nearest_by_signs(index: str | Path, vector_D: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and cosines, best first: a short list by Hamming distance, its order by the cosines between the
-    query's own vector and the signs (cf. Yamada et al., 2021, arXiv 2106.00882)."""
+    """Returns rows and cosines, best first, for binary vectors.
+
+    A short list comes from the Hamming distance. Its order comes from the cosines between the query's own
+    vector and the signs (cf. Yamada et al., 2021, arXiv 2106.00882).
+    """
     bits = quantize(vector_D[None], "binary")[0]
     rows, distances = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     signs = np.empty((0, len(bits)), dtype=np.uint8)
@@ -122,14 +126,14 @@ def _nearest_by_signs(index: str | Path, vector_D: np.ndarray, top: int) -> tupl
 
 
 def _texts(files: list[Path], note: VectorNote, given: str | None, wanted: set[int]) -> dict[int, str | None]:
-    """Texts of the wanted rows: from the index where it holds them, else from its input."""
+    """Returns the texts of the wanted rows, from the index if it holds them, else from its input."""
     if not wanted:
         return {}
     if given is None and files[0].suffix != ".npy":
         rows = (row for file in files for block in read_rows(file) for row in block)
         return {row["row"]: row["text"] for row in rows if row["row"] in wanted}
     if given is None and note.input == STDIN:
-        raise UserError(f"{files[0]} was made from standard input: say where its texts are with --texts")
+        raise UserError(f"{files[0]} was made from standard input: give the file of its texts with --texts")
     source = find_source(given or note.input, "--texts")
     texts = TextRows(source, note.text_column, 0, max(wanted) + 1, bad_rows="skip")
     return {row: text for row, text in enumerate(texts) if row in wanted}

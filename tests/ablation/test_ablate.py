@@ -106,11 +106,11 @@ def test_an_ablation_writes_over_nothing_of_others(tiny_model_dir: Path, tmp_pat
     recipe = ablation_recipe(tmp_path, tiny_model_dir)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sentences.txt").write_text("precious")
-    with pytest.raises(UserError, match=r"out holds sentences.txt, which would be written over"):
+    with pytest.raises(UserError, match=r"out holds sentences.txt, which would be overwritten"):
         run_ablation(recipe, "quick", tmp_path / "out")
     (tmp_path / "out" / "runs").mkdir()  # an ablation's folder
     own = recipe.model_copy(update={"text": str(tmp_path / "out" / "sentences.txt")})
-    with pytest.raises(UserError, match=r"would write over .*sentences.txt, which it reads"):
+    with pytest.raises(UserError, match=r"would overwrite .*sentences.txt, which is an input"):
         run_ablation(own, "quick", tmp_path / "out")
     assert (tmp_path / "out" / "sentences.txt").read_text() == "precious"
 
@@ -125,7 +125,7 @@ def test_means_and_spread_over_seeds() -> None:
     [
         ("variants: [uni]\nevaluate: {}", "quick", "it has none"),
         ("variants: [uni+nli]\nevaluate: {}", None, "write uni or bi, then stages"),
-        ("variants: [uni, uni]\nevaluate: {}", None, "name each variant once"),
+        ("variants: [uni, uni]\nevaluate: {}", None, "give at least one variant, and each only once"),
         ("variants: [uni]\nevaluate: {}\nseeds: []", None, "`seeds`"),
         ("variants: [uni]\nevaluate: {}\nsteps: 3", None, "`steps`"),
         ("variants: [uni]\nevaluate: {}\nstages: {nli: {}}", None, "stage 'nli' is unknown"),

@@ -128,9 +128,9 @@ def test_a_score_that_is_nan_has_no_rank(tmp_path: Path) -> None:
 
 DEEP_YAML = b"[" * 5000 + b"]" * 5000
 COMMANDS: dict[str, tuple[str, list[str], bytes]] = {
-    "jsonl": ("a.jsonl, line 1: not valid JSON: it is nested too deep", ["prepare", "R"], DEEP),
-    "a recipe": ("recipe a.yaml is not valid YAML: it is nested too deep", ["train", "F"], DEEP_YAML),
-    "an ablation": ("recipe a.yaml is not valid YAML: it is nested too deep", ["ablate", "F"], DEEP_YAML),
+    "jsonl": ("a.jsonl, line 1: not valid JSON: it is nested too deeply", ["prepare", "R"], DEEP),
+    "a recipe": ("recipe a.yaml is not valid YAML: it is nested too deeply", ["train", "F"], DEEP_YAML),
+    "an ablation": ("recipe a.yaml is not valid YAML: it is nested too deeply", ["ablate", "F"], DEEP_YAML),
     "DeepSpeed": ("DeepSpeed config a.json must be a JSON object: …", ["train", "R", "deepspeed=F"], DEEP),
     "a section": (
         "DeepSpeed config a.json: `zero_optimization` must be an object, not 3",
@@ -139,9 +139,9 @@ COMMANDS: dict[str, tuple[str, list[str], bytes]] = {
     ),
     "random jsonl": ("a.jsonl, line 1: not valid JSON: …", ["prepare", "R"], RANDOM),
     "random text": ("a.txt: no text in it (…)", ["prepare", "R"], RANDOM),
-    "random csv": ("a.csv: not text in UTF-8, or as its byte order mark says: …", ["prepare", "R"], RANDOM),
+    "random csv": ("a.csv is not text in UTF-8, or as its byte order mark says: …", ["prepare", "R"], RANDOM),
     "random pairs": ("a.jsonl, line 1: not valid JSON: …", ["mine", "--pairs", "F"], RANDOM),
-    "random corpus": ("a.parquet: not a Parquet file: …", ["encode", "--input", "F"], RANDOM),
+    "random corpus": ("a.parquet is not a Parquet file: …", ["encode", "--input", "F"], RANDOM),
     "bytes as text": (
         "text 0 (counted from 0) is not text: remove it, or get NaN in its place with bad texts `nan`",
         ["encode", "--input", "F"],

@@ -14,7 +14,7 @@ MISTAKES = {
         ("demo", "--output", "TMP/demo", "--budget", "huge"),
     ),
     "no graded pairs": Mistake(
-        "TMP/p.csv: cannot be read: …No such file or directory…",
+        "TMP/p.csv cannot be read: …No such file or directory…",
         ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv"),
     ),
     "pairs without score": Mistake(

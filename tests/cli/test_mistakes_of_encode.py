@@ -18,7 +18,7 @@ def encode(*more: str, input: str = "texts.txt", output: str = "v.npy") -> tuple
 MISTAKES = {
     "no input": Mistake("data file TMP/none not found (relative paths start at …)", encode(input="none")),
     "a data set of the hub without hub:": Mistake(
-        "data file owner/name@test not found (…); a data set of the hub is hub:owner/name@test",
+        "data file owner/name@test not found (…): for a data set of the hub write hub:owner/name@test",
         ("encode", "--model", "MODEL", "--input", "owner/name@test", "--output", "TMP/v.npy"),
     ),
     "empty input": Mistake("--input TMP/a.txt is empty", encode(input="a.txt"), files={"a.txt": b""}),
@@ -28,12 +28,12 @@ MISTAKES = {
         files={"a.txt": b"one\n\xff\0\n"},
     ),
     "input of an unknown format": Mistake(
-        "data file TMP/a.doc: unknown format '.doc', use one of .txt, …",
+        "data file TMP/a.doc: unknown format '.doc': use one of .txt, …",
         encode(input="a.doc"),
         files={"a.doc": b"one"},
     ),
     "no such column to encode": Mistake(
-        "TMP/p.jsonl, line 1: no column 'text'; set --text-column to one of: query, positive",
+        "TMP/p.jsonl, line 1: no column 'text': set --text-column to one of query, positive",
         encode(input="p.jsonl"),
         files=PAIRS,
     ),
@@ -58,7 +58,7 @@ MISTAKES = {
         "--shard '4/4' must be I/N with 0 ≤ I < N, such as 0/16", encode("--shard", "4/4", output="v")
     ),
     "shard of a file": Mistake(
-        "--shard needs a folder, --output TMP/v.npy is a file: drop .npy", encode("--shard", "0/4")
+        "--shard needs a folder, but --output TMP/v.npy is a file: leave out .npy", encode("--shard", "0/4")
     ),
     "shard of standard input": Mistake(
         "--shard needs a file as --input: standard input is read once",

@@ -30,7 +30,7 @@ MISTAKES = {
         ("export", "TMP/encoder", "--output", "TMP/out", "--scores", "TMP/scores.json"),
     ),
     "a dry run of nothing": Mistake(
-        "--dry-run shows what --push would upload: give --push OWNER/NAME too",
+        "--dry-run shows what --push would upload: add --push OWNER/NAME",
         ("export", "TMP/none", "--output", "TMP/out", "--dry-run"),
     ),
     "a dtype that a graph has not": Mistake(

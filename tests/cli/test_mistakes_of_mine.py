@@ -20,12 +20,12 @@ MISTAKES = {
         mine(pairs="texts.txt"),
     ),
     "no such column of pairs": Mistake(
-        "TMP/p.jsonl, line 1: no column 'question'; set --query-column to one of: query, positive",
+        "TMP/p.jsonl, line 1: no column 'question': set --query-column to one of query, positive",
         mine("--query-column", "question"),
         files=PAIRS,
     ),
     "no such column of the corpus": Mistake(
-        "TMP/c.jsonl, line 1: no column 'text'; set --corpus-column to one of: title",
+        "TMP/c.jsonl, line 1: no column 'text': set --corpus-column to one of title",
         mine("--corpus", "TMP/c.jsonl"),
         files=PAIRS | {"c.jsonl": b'{"title": "rain"}\n'},
     ),
@@ -36,10 +36,10 @@ MISTAKES = {
         "--pairs holds no pair", mine(), files={"p.jsonl": b'{"query": "", "positive": "trout"}\n'}
     ),
     "ranks reversed": Mistake(
-        "--first-rank 60 is over --last-rank 50: swap them", mine("--first-rank", "60"), files=PAIRS
+        "--first-rank 60 is above --last-rank 50: swap them", mine("--first-rank", "60"), files=PAIRS
     ),
     "too few ranks": Mistake(
-        "--negatives 5 is over the 3 ranks from 48 to 50: raise --last-rank",
+        "--negatives 5 is more than the 3 ranks from 48 to 50: raise --last-rank",
         mine("--first-rank", "48"),
         files=PAIRS,
     ),
@@ -50,10 +50,12 @@ MISTAKES = {
         "--margin inf is not a finite number: give one such as 0.05", mine("--margin", "inf"), files=PAIRS
     ),
     "a ratio over 1": Mistake(
-        "--ratio 95.0 is not above 0 and at most 1: give one such as 0.95", mine("--ratio", "95"), files=PAIRS
+        "--ratio 95.0 must be above 0 and at most 1: give one such as 0.95",
+        mine("--ratio", "95"),
+        files=PAIRS,
     ),
     "a reranker's margin without one": Mistake(
-        "--reranker-margin does nothing without --reranker: name one, or leave it out",
+        "--reranker-margin does nothing without --reranker: give one, or leave it out",
         mine("--reranker-margin", "0.1"),
         files=PAIRS,
     ),

@@ -31,14 +31,14 @@ MISTAKES = {
         files={"empty/notes.md": b"x"},
     ),
     "unknown format": Mistake(
-        "data file TMP/a.docx: unknown format '.docx', use one of .txt, .jsonl, .json, .csv, .tsv, .parquet, "
+        "data file TMP/a.docx: unknown format '.docx': use one of .txt, .jsonl, .json, .csv, .tsv, .parquet, "
         "plain or with .gz, .bz2, .xz",
         PREPARE,
         data("a.docx"),
         files={"a.docx": b"x"},
     ),
     "wrong column": Mistake(
-        "TMP/a.jsonl, line 1: no column 'text'; set data.text_column to one of: title, body",
+        "TMP/a.jsonl, line 1: no column 'text': set data.text_column to one of title, body",
         PREPARE,
         data("a.jsonl"),
         files={"a.jsonl": b'{"title": "a", "body": "b"}\n'},
@@ -50,25 +50,25 @@ MISTAKES = {
         files={"a.jsonl": b'{"text": "one"}\n{"text": \n'},
     ),
     "broken CSV": Mistake(
-        "TMP/a.csv: not text in UTF-8, or as its byte order mark says: …",
+        "TMP/a.csv is not text in UTF-8, or as its byte order mark says: …",
         PREPARE,
         data("a.csv"),
         files={"a.csv": b"text\ncaf\xe9\n"},
     ),
     "broken Parquet": Mistake(
-        "TMP/a.parquet: not a Parquet file: …", PREPARE, data("a.parquet"), files={"a.parquet": b"PAR1 no"}
+        "TMP/a.parquet is not a Parquet file: …", PREPARE, data("a.parquet"), files={"a.parquet": b"PAR1 no"}
     ),
     "cut gzip": Mistake(
-        "TMP/a.txt.gz: cannot be read: Compressed file ended before the end-of-stream marker was reached",
+        "TMP/a.txt.gz cannot be read: Compressed file ended before the end-of-stream marker was reached",
         PREPARE,
         data("a.txt.gz"),
         files={"a.txt.gz": gzip.compress(b"the river runs\n" * 999)[:40]},
     ),
     "not xz": Mistake(
-        "TMP/a.txt.xz: cannot be read: …", PREPARE, data("a.txt.xz"), files={"a.txt.xz": b"plain text"}
+        "TMP/a.txt.xz cannot be read: …", PREPARE, data("a.txt.xz"), files={"a.txt.xz": b"plain text"}
     ),
     "half of UTF-16": Mistake(
-        "TMP/a.txt: not text in UTF-8, or as its byte order mark says: …",
+        "TMP/a.txt is not text in UTF-8, or as its byte order mark says: …",
         PREPARE,
         data("a.txt"),
         files={"a.txt": "the river".encode("utf-16")[:-1]},
@@ -80,13 +80,13 @@ MISTAKES = {
         files={"a.txt": b"\n  \nPK\0\n"},
     ),
     "two formats": Mistake(
-        "data files of several formats (.csv, .txt): use one format a recipe",
+        "data files have several formats (.csv, .txt): use one format",
         PREPARE,
         data("both"),
         files={"both/a.txt": b"a\n", "both/b.csv": b"text\nb\n"},
     ),
     "hub data without network": Mistake(
-        "hub data set hub:owner/name cannot be streamed (…): check name, split and network",
+        "hub data set hub:owner/name cannot be read (…): check its name, the split and the network",
         PREPARE,
         {"data": {"path": "hub:owner/name"}},
     ),
@@ -96,12 +96,12 @@ MISTAKES = {
         data("texts.txt", template="Query: "),
     ),
     "no chat template": Mistake(
-        "data.template is `chat`, but the tokenizer has no chat template: write the form out",
+        "data.template is `chat`, but the tokenizer has no chat template: write out a form",
         PREPARE,
         data("texts.txt", template="chat"),
     ),
     "long instruction": Mistake(
-        "instruction and special tokens take 9 of max_tokens=9: raise max_tokens or shorten the instruction",
+        "instruction and special tokens take 9 of max_tokens=9: raise max_tokens, or shorten the instruction",
         PREPARE,
         data("texts.txt", max_tokens=9, instruction="the river runs past an old mill"),
     ),

@@ -47,7 +47,7 @@ MISTAKES = {
         changes={"data": {}, "sed": 1},
     ),
     "unknown stage": Mistake(
-        "TMP/r.yaml: `stage`: Input should be … (got 'mlm')", ("train", "RECIPE", "stage=mlm")
+        "TMP/r.yaml: `stage` must be one of … (got 'mlm')", ("train", "RECIPE", "stage=mlm")
     ),
     "section of another stage": Mistake(
         "TMP/r.yaml: section `mntp` has no effect in stage `simcse`: remove it", changes={"mntp": {}}
@@ -68,8 +68,8 @@ MISTAKES = {
         ("plan", "RECIPE", "--gpu-memory-gib", "inf"),
     ),
     "a batch of one text": Mistake(
-        "TMP/r.yaml: batch.global_batch_size=1 leaves the simcse loss without negatives, so that it is "
-        "always 0: raise it",
+        "TMP/r.yaml: batch.global_batch_size=1 leaves the simcse loss without negatives, so it is always 0: "
+        "raise the batch size",
         ("train", "RECIPE", "batch.global_batch_size=1"),
     ),
     "no other query in a batch of one": Mistake(
@@ -78,8 +78,8 @@ MISTAKES = {
         ("train", "RECIPE", "batch.global_batch_size=1", "simcse.between_queries=true"),
     ),
     "a batch of one pair, its negatives not read": Mistake(
-        "TMP/r.yaml: batch.global_batch_size=1 leaves the supervised loss without negatives, so that it is "
-        "always 0: raise it",
+        "TMP/r.yaml: batch.global_batch_size=1 leaves the supervised loss without negatives, so it is always "
+        "0: raise the batch size",
         ("train", "TMP/r.yaml", "stage=supervised", "simcse=null", "batch.global_batch_size=1"),
         {"data": {"path": "TMP/p.jsonl", "pairs": {"max_negatives": 0}}},
         PAIRS,
@@ -96,7 +96,7 @@ MISTAKES = {
     ),
     # Its batch and its engine.
     "batch larger than data": Mistake(
-        "64 texts do not fill one batch of 1000: lower batch.global_batch_size or give more data",
+        "64 texts do not fill one batch of 1000: lower batch.global_batch_size, or give more data",
         changes={"batch": {"global_batch_size": 1000}},
     ),
     "token budget": Mistake(
@@ -110,8 +110,8 @@ MISTAKES = {
         "DeepSpeed config TMP/ds.json must be a JSON object: …", changes=DEEPSPEED, files={"ds.json": b"{"}
     ),
     "auto in DeepSpeed JSON": Mistake(
-        'DeepSpeed config TMP/ds.json: `zero_optimization.stage` is "auto", give a value (or leave the key '
-        "out)",
+        'DeepSpeed config TMP/ds.json: `zero_optimization.stage` is "auto": give a value, or leave the key '
+        "out",
         changes=DEEPSPEED,
         files={"ds.json": b'{"zero_optimization": {"stage": "auto"}}'},
     ),
@@ -133,7 +133,7 @@ MISTAKES = {
         variables={"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
     ),
     "ranks that know no address": Mistake(
-        "several ranks need MASTER_ADDR and MASTER_PORT: the node and port of rank 0",
+        "several ranks need MASTER_ADDR and MASTER_PORT: set the node and port of rank 0",
         variables={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
     ),
     # Where it goes.
@@ -206,9 +206,9 @@ def test_a_port_that_is_taken(tmp_path: Path, tiny_model_dir: Path, texts_file: 
     assert "Traceback" not in done.stderr
     assert_reads(
         done.stderr.splitlines()[-1],
-        f"llm2vec-ds: error: rank 0 of 2 does not meet the others at 127.0.0.1:{place['MASTER_PORT']} (…"
-        "address already in use): start every rank, each with this MASTER_ADDR and a MASTER_PORT that is "
-        "free on rank 0's node and open to the others",
+        f"llm2vec-ds: error: rank 0 of 2 cannot connect to the others at 127.0.0.1:{place['MASTER_PORT']} (…"
+        "address already in use): start every rank with this MASTER_ADDR, and with a MASTER_PORT that is "
+        "free on rank 0's node and open to the other nodes",
     )
 
 

@@ -97,11 +97,11 @@ def test_a_column_or_split_that_is_not_there_is_named(
     values = recipe("mntp", tiny_model_dir, Path("none"), tmp_path / "run")
     path = write_recipe(values, tmp_path / "r.yaml")
     assert run(monkeypatch, "prepare", path, f"data.path=hub:{stand_in}", "data.text_column=body") == 2
-    assert error_line(capsys).endswith("no column 'body'; set data.text_column to one of: text")
+    assert error_line(capsys).endswith("no column 'body': set data.text_column to one of text")
     assert run(monkeypatch, "prepare", path, f"data.path=hub:{stand_in}@train[:5]") == 2
     assert "Bad split: train[:5]. Available splits: ['train', 'test']" in error_line(capsys)
 
 
 def test_two_data_sets_of_the_hub_are_refused() -> None:
-    with pytest.raises(UserError, match="hub:a/b stands beside others: a recipe takes one data set"):
+    with pytest.raises(UserError, match="hub:a/b cannot be combined with others: give one data set"):
         find_source(["hub:a/b", "texts.txt"])

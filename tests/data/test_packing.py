@@ -26,7 +26,7 @@ def test_every_text_once_within_the_budget(lengths: list[int], budget: int) -> N
 
 
 def test_a_text_over_the_budget_is_refused() -> None:
-    with pytest.raises(UserError, match="51 tokens is over micro_batch_tokens=50"):
+    with pytest.raises(UserError, match="51 tokens is longer than micro_batch_tokens=50"):
         plan_micro_batches([3, 51], 50)
 
 

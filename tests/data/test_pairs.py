@@ -74,7 +74,7 @@ def test_pairs_need_no_negatives(format: str, tmp_path: Path, caplog: pytest.Log
     with caplog.at_level("INFO"):
         pairs = load(path)
     assert [words(example) for example in pairs[[0, 2]]] == [list(rows[0].values()), list(rows[2].values())]
-    assert "no column 'negative', so no hard negatives" in caplog.text
+    assert "no column 'negative', so there are no hard negatives" in caplog.text
 
 
 def test_some_rows_may_have_negatives(tmp_path: Path) -> None:
@@ -101,14 +101,14 @@ def test_a_negative_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_text_is_refused(column: str, value: Any, kind: str, tmp_path: Path) -> None:
     """It would be trained as Python writes it."""
     rows = [ROWS[0], {**ROWS[0], column: value}]
-    with pytest.raises(UserError, match=f"a.jsonl, line 2: column '{column}' holds {kind}, no text"):
+    with pytest.raises(UserError, match=f"a.jsonl, line 2: column '{column}' holds {kind}, not a text"):
         load(write(tmp_path / "a.jsonl", rows))
 
 
 def test_bytes_are_refused(tmp_path: Path) -> None:
     rows = [{"query": b"the river", "positive": "runs"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="column 'query' holds bytes, no text"):
+    with pytest.raises(UserError, match="column 'query' holds bytes, not a text"):
         load(tmp_path / "a.parquet")
 
 
@@ -169,8 +169,8 @@ def test_an_instruction_for_all_goes_before_queries_only(tmp_path: Path) -> None
         (None, "No such file"),
         ("- a list", "must be a YAML mapping"),
         ("{unclosed", "not valid YAML"),
-        ("other: text", "says nothing of a: add a line `a: …`"),
-        ("a: {qury: text}", "must be an instruction, or a mapping of query, document, group"),
+        ("other: text", "has no entry for a: add a line `a: …`"),
+        ("a: {qury: text}", "must be an instruction, or a mapping with the keys query"),
         ("a: {query: 3}", "`a.query` must be a text"),
     ],
 )
@@ -184,7 +184,7 @@ def test_mistakes_in_instructions(tmp_path: Path, instructions: str | None, mess
 
 def test_mistakes_in_data(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"no column 'positive'; set data\.pairs\.positive_column to one of: query"
+        UserError, match=r"no column 'positive': set data\.pairs\.positive_column to one of query"
     ):
         load(write(tmp_path / "a.jsonl", [{"query": "a"}]))
     (tmp_path / "b.txt").write_text("text\n")

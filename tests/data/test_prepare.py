@@ -96,7 +96,7 @@ def test_a_killed_preparation_goes_on_where_it_stopped(
             prepared(path, prepared_dir=str(tmp_path / "out"))
     assert not [p for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")]
     resumed = prepared(path, prepared_dir=str(tmp_path / "out"))
-    assert "goes on after 20 texts" in caplog.text
+    assert "continuing after 20 texts" in caplog.text
     assert resumed.fingerprint == whole.fingerprint
     assert resumed.counts == whole.counts
     assert len(resumed) == 51
@@ -181,7 +181,7 @@ def test_blank_lines_are_left_out_and_long_texts_cut_or_split(tmp_path: Path) ->
             "a.jsonl",
             TEXTS,
             {"text_column": "body"},
-            "line 1: no column 'body'; set data.text_column to one of",
+            "line 1: no column 'body': set data.text_column to one of",
         ),
         ("a.csv", TEXTS, {"text_column": "body"}, "line 2: no column 'body'"),
         ("a.parquet", TEXTS, {"text_column": "body"}, "no column 'body'"),
@@ -209,7 +209,7 @@ def test_unreadable_sources(tmp_path: Path) -> None:
         prepared(tmp_path / "b.txt")
     for name, content, message in (
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', "line 2: not valid JSON"),
-        ("b.jsonl", b'["one"]\n', "expected a JSON object"),
+        ("b.jsonl", b'["one"]\n', "expected one JSON object per line"),
         ("c.csv", b"text\ncaf\xe9\n", "not text in UTF-8"),
         ("d.parquet", b"PAR1 nothing", "not a Parquet file"),
         ("e.txt.gz", b"not gzip", "cannot be read"),
@@ -229,7 +229,7 @@ def test_a_hub_data_set_without_network_is_one_line(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     with pytest.raises(
-        UserError, match="hub data set hub:some/set@test cannot be streamed .*check name, split and network"
+        UserError, match="hub data set hub:some/set@test cannot be read .*check its name, the split"
     ):
         prepared(["hub:some/set@test"])
 

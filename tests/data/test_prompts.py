@@ -69,7 +69,7 @@ def test_the_tokenizers_own_chat_template() -> None:
     [
         ("no place", "must hold {text} once"),
         ("{text} {text}", "must hold {text} once"),
-        ("{text} {instruction}", "must stand before"),
+        ("{text} {instruction}", "must come before"),
         ("chat", "the tokenizer has no chat template"),
     ],
 )
@@ -90,7 +90,7 @@ def test_truncation_keeps_instruction_and_specials() -> None:
 
 def test_no_room_for_the_text_is_refused() -> None:
     (tokens,) = tokenize(TOKENIZER, [Prompt("the old mill where children fish", "bread is baked")])
-    with pytest.raises(UserError, match="raise max_tokens or shorten the instruction"):
+    with pytest.raises(UserError, match="raise max_tokens, or shorten the instruction"):
         truncate(tokens, tokens.pool_start)
 
 

@@ -45,7 +45,7 @@ def test_the_delimiter_is_found_and_said(
     path.write_text(f'id{delimiter}text\n1{delimiter}one, two\n2{delimiter}"a{delimiter}b"\n')
     with caplog.at_level("INFO"):
         assert texts(path) == ["one, two", f"a{delimiter}b"]
-    assert f"{path}: its fields are parted by {delimiter!r}" in caplog.text
+    assert f"{path}: fields are separated by {delimiter!r}" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,13 @@ def test_the_delimiter_is_found_and_said(
         ("a.csv", "text\nplain\nhello, my name is Ann\nrain\n", "line 3: 2 fields, but the header has 1"),
         ("a.csv", "text,b\nplain,1\n1\nrain,1\n", "line 3: 1 fields, but the header has 2"),
         ("a.csv", 'text\nplain\n"x" y\nrain\n', "after line 3: not a row of CSV"),
-        ("a.csv", "text\nplain\na\0b\nrain\n", "line 3: a NUL byte is in it"),
+        ("a.csv", "text\nplain\na\0b\nrain\n", "line 3: it contains a NUL byte"),
         ("a.tsv", "text\tb\nplain\t1\na\tb\tc\nrain\t2\n", "line 3: 3 fields, but the header has 2"),
-        ("a.jsonl", '{"text": "plain"}\n[1]\n{"text": "rain"}\n', "line 2: expected a JSON object"),
+        (
+            "a.jsonl",
+            '{"text": "plain"}\n[1]\n{"text": "rain"}\n',
+            "line 2: expected one JSON object per line",
+        ),
         (
             "a.jsonl",
             '{"text": "plain"}\n{"text": ["a"]}\n{"text": "rain"}\n',
@@ -95,7 +99,7 @@ def test_missing_values_are_no_words(tmp_path: Path) -> None:
 
 def test_a_file_in_two_encodings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"text\nrain\n\xff\n")
-    with pytest.raises(UserError, match="a.csv: not text in UTF-8"):
+    with pytest.raises(UserError, match="a.csv is not text in UTF-8"):
         texts(tmp_path / "a.csv")
 
 
@@ -112,7 +116,7 @@ def test_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         assert texts(data) == ["elsewhere", "sub"]
     assert "4 left out: " in caplog.text
-    for name in (".ipynb_checkpoints/", ".hidden.txt", "notes.pdf", "sub/up/ (there already)"):
+    for name in (".ipynb_checkpoints/", ".hidden.txt", "notes.pdf", "sub/up/ (already read)"):
         assert str(data / name) in caplog.text
 
 

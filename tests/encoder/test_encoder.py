@@ -172,7 +172,7 @@ def test_saved_and_loaded_is_the_same_and_bidirectional(encoder: Encoder, tmp_pa
 def test_saving_deletes_nothing_of_others(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "models" / "other").mkdir(parents=True)
     (tmp_path / "models" / "other" / "model.safetensors").write_text("precious")
-    with pytest.raises(UserError, match="encoder .*models holds files, and no encoder or export"):
+    with pytest.raises(UserError, match="encoder .*models holds files, but no encoder or export"):
         encoder.save(tmp_path / "models")
     assert (tmp_path / "models" / "other" / "model.safetensors").read_text() == "precious"
     encoder.save(tmp_path / "encoder")

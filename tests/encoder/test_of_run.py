@@ -86,5 +86,5 @@ def test_commands_take_a_run_and_an_index_is_found_from_everywhere(
     assert error_line(capsys) == f"{copy.parent} holds several runs: choose one of {copy}"
     shutil.rmtree(copy)
     assert run(monkeypatch, "search", tmp_path / "v.npy", "a trout") == 2
-    gone = f"was made by {copy / 'encoder'}, which is gone: name its encoder with --model"
+    gone = f"was made by {copy / 'encoder'}, which is gone: give its encoder with --model"
     assert error_line(capsys).endswith(gone)

@@ -293,7 +293,7 @@ def test_a_stop_in_the_last_step_of_a_stage_is_meant_for_all(
 def test_one_run_a_folder(values: dict[str, Any], finished: Path) -> None:
     before = contents(finished)
     own = changed(values, output_dir=str(finished), overwrite=True)
-    with held(finished / "lock", "first"), pytest.raises(UserError, match="run: another process works there"):
+    with held(finished / "lock", "first"), pytest.raises(UserError, match="run: another process is using it"):
         train(own)
     assert contents(finished) == before
     assert not (finished / "lock").exists()

@@ -43,8 +43,8 @@ def test_forms_of_relevance(qrels: str, ids: tuple[Any, Any], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("qrels", "ids", "said"),
     [
-        (QRELS, ("0", "0"), "corpus.jsonl, line 2: the _id '0' is there twice, first in .*line 1"),
-        (QRELS + "0\t1\t2\n", ("0", "1"), "line 4: 0 and 1 stand there before, with another score"),
+        (QRELS, ("0", "0"), "corpus.jsonl, line 2: the _id '0' occurs twice, first in .*line 1"),
+        (QRELS + "0\t1\t2\n", ("0", "1"), "line 4: 0 and 1 already have another score"),
         (QRELS + "0\t1\tnan\n", ("0", "1"), "line 4: expected query-id"),
         (QRELS + "0\t7\t1\n", ("0", "1"), "line 4: no such query or document"),
         (QRELS, ("0", None), "line 2: every line needs _id and text"),
@@ -63,7 +63,7 @@ def test_a_query_that_is_a_document(
     name = f"retrieval:{folder(tmp_path / 'b')}"
     with caplog.at_level("INFO"):
         (with_self,), (without,) = tasks_for([name]), tasks_for([name], exclude_self=True)
-    assert "2 queries have a document of the same id" in caplog.text
+    assert "for 2 queries, a document has the query's own id" in caplog.text
     assert with_self.metadata.revision != without.metadata.revision
     assert measure(encoder, without, None).value == 1.0
     assert measure(encoder, with_self, None).value < 1.0

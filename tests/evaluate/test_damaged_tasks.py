@@ -45,7 +45,7 @@ def test_a_damaged_stored_result_is_measured_again(
     (stored,) = (tmp_path / "results").rglob("STS-pairs.json")
     damage(stored, JSON_DAMAGE[how])
     assert measured(tiny_model_dir, pairs, tmp_path / "results") == score
-    assert "STS-pairs: its stored result is damaged: measured again" in caplog.text
+    assert "STS-pairs: the stored result is damaged, measuring again" in caplog.text
     assert json.loads(stored.read_text())["task_name"] == "STS-pairs"
 
 
@@ -119,9 +119,9 @@ GOOD = {
     ("name", "content", "message"),
     [
         ("corpus.jsonl", RANDOM, "corpus.jsonl, line 1: not valid JSON: "),
-        ("corpus.jsonl", b'{"_id": "d", "title": [1], "text": "trout"}\n', "its title, if any, is text"),
-        ("queries.jsonl", DEEP, "queries.jsonl, line 1: not valid JSON: it is nested too deep"),
-        ("qrels/test.tsv", RANDOM, "test.tsv: not text in UTF-8"),
+        ("corpus.jsonl", b'{"_id": "d", "title": [1], "text": "trout"}\n', "and a title must be a text"),
+        ("queries.jsonl", DEEP, "queries.jsonl, line 1: not valid JSON: it is nested too deeply"),
+        ("qrels/test.tsv", RANDOM, "test.tsv is not text in UTF-8"),
     ],
 )
 def test_damaged_retrieval_data_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:

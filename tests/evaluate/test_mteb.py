@@ -215,7 +215,10 @@ def test_names_subsets_and_benchmarks() -> None:
         ({"names": [], "benchmark": "MTEB(eng, v9)"}, "Did you mean"),
         ({"names": [], "subset": "paper16"}, "choose paper15"),
         ({"names": ["pairs.csv"]}, "--task pairs.csv does not say what to measure: write sts:pairs.csv, or"),
-        ({"names": ["tests"]}, "--task tests does not say what to measure: write retrieval:tests, or sts:"),
+        (
+            {"names": ["tests"]},
+            "--task tests does not say what to measure: write retrieval:tests, or put sts:",
+        ),
         ({"names": ["STSBenchmark", "STSBenchmark"]}, "two tasks have the name STSBenchmark"),
         ({"names": ["sts:no/such.csv"]}, "no such file"),
         ({"names": ["retrieval:{here}/a.csv"]}, "a.csv, line 2: no column 'query'"),
@@ -251,7 +254,7 @@ def test_unusable_instructions(content: str, tmp_path: Path) -> None:
 
 def test_data_that_the_hub_does_not_give_are_a_users_mistake(folder: Path, tmp_path: Path) -> None:
     """Tests run offline."""
-    with pytest.raises(UserError, match="STSBenchmark: its data cannot be had from the hub"):
+    with pytest.raises(UserError, match="STSBenchmark: its data cannot be loaded from the hub"):
         evaluate_mteb(wrapped(folder), tasks_for(["STSBenchmark"]), tmp_path)
 
 

@@ -265,12 +265,12 @@ def test_overwrite_never_deletes_what_export_did_not_write(
     before = sorted(tmp_path.rglob("*"))
     options = ExportOptions(overwrite=True)
     for output, said in {
-        "run": "run holds .*run, which is read",
-        "run/encoder": "encoder holds .*encoder, which is read",
+        "run": "run holds .*run, which is an input",
+        "run/encoder": "encoder holds .*encoder, which is an input",
         "run/..": "is or holds the folder you are in",
         ".": "is or holds the folder you are in",
-        "docs": "docs holds files, and no encoder or export of this toolkit",
-        "link": "link holds files, and no encoder or export of this toolkit",
+        "docs": "docs holds files, but no encoder or export of this toolkit",
+        "link": "link holds files, but no encoder or export of this toolkit",
     }.items():
         with pytest.raises(UserError, match=said):
             export(source.parent, Path(output), options)

@@ -135,10 +135,10 @@ MISTAKES = {
     ("A", "B", "C", "--method", "slerp"): "--method slerp mixes two encoders, not 3: use linear",
     ("A", "B", "--weights", "0.5,0.6"): "--weights add up to 1.1: make them add up to 1",
     ("A", "B", "--weights", "1"): "--weights has 1 number(s) for 2 encoders: give one for each encoder",
-    ("A", "B", "--weights", "a,b"): "--weights 'a,b' must be numbers with commas, such as 0.6,0.4",
-    ("A", "B", "--last", "2"): "--last has no effect here: see llm2vec-ds merge --help",
+    ("A", "B", "--weights", "a,b"): "--weights 'a,b' must be numbers separated by commas, e.g. 0.6,0.4",
+    ("A", "B", "--last", "2"): "--last has no effect here: leave it out, or see llm2vec-ds merge --help",
     ("A", "--last", "2"): "… is not a run, it has no recipe.yaml: give the folder of a run",
-    ("A", "--weights", "1"): "--weights has no effect here: see llm2vec-ds merge --help",
+    ("A", "--weights", "1"): "--weights has no effect here: leave it out, or see llm2vec-ds merge --help",
 }
 
 

@@ -142,7 +142,7 @@ def test_a_folder_of_others_and_an_unknown_dtype_are_refused(tmp_path: Path) -> 
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("precious")
     for name, options, said in [
-        ("thesis", ExportOptions(overwrite=True), "holds files, and no encoder or export of this toolkit"),
+        ("thesis", ExportOptions(overwrite=True), "holds files, but no encoder or export of this toolkit"),
         (
             "out",
             ExportOptions("bf16"),

@@ -208,7 +208,7 @@ def test_before_the_first_step(name: str, code: int, run: Run) -> None:
     send(signal.Signals[name], processes)
     assert wait(processes) == [code]
     assert run.lines() == [
-        f"llm2vec-ds: stopped by {name}: checkpoints and prepared texts are kept, run the same command with "
+        f"llm2vec-ds: stopped by {name}: checkpoints and prepared texts are kept; run the same command with "
         "resume=true to go on"
     ]
 
@@ -226,7 +226,7 @@ def test_encoding_keeps_finished_blocks(
     send(signal.Signals[name], processes)
     assert wait(processes) == [code]
     assert log.read_text().splitlines()[-1] == (
-        f"llm2vec-ds: stopped by {name}: finished blocks are kept, run the same command to go on"
+        f"llm2vec-ds: stopped by {name}: finished blocks are kept; run the same command to go on"
     )
     assert "Traceback" not in log.read_text()
     assert (tmp_path / ".v.npy.encoding" / "progress.json").exists()
@@ -240,7 +240,7 @@ def test_a_stopped_export_leaves_nothing_behind(tmp_path: Path, tiny_model_dir: 
     send(signal.SIGTERM, processes)
     assert wait(processes) == [143]
     assert log.read_text().splitlines()[-1] == (
-        "llm2vec-ds: stopped by SIGTERM: nothing is left behind, run the same command again"
+        "llm2vec-ds: stopped by SIGTERM: nothing is left behind; run the same command again"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 

@@ -274,7 +274,7 @@ def test_other_options_start_anew(
     with monkeypatch.context() as patch:
         work = Work(patch)
         mine(make(margin=0.1), tmp_path / "out.jsonl")
-    assert "left by a run of other options, texts or model: starting again" in caplog.text
+    assert "an earlier run had other options, texts or another model: starting again" in caplog.text
     assert work.counts["encode"] == 8
     mine(make(margin=0.1), tmp_path / "fresh.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "fresh.jsonl").read_bytes()
@@ -322,14 +322,14 @@ def test_a_full_disk_loses_no_finished_block(
 def test_one_process_at_a_time(make: Make, tmp_path: Path) -> None:
     folder = tmp_path / ".out.jsonl.mining"
     folder.mkdir()
-    with held(folder / "lock", folder), pytest.raises(UserError, match="another process works there"):
+    with held(folder / "lock", folder), pytest.raises(UserError, match="another process is using it"):
         mine(make(), tmp_path / "out.jsonl")
 
 
 @pytest.mark.parametrize("name", ["pairs", "corpus"])
 def test_an_output_that_is_an_input_is_refused(name: str, make: Make, tmp_path: Path) -> None:
     before = (tmp_path / f"{name}.jsonl").read_bytes()
-    with pytest.raises(UserError, match=f"would write over .*{name}.jsonl, which it reads"):
+    with pytest.raises(UserError, match=f"would overwrite .*{name}.jsonl, which is an input"):
         mine(make(), tmp_path / f"{name}.jsonl", overwrite=True)
     assert (tmp_path / f"{name}.jsonl").read_bytes() == before
 

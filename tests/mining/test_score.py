@@ -94,14 +94,14 @@ MISTAKES = {
     ("--output", "TMP/out.csv"): "--output TMP/out.csv must end in .jsonl",
     ("--output", "TMP/pairs.jsonl"): "--output TMP/pairs.jsonl exists: choose another, or give --overwrite",
     ("--output", "TMP/o.jsonl", "--shard", "0/2"): (
-        "--shard needs a folder, --output TMP/o.jsonl is a file: drop .jsonl"
+        "--shard needs a folder, but --output TMP/o.jsonl is a file: leave out .jsonl"
     ),
     ("--output", "TMP/o.jsonl", "--reranker", "TMP/none"): "--reranker TMP/none: there is no such folder",
     ("--output", "TMP/o.jsonl", "--reranker", "TMP/three"): (
         "--reranker TMP/three gives 3 numbers a pair: use a reranker that gives one"
     ),
     ("--output", "TMP/o.jsonl", "--query-column", "question"): (
-        "TMP/pairs.jsonl, line 1: no column 'question'; set the column of queries to one of: query, "
+        "TMP/pairs.jsonl, line 1: no column 'question': set the column of queries to one of query, "
         "positive, negative"
     ),
 }

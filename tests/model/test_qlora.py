@@ -253,7 +253,7 @@ VALUES = {"stage": "mntp", "model": {"path": "m"}, "data": {"path": "t.txt"}, "o
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"path": "m", "quantization": "nf4"}, "adapter": None}, "holds frozen weights only"),
+        ({"model": {"path": "m", "quantization": "nf4"}, "adapter": None}, "nf4 freezes all weights"),
         (
             {"model": {"path": "m", "quantization": "nf4"}, "adapter": {"variant": "pissa"}},
             "use lora",

@@ -213,8 +213,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a batch of one": (
         {"batch": {"global_batch_size": 1}},
-        "TMP/r.yaml: batch.global_batch_size=1 leaves the similarity loss without other texts: raise it, or "
-        "set distil.similarity_weight=0",
+        "TMP/r.yaml: batch.global_batch_size=1 leaves the similarity loss without other texts: raise the "
+        "batch size, or set distil.similarity_weight=0",
     ),
 }
 

@@ -148,7 +148,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
     "margin without guide": (
         {"guide": None, "guide_margin": 0.1},
         INSTRUCTIONS,
-        "TMP/r.yaml: supervised.guide_margin does nothing without supervised.guide: name a guide, or leave "
+        "TMP/r.yaml: supervised.guide_margin does nothing without supervised.guide: set the guide, or leave "
         "it out",
     ),
     "no guide": ({"guide": "TMP/none"}, INSTRUCTIONS, "supervised.guide TMP/none: there is no such folder"),

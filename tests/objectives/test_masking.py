@@ -58,7 +58,7 @@ def test_each_text_has_its_own_share_in_each_step() -> None:
 
 @pytest.mark.parametrize("rate", [0, 1.0, [0.7, 0.1], [0.1], [0.1, 0.2, 0.3], [0.1, 1.2], "half", None])
 def test_shares_that_are_none(rate: object) -> None:
-    with pytest.raises(ValueError, match="must be a share between 0 and 1, or two of them"):
+    with pytest.raises(ValueError, match="must be a number between 0 and 1, or two of them"):
         masking(mask_rate=rate)
 
 

@@ -143,7 +143,7 @@ def test_it_learns(
 MISTAKES: dict[str, tuple[Any, str]] = {
     "no column": (
         {"scores": ...},
-        "…, line 1: no column 'scores'; set distil_scores.score_column to one of: …",
+        "…, line 1: no column 'scores': set distil_scores.score_column to one of …",
     ),
     "too few": (
         {"scores": [1]},
@@ -152,7 +152,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "no numbers": (
         {"scores": [1, "a", 2]},
-        "…, line 1: column 'scores' is no list of finite numbers: let llm2vec-ds score write it",
+        "…, line 1: column 'scores' is no list of finite numbers: write it with llm2vec-ds score",
     ),
     "no negatives": (
         "data.pairs.max_negatives=0",

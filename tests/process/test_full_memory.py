@@ -98,7 +98,7 @@ def test_in_other_commands(
     monkeypatch.setattr("llm2vec_ds.encoder.encoder.trunk_hidden_states", fills)
     words = COMMANDS[name].replace("MODEL", str(tiny_model_dir)).replace("TMP", str(tmp_path))
     assert run(monkeypatch, *words.split()) == 2
-    fix = "end other programs, or take a machine with more memory"
+    fix = "end other programs, or use a machine with more memory"
     if "--micro-batch-tokens" in words:
         fix = "lower --micro-batch-tokens (now 99)"
     assert error_line(capsys) == f"{WHICH[fills]} is full: {fix}"

@@ -90,7 +90,7 @@ def test_a_file_of_several_stages(tmp_path: Path) -> None:
     [
         ({}, [], "has the stages mntp, simcse: name one, e.g. stage=mntp"),
         ({}, ["stage=supervised"], "has no stage 'supervised': it has mntp, simcse"),
-        ({"stages": {"first": {}}}, [], "`stages` must have keys out of mntp, simcse, supervised"),
+        ({"stages": {"first": {}}}, [], "the keys of `stages` must be among mntp, simcse, supervised"),
         ({"sede": 1}, [], "stage mntp: unknown key `sede`"),
     ],
 )
@@ -186,7 +186,7 @@ def test_epochs_say_how_many_steps_there_are() -> None:
     for epochs, steps_per_epoch, expected in ((2, 7, 14), (1.5, 7, 11), (0.5, 30, 15), (0.7, 10, 7)):
         recipe = parse_recipe({**values, "epochs": epochs}).with_steps_of_epochs(steps_per_epoch)
         assert recipe.max_steps == expected
-    with pytest.raises(UserError, match="epochs=0.5: optimizer.warmup_steps=5 is over max_steps=4"):
+    with pytest.raises(UserError, match="epochs=0.5: optimizer.warmup_steps=5 is more than max_steps=4"):
         parse_recipe({**values, "epochs": 0.5}).with_steps_of_epochs(7)
     assert parse_recipe({**values, "max_steps": 1, "epochs": 1}).epochs == 1  # the warm-up is judged later
     for wrong in (0, -1, "many"):

@@ -53,7 +53,7 @@ def test_what_was_changed_stays(
     recipe.unlink()
     assert run(monkeypatch, "init", tmp_path) == 2
     held = f"{tmp_path} holds other content in slurm/site.env"
-    assert error_line(capsys) == f"{held}: choose another folder, or replace it by --overwrite"
+    assert error_line(capsys) == f"{held}: choose another folder, or replace it with --overwrite"
     assert site.read_text() == "mine"
     assert not recipe.exists()
     assert write_to(tmp_path, overwrite=True) == ["recipes/smoke_mntp.yaml", "slurm/site.env"]

@@ -42,7 +42,7 @@ def _write(file: Path, holder: Holder) -> None:
 def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
     process, may_end = _holding_process(tmp_path / "lock")
     with pytest.raises(
-        UserError, match=f"run: another process works there \\(process {process.pid} on "
+        UserError, match=f"run: another process is using it \\(process {process.pid} on "
     ) as told:
         held(tmp_path / "lock", "run").__enter__()
     assert "has ended" not in str(told.value)  # its flock says that it has not
@@ -68,7 +68,7 @@ def test_a_patient_process_waits_for_one_that_runs(
     monkeypatch.setattr("llm2vec_ds.storage.lock.time.sleep", sleep)
     with caplog.at_level("INFO"), held(tmp_path / "lock", "run", wait=True):
         assert len(looks) == 3
-    assert caplog.text.count("run: waiting for another process that works there") == 1
+    assert caplog.text.count("run: waiting for another process that uses it") == 1
 
 
 def test_a_patient_process_does_not_wait_for_one_that_may_be_gone(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_patient_process_does_not_wait_for_one_that_may_be_gone(tmp_path: Path
 
 
 def test_the_same_process_is_refused_too(tmp_path: Path) -> None:
-    with held(tmp_path / "lock", "run"), pytest.raises(UserError, match="another process works there"):
+    with held(tmp_path / "lock", "run"), pytest.raises(UserError, match="another process is using it"):
         held(tmp_path / "lock", "run").__enter__()
 
 
@@ -134,7 +134,7 @@ def test_a_restart_of_the_same_slurm_job_follows_on_another_host(
         with held(tmp_path / "lock", "run"):
             pass
     else:
-        with pytest.raises(UserError, match="another process works there"):
+        with pytest.raises(UserError, match="another process is using it"):
             held(tmp_path / "lock", "run").__enter__()
 
 
@@ -167,7 +167,7 @@ def test_slurm_is_asked_whether_another_job_has_ended(
         with held(tmp_path / "lock", "run"):
             pass
     else:
-        with pytest.raises(Busy, match="another process works there") as refused:
+        with pytest.raises(Busy, match="another process is using it") as refused:
             held(tmp_path / "lock", "run").__enter__()
         assert refused.value.is_alive == (says in ("echo RUNNING", "echo COMPLETING"))
 
@@ -177,7 +177,7 @@ def test_where_the_file_system_has_no_flock_the_process_decides(
 ) -> None:
     monkeypatch.setattr(lock, "_flock", lambda descriptor: None)
     _write(tmp_path / "lock", Holder.this_process())
-    with pytest.raises(UserError, match="another process works there"):
+    with pytest.raises(UserError, match="another process is using it"):
         held(tmp_path / "lock", "run").__enter__()
     _write(tmp_path / "lock", replace(Holder.this_process(), pid=2**22 + 1))  # there is none above 2**22
     with held(tmp_path / "lock", "run"):
@@ -192,7 +192,7 @@ def test_a_file_that_is_no_lock_is_left_alone(
 ) -> None:
     monkeypatch.setattr(lock, "NAMELESS_WAIT_S", 0.01)
     (tmp_path / "lock").write_text(content)
-    with pytest.raises(UserError, match="a process that has not said its name"):
+    with pytest.raises(UserError, match="a process without a name"):
         held(tmp_path / "lock", "run").__enter__()
     assert (tmp_path / "lock").read_text() == content
 
@@ -202,7 +202,7 @@ def test_who_makes_the_file_and_comes_second_leaves_it_to_the_other(
 ) -> None:
     """Between making the file and its flock another process may get the flock."""
     monkeypatch.setattr(lock, "_flock", lambda descriptor: False)
-    with pytest.raises(UserError, match="another process works there"):
+    with pytest.raises(UserError, match="another process is using it"):
         held(tmp_path / "lock", "run").__enter__()
     assert (tmp_path / "lock").exists()
 

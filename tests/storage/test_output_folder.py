@@ -93,7 +93,7 @@ def test_an_error_while_writing_leaves_the_old_folder(tmp_path: Path) -> None:
 def test_a_folder_without_its_manifest_is_anothers(damage: str, tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
     (tmp_path / "out" / MANIFEST).write_text(damage)
-    with pytest.raises(UserError, match="holds files, and no encoder or export of this toolkit"):
+    with pytest.raises(UserError, match="holds files, but no encoder or export of this toolkit"):
         write(tmp_path / "out")
     assert set(files(tmp_path / "out").values()) == {"old"}
 
@@ -127,7 +127,7 @@ def test_places_that_are_never_replaced(tmp_path: Path, monkeypatch: pytest.Monk
         "~": "is or holds your home folder",
         "~no-such-user/x": "give another path",
         str(tmp_path / "file"): "is a file",
-        str(tmp_path / "full"): "holds files, and no encoder or export",
+        str(tmp_path / "full"): "holds files, but no encoder or export",
         str(tmp_path / "round"): "give another path",
         str(tmp_path / "disk"): "is a mount point",
     }.items():
@@ -140,7 +140,7 @@ def test_places_that_are_never_replaced(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("output", ["run", "run/encoder", ""])
 def test_a_folder_that_holds_its_source_is_refused(output: str, tmp_path: Path) -> None:
     write(tmp_path / "run" / "encoder")
-    with pytest.raises(UserError, match="holds .*encoder, which is read: choose another folder"):
+    with pytest.raises(UserError, match="holds .*encoder, which is an input: choose another folder"):
         check_replaceable(tmp_path / output, "OUT", [tmp_path / "run" / "encoder"])
 
 
@@ -217,7 +217,7 @@ def test_only_a_folder_with_a_mark_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "other.txt").touch()
     check_no_foreign(tmp_path, "OUT", ["texts.txt"], ["runs"])
     (tmp_path / "texts.txt").touch()
-    with pytest.raises(UserError, match=re.escape("OUT holds texts.txt, which would be written over")):
+    with pytest.raises(UserError, match=re.escape("OUT holds texts.txt, which would be overwritten")):
         check_no_foreign(tmp_path, "OUT", ["texts.txt"], ["runs"])
     (tmp_path / "runs").mkdir()
     check_no_foreign(tmp_path, "OUT", ["texts.txt"], ["runs"])
@@ -228,6 +228,6 @@ def test_an_input_is_known_under_its_other_names(tmp_path: Path) -> None:
     (tmp_path / "soft").symlink_to("in.jsonl")
     (tmp_path / "hard").hardlink_to(tmp_path / "in.jsonl")
     for name in ("in.jsonl", "soft", "hard", f"../{tmp_path.name}/in.jsonl"):
-        with pytest.raises(UserError, match="which it reads: choose another output"):
+        with pytest.raises(UserError, match="which is an input: choose another output"):
             check_reads_no_output([tmp_path / name], [tmp_path / "in.jsonl"], "--output")
     check_reads_no_output([tmp_path / "out"], [tmp_path / "in.jsonl", tmp_path / "missing"], "--output")

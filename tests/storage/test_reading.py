@@ -8,11 +8,11 @@ from llm2vec_ds.storage.reading import parse_yaml
 
 
 def test_equal_keys_are_refused() -> None:
-    with pytest.raises(ValueError, match="`seed` is there twice, in lines 1 and 3"):
+    with pytest.raises(ValueError, match="`seed` occurs twice, in lines 1 and 3"):
         parse_yaml("seed: 1\nmax_steps: 2\nseed: 3\n")
-    with pytest.raises(ValueError, match="`lr` is there twice, in lines 2 and 3"):
+    with pytest.raises(ValueError, match="`lr` occurs twice, in lines 2 and 3"):
         parse_yaml("optimizer:\n  lr: 1\n  lr: 2\n")
-    with pytest.raises(ValueError, match="`a` is there twice, in lines 1 and 1"):
+    with pytest.raises(ValueError, match="`a` occurs twice, in lines 1 and 1"):
         parse_yaml("{a: 1, a: 1}")
 
 

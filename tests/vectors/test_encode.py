@@ -66,9 +66,9 @@ def test_the_micro_batch_size_is_no_part_of_what_vectors_are(
         with pytest.raises(ZeroDivisionError):
             encode(options, tmp_path / "v", "0/2")
     encode(smaller, tmp_path / "v", "0/2")
-    assert "going on with what an earlier run left" in caplog.text
+    assert "continuing what an earlier run began" in caplog.text
     encode(options, tmp_path / "v", "0/2")
-    assert "done already, left alone" in caplog.text
+    assert "already done, nothing to do" in caplog.text
     encode(smaller, tmp_path / "v", "1/2")
     assert len(load_vectors(tmp_path / "v")) == len(TEXTS)
 
@@ -93,7 +93,7 @@ def test_an_output_that_is_the_input_is_refused(output: str, options: EncodeOpti
     file.write_text(row)
     (tmp_path / "link.jsonl").symlink_to("in.jsonl")
     own = replace(options, input=str(file))
-    with pytest.raises(UserError, match="would write over .*, which it reads: choose another output"):
+    with pytest.raises(UserError, match="would overwrite .*, which is an input: choose another output"):
         encode(own, tmp_path / output, format="jsonl", overwrite=True)
     assert file.read_text() == row
 
@@ -106,7 +106,7 @@ def test_standard_input_is_not_written_over(options: EncodeOptions, tmp_path: Pa
     with file.open() as opened:
         os.dup2(opened.fileno(), 0)
         try:
-            with pytest.raises(UserError, match=r"would write over .*t\.jsonl, which it reads"):
+            with pytest.raises(UserError, match=r"would overwrite .*t\.jsonl, which is an input"):
                 encode(replace(options, input="-"), file, overwrite=True)
         finally:
             os.dup2(kept, 0)
@@ -117,7 +117,7 @@ def test_standard_input_is_not_written_over(options: EncodeOptions, tmp_path: Pa
 def test_a_note_replaces_nothing_of_others(options: EncodeOptions, tmp_path: Path) -> None:
     (tmp_path / "v.npy.json").write_text('{"a thesis": "about vectors"}')
     before = (tmp_path / "v.npy.json").read_text()
-    with pytest.raises(UserError, match="its note would replace .*npy.json, which is none"):
+    with pytest.raises(UserError, match="its note would overwrite .*npy.json, which is another file"):
         encode(options, tmp_path / "v.npy", overwrite=True)
     assert (tmp_path / "v.npy.json").read_text() == before
 

@@ -99,7 +99,7 @@ MISTAKES = {
         "TMP/v.jsonl",
     ): "--store int8 is for .npy files, not for .jsonl: use .npy",
     ("--store", "binary", "--bad-texts", "nan"): (
-        "--store binary cannot say that a text has no vector: use int8, or --bad-texts raise"
+        "--store binary cannot mark a text without vector: use int8, or --bad-texts raise"
     ),
 }
 
@@ -133,4 +133,4 @@ def test_what_was_stored_otherwise_is_another_output(
     assert "exists: choose another, or give --overwrite" in error_line(capsys)
     (tmp_path / "v.npy.json").write_text((tmp_path / "v.npy.json").read_text().replace('"float32"', '"int8"'))
     assert run(monkeypatch, "search", tmp_path / "v.npy", "a train") == 2
-    assert "it holds no int8 vectors, a row each" in error_line(capsys)
+    assert "it does not hold one int8 vector per row" in error_line(capsys)
