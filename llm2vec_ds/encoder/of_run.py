@@ -53,7 +53,7 @@ def encoder_of(place: str) -> str:
     if not (encoder / CONFIG).is_file():
         if is_run(folder):
             raise UserError(
-                f"{folder} is a run that has not finished, so it has no encoder: go on with it by resume=true"
+                f"{folder} is a run that has not finished, so it has no encoder: continue it with resume=true"
             )
         if several := sorted(str(found.parents[1]) for found in folder.glob(f"*/{ENCODER}/{CONFIG}")):
             raise UserError(f"{folder} holds several runs: choose one of {', '.join(several)}")
@@ -129,5 +129,5 @@ def check_is_of_finished_run(model: Path) -> None:
     run = model.parent
     if model.name == ENCODER and model.is_dir() and is_run(run) and not is_finished(run):
         raise UserError(
-            f"{model} is not of the run in {run}, which has not finished: go on with that run by resume=true"
+            f"{model} is not of the run in {run}, which has not finished: continue that run with resume=true"
         )
