@@ -93,8 +93,8 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
     optimizer = recipe.optimizer
     return {
         **config,
-        # The stage cuts micro-batches by tokens and counts them, so DeepSpeed sees one a step. It demands that
-        # train_batch_size is the product of the other two and the number of ranks.
+        # The stage cuts micro-batches by tokens and counts them, so DeepSpeed sees one a step. It demands
+        # that train_batch_size is the product of the other two and the number of ranks.
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
