@@ -1,8 +1,8 @@
 """Notes how a cheap operation made a tensor. Backward can then recompute the tensor and need not keep it.
 
 Linear layers keep their input for backward. That input is often the output of a norm or of a gated unit. The
-inputs of the norm or unit are kept anyway. So its output carries a note of them. A layer that knows such notes
-(`lora_linear`) keeps these inputs in place of the output.
+inputs of the norm or unit are kept anyway. So its output carries a note of them. A layer that knows such
+notes (`lora_linear`) keeps these inputs in place of the output.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def recompute_activations(trunk: Any, which: Recomputation) -> str:
 
 
 def runs_layers_twice(trunk: Any) -> bool:
-    """Says whether torch's checkpointing runs layers again in backward, and resets torch's generator for it."""
+    """Says whether torch's checkpointing runs layers again in backward, with torch's generator reset."""
     return any(getattr(part, "gradient_checkpointing", False) for part in trunk.modules())
 
 
@@ -93,8 +93,8 @@ class _Fresh(AbstractContextManager[None]):
 _FACTOR = {torch.ops.aten.mm.default: 0, torch.ops.aten.bmm.default: 0, torch.ops.aten.addmm.default: 1}
 """Maps a matrix product to the number of the argument whose last dimension is summed over."""
 _CHEAP_SUM = 256
-"""A product that sums over at most this many numbers is recomputed: its result is large and takes little time.
-Examples are an adapter's update and the scores of attention."""
+"""A product that sums over at most this many numbers is recomputed. It takes little time for a large result:
+an adapter's update, or the scores of attention."""
 _FUSED = frozenset(
     f"{name}.default"
     for name in (

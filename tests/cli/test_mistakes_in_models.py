@@ -85,7 +85,7 @@ MISTAKES = {
         stage="mntp",
     ),
     "layers without adapters": Mistake(
-        "adapter.target_modules: 'query' is nothing in this trunk …; linear layers here: down_proj, "
+        "adapter.target_modules: 'query' matches nothing in this trunk …; linear layers here: down_proj, "
         "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         changes={"adapter": {"target_modules": ["query"]}},
     ),

@@ -14,7 +14,7 @@ class StaticInputs:
     """A stream of L tokens: the texts of a micro-batch, then filler.
 
     Each filler token is a text by itself. So no real text attends to filler, and attention over filler costs
-    next to nothing. Filler repeats the first token of the batch, so its numbers are finite if the batch's are.
+    next to nothing. Filler repeats the batch's first token, so its numbers are finite if the batch's are.
 
     Attributes:
         batch: `input_ids` and `position_ids` `[L]`, and `cu_seqlens` `[L + 1]`. There are at most L texts,
