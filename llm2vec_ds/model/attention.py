@@ -1,7 +1,7 @@
 """Registers our packed attention in transformers, for packed streams and for padded batches.
 
-It is registered as attention function *and* as mask function. With the first alone, transformers would make no
-mask, and tokens would attend to padding.
+It is registered as attention function *and* as mask function. With the first alone, transformers would make
+no mask, and tokens would attend to padding.
 
 Shape legend: B rows, L length with padding, H heads, D head dim, T = B·L tokens.
 """
@@ -203,7 +203,7 @@ def _padding_last(mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns an order of the B·L tokens that makes a packed stream, and its `cu_seqlens [2B+1]`.
 
     The real tokens of all rows come first. Then each row's padding follows as a separate text, which no real
-    token sees. Shapes depend on no value. So nothing waits for the device, and a compiler sees no graph break.
+    token sees. Shapes depend on no value, so nothing waits for the device, and a compiler sees no break.
     """
     n_rows = len(mask_BL)
     real_BL = mask_BL.bool()

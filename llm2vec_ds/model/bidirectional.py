@@ -1,7 +1,7 @@
 """Makes decoders bidirectional if transformers allows it, and refuses the others.
 
-transformers ≥ 5.2 reads `config.is_causal` on every forward pass, for the mask and the attention function. The
-trunk's `forward` must have the decorator `merge_with_config_defaults`.
+transformers ≥ 5.2 reads `config.is_causal` on every forward pass, for the mask and the attention function.
+The trunk's `forward` must have the decorator `merge_with_config_defaults`.
 
 The attribute must be set on the config object itself. As a keyword of `from_pretrained` it is dropped by any
 config class that does not declare it. The model then stays causal, and nothing says so.

@@ -18,8 +18,8 @@ def nf4_config(dtype: torch.dtype) -> Any:
     """Returns transformers' description of NF4 with double quantisation.
 
     Args:
-        dtype: dtype of the products. The packed bytes are stored as this dtype too. So code that wraps a model
-            (ZeRO, `.bfloat16()`) sees one floating-point dtype throughout.
+        dtype: dtype of the products. The packed bytes are stored as this dtype too. So code that wraps a
+            model (ZeRO, `.bfloat16()`) sees one floating-point dtype throughout.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -105,8 +105,8 @@ def quantized_layers(model: nn.Module) -> list[nn.Module]:
 def prepare_for_training(model: nn.Module) -> None:
     """Turns off a repacking of weights that would end the training.
 
-    On CPUs with AVX-512 bf16, bitsandbytes repacks a weight in its first pass in evaluation mode. The repacked
-    weight has no backward. So training could not go on after a held-out measurement.
+    On CPUs with AVX-512 bf16, bitsandbytes repacks a weight in its first pass in evaluation mode. The
+    repacked weight has no backward. So training could not go on after a held-out measurement.
     """
     for layer in quantized_layers(model):
         layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
@@ -175,7 +175,7 @@ def _quantize_shape(layer: Any, dtype: torch.dtype) -> None:
 
 
 def weight_storages(model: nn.Module) -> dict[int, int]:
-    """Returns the bytes of each storage of parameters, buffers and NF4's scales, by the storage's identity."""
+    """Returns the bytes of each storage of parameters, buffers and NF4's own tensors, by storage identity."""
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     for layer in quantized_layers(model):
         if (state := layer.quant_state) is not None:

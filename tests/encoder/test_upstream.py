@@ -85,7 +85,7 @@ def spoil(models: Path, tmp_path: Path, changes: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"peft_type": "IA3"}, "is of the type 'IA3': only LORA can be merged"),
+        ({"peft_type": "IA3"}, "has the type 'IA3': only LORA can be merged"),
         ({"use_dora": True}, "has use_dora=True, which cannot be merged here"),
         ({"modules_to_save": ["embed_tokens"]}, r"has modules_to_save=\['embed_tokens'\]"),
         ({"target_modules": ["query"]}, "does not fit LlamaModel: Target modules"),

@@ -106,7 +106,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert Encoder.from_pretrained(tmp_path).dimensions == 32
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
-    assert f"{shard} is missing, which model.safetensors.index.json names" in refusal(tmp_path)
+    assert f"{shard} is missing, although model.safetensors.index.json names it" in refusal(tmp_path)
 
 
 @pytest.fixture
