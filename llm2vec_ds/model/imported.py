@@ -289,7 +289,7 @@ def lora_settings(folder: Path) -> AdapterConfig:
 
 
 def upstream_settings(folder: Path) -> dict[str, Any]:
-    """Returns the settings in `llm2vec_config.json` by the names of `EncoderSettings`. Empty without the file.
+    """Returns the settings in `llm2vec_config.json` by the names of `EncoderSettings`. Empty without a file.
 
     Raises:
         UserError: the file is damaged or names an unknown pooling.

@@ -90,7 +90,7 @@ def spoil(models: Path, tmp_path: Path, changes: dict[str, Any]) -> Path:
         ({"modules_to_save": ["embed_tokens"]}, r"has modules_to_save=\['embed_tokens'\]"),
         ({"target_modules": ["query"]}, "does not fit LlamaModel: Target modules"),
         ({"target_modules": ["q_proj"]}, "has weights for layers.0.mlp.down_proj.lora_A"),
-        ({"r": 8}, r"has shape \(4, 64\), the model \(8, 64\)"),
+        ({"r": 8}, r"has shape \(4, 64\), the model's is \(8, 64\)"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(
