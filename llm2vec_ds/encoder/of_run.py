@@ -41,7 +41,7 @@ class Described:
 
 
 def encoder_of(place: str) -> str:
-    """Returns the `encoder/` of a run's or a demo's folder. Any other place (a model, a hub id) stays as it is.
+    """Returns the `encoder/` of a run's or a demo's folder. Another place (a model, a hub id) stays as it is.
 
     Raises:
         UserError: the run has not finished, or the folder holds several runs.

@@ -57,8 +57,8 @@ class HalvedWhereFull:
                 which = full_memory(error)
                 if len(group) == 1 or which is None:
                     raise
-            # The error holds the tensors of the failed pass. It is gone after the `except` block, so the cache
-            # can be emptied only here.
+            # The error holds the tensors of the failed pass. It is gone after the `except` block, so the
+            # cache can be emptied only here.
             self._most = n_tokens / 2
             log.warning("%s is full: passes of at most %.0f tokens from here on", which, self._most)
             if torch.cuda.is_available():

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from llm2vec_ds.model.adapters import merged_state_dict
 
 LARGEST_FILE = "4GB"
-"""The largest file of weights. While a GPU's weights are written, the host holds this much of them at once."""
+"""The largest file of weights. While a GPU's weights are written, the host holds this much at a time."""
 
 
 def save_trunk(trunk: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
