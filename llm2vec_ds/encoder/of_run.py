@@ -129,5 +129,6 @@ def check_is_of_finished_run(model: Path) -> None:
     run = model.parent
     if model.name == ENCODER and model.is_dir() and is_run(run) and not is_finished(run):
         raise UserError(
-            f"{model} is not of the run in {run}, which has not finished: continue that run with resume=true"
+            f"{model} does not belong to the run in {run}, which has not finished: continue that run with "
+            "resume=true"
         )

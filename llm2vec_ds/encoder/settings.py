@@ -85,7 +85,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     file = folder / SETTINGS_FILE
     if not file.is_file():
         return {}
-    remedy = "take the encoder folder from its run again"
+    remedy = "copy the encoder folder from its run again"
     stored = read_json(file, dict[str, Any], remedy)
     known = {k: v for k, v in stored.items() if k in EncoderSettings.__dataclass_fields__}
     try:

@@ -126,7 +126,7 @@ def _train(
     )
     with wandb_run(recipe, folder):
         engine = Engine(stage.model, config)
-        log.info("linear layers that are one operation with their adapter: %s", n_fused(stage.model))
+        log.info("linear layers fused with their adapter: %s", n_fused(stage.model))
         trainer = Trainer(
             recipe,
             stage,

@@ -65,6 +65,6 @@ def _check_class(trunk_class: Any, model_type: str, causal: bool) -> None:
         check_class_can_be_bidirectional(trunk_class, model_type)
     if not trunk_class._supports_attention_backend:
         raise UserError(
-            f"model type {model_type!r} takes no attention function but its own: use a type such as llama, "
+            f"model type {model_type!r} allows only its own attention function: use a type such as llama, "
             "mistral, qwen3 or gemma, or a newer transformers"
         )

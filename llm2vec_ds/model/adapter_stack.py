@@ -77,7 +77,7 @@ def read_stack(path: str, quantization: str | None, trained: AdapterConfig | Non
         below = read_stack(found.base, quantization, None)
         above = tuple((lora_settings(folder), folder / WEIGHTS) for folder in found.adapters)
         return AdapterStack(below.base, (*below.earlier, *above), trained)
-    stored = read_json(index, _Index, "take the encoder folder from its run again")
+    stored = read_json(index, _Index, "copy the encoder folder from its run again")
     earlier = [(item.settings, index.parent / item.file) for item in stored.adapters]
     return AdapterStack(stored.base, tuple(earlier), trained)
 
@@ -110,7 +110,7 @@ def put_stack_in(trunk: nn.Module, stack: AdapterStack) -> None:
             raise UserError(f"adapter {file} cannot be read: {error}") from None
         own = _parameters(trunk, name)
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in values.items()}:
-            raise UserError(f"adapter {file} is of another model than {stack.base}: check {INDEX} beside it")
+            raise UserError(f"adapter {file} is for another model than {stack.base}: check {INDEX} beside it")
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(values[key])

@@ -55,7 +55,7 @@ def why_not_finite(model: nn.Module) -> str:
     """Says why a model's outputs are NaN or infinite, and what to do. Reads all weights."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.detach().isfinite().all():
-            return f"the model's weight {name} is not finite: take the model from its source again"
+            return f"the model's weight {name} is not finite: get the model from its source again"
     dtype = next(model.parameters()).dtype
     return f"the model's weights are finite, so they overflow in {dtype}: choose another precision"
 
@@ -77,7 +77,7 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
     sizes = f"the tokenizer has {n_tokens} tokens, the model has embeddings for {n_ids}"
     if ordinary := sorted(set(beyond) - special, key=beyond.__getitem__):
         raise UserError(
-            f"{sizes}: {', '.join(map(repr, ordinary[:3]))} … have none: take the tokenizer that belongs to "
+            f"{sizes}: {', '.join(map(repr, ordinary[:3]))} … have none: use the tokenizer that belongs to "
             f"the model, or save the model after resize_token_embeddings({n_tokens})"
         )
     log.warning("%s: a text with %s is refused", sizes, ", ".join(sorted(beyond)[:5]))
@@ -92,6 +92,6 @@ def check_ids(largest: int, model: Any) -> None:
     n_ids = model.config.get_text_config().vocab_size
     if largest >= n_ids:
         raise UserError(
-            f"token id {largest} is beyond the model's vocabulary of {n_ids}: take the tokenizer that "
+            f"token id {largest} is beyond the model's vocabulary of {n_ids}: use the tokenizer that "
             "belongs to the model"
         )

@@ -91,7 +91,7 @@ def resolve(path: str, adapters: Sequence[str | Path] = ()) -> Stack:
         stack.insert(0, folder)
         named = _config(folder).get("base_model_name_or_path")
         if not named or named == base:
-            raise UserError(f"{folder / CONFIG} names no base model: give the model, and this as an adapter")
+            raise UserError(f"{folder / CONFIG} names no base model: give one, with this as its adapter")
         base = str(named)
     return Stack(base, tuple(stack))
 
@@ -148,7 +148,7 @@ def _local(adapter: str) -> Path:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / CONFIG, dict[str, Any], "take the adapter from its source again")
+    return read_json(folder / CONFIG, dict[str, Any], "get the adapter from its source again")
 
 
 def merge_adapters(trunk: nn.Module, adapters: Sequence[Path]) -> None:
@@ -245,7 +245,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
         stored = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{folder / WEIGHTS} is damaged ({error}): take the adapter from its source again"
+            f"{folder / WEIGHTS} is damaged ({error}): get the adapter from its source again"
         ) from None
     return {key.removeprefix("base_model.model."): value for key, value in stored.items()}
 
@@ -297,7 +297,7 @@ def upstream_settings(folder: Path) -> dict[str, Any]:
     file = folder / UPSTREAM_SETTINGS
     if not file.is_file():
         return {}
-    stored = read_json(file, UpstreamSettings, "take the adapter from its source again")
+    stored = read_json(file, UpstreamSettings, "get the adapter from its source again")
     if stored.pooling_mode not in UPSTREAM_POOLINGS:
         raise UserError(f"{file}: pooling_mode {stored.pooling_mode!r} is unknown here")
     return {

@@ -278,7 +278,7 @@ def loading(path: str) -> Iterator[None]:
         if isinstance(error, UserError) or full_memory(error) is not None:
             raise
         damaged = damaged_file(Path(path))
-        cause = f"{damaged}: take it from its source again" if damaged else _cause(path, error)
+        cause = f"{damaged}: get it from its source again" if damaged else _cause(path, error)
         raise UserError(f"model {path!r} cannot be loaded: {cause}") from error
 
 

@@ -65,7 +65,7 @@ def class_of_whole(config: Any) -> Any:
         if type(config) in mapping:
             return mapping[type(config)]
     raise UserError(
-        f"model type {config.model_type!r} cannot be an encoder: transformers reads no text with it"
+        f"model type {config.model_type!r} cannot be an encoder: transformers cannot read text with it"
     )
 
 

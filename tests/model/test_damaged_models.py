@@ -21,7 +21,7 @@ from tests.support.damage import JSON_DAMAGE, Damage, changed, damage, save_nan_
 from tests.support.tiny import save_tiny_llama, tiny_llama, tiny_tokenizer
 
 NAN_WEIGHT = (
-    "the model's weight layers.1.mlp.up_proj.weight is not finite: take the model from its source again"
+    "the model's weight layers.1.mlp.up_proj.weight is not finite: get the model from its source again"
 )
 
 
@@ -173,7 +173,7 @@ def test_word_vectors_are_finite_too(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    said = r"tokenizer has \d+ tokens, the model has embeddings for 200: '.*' … have none: take the tokenizer"
+    said = r"tokenizer has \d+ tokens, the model has embeddings for 200: '.*' … have none: use the tokenizer"
     with pytest.raises(UserError, match=said):
         Encoder.from_pretrained(save_tiny_llama(tmp_path, vocab_size=200))
 
