@@ -252,7 +252,7 @@ class Encoder(nn.Module):
             raise UserError(f"truncate_dim={truncate_dim}: vectors have {self.dimensions} dimensions")
         instruction = self._instruction(instruction, prompt_name)
         total = len(texts) if isinstance(texts, Sized) else None
-        hidden = None if show_progress else True  # None: where there is a terminal
+        hidden = None if show_progress else True  # None: tqdm shows a bar only on a terminal
         with tqdm(total=total, desc="encode", unit="text", disable=hidden) as bar:
 
             def tokens(block: tuple[int, list[str | None]]) -> dict[int, TokenizedText]:

@@ -97,7 +97,7 @@ def is_finished(folder: Path) -> bool:
         return False
     if not (folder / ENCODER / CONFIG).is_file():
         return False
-    if isinstance(mark, int):  # of version 0.1, which wrote the number of steps
+    if isinstance(mark, int):  # version 0.1 wrote only the number of steps
         return not (folder / RUN).exists()
     stored = identity_stored_in(folder)
     return (

@@ -83,7 +83,7 @@ class Watchdog:
             "hangs or has died: look for a rank at another place, then run again with resume=true. Raise "
             "step_timeout_s if a step does take that long"
         )
-        os._exit(EXIT_CODE)  # the main thread may wait in a collective for ever
+        os._exit(EXIT_CODE)  # not sys.exit: the main thread may wait in a collective for ever
 
     def _place(self) -> str:
         """Names the innermost function of this package that the main thread is in."""

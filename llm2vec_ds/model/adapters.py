@@ -200,7 +200,7 @@ def merged_state_dict(
 def check_whole(prefix: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Refuses empty or partial tensors, which ZeRO-3 gives if gathering goes wrong."""
     for name, parameter in parameters:
-        whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape there
+        whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's whole shape
         if parameter.shape != whole or parameter.numel() == 0:
             raise RuntimeError(
                 f"{prefix}{name} has shape {tuple(parameter.shape)} instead of {tuple(whole)}: its parts "

@@ -193,7 +193,7 @@ def _put_on(trunk: nn.Module, folder: Path) -> dict[str, Any]:
         config = LoraConfig.from_pretrained(str(folder))
         config.inference_mode = True
         inject_adapter_in_model(config, model)
-    except (ValueError, TypeError, AttributeError) as error:  # the latter two: values of wrong types
+    except (ValueError, TypeError, AttributeError) as error:  # a value of a wrong type too
         reason = str(error).splitlines()[0][:160]
         raise UserError(f"adapter {folder} does not fit {type(trunk).__name__}: {reason}") from None
     layers = {name: module for name, module in trunk.named_modules() if isinstance(module, LoraLayer)}

@@ -145,7 +145,7 @@ def built(config: Any, attention: str | None, trust_remote_code: bool, auto_clas
     return auto_class.from_config(
         config,
         attn_implementation=attention,
-        experts_implementation="eager",  # the others take no fp64
+        experts_implementation="eager",  # the other implementations do not run in fp64
         trust_remote_code=trust_remote_code,
         dtype=torch.float32,
     )

@@ -45,7 +45,7 @@ def check_config(config: Any, causal: bool, *, trust_remote_code: bool = False) 
     Raises:
         UserError: the miniature failed a check.
     """
-    # Code beside the weights has no version, so its answer is not kept.
+    # Code beside the weights may change at any time, so the answer is not kept.
     if not _is_of_transformers(config):
         return _check_miniature(config, causal, trust_remote_code)
     return _kept("trunk", _checked, config, causal)
