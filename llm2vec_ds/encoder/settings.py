@@ -26,7 +26,7 @@ class EncoderSettings:
     Attributes:
         pooling: `mean`, `weighted_mean`, `last`, `eos` or `bos`.
         max_tokens: a longer text is cut at its end.
-        template: the form of the input. The default is `{instruction} {text}`.
+        template: how instruction and text are put together. The default is `{instruction} {text}`.
         special_tokens: whether the tokenizer adds its own tokens.
         pooled_tokens: `text` leaves instruction, template and special tokens out of a vector. `all` pools the
             whole input, as servers do.
