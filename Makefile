@@ -32,6 +32,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 
 demo: $(INSTALLED)  ## a real 135M LLM through LLM2Vec, measured after every step (BUDGET=quick|default|full)
 	$(BIN)/llm2vec-ds demo --output $(OUTPUT) --budget $(BUDGET)
+	@echo 'To call llm2vec-ds yourself: . $(VENV)/bin/activate'
 
 test: $(INSTALLED)  ## the tests, about 10 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n $(TEST_WORKERS) --dist loadscope

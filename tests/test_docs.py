@@ -10,7 +10,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
+from llm2vec_ds import __version__
 from llm2vec_ds.recipe.habits import HABITS
 from llm2vec_ds.recipe.recipe import documented_keys
 
@@ -88,6 +90,20 @@ def test_the_readme_explains_every_extra() -> None:
     _, _, table = (ROOT / "README.md").read_text().partition("| extra: ")
     explained = re.findall(r"^\| `(\w+)` \|", table.partition("\n\n")[0], re.MULTILINE)
     assert sorted(explained) == sorted(project["optional-dependencies"])
+
+
+def test_all_files_name_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest.group(1) == project["version"] == citation["version"] == __version__
+    assert newest.group(2) == str(citation["date-released"])
+
+
+def test_the_first_screen_of_the_readme_fits_60_lines() -> None:
+    first, _, _ = (ROOT / "README.md").read_text().partition("\n## ")
+    assert len(first.splitlines()) <= 60
 
 
 @pytest.mark.slow

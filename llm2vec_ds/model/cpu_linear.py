@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 import torch
-from llm2vec_kernels.products import cpu_products, product
+from llm2vec_kernels.products import cpu_products, is_for_onednn, product
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -26,10 +26,11 @@ class CpuLinear(nn.Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
     def _is_left_to_torch(self, input: torch.Tensor) -> bool:
-        """True for mixed dtypes, tracing, compiling, autocast, and weights that ZeRO-3 has partitioned."""
+        """True for small products, mixed dtypes, tracing, compiling, autocast, and ZeRO-3's partitioned weights."""
         return (
-            self.weight.dtype != input.dtype
-            or torch.compiler.is_compiling()
+            torch.compiler.is_compiling()
+            or not is_for_onednn(input, self.out_features)
+            or self.weight.dtype != input.dtype
             or torch.jit.is_tracing()
             or torch.is_autocast_enabled("cpu")
             or hasattr(self.weight, "ds_id")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llm2vec_ds.report import overview
 from llm2vec_ds.report.data import ReportData, Run
 from llm2vec_ds.report.example_sentences import SENTENCES, TOPIC_OF, TOPICS, Examples
 
@@ -42,7 +43,7 @@ class Figure:
 
 def figures_of(data: ReportData, examples: Mapping[str, Examples]) -> list[Figure]:
     """All figures that the data give, in the page's order."""
-    figures = [_scores(metric, by_variant) for metric, by_variant in data.scores.items()]
+    figures = _overview(data) + [_scores(metric, found) for metric, found in data.scores.items()]
     for stage in dict.fromkeys(run.stage for run in data.runs):
         runs = [run for run in data.runs if run.stage == stage]
         figures += [
@@ -55,9 +56,22 @@ def figures_of(data: ReportData, examples: Mapping[str, Examples]) -> list[Figur
     return figures
 
 
-def _drawn(
-    name: str, caption: str, draw: Callable[[Any], int], size: tuple[float, float] = SIZE_INCHES
-) -> Figure:
+def _overview(data: ReportData) -> list[Figure]:
+    if not (scores := overview.chosen(data.scores)):
+        return []
+
+    def draw(figure: Any) -> int:
+        return overview.draw(figure, scores, INK, COLOURS)
+
+    return [_drawn_on("overview", "all variants", draw, overview.size_inches(scores))]
+
+
+def _drawn(name: str, caption: str, draw: Callable[[Any], int]) -> Figure:
+    """A figure of one panel, which `draw` fills."""
+    return _drawn_on(name, caption, lambda figure: draw(figure.subplots()), SIZE_INCHES)
+
+
+def _drawn_on(name: str, caption: str, draw: Callable[[Any], int], size: tuple[float, float]) -> Figure:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -78,7 +92,7 @@ def _drawn(
     with matplotlib.rc_context(style):
         figure = Canvas(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        n_marks = draw(figure.subplots())
+        n_marks = draw(figure)
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=150, facecolor="white")
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})

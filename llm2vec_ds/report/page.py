@@ -39,6 +39,7 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: 
 figure { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: .4rem;
   background: var(--soft); }
 figure svg { display: block; width: 100%; height: auto; }
+#overview { grid-column: 1 / -1; overflow-x: auto; } #overview svg { min-width: 44rem; }
 figcaption { font-size: .9rem; margin-bottom: .3rem; overflow-wrap: anywhere; }
 pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--line); background: var(--soft);
   font-size: .85rem; }
@@ -98,7 +99,7 @@ def page(data: ReportData, figures: Sequence[Figure], folders: Sequence[str], wi
     title = f"LLM2Vec-DS: {', '.join(folders)}"
     parts = [f"<h1>{_text(title)}</h1>"]
     if data.scores:
-        parts += ["<h2>Scores</h2>", _score_table(data.scores), _grid(figures, ("score_",))]
+        parts += ["<h2>Scores</h2>", _score_table(data.scores), _grid(figures, ("overview", "score_"))]
     if data.runs:
         stages = tuple(dict.fromkeys(f"{run.stage}_" for run in data.runs))
         parts += ["<h2>Training</h2>", _grid(figures, stages)]

@@ -46,11 +46,30 @@ def test_equals_fp64(
         bias = torch.stack([bias, -bias], dim=1)[:, 0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM2VEC_ONEDNN", onednn)
+        patch.setattr(module, "LEAST_FOR_ONEDNN", 1)
         cpu_products.cache_clear()
         assert cpu_products().name == ("oneDNN" if onednn == "1" else usual_library())
         found = product(x, weight, bias)
     assert found.shape == exact.shape
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n_rows", "is_onednn"), [(63, False), (64, True)])
+def test_small_products_are_the_usual_librarys(
+    n_rows: int, is_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM2VEC_ONEDNN", "1")
+    calls: list[int] = []
+    plain = module._onednn
+
+    def counting(*arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(module, "_onednn", counting)
+    x, weight = torch.ones(n_rows, 128), torch.ones(128, 128)
+    assert torch.equal(product(x, weight), torch.full((n_rows, 128), 128.0))
+    assert bool(calls) == is_onednn
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -118,7 +137,7 @@ def resident_mib():
 weights = [torch.randn(n, 64) for n in (512, 192, 64)]
 product(torch.randn(900, 64), weights[0])
 before = resident_mib()
-for n_rows in range(100, 500):
+for n_rows in range(300, 700):
     for weight in weights:
         product(torch.randn(n_rows, 64), weight)
 print(resident_mib() - before)

@@ -39,7 +39,10 @@ def ablation(tmp_path: Path, tiny_model_dir: Path) -> Path:
         run_folder(folder / "runs" / f"seed-{seed}" / "bi+simcse", "simcse")
     Encoder.from_pretrained(tiny_model_dir).save(folder / "runs" / "seed-1" / "bi+mntp" / "encoder")
     scores = {
-        variant: {str(s): {"STS-x": 0.3 + s / 10, "pos": 0.9 - s / 50} for s in (1, 2)}
+        variant: {
+            str(s): {"STS-x": 0.3 + s / 10, "pos": 0.9 - s / 50, "pos, same_token": 0.5, "chunks": 0.7}
+            for s in (1, 2)
+        }
         for variant in ("uni", "bi+mntp", "bi+simcse")
     }
     results = {
@@ -62,6 +65,7 @@ def test_page_holds_scores_runs_recipes_and_facts_and_nothing_from_elsewhere(
     text = output.read_text()
     names = {figure.name for figure in figures}
     assert {
+        "overview",
         "score_sts_x",
         "mntp_loss",
         "mntp_tokens_per_s",
@@ -78,6 +82,24 @@ def test_page_holds_scores_runs_recipes_and_facts_and_nothing_from_elsewhere(
     loaded = re.findall(r'(?:src|href)="([^#"][^"]*)"', text)
     assert [target for target in loaded if not target.startswith("data:")] == []
     assert not re.search(r"@import|url\(['\"]?http", text)
+
+
+def test_the_overview_has_a_row_a_variant_and_leaves_second_readings_out(
+    ablation: Path, tmp_path: Path
+) -> None:
+    figures = write_report([ablation], tmp_path / "report.html", with_examples=False)
+    (found,) = [figure for figure in figures if figure.name == "overview"]
+    assert found.n_marks == 9
+    for shown in ("STS-x", "chunks", "bi+simcse", "0.450", "0.870"):
+        assert f">{shown}<" in found.svg
+    assert "same_token" not in found.svg
+    results = json.loads((ablation / "results.json").read_text())
+    for by_seed in results["scores"].values():
+        for scores in by_seed.values():
+            del scores["chunks"]
+    (ablation / "results.json").write_text(json.dumps(results))
+    figures = write_report([ablation], tmp_path / "report.html", with_examples=False)
+    assert "overview" not in {figure.name for figure in figures}
 
 
 def test_curves_of_merged_encoders(tmp_path: Path) -> None:
