@@ -26,7 +26,7 @@ class CpuLinear(nn.Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
     def _is_left_to_torch(self, input: torch.Tensor) -> bool:
-        """True for small products, mixed dtypes, tracing, compiling, autocast, and ZeRO-3's parts of weights."""
+        """True for small products, mixed dtypes, tracing, compiling, autocast, and weights under ZeRO-3."""
         return (
             torch.compiler.is_compiling()
             or not is_for_onednn(input, self.out_features)
