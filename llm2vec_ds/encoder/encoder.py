@@ -1,4 +1,4 @@
-"""The public class: a trunk and its pooling, text in, vectors out."""
+"""The public class `Encoder`: turns texts into vectors by a trunk and a pooling."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ class Encoder(nn.Module):
         self.devices = [next(trunk.parameters()).device]
         self._replicas: Replicas[Any] | None = None
         self.run_trunk: Callable[[PackedBatch], torch.Tensor] | None = None
-        """What gives a batch's hidden states in place of `trunk_hidden_states`; a run sets it."""
+        """Replaces `trunk_hidden_states`, if it is set. A training run sets it."""
         self.stack: AdapterStack | None = None
-        """Where adapters over a quantised base come from; `save` writes them beside the merged weights."""
+        """The adapters over a quantised base. `save` writes them beside the merged weights."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """For pickle: attention is registered in the process that reads it too."""
+        """Serves pickle. The process that reads the encoder must register attention too."""
         super().__setstate__(state)
         register_for(self.trunk)
 
@@ -142,17 +142,17 @@ class Encoder(nn.Module):
         return bool(is_causal(self.trunk.config))
 
     def train(self, mode: bool = True) -> Encoder:
-        """As any module's; copies on other devices, which training would leave behind, are given up."""
+        """Sets the mode. Training drops the copies on other devices, because they would keep old weights."""
         if mode:
             self._replicas = None
         return super().train(mode)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
-        """Last hidden state of every token, `[T, D]`."""
+        """Returns the last hidden state of every token, `[T, D]`."""
         return self._hidden_states(self.trunk, batch)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """One vector a text, `[S, D]` fp32, not normalised."""
+        """Returns one vector a text, `[S, D]` fp32, not normalised."""
         return self._vectors(self.trunk, batch)
 
     def _vectors(self, trunk: Any, batch: PackedBatch) -> torch.Tensor:
@@ -252,7 +252,7 @@ class Encoder(nn.Module):
             raise UserError(f"truncate_dim={truncate_dim}: vectors have {self.dimensions} dimensions")
         instruction = self._instruction(instruction, prompt_name)
         total = len(texts) if isinstance(texts, Sized) else None
-        hidden = None if show_progress else True  # None: where there is a terminal
+        hidden = None if show_progress else True  # None: tqdm shows a bar only on a terminal
         with tqdm(total=total, desc="encode", unit="text", disable=hidden) as bar:
 
             def tokens(block: tuple[int, list[str | None]]) -> dict[int, TokenizedText]:
@@ -291,7 +291,7 @@ class Encoder(nn.Module):
     def _tokenized(
         self, texts: Sequence[str | None], instruction: str | None, first_row: int, bad_texts: BadTexts
     ) -> dict[int, TokenizedText]:
-        """Row → tokens, of the good texts of a block."""
+        """Tokenises a block. Returns a map from row to tokens, without the bad texts."""
         strings = {row: text for row, text in enumerate(texts) if is_text(text)}
         if self.settings.text_span == "upstream" and (most := self.settings.max_text_tokens):
             longest = self.settings.max_tokens
@@ -318,7 +318,7 @@ class Encoder(nn.Module):
         return good
 
     def _check_finite(self, vectors: np.ndarray, rows: np.ndarray) -> None:
-        """Refuses a vector with a NaN or an infinity, which is the model's fault: its text is good."""
+        """Refuses a vector with a NaN or an infinity. Its text is good, so the fault is the model's."""
         finite = np.isfinite(vectors).all(axis=1)
         if not finite.all():
             row = rows[~finite].min()
@@ -329,26 +329,28 @@ class Encoder(nn.Module):
     def _encode_tokenized(
         self, tokenized: dict[int, TokenizedText], micro_batch_tokens: int | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows and their vectors, a micro-batch at a time."""
+        """Yields rows and their vectors, one micro-batch at a time."""
         texts, rows = list(tokenized.values()), np.fromiter(tokenized, dtype=np.int64)
         check_ids(max((max(text.input_ids) for text in texts), default=0), self.trunk)
         lengths = [len(text) for text in texts]
         budget = tokens_of_a_pass(self.device, micro_batch_tokens)
         groups = plan_micro_batches(lengths, max(budget, *lengths, 0))
         was_training = self.training
-        if has_part_in_training(self):  # one that was added since may be, and `eval` is slow
+        # A part that was added later may be in training mode. `eval` is slow, so it runs only if needed.
+        if has_part_in_training(self):
             self.eval()
         if len(self.devices) > 1 and len(groups) > 1 and self._replicas is None:
             self._replicas = Replicas(self.trunk, self.devices)
 
         def vectors(trunk: Any, group: np.ndarray) -> torch.Tensor:
             device = device_of(trunk)
-            # Outside, so that layers share what follows from the texts' bounds.
+            # Outside of `no_graph`: layers share what follows from the bounds of the texts, but not if the
+            # bounds are a tensor of inference mode.
             batch = pack([texts[i] for i in group]).ready_for(device).to(device)
-            with no_graph(trunk):  # holds for one thread
+            with no_graph(trunk):  # the mode holds for one thread, so each replica's thread sets it
                 return self._vectors(trunk, batch).float()
 
-        # Under ZeRO-3 all ranks run equally many passes.
+        # Under ZeRO-3 all ranks must run equally many passes. So one rank alone must not halve a pass.
         may_halve = micro_batch_tokens is None and not is_partitioned(self.trunk)
         run = HalvedWhereFull(vectors, lengths) if may_halve else vectors
         found = self._replicas.map(run, groups) if self._replicas else (run(self.trunk, g) for g in groups)
@@ -391,5 +393,5 @@ class Encoder(nn.Module):
             self.settings.write(unfinished)
 
     def save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """The trunk alone: weights and config.json."""
+        """Writes only the trunk: weights and config.json."""
         save_trunk(self.trunk, folder, state_dict)

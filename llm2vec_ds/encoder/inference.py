@@ -1,4 +1,4 @@
-"""A trunk that only computes: without dropout, without notes for autograd, and with little Python."""
+"""Helpers to run a trunk for inference: without dropout, without autograd, and with little Python."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import nn
 from llm2vec_ds.process.host_heap import freed_memory_is_kept
 
 MANY_TOKENS = 2048
-"""From so many on, fresh pages for each layer take longer than giving the memory back at the end."""
+"""From this many tokens on, freed memory is kept. Fresh pages for each layer would take longer than giving
+the memory back at the end."""
 
 
 def has_part_in_training(module: nn.Module) -> bool:
-    """`any(part.training for part in module.modules())`, in a tenth of the time."""
+    """Returns `any(part.training for part in module.modules())` in a tenth of the time."""
     waiting: list[nn.Module | None] = [module]
     while waiting:
         part = waiting.pop()
@@ -31,18 +32,18 @@ def device_of(trunk: nn.Module) -> torch.device:
 
 
 def no_graph(trunk: nn.Module) -> torch.inference_mode | torch.no_grad:
-    """Inference mode, which keeps no notes for autograd at all; under ZeRO-3 `no_grad`.
+    """Returns inference mode, which records nothing for autograd. Under ZeRO-3 returns `no_grad`.
 
-    ZeRO-3 fills its parameters in forward. Training could not change those that inference mode has filled.
+    ZeRO-3 fills its parameters in forward. Training could not change parameters filled in inference mode.
     """
     return torch.no_grad() if is_partitioned(trunk) else torch.inference_mode()
 
 
 def is_partitioned(trunk: nn.Module) -> bool:
-    """Are its parameters shared among ranks (ZeRO-3)?"""
+    """Says whether the trunk's parameters are partitioned among ranks (ZeRO-3)."""
     return hasattr(next(trunk.parameters()), "ds_id")
 
 
 def kept_memory(device: torch.device, n_tokens: int) -> AbstractContextManager[None]:
-    """For a CPU's layers, each of which frees what the next one needs again."""
+    """Returns a context that keeps freed memory on a CPU. Each layer frees memory that the next one needs."""
     return freed_memory_is_kept() if device.type == "cpu" and n_tokens >= MANY_TOKENS else nullcontext()

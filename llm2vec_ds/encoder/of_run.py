@@ -1,6 +1,6 @@
-"""A run's folder stands for its encoder: is a folder one, has that run finished, and where is its encoder?
+"""Finds the encoder of a run's folder: whether a folder holds a run, whether it has finished, where it is.
 
-engine/run_folder.py says what a run's folder holds, and writes it.
+A run's folder may be given in place of its encoder. engine/run_folder.py says what such a folder holds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Identity:
-    """See engine/identity.py; None: not known."""
+    """What a run is made of (see engine/identity.py). None stands for an unknown value."""
 
     recipe: dict[str, Any]
     data: str | None
@@ -33,7 +33,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Described:
-    """What run.json holds."""
+    """The content of run.json."""
 
     format_version: int
     llm2vec_ds_version: str
@@ -41,10 +41,10 @@ class Described:
 
 
 def encoder_of(place: str) -> str:
-    """A run's or a demo's folder stands for its `encoder/`; all else (a model's folder, a hub id) for itself.
+    """Returns the `encoder/` of a run's or a demo's folder. Another place (a model, a hub id) stays as it is.
 
     Raises:
-        UserError: it is a run's that has not finished, or holds several runs.
+        UserError: the run has not finished, or the folder holds several runs.
     """
     folder = Path(place)
     if not folder.is_dir() or (folder / CONFIG).is_file():
@@ -53,7 +53,7 @@ def encoder_of(place: str) -> str:
     if not (encoder / CONFIG).is_file():
         if is_run(folder):
             raise UserError(
-                f"{folder} is a run that has not finished, so it has no encoder: go on with it by resume=true"
+                f"{folder} is a run that has not finished, so it has no encoder: continue it with resume=true"
             )
         if several := sorted(str(found.parents[1]) for found in folder.glob(f"*/{ENCODER}/{CONFIG}")):
             raise UserError(f"{folder} holds several runs: choose one of {', '.join(several)}")
@@ -64,7 +64,7 @@ def encoder_of(place: str) -> str:
 
 
 def with_encoders_of_runs(recipe: Recipe) -> Recipe:
-    """The recipe whose `model.path`, and whatever else names a model, are encoders where they were runs.
+    """Returns the recipe with runs replaced by their encoders in `model.path` and other keys of models.
 
     Raises:
         UserError: as `encoder_of`.
@@ -79,14 +79,14 @@ def with_encoders_of_runs(recipe: Recipe) -> Recipe:
 
 
 def is_run(folder: Path) -> bool:
-    """Does the folder hold a run? Version 0.1 wrote no run.json."""
+    """Says whether the folder holds a run. A run of version 0.1 has no run.json."""
     if (folder / RUN).is_file() or any((folder / CHECKPOINTS).glob("step-*/manifest.json")):
         return True
     return (folder / RECIPE).is_file() and (folder / METRICS).is_file()
 
 
 def is_finished(folder: Path) -> bool:
-    """Is there an encoder of the very run that the folder describes?
+    """Says whether the run that the folder describes has finished and its encoder is there.
 
     Raises:
         UserError: run.json is damaged.
@@ -97,7 +97,7 @@ def is_finished(folder: Path) -> bool:
         return False
     if not (folder / ENCODER / CONFIG).is_file():
         return False
-    if isinstance(mark, int):  # of version 0.1, which wrote the number of steps
+    if isinstance(mark, int):  # version 0.1 wrote only the number of steps
         return not (folder / RUN).exists()
     stored = identity_stored_in(folder)
     return (
@@ -106,28 +106,29 @@ def is_finished(folder: Path) -> bool:
 
 
 def identity_stored_in(folder: Path) -> dict[str, Any] | None:
-    """What run.json says that the run is made of; None where there is none.
+    """Returns the identity of the run in run.json. None if there is no run.json.
 
     Raises:
-        UserError: it is damaged.
+        UserError: run.json is damaged.
     """
     if not (folder / RUN).is_file():
         return None
-    remedy = "restore it, choose another output_dir, or start again by overwrite=true"
+    remedy = "restore it, choose another output_dir, or start again with overwrite=true"
     return asdict(read_json(folder / RUN, Described, remedy).identity)
 
 
 def check_is_of_finished_run(model: Path) -> None:
-    """A run's `encoder/` is used only when it is of that run.
+    """Refuses a run's `encoder/` if it does not belong to that run.
 
     Args:
-        model: any model's folder.
+        model: the folder of any model.
 
     Raises:
-        UserError: it is the encoder of an earlier run, in the folder of one that has not finished.
+        UserError: the run has not finished, and the encoder in its folder is that of an earlier run.
     """
     run = model.parent
     if model.name == ENCODER and model.is_dir() and is_run(run) and not is_finished(run):
         raise UserError(
-            f"{model} is not of the run in {run}, which has not finished: go on with that run by resume=true"
+            f"{model} does not belong to the run in {run}, which has not finished: continue that run with "
+            "resume=true"
         )

@@ -1,4 +1,4 @@
-"""How many texts go through a trunk at once, and in which order things happen around it."""
+"""Decides how many texts go through a trunk at once, and overlaps the work around it."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 CPU_TOKENS, GPU_TOKENS = 4096, 32_768
-"""Of a pass. An H200 encodes three to four times as fast with 32,768 as with 4,096 (docs/performance.md).
-More was not measured."""
+"""Tokens of one pass. An H200 encodes three to four times as fast with 32,768 tokens as with 4,096
+(docs/performance.md). More was not measured."""
 
 
 def tokens_of_a_pass(device: torch.device, asked: int | None = None) -> int:
-    """What is asked for, or else what suits the device."""
+    """Returns the number of tokens that was asked for. Without it, returns what suits the device."""
     if asked is not None:
         return asked
     return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
 
 
 def lower_pass(asked: int | None) -> str:
-    """What to do where memory is full."""
+    """Says what to do if memory is full."""
     return f"lower --micro-batch-tokens (now {asked})" if asked else "give a small --micro-batch-tokens"
 
 
 class HalvedWhereFull:
-    """Runs groups of texts; where memory is full, it halves a group, and all later ones that are as large.
+    """Runs groups of texts. If memory is full, halves the group, and all later groups that are too large.
 
     Args:
-        run: a trunk, and the places of some texts → a row for each, a tensor.
-        lengths: of all texts, in tokens.
+        run: takes a trunk and the numbers of some texts. Returns a tensor with a row for each text.
+        lengths: tokens of every text.
     """
 
     def __init__(self, run: Callable[[Any, np.ndarray], torch.Tensor], lengths: Sequence[int]) -> None:
@@ -57,7 +57,8 @@ class HalvedWhereFull:
                 which = full_memory(error)
                 if len(group) == 1 or which is None:
                     raise
-            # Only here what the pass held is free, the error being gone.
+            # The error holds the tensors of the failed pass. It is gone after the `except` block, so the
+            # cache can be emptied only here.
             self._most = n_tokens / 2
             log.warning("%s is full: passes of at most %.0f tokens from here on", which, self._most)
             if torch.cuda.is_available():
@@ -67,7 +68,11 @@ class HalvedWhereFull:
 
 
 def one_ahead(items: Iterable[A]) -> Iterator[A]:
-    """Each item after the next one has been made: what it starts on a GPU runs meanwhile."""
+    """Yields each item after the next one was made.
+
+    Making an item only starts work on the GPU. So the GPU already has the next item's work while the caller
+    waits for this one.
+    """
     waiting: list[A] = []
     for item in items:
         waiting.append(item)
@@ -77,9 +82,10 @@ def one_ahead(items: Iterable[A]) -> Iterator[A]:
 
 
 def made_ahead(make: Callable[[A], B], items: Iterable[A], device: torch.device) -> Iterator[tuple[A, B]]:
-    """`(item, make(item))`. For a GPU the next one is made in a thread meanwhile, and one item more is read.
+    """Yields `(item, make(item))`.
 
-    What `make` raises comes in its turn.
+    For a GPU, a thread makes the next one meanwhile. So one more item is read ahead. An error of `make` is
+    raised when its item would be yielded.
     """
     if device.type == "cpu":
         yield from ((item, make(item)) for item in items)

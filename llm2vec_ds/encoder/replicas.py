@@ -1,4 +1,4 @@
-"""Texts without end, a bounded number at a time; and one model on several devices."""
+"""Cuts a stream of texts into blocks, and runs one model on several devices."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def text_blocks(texts: Iterable[T], first_row: int = 0) -> Iterator[tuple[int, list[T]]]:
-    """`texts` in order, at most TEXTS_PER_BLOCK at once and no more after CHARACTERS_PER_BLOCK characters.
+    """Yields blocks of `texts` in order, each with the row of its first text.
 
-    Before each block stands the row of its first text, `first_row` that of the first block.
+    A block ends after TEXTS_PER_BLOCK texts, or when it reaches CHARACTERS_PER_BLOCK characters. `first_row`
+    is the row of the very first text.
     """
     block: list[T] = []
     n_characters = 0
@@ -41,7 +42,7 @@ def text_blocks(texts: Iterable[T], first_row: int = 0) -> Iterator[tuple[int, l
 
 
 def devices(chosen: Device | Sequence[Device] | None) -> list[torch.device]:
-    """The chosen ones; None: every GPU there is, or this rank's under a launcher, or the CPU."""
+    """Returns the chosen devices. None: every GPU, or this rank's GPU under a launcher, or else the CPU."""
     if chosen is not None:
         return [torch.device(d) for d in ([chosen] if isinstance(chosen, Device) else chosen)]
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -54,16 +55,17 @@ def devices(chosen: Device | Sequence[Device] | None) -> list[torch.device]:
 
 
 class Replicas(Generic[M]):
-    """A module and copies of it, one a device; they follow no later change of its weights."""
+    """A module and its copies, one for each device. Later changes of the weights do not reach the copies."""
 
     def __init__(self, module: M, devices: Sequence[torch.device]) -> None:
         first, *others = devices
         self._modules = [module.to(first), *(copy.deepcopy(module).to(device) for device in others)]
 
     def map(self, function: Callable[[M, T], R], items: Iterable[T]) -> Iterator[R]:
-        """`function(module, item)` of each item, in their order; each device takes the next when it is free.
+        """Yields `function(module, item)` for each item, in order. Each device takes the next item when it is
+        free.
 
-        Threads suffice: what takes time leaves Python.
+        Threads are enough, because the work that takes time runs outside of Python.
         """
         free: SimpleQueue[M] = SimpleQueue()
         for module in self._modules:

@@ -1,4 +1,4 @@
-"""A trunk's weights and config.json in a folder, as transformers reads them."""
+"""Writes a trunk's weights and config.json into a folder, as transformers reads them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from safetensors import SafetensorError
 from llm2vec_ds.model.adapters import merged_state_dict
 
 LARGEST_FILE = "4GB"
-"""Of an encoder's weights; so much of a GPU's weights is on the host at once while they are written."""
+"""The largest file of weights. While a GPU's weights are written, the host holds this much at a time."""
 
 
 def save_trunk(trunk: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Args: state_dict: the weights, if they differ from the live ones (merged adapters).
+    """Writes weights and config.json.
+
+    Args:
+        state_dict: the weights, if they differ from the live ones (merged adapters).
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -27,16 +30,17 @@ def save_trunk(trunk: Any, folder: Path, state_dict: dict[str, torch.Tensor] | N
             _save_dequantized(trunk, folder, state_dict)
         else:
             trunk.save_pretrained(folder, state_dict=state_dict, max_shard_size=LARGEST_FILE)
-    except SafetensorError as error:  # its name for what the system said
+    except SafetensorError as error:  # safetensors wraps the system's error, such as a full disk
         number = re.search(r"os error (\d+)", str(error))
         reason = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
         raise OSError(*reason) from None
-    for weights in folder.glob("*.safetensors"):  # which come readable to their owner alone
+    # Files of safetensors are readable only for their owner. They get the permissions of config.json.
+    for weights in folder.glob("*.safetensors"):
         weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def _save_dequantized(trunk: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-    """A plain checkpoint: transformers would write the 4-bit settings into config.json."""
+    """Writes a plain checkpoint. transformers itself would write the 4-bit settings into config.json."""
     from huggingface_hub import save_torch_state_dict
 
     config = type(trunk.config).from_dict(trunk.config.to_dict())

@@ -1,4 +1,4 @@
-"""What an encoder is beside its trunk: pooling, template, lengths, prompts."""
+"""The settings of an encoder beside its trunk: pooling, template, lengths, prompts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class EncoderSettings:
     Attributes:
         pooling: `mean`, `weighted_mean`, `last`, `eos` or `bos`.
         max_tokens: a longer text is cut at its end.
-        template: what stands around instruction and text; by default `{instruction} {text}`.
+        template: how instruction and text are put together. The default is `{instruction} {text}`.
         special_tokens: whether the tokenizer adds its own tokens.
         pooled_tokens: `text` leaves instruction, template and special tokens out of a vector. `all` pools the
             whole input, as servers do.
-        text_span: `offsets` finds a text's tokens by character offsets, `upstream` as `llm2vec` does.
-        max_text_tokens: under `upstream`, a longer text loses words first.
+        text_span: `offsets` finds a text's tokens by character offsets. `upstream` finds them as `llm2vec`
+            does.
+        max_text_tokens: with `text_span: upstream`, a text with more tokens first loses words.
         prompts: instructions by name, for `encode(prompt_name=…)`.
     """
 
@@ -46,10 +47,10 @@ class EncoderSettings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> EncoderSettings:
-        """From a mapping.
+        """Makes settings from a mapping.
 
         Raises:
-            UserError: an unknown name, pooling or text span, or a value of a wrong type.
+            UserError: a name, pooling or text span is unknown, or a value has a wrong type.
         """
         if unknown := sorted(values.keys() - cls.__dataclass_fields__.keys()):
             known = ", ".join(cls.__dataclass_fields__)
@@ -69,14 +70,14 @@ class EncoderSettings:
         return settings
 
     def write(self, folder: Path) -> None:
-        """Into the folder's settings file."""
+        """Writes the settings file into a folder."""
         values = {**asdict(self), "llm2vec_ds_version": __version__}
         said = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
         (folder / SETTINGS_FILE).write_text(said, encoding="utf-8")
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:
-    """Of a folder's settings file; names that a later version may have written are passed over.
+    """Reads a folder's settings file. Ignores unknown names, which a later version may have written.
 
     Raises:
         UserError: the file is damaged.
@@ -84,7 +85,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     file = folder / SETTINGS_FILE
     if not file.is_file():
         return {}
-    remedy = "take the encoder folder from its run again"
+    remedy = "copy the encoder folder from its run again"
     stored = read_json(file, dict[str, Any], remedy)
     known = {k: v for k, v in stored.items() if k in EncoderSettings.__dataclass_fields__}
     try:

@@ -1,4 +1,4 @@
-"""A recipe → its stage: prepared texts, a model with adapters, and the objective over both."""
+"""Builds a recipe's stage: prepared texts, a model with adapters, and the objective over both."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from llm2vec_ds.recipe.recipe import Recipe
 log = logging.getLogger(__name__)
 
 Groups = dict[str, list[Path]]
-"""Folders of prepared texts by group; without pairs one group, `texts`."""
+"""Maps a group to its folders of prepared texts. Without pairs the only group is `texts`."""
 
 
 def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nullcontext) -> Stage:
-    """All ranks call it together.
+    """Builds the stage of a recipe. All ranks call it together.
 
     Args:
         partition: see `TrunkOptions`.
@@ -53,7 +53,7 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     prepared = prepared_groups(recipe, tokenizer)
     training, *held_out = (rows_of(recipe, groups) for groups in prepared)
     stack = agreed(lambda: read_stack(recipe.model.path, recipe.model.quantization, recipe.adapter))
-    # Adapters are merged into whole weights, which ZeRO-3 splits afterwards.
+    # Adapters can only be merged into whole weights. ZeRO-3 splits those afterwards.
     options = _trunk_options(recipe, device, nullcontext if stack.merged else partition)
     trunk, language_head = agreed(lambda: _load(stack, options, head=objective.uses_language_head))
     check_vocabulary(tokenizer, trunk)
@@ -64,7 +64,7 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
 
 
 def encoder_before_training(recipe: Recipe, device: torch.device) -> Encoder:
-    """The encoder with its adapters as they are before the first step; reads no data.
+    """Returns the encoder with its adapters as they are before the first step. Reads no data.
 
     Raises:
         UserError: the model cannot be used.
@@ -81,8 +81,10 @@ def tokenizer_of(recipe: Recipe) -> Any:
 
 
 def prepared_groups(recipe: Recipe, tokenizer: Any) -> list[Groups]:
-    """Of training and, where there are some, held-out texts. Rank 0 prepares while the others wait, also
-    what else the objective needs."""
+    """Returns the groups of the training texts, and those of held-out texts if there are any.
+
+    Rank 0 prepares them, and what else the objective needs, while the others wait.
+    """
 
     def prepare() -> list[Groups]:
         if rank() > 0:
@@ -96,7 +98,7 @@ def prepared_groups(recipe: Recipe, tokenizer: Any) -> list[Groups]:
 
 
 def rows_of(recipe: Recipe, groups: Groups) -> PreparedTexts | PreparedPairs:
-    """Opens what was prepared."""
+    """Opens the prepared texts or pairs."""
     if recipe.objective.reads_pairs:
         return load_prepared_pairs(groups)
     return load_prepared(*groups["texts"])
@@ -120,7 +122,7 @@ def _trunk_options(recipe: Recipe, device: torch.device, partition: Partition) -
         causal=model.causal,
         attention=model.attention,
         precision=model.precision,
-        # None keeps a config without the attribute usable when no dropout is asked for.
+        # None instead of 0: a config without this attribute can be used if no dropout is asked for.
         attention_dropout=recipe.objective.attention_dropout or None,
         device=device,
         partition=partition,
@@ -132,11 +134,12 @@ def _trunk_options(recipe: Recipe, device: torch.device, partition: Partition) -
 
 def _make_trainable(recipe: Recipe, trunk: Any, stack: AdapterStack) -> None:
     if recipe.adapter is not None:
-        # Here, so that the adapters do not depend on what loading drew: under ZeRO-3 it fills memory first.
+        # The seed is set here, so adapters do not depend on random numbers that loading drew. Under ZeRO-3
+        # loading draws some, because it fills memory first.
         torch.manual_seed(recipe.seed)
         put_stack_in(trunk, stack)
         names = add_lora(trunk, recipe.adapter)
-        below = f" over {len(stack.earlier)} of earlier stages" if stack.earlier else ""
+        below = f" over {len(stack.earlier)} adapter(s) of earlier stages" if stack.earlier else ""
         adapter = recipe.adapter
         log.info("%s rank %s on %s linear layers%s", adapter.variant, adapter.rank, len(names), below)
     done = recompute_activations(trunk, recipe.model.activation_checkpointing)

@@ -1,10 +1,11 @@
-"""Checkpoint folders: complete or absent, found by checking, and never the last valid one deleted.
+"""The checkpoint folders of a run.
 
-    checkpoints/step-00000200/manifest.json        what it is, and size and hash of every other file
+    checkpoints/step-00000200/manifest.json        what the checkpoint is; size and hash of each other file
                               part-00000.safetensors …   trainable state (engine/trainable_state.py)
 
-A folder is written under another name and renamed when everything in it is on the disk. Which one is the
-newest is derived from what is valid; no file points to it.
+A folder is either complete or absent. It is written under another name, and renamed when all its files are on
+the disk. No file points to the newest checkpoint: the newest valid folder is the newest checkpoint. The last
+valid checkpoint is never deleted.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8})")
 
 Hashes = dict[str, tuple[int, str]]
-"""File name → size in bytes, SHA-256."""
+"""Maps a file name to its size in bytes and its SHA-256."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says about itself.
+    """Describes a checkpoint. The folder holds it as `manifest.json`.
 
     Attributes:
         step: optimizer steps taken.
         identity: what the run is made of (engine/identity.py).
-        made_by: versions, commit, ranks and threads: for people, and for warnings.
-        score: value of the metric by which the best checkpoint is kept; None where it was not measured.
+        made_by: versions, commit, ranks and threads. People read them, and warnings compare them.
+        score: the metric that decides which checkpoint is best. None if it was not measured.
         files: size in bytes and SHA-256 of every file.
     """
 
@@ -58,18 +59,18 @@ class Manifest:
 
     @classmethod
     def parse(cls, content: bytes) -> Manifest:
-        """Raises ValueError for anything but what `dump` wrote."""
+        """Reads what `dump` wrote. Raises ValueError for anything else."""
         values = parse_json(content)
         if not isinstance(values, dict) or values.pop("sha256", None) != json_sha256(values):
-            raise ValueError("its hash does not fit its content")
+            raise ValueError("its hash does not match its content")
         if (version := values.pop("format_version")) != FORMAT_VERSION:
-            raise ValueError(f"format {version}, this version reads {FORMAT_VERSION}")
+            raise ValueError(f"its format is {version}, but this version reads format {FORMAT_VERSION}")
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found valid."""
+    """A valid checkpoint: every byte was checked."""
 
     folder: Path
     manifest: Manifest
@@ -80,7 +81,7 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. `save` is called by all ranks together; the rest by any."""
+    """The checkpoints of one run. All ranks call `save` together. Any rank may call the other methods."""
 
     def __init__(self, folder: Path, *, keep_last: int, lowest_is_best: bool = True) -> None:
         self.folder = folder
@@ -89,14 +90,14 @@ class CheckpointStore:
         self._known_valid: set[Path] = set()
 
     def save(self, manifest: Manifest, write_parts: Callable[[Path], Hashes]) -> Path:
-        """Writes a checkpoint, then deletes those that are neither among the last nor the best.
+        """Writes a checkpoint. Then deletes all but the last `keep_last` and the best.
 
         Args:
-            write_parts: called on every rank with the unfinished folder; writes this rank's files and
+            write_parts: called on every rank with the unfinished folder. It writes this rank's files and
                 returns their hashes.
 
         Raises:
-            UserError: on every rank, where any could not write; the earlier checkpoints stay.
+            UserError: any rank could not write. Every rank raises it, and earlier checkpoints stay.
         """
         folder = self.folder / f"step-{manifest.step:08d}"
         unfinished = folder.with_name(f".unfinished-{folder.name}")
@@ -108,7 +109,9 @@ class CheckpointStore:
         def finish() -> Hashes:
             write_file(unfinished / MANIFEST, whole.dump())
             put_folder(unfinished, folder)
-            if unfinished.exists():  # an invalid one, or that of a run that was started again
+            # `folder` may have existed: invalid, or from a run that was started again. `put_folder` then
+            # swaps the two, and the old one has the unfinished name now.
+            if unfinished.exists():
                 shutil.rmtree(unfinished)
             return {}
 
@@ -117,14 +120,17 @@ class CheckpointStore:
         if rank() == 0:
             try:
                 self._delete_old()
-            except OSError as error:  # the new checkpoint is there all the same
+            except OSError as error:  # the new checkpoint is complete, so the run can continue
                 log.warning("an old checkpoint in %s cannot be deleted: %s", self.folder, error.strerror)
         return folder
 
     def _together(
         self, work: Callable[[], Hashes], unfinished: Path, step: int, *, only_rank_0: bool = False
     ) -> list[Hashes]:
-        """Results of all ranks; one rank's failure is everyone's, so that none waits for it in vain."""
+        """Runs `work` and returns the results of all ranks.
+
+        If one rank fails, every rank raises. Otherwise the others would wait for it at the next collective.
+        """
         result: Hashes = {}
         failure = ""
         try:
@@ -150,12 +156,12 @@ class CheckpointStore:
         return f"The checkpoint of step {steps[0]} is untouched: go on from it with resume=true"
 
     def newest_valid(self) -> Checkpoint | None:
-        """The newest checkpoint whose every byte is as it was written; None if there never was one.
+        """Returns the newest valid checkpoint, or None if there are no checkpoints.
 
-        An invalid one is named in the log and passed over.
+        Skips invalid ones and names them in the log.
 
         Raises:
-            UserError: there are checkpoints, and not one of them is valid.
+            UserError: there are checkpoints, but none is valid.
         """
         mistakes = []
         for _, folder in self._folders():
@@ -172,7 +178,7 @@ class CheckpointStore:
         return None
 
     def newest(self, n: int) -> list[Checkpoint]:
-        """The newest valid ones, newest first, `n` at most; invalid ones are named in the log."""
+        """Returns at most `n` valid checkpoints, newest first. Names invalid ones in the log."""
         found: list[Checkpoint] = []
         for _, folder in self._folders():
             if len(found) == n:
@@ -184,7 +190,10 @@ class CheckpointStore:
         return found
 
     def best(self) -> Checkpoint | None:
-        """The valid checkpoint with the best score, the earliest of equals; None if none has one."""
+        """Returns the valid checkpoint with the best score, or None if none has a score.
+
+        Among equal scores the earliest step wins.
+        """
         for _, folder in sorted(self._scored()):
             try:
                 return self.check(folder)
@@ -193,18 +202,18 @@ class CheckpointStore:
         return None
 
     def best_score(self) -> float | None:
-        """Of what is there, unchecked."""
+        """Returns the best score in the manifests. Other files are not checked."""
         return min(((key * self._sign) for key, _ in self._scored()), key=self.order, default=None)
 
     def order(self, score: float) -> float:
-        """Smaller for a better score."""
+        """Returns a number that is smaller for a better score."""
         return self._sign * score
 
     def check(self, folder: Path) -> Checkpoint:
-        """Reads every byte.
+        """Reads every byte of a checkpoint and compares sizes and hashes.
 
         Raises:
-            ValueError: names the file, and what is wrong with it.
+            ValueError: the checkpoint is invalid. Names the file and what is wrong with it.
         """
         manifest = _manifest(folder)
         for name, (n_bytes, sha256) in manifest.files.items():
@@ -219,10 +228,10 @@ class CheckpointStore:
         return Checkpoint(folder, manifest)
 
     def clear_unfinished(self) -> None:
-        """Deletes what killed runs left under other names.
+        """Deletes folders that killed runs left half written or half deleted.
 
         Raises:
-            UserError: it cannot be deleted.
+            UserError: a folder cannot be deleted.
         """
         with writing(self.folder):
             for pattern in (".unfinished-*", ".removed-*"):
@@ -230,12 +239,13 @@ class CheckpointStore:
                     shutil.rmtree(left)
 
     def _folders(self) -> list[tuple[int, Path]]:
-        """Step and folder, newest first; whether they are valid is not known."""
+        """Step and folder of each checkpoint, newest first. They are not checked."""
         found = self.folder.iterdir() if self.folder.is_dir() else iter(())
         named = [(int(match[1]), path) for path in found if (match := _NAME.fullmatch(path.name))]
         return sorted(named, reverse=True)
 
     def _scored(self) -> list[tuple[float, Path]]:
+        """Order (smaller is better) and folder of each checkpoint with a score and a readable manifest."""
         scored = []
         for _, folder in self._folders():
             try:
@@ -247,7 +257,12 @@ class CheckpointStore:
         return scored
 
     def _delete_old(self) -> None:
-        """Only those that this run wrote or checked count as kept; any other may be worthless."""
+        """Keeps the last `keep_last` checkpoints and the best, and deletes older ones.
+
+        Runs after the new checkpoint is on the disk under its final name.
+        """
+        # A folder counts as kept only if this process wrote or checked it. Any other may be damaged: if such
+        # folders filled the `keep_last` places, every valid checkpoint could be deleted.
         valid = [folder for _, folder in self._folders() if folder in self._known_valid]
         kept = set(valid[: self.keep_last])
         if scored := [pair for pair in self._scored() if pair[1] in self._known_valid]:
@@ -255,6 +270,7 @@ class CheckpointStore:
         for folder in valid:
             if folder not in kept:
                 remove_folder(folder)
+        # An unchecked folder may also be valid. So it goes only when every kept checkpoint is newer.
         oldest_kept = min(int(_NAME.fullmatch(folder.name)[1]) for folder in kept)  # type: ignore[index]
         for step, folder in self._folders():
             if folder not in self._known_valid and step < oldest_kept:

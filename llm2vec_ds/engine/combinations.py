@@ -1,4 +1,4 @@
-"""What a recipe and a DeepSpeed JSON ask for together, and whether that works."""
+"""Checks that a recipe and a DeepSpeed JSON work together."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llm2vec_ds.recipe.recipe import Recipe
 
 
 def check_combination(recipe: Recipe, config: Mapping[str, Any], *, on_cuda: bool) -> None:
-    """Refuses what does not work together, by name and before anything is loaded.
+    """Refuses a combination that does not work, before anything is loaded.
 
     Raises:
-        UserError: names both sides and the fix.
+        UserError: names both settings and the fix.
     """
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if recipe.adapter is not None and recipe.adapter.variant == "pissa" and stage == 3:

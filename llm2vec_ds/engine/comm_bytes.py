@@ -1,4 +1,4 @@
-"""Bytes that DeepSpeed's collectives send, added to the count that our own collectives keep."""
+"""Counts the bytes that DeepSpeed's collectives send, together with those of our own collectives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MESSAGES: dict[str, tuple[str, int]] = {
     "send": ("send", 0),
     "isend": ("send", 0),
 }
-"""Method of DeepSpeed's backend → kind of collective, and which argument is the message."""
+"""Maps a method of DeepSpeed's backend to its kind of collective and the number of the message argument."""
 SILENT = frozenset(
     "recv irecv barrier monitored_barrier broadcast_object_list all_gather_object "
     "get_rank get_world_size get_global_rank get_world_group get_backend is_initialized "
@@ -38,11 +38,11 @@ SILENT = frozenset(
     "has_all_gather_into_tensor has_reduce_scatter_tensor has_all_reduce_coalesced has_coalescing_manager "
     "get_all_gather_function get_reduce_scatter_function all_gather_function reduce_scatter_function".split()
 )
-"""Methods that send no tensor: others receive, agree, or tell what there is."""
+"""Methods that send no tensor. They receive, synchronise, exchange small objects, or ask for properties."""
 
 
 class CountedBackend:
-    """DeepSpeed's communication backend, noting each message on its way; all else is the backend's own.
+    """Wraps DeepSpeed's communication backend and counts each message. Everything else passes through.
 
     DeepSpeed's own logger (`comms_logger`) would wait for the device at every collective.
     """
@@ -56,14 +56,14 @@ class CountedBackend:
             return _counted(name, attribute)
         if callable(attribute) and name not in SILENT and not name.startswith("_"):
             raise RuntimeError(
-                f"DeepSpeed calls {name} of its backend, which may send bytes that nobody counts: add it to "
-                "MESSAGES or to SILENT in llm2vec_ds/engine/comm_bytes.py"
+                f"DeepSpeed calls {name} of its backend, which may send bytes that are not counted: add it "
+                "to MESSAGES or to SILENT in llm2vec_ds/engine/comm_bytes.py"
             )
         return attribute
 
 
 def count_deepspeed_traffic() -> None:
-    """From now on DeepSpeed's messages are counted in `distributed.TRAFFIC`; once is enough."""
+    """Counts DeepSpeed's messages in `distributed.TRAFFIC` from now on. A second call does nothing."""
     from deepspeed.comm import comm
 
     if not isinstance(comm.cdb, CountedBackend):

@@ -1,4 +1,4 @@
-"""DeepSpeed around a stage's model: its configuration, and the few places where ZeRO shows.
+"""DeepSpeed around a stage's model: its configuration, and the code that depends on the ZeRO stage.
 
 Only this folder imports deepspeed, and only when a run starts.
 """
@@ -40,15 +40,15 @@ PAGED_8BIT = "paged_adamw_8bit"
 
 
 def start_process_group(ranks: Ranks) -> torch.device:
-    """Joins this process to the others (NCCL on CUDA, gloo elsewhere); returns its device."""
+    """Joins this process to the others (NCCL on CUDA, gloo elsewhere). Returns its device."""
     on_cuda = torch.cuda.is_available()
     if not on_cuda:
         set_defaults({"DS_ACCELERATOR": "cpu"}, "DeepSpeed")
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
-    # Without it the first run on a CPU compiles a shared-memory collective, about a minute, for ranks of
-    # one node; gloo serves them as they are.
+    # Otherwise the first run on a CPU compiles a shared-memory collective, which takes about a minute. Ranks
+    # of one node do not need it: gloo serves them.
     __compatible_ops__["deepspeed_shm_comm"] = False
     if on_cuda:
         if ranks.local_rank >= torch.cuda.device_count():
@@ -59,13 +59,13 @@ def start_process_group(ranks: Ranks) -> torch.device:
         torch.cuda.set_device(ranks.local_rank)
     backend = "nccl" if on_cuda else "gloo"
     if ranks.world_size == 1 and not torch.distributed.is_initialized():
-        # A store in memory: one process needs no port, so none can be taken by another program.
+        # A store in memory needs no port. So a port that another program holds cannot stop the run.
         torch.distributed.init_process_group(
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1
         )
     with meeting(ranks):
         deepspeed.init_distributed(backend, verbose=False)
-    # DeepSpeed calls them by their old names, at each step.
+    # DeepSpeed calls these functions by their old names at each step.
     renamed = "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", renamed, FutureWarning)
     count_deepspeed_traffic()
@@ -73,11 +73,12 @@ def start_process_group(ranks: Ranks) -> torch.device:
 
 
 def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The JSON that the recipe names, with what the recipe owns filled in.
+    """Returns DeepSpeed's configuration: the JSON that the recipe names, with the recipe's own values.
 
     Raises:
-        UserError: the file is missing, no JSON object, or holds "auto" (which only the Hugging Face
-            Trainer resolves; DeepSpeed drops such values silently); or hpZ's groups do not fill the world.
+        UserError: the file is missing, is no JSON object, or holds "auto". (Only the Hugging Face Trainer
+            resolves "auto". DeepSpeed drops such values silently.) Or the groups of hpZ do not divide the
+            number of ranks.
     """
     config = read_json(recipe.deepspeed) if recipe.deepspeed else {}
     check_combination(recipe, config, on_cuda=torch.cuda.is_available())
@@ -85,15 +86,15 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
     if group_size > 1 and world_size % group_size:
         raise UserError(
             f"{recipe.deepspeed}: zero_hpz_partition_size {group_size} does not divide {world_size} ranks: "
-            "set it to the GPUs of one node"
+            "set it to the number of GPUs of one node"
         )
     if overruled := [key for key in OWNED_BY_RECIPE if key in config]:
         log.warning("%s: the recipe sets %s; these keys are not used", recipe.deepspeed, ", ".join(overruled))
     optimizer = recipe.optimizer
     return {
         **config,
-        # Micro-batches are cut by tokens and counted by the stage, so DeepSpeed sees one a step; it
-        # demands that the product of these three holds.
+        # The stage cuts micro-batches by tokens and counts them, so DeepSpeed sees one a step. It demands
+        # that train_batch_size is the product of the other two and the number of ranks.
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -107,8 +108,11 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
 
 
 def _optimizer(optimizer: OptimizerConfig, *, torch_adam: bool) -> dict[str, Any]:
-    """DeepSpeed's section; it refuses torch's Adam where it keeps the states on the host. An optimizer that
-    DeepSpeed does not build itself stands under a name of its own, for `Engine` to take out."""
+    """Returns the optimizer's section of the configuration.
+
+    DeepSpeed refuses torch's Adam if it keeps the optimizer's states on the host. An optimizer that DeepSpeed
+    does not build goes under its own key, and `Engine` takes it out again.
+    """
     options = {
         "lr": optimizer.lr,
         "betas": list(optimizer.betas),
@@ -121,7 +125,7 @@ def _optimizer(optimizer: OptimizerConfig, *, torch_adam: bool) -> dict[str, Any
 
 
 def _client_optimizer(config: dict[str, Any]) -> Callable[[Any], torch.optim.Optimizer] | None:
-    """Maker of an optimizer that DeepSpeed does not know; taken out of `config`."""
+    """Takes an optimizer that DeepSpeed does not know out of `config`. Returns a function that makes it."""
     options = config.pop(PAGED_8BIT, None)
     if options is None:
         return None
@@ -133,7 +137,7 @@ def _client_optimizer(config: dict[str, Any]) -> Callable[[Any], torch.optim.Opt
 
 
 def partition_for(config: dict[str, Any]) -> Callable[[], AbstractContextManager[Any]]:
-    """Context maker for loading a model: under ZeRO-3 in parts, one for each rank; else whole."""
+    """Returns a maker of contexts in which a model is loaded: one part a rank under ZeRO-3, else whole."""
     if config.get("zero_optimization", {}).get("stage") != 3:
         return nullcontext
     return partial(_partitioned_loading, config)
@@ -141,16 +145,17 @@ def partition_for(config: dict[str, Any]) -> Callable[[], AbstractContextManager
 
 @contextmanager
 def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
-    """transformers' `from_pretrained` builds partitioned parameters (`zero.Init`) in this context and fills
-    them one by one: rank 0 maps the files, and each rank keeps its part of what rank 0 sends.
+    """In this context, transformers' `from_pretrained` builds partitioned parameters (`zero.Init`).
 
-    `torch.nn.functional.linear` stays DeepSpeed's own afterwards, as `deepspeed.initialize` leaves it under
-    ZeRO-3 anyway.
+    It fills them one by one: rank 0 maps the files, and each rank keeps its part of what rank 0 sends.
+
+    Afterwards `torch.nn.functional.linear` is still DeepSpeed's version. Under ZeRO-3 `deepspeed.initialize`
+    leaves it so anyway.
     """
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    seen_by_transformers = HfDeepSpeedConfig(config)  # which keeps a weak reference only
+    seen_by_transformers = HfDeepSpeedConfig(config)  # transformers keeps only a weak reference to it
     try:
         with large_blocks_go_back():
             yield
@@ -160,16 +165,21 @@ def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
 
 
 def _cast_what_is_whole(model: nn.Module) -> None:
-    """Adapters of a partitioned trunk to bf16, as DeepSpeed casts those of a whole one: it leaves a model
-    with partitioned parameters as it is, and ZeRO-3 wants one dtype. The optimizer's copy is fp32."""
+    """Casts the adapters of a partitioned trunk to bf16. The optimizer's copy stays fp32.
+
+    DeepSpeed casts a whole model itself, but leaves one with partitioned parameters as it is. ZeRO-3 needs
+    all parameters in one dtype.
+    """
     for parameter in model.parameters():
         if not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.bfloat16()
 
 
 def _gather_for_adapted_layers(model: nn.Module) -> None:
-    """Lets ZeRO-3 gather a layer's weight and its adapter's before the one operation that uses them all:
-    by itself it gathers a module's own parameters, and these belong to modules inside."""
+    """Lets ZeRO-3 gather a layer's weight and its adapter's before the one operation that uses all of them.
+
+    By default ZeRO-3 gathers only a module's own parameters. Here they belong to the modules inside it.
+    """
     import deepspeed
 
     for layer in model.modules():
@@ -183,10 +193,11 @@ def _gather_for_adapted_layers(model: nn.Module) -> None:
 
 
 def _can_be_flat(named: dict[str, nn.Parameter], config: dict[str, Any], optimizer: Any) -> bool:
-    """Do adapters train (with few others: a scale, a projection), whole on every rank, by an optimizer that
-    looks at each number alone?
+    """Says whether all that trains can be one flat parameter.
 
-    bitsandbytes' looks at blocks of each tensor, and keeps small tensors' moments in 32 bits.
+    Adapters must train (a scale or a projection may train beside them), and they must be whole on every rank.
+    The optimizer must treat each number by itself. That of bitsandbytes does not: it works on blocks of each
+    tensor, and keeps the moments of small tensors in 32 bits.
     """
     return (
         optimizer is None
@@ -196,9 +207,10 @@ def _can_be_flat(named: dict[str, nn.Parameter], config: dict[str, Any], optimiz
 
 
 class Engine:
-    """A model under DeepSpeed: forward, backward with a chosen boundary, step, whole parameters.
+    """A model under DeepSpeed: forward, backward, optimizer step, and gathered parameters.
 
-    Below ZeRO-3 adapters, and what trains beside them, are one flat parameter. DeepSpeed sees nothing else.
+    Below ZeRO-3 all adapters, and what trains beside them, are one flat parameter. DeepSpeed sees nothing
+    else of the model.
 
     Attributes:
         trainable: the parameters that DeepSpeed sees and steps.
@@ -233,14 +245,14 @@ class Engine:
         if self._flat is not None:
             self._flat.link()
             log.info("%s tensors train as one of %s elements", len(named), self._flat.whole.numel())
-        # bitsandbytes packs its moments in blocks that are no tensors of a parameter's shape.
+        # bitsandbytes packs moments in blocks. They are no tensors of a parameter's shape.
         self.state = TrainableState(self._engine, flat=self._flat, has_moments=optimizer is None)
 
     def forward(self, *inputs: Any) -> Any:
         return self._engine(*inputs) if self._flat is None else self._model(*inputs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Adds the gradient of `loss`, averaged over ranks when the step's `last` call is through."""
+        """Adds the gradient of `loss`. The step's `last` call averages the gradients over ranks."""
         self._engine.set_gradient_accumulation_boundary(last)
         if self._flat is not None:
             self._flat.find_gradient(loss)
@@ -248,12 +260,14 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self, lr: float) -> float:
-        """One optimizer step at `lr`; returns the global gradient norm before clipping, 0 where the JSON
-        forbids to compute it (`measures_gradients`).
+        """Takes one optimizer step at `lr`.
+
+        Returns:
+            The global gradient norm before clipping. 0 if the JSON turns it off (`measures_gradients`).
 
         Raises:
-            RuntimeError: DeepSpeed skipped the step, which the check for finite gradients should have
-                made impossible.
+            RuntimeError: DeepSpeed skipped the step. The check for finite gradients should have made this
+                impossible.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
@@ -267,8 +281,10 @@ class Engine:
         return float(norm_before_clipping or self._engine.get_global_grad_norm() or 0.0)
 
     def _whole_gradient_norm(self) -> torch.Tensor | None:
-        """Norm of gradients that stand whole in the parameters; None where an optimizer of DeepSpeed's
-        own (ZeRO, bf16) holds them and reports the norm after its step."""
+        """Returns the norm of the gradients, if they are whole in the parameters' `.grad`.
+
+        None: an optimizer of DeepSpeed (ZeRO, bf16) holds them, and reports the norm after its step.
+        """
         if self.zero_stage > 0 or self._engine.bfloat16_enabled():
             return None
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
@@ -276,23 +292,25 @@ class Engine:
 
     @property
     def addresses(self) -> Callable[[], tuple[int, int]] | None:
-        """Where the weights that train and their gradients lie now; None: DeepSpeed owns each by itself, and
-        its hooks have to see each gradient."""
+        """Returns where the trained weights and their gradients lie now.
+
+        None: DeepSpeed holds each parameter separately, and its hooks have to see each gradient.
+        """
         return None if self._flat is None else self._flat.addresses
 
     def write_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """To the monitors that the configuration names; rank 0 writes."""
+        """Writes to the monitors that the configuration names. Only rank 0 writes."""
         if self._engine.monitor.enabled:
             self._engine.monitor.write_events([(name, value, step) for name, value in values.items()])
 
     def train(self, mode: bool = True) -> None:
-        """Training or evaluation mode; a walk over all modules only where it changes."""
+        """Sets training or evaluation mode. Walks over all modules only if the mode changes."""
         if self._mode != mode:
             (self._engine if self._flat is None else self._model).train(mode)
             self._mode = mode
 
     def gather(self) -> Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]:
-        """Context maker that makes partitioned parameters whole; a no-op below ZeRO-3."""
+        """Returns a maker of contexts in which partitioned parameters are whole. A no-op below ZeRO-3."""
         if self.zero_stage < 3:
             return lambda parameters: nullcontext()
         import deepspeed

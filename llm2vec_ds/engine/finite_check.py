@@ -1,4 +1,4 @@
-"""Whether losses and gradients are finite, looked at before the step that would spread one that is not."""
+"""Checks that losses and gradients are finite, before the optimizer step that would spread a NaN."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from llm2vec_ds.errors import UserError
 
 TEXTS_NAMED = 3
 ELEMENTS_HELD = 2**22
-"""Gradients that wait to be looked at together: at most so many numbers, and the last one."""
+"""Gradients are checked together once they hold this many numbers. Those that wait stay in memory."""
 
 
 class NonFiniteError(UserError):
-    """A loss, vector or gradient was NaN or infinite; the weights have not moved."""
+    """A loss, vector or gradient was NaN or infinite. The weights have not moved."""
 
 
 class FiniteCheck:
-    """Stops all ranks before the step that would spread a NaN or an infinity.
+    """Stops all ranks before the optimizer step if a loss or gradient is NaN or infinite.
 
-    DeepSpeed alone does not: under ZeRO-0 in fp32 a NaN is stepped into the weights, under ZeRO-1 to 3 the
-    step is skipped while the step counter moves on. Hooks take each local gradient before ranks exchange
-    it, so that the texts behind it can be named. Many gradients are looked at in one operation: what counts
-    for an adapter's small ones is the number of operations.
+    DeepSpeed alone does not stop. Under ZeRO-0 in fp32 it writes the NaN into the weights. Under ZeRO-1 to 3
+    it skips the step, but its step counter still moves on.
+
+    A hook sees each local gradient before ranks exchange it. So the error can name the texts behind it.
+
+    One operation checks many gradients. An adapter has many small gradients, so the number of operations sets
+    the cost.
     """
 
     def __init__(self, trainable: Iterable[nn.Parameter]) -> None:
@@ -43,18 +46,18 @@ class FiniteCheck:
             self._look()
 
     def _look(self) -> None:
-        """The largest absolute value is finite where all are."""
+        """Notes the largest absolute value of each gradient. It is finite only if all values are."""
         if self._gradients:
             self._norms += torch._foreach_norm(self._gradients, float("inf"))
         self._gradients, self._n_elements = [], 0
 
     def forget(self) -> None:
-        """Drops what was noted since the last check."""
+        """Drops everything noted since the last check."""
         self._gradients, self._n_elements, self._norms = [], 0, []
         self._seen.clear()
 
     def end_of_backward(self, loss: torch.Tensor, rows: Sequence[int]) -> None:
-        """Notes whether the micro-batch of `rows` had a bad loss or gradient; no wait for the device."""
+        """Notes whether the micro-batch of `rows` had a bad loss or gradient. Never waits for the device."""
         self._look()
         values = [loss.detach().float(), *(norm.float() for norm in self._norms)]
         self._seen.append((~torch.stack(values).isfinite().all(), list(rows)))
@@ -63,15 +66,15 @@ class FiniteCheck:
     def stop_if_not_finite(
         self, step: int, find_bad_rows: Callable[[], list[int]], describe: Callable[[int], str]
     ) -> None:
-        """Agrees with all ranks; every rank raises the same error.
+        """Raises the same error on every rank if anything on any rank was not finite.
 
         Args:
-            find_bad_rows: rows whose own loss or vector is bad; they are named rather than all the rows of
-                their micro-batch, or of ranks that only received the bad value.
-            describe: row number → a few words of the text.
+            find_bad_rows: returns the rows whose own loss or vector is bad. The error names them if there
+                are any. Otherwise it names all rows of a bad micro-batch.
+            describe: maps a row number to a few words of the text.
 
         Raises:
-            NonFiniteError: on any rank something was not finite.
+            NonFiniteError: something was not finite on any rank.
         """
         seen, self._seen = self._seen, []
         flag_M = torch.stack([flag for flag, _ in seen])
@@ -84,6 +87,8 @@ class FiniteCheck:
         more = f" and {len(named) - TEXTS_NAMED} more" if len(named) > TEXTS_NAMED else ""
         mine = (bool(bad_rows), bool(named), f"rank {rank()}, text {', '.join(words)}{more}")
         everyone = all_gather_object(mine)
+        # A bad text spoils the loss of ranks that only received its vector. If any rank knows its bad rows,
+        # the others' suspects are left out.
         sure = any(certain for certain, _, _ in everyone)
         places = [place for certain, found, place in everyone if (certain if sure else found)]
         raise NonFiniteError(

@@ -1,4 +1,4 @@
-"""All adapters as one parameter: DeepSpeed, its hooks and its optimizer see one tensor, not hundreds."""
+"""All adapters as one parameter. DeepSpeed, its hooks and its optimizer see one tensor, not hundreds."""
 
 from __future__ import annotations
 
@@ -8,34 +8,38 @@ import torch
 from torch import nn
 
 ALIGNMENT_BYTES = 16
-"""Of each part, for kernels that load so many at a time."""
+"""Each part starts at a multiple of this. Kernels load 16 bytes at a time."""
 
 
 class Place(NamedTuple):
-    """Where a parameter lies in the flat one."""
+    """Where a parameter lies in the flat one: its first element and its shape."""
 
     start: int
     shape: torch.Size
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """Returns this part of `flat`, in the parameter's shape."""
         return flat[self.start :][: self.shape.numel()].view(self.shape)
 
 
 class FlatParameter(nn.Module):
-    """What DeepSpeed trains in place of a model: one parameter, and a loss that hands over its gradient.
+    """The module that DeepSpeed trains in place of the model. It has one parameter.
 
-    The model keeps its parameters and their names. They look into the flat one, and their gradients into one
-    tensor, which autograd goes on filling. (Slices inside the graph would cost a gradient of full size each.)
+    The model keeps its parameters and their names. Each is a view of the flat parameter. Their gradients are
+    views of one flat gradient. An ordinary backward pass fills it, and `forward` hands it to DeepSpeed.
+
+    Why views: if the parameters were slices of the flat one inside the autograd graph, the backward of each
+    slice would make a gradient of full size.
 
     Attributes:
         whole: the flat parameter.
-        places: of each parameter, by name.
+        places: maps each parameter's name to its place in `whole`.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         """
         Args:
-            parameters: of one dtype and device.
+            parameters: name → parameter. All have one dtype and one device.
         """
         super().__init__()
         self._small = parameters
@@ -45,7 +49,7 @@ class FlatParameter(nn.Module):
         n_elements = 0
         for name, parameter in parameters.items():
             self.places[name] = Place(n_elements, parameter.shape)
-            n_elements += -(-parameter.numel() // step) * step
+            n_elements += -(-parameter.numel() // step) * step  # rounded up: the next part starts aligned
         self.whole = nn.Parameter(first.new_zeros(n_elements))
         for name, parameter in parameters.items():
             self.places[name].view(self.whole.data).copy_(parameter.data)
@@ -53,7 +57,11 @@ class FlatParameter(nn.Module):
         self.link()
 
     def link(self) -> None:
-        """Lets the parameters look into the flat one wherever it is now: DeepSpeed casts and moves it."""
+        """Makes the parameters views of the flat one again, if it has moved.
+
+        DeepSpeed casts the flat parameter and moves it to other memory. The old views would then still show
+        the old memory.
+        """
         values = self.whole.data
         if self._linked_to == (values.data_ptr(), values.dtype):
             return
@@ -66,16 +74,17 @@ class FlatParameter(nn.Module):
             parameter.grad = place.view(self._gradient)
 
     def addresses(self) -> tuple[int, int]:
-        """Of the weights and of their gradient: where the parameters look into."""
+        """Returns the addresses of the flat parameter and of its gradient."""
         return self.whole.data_ptr(), self._gradient.data_ptr()
 
     def find_gradient(self, loss: torch.Tensor) -> None:
-        """Backward of `loss`, for the `forward` that follows."""
+        """Runs the backward pass of `loss`. The `forward` that follows hands its gradient over."""
+        # Autograd adds to a `.grad` that exists, so the views stay and fill `_gradient`.
         self._gradient.zero_()
         loss.backward()
 
     def forward(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss as one of the flat parameter, with the gradient that was found."""
+        """Returns the loss. Its backward gives the flat parameter the gradient of `find_gradient`."""
         handed_over: torch.Tensor = _HandOver.apply(self.whole, loss, self._gradient)
         return handed_over
 

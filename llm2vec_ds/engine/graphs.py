@@ -1,4 +1,4 @@
-"""Whether a run's trunk is recorded as CUDA graphs, and the proof before the first step."""
+"""Decides whether a run records its trunk as CUDA graphs, and proves the recordings before the first step."""
 
 from __future__ import annotations
 
@@ -26,15 +26,19 @@ SAMPLE_TEXTS = 8
 
 
 def use_graphs(recipe: Recipe, stage: Stage, engine: Engine) -> GraphedTrunk | None:
-    """Puts recordings in the place of the encoder's passes, where `model.cuda_graphs` and the run allow it.
+    """Replaces the encoder's passes by recordings, if `model.cuda_graphs` and the run allow it.
 
-    All ranks call it together, and decide alike.
+    All ranks call it together and come to the same decision.
+
+    Returns:
+        The recorded trunk. None if the run does without.
 
     Raises:
-        UserError: they are asked for (`on`) and cannot be.
+        UserError: `model.cuda_graphs` is `on`, but the trunk cannot be recorded.
     """
     encoder, asked = stage.encoder, recipe.model.cuda_graphs
     on_cuda = encoder.device.type == "cuda"
+    # Eager passes draw their dropout as recorded ones do. So a run does not depend on recordings.
     if on_cuda and not runs_layers_twice(encoder.trunk):
         encoder.run_trunk = partial(seeded_hidden_states, encoder.trunk)
     if asked == "off":
@@ -60,7 +64,10 @@ def use_graphs(recipe: Recipe, stage: Stage, engine: Engine) -> GraphedTrunk | N
 
 
 def _obstacle(recipe: Recipe, stage: Stage, engine: Engine) -> str | None:
-    """Why there can be no recordings, or they do not pay; the same on all ranks."""
+    """Says why the trunk cannot be recorded, or why that does not pay. All ranks get the same answer.
+
+    None: nothing speaks against it.
+    """
     trunk, device = stage.encoder.trunk, stage.encoder.device
     if device.type != "cuda":
         return f"the device is {device}"
@@ -78,7 +85,10 @@ def _obstacle(recipe: Recipe, stage: Stage, engine: Engine) -> str | None:
 
 
 def _disproof(stage: Stage, engine: Engine, graphed: GraphedTrunk) -> str | None:
-    """Why recordings are not the passes that they stand for; None: they are, on every rank."""
+    """Compares replays with eager passes, and says why recordings cannot be used.
+
+    None: they give the same results on every rank.
+    """
     engine.train()
     reason = None
     try:
@@ -89,14 +99,14 @@ def _disproof(stage: Stage, engine: Engine, graphed: GraphedTrunk) -> str | None
             reason = f"replays differ from eager passes by {proof.error:.1e} in {proof.worst}"
         else:
             log.info("CUDA graphs: replays give the gradients of eager passes %s", proof)
-    except Exception as error:  # whatever it is: the run can go on without
+    except Exception as error:  # of any kind: the run can go on without recordings
         reason = f"recording failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     failed = all_reduce_max_int(int(reason is not None), stage.encoder.device)
     return reason or ("another rank cannot record" if failed else None)
 
 
 def _sample_batches(stage: Stage) -> list[PackedBatch]:
-    """Two micro-batches of the first texts; any text fits into one."""
+    """Two micro-batches of the first texts of the run. A text alone always fits into a micro-batch."""
     texts = [stage.text(int(row)) for row in stage.global_batch(0)[:SAMPLE_TEXTS]]
     halves = texts[: (len(texts) + 1) // 2], texts[len(texts) // 2 :]
     return [
@@ -106,6 +116,7 @@ def _sample_batches(stage: Stage) -> list[PackedBatch]:
 
 
 def _fitting(texts: Sequence[TokenizedText], n_tokens: int) -> list[TokenizedText]:
+    """Those of the texts, in order, that fit together into `n_tokens`."""
     kept: list[TokenizedText] = []
     for text in texts:
         if sum(map(len, kept)) + len(text) <= n_tokens:

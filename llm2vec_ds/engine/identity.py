@@ -1,4 +1,7 @@
-"""What a run is made of: recipe, data, model. A checkpoint of another run is not gone on from unnoticed."""
+"""The identity of a run: its recipe, data and model.
+
+A run resumes only from a checkpoint of the same identity, unless the user forces it.
+"""
 
 from __future__ import annotations
 
@@ -40,22 +43,24 @@ FREE_KEYS = (
     "batch.micro_batch_tokens",
     "batch.halve_if_out_of_memory",
 )
-"""Recipe keys that may differ on resume: where things lie and how ranks share the work. Data and model are
-known by what they hold, wherever they lie."""
+"""Recipe keys that may differ on resume. They say where things lie and how ranks share the work.
+
+Data and model may be moved: they are compared by their content, not by their paths.
+"""
 
 PACKAGES = ("llm2vec-ds", "torch", "transformers", "deepspeed", "peft", "tokenizers", "numpy")
 
 
 def identity_of(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
-    """`recipe` (flat, dotted keys), `data` and `model` (fingerprints). JSON can hold it."""
+    """Returns `recipe` (flat, with dotted keys), and the fingerprints `data` and `model`, ready for JSON."""
     model = model_fingerprint(recipe.model.path)
     return {"recipe": recipe_identity(recipe), "data": data_fingerprint, "model": model}
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """Flat, with dotted keys, without `FREE_KEYS` and the objective's places."""
+    """Returns the recipe's keys that must not change: flat and dotted, without `FREE_KEYS` and paths."""
     values = _flat(recipe.model_dump(mode="json"))
-    # `epochs` and the data say how many steps there are.
+    # With `epochs`, the number of steps follows from `epochs` and the data.
     free = (
         *FREE_KEYS,
         *(["max_steps"] if recipe.epochs is not None else []),
@@ -65,9 +70,9 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, in words: recipe keys with both values, then data and model where both are known.
+    """Says in words what differs: recipe keys with both values, then data and model if both are known.
 
-    A key that one of them lacks has its default there: versions add keys.
+    A later version may add keys. So a key that one side lacks has its default there.
     """
     root = recipe_class(now["recipe"]["stage"])
 
@@ -92,7 +97,10 @@ def _shown(value: Any) -> Any:
 
 
 def made_by(recipe: Recipe) -> dict[str, Any]:
-    """Versions, commit, ranks, threads and token budget: what bit-equal losses need to be the same."""
+    """Returns versions, commit, ranks, threads and token budget.
+
+    Losses are equal to the bit only if these are the same.
+    """
     return {
         "micro_batch_tokens": recipe.batch.micro_batch_tokens,
         "fused_layers": recipe.model.fused_layers,
@@ -120,7 +128,7 @@ def _version(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Of the toolkit's own checkout; None where it was installed without one."""
+    """Returns the commit of the toolkit's own checkout. None if it was installed without one."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None

@@ -1,4 +1,5 @@
-"""Memory of a run: planned and measured side by side, what to do when it is full, a smaller start."""
+"""Memory of a run: compares plan and measurement, says what to do when memory is full, and finds a token
+budget that fits."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ MIB = 2**20
 
 
 def explains_full_memory(train: Callable[..., Path]) -> Callable[..., Path]:
-    """`train`, but a full memory becomes a UserError that says what to lower."""
+    """Wraps `train`: a full memory becomes a UserError that says what to lower."""
 
     @wraps(train)
     def explained(recipe: Recipe, *arguments: Any, **keywords: Any) -> Path:
@@ -48,8 +49,9 @@ def explains_full_memory(train: Callable[..., Path]) -> Callable[..., Path]:
 
 @contextmanager
 def watched(recipe: Recipe, stage: Stage, engine: Engine, folder: Path) -> Iterator[None]:
-    """Around training: plans first, shrinks the token budget if the recipe allows it, and at the end writes
-    `memory.json` with planned and measured peak.
+    """Plans the memory before training, and writes `memory.json` with planned and measured peak after it.
+
+    If the recipe allows it, the token budget shrinks until it fits.
 
     Raises:
         UserError: as `fit_token_budget`.
@@ -67,14 +69,14 @@ def watched(recipe: Recipe, stage: Stage, engine: Engine, folder: Path) -> Itera
 
 
 def planned_mib(planned: Memory, device: torch.device) -> float:
-    """What `peak_mib` would measure: tensors on a GPU, the whole process on a CPU."""
+    """Returns what `peak_mib` should measure: tensors on a GPU, the whole process on a CPU."""
     return (planned.peak - (planned.reserved if device.type == "cuda" else 0)) / MIB
 
 
 def explain_full_memory(
     recipe: Recipe, device: torch.device, planner: Planner | None, error: BaseException
 ) -> str:
-    """One line: what was planned, what is held, what to lower."""
+    """Returns one line: what is full, what was planned, and what to lower."""
     which = full_memory(error)
     parts_of_message = [f"{which} is full"]
     if which == GPU and device.type == "cuda":
@@ -100,22 +102,22 @@ def _fixes(recipe: Recipe, planner: Planner | None) -> str:
         fixes.append("model.activation_checkpointing=full")
     if recipe.model.quantization is None and recipe.adapter is not None:
         fixes.append("model.quantization=nf4")
-    fixes.append("a JSON of ds_configs/ that splits or offloads more (llm2vec-ds plan tells which)")
+    fixes.append("a JSON of ds_configs/ that splits or offloads more (llm2vec-ds plan shows which)")
     return f"Try {', or '.join(fixes)}"
 
 
 def fit_token_budget(recipe: Recipe, stage: Stage, engine: Engine) -> None:
-    """Halves the stage's token budget until one full micro-batch passes on every rank.
+    """Halves the stage's token budget until one full micro-batch fits into memory on every rank.
 
-    Forward and backward run before any step, without gradients being kept or exchanged, so that a rank
-    whose memory is full leaves none waiting; ranks then agree.
+    Tries a forward and backward pass before the first step. Gradients are neither kept nor exchanged, so a
+    rank whose memory is full leaves no other waiting. After each try the ranks agree.
 
     Raises:
-        UserError: under ZeRO-3, whose passes exchange weights; or not even one text fits.
+        UserError: the run uses ZeRO-3, whose passes exchange weights. Or not even one text fits.
     """
     if engine.zero_stage == 3:
         raise UserError(
-            "batch.halve_if_out_of_memory does not work under ZeRO-3, whose ranks wait for each other in "
+            "batch.halve_if_out_of_memory does not work under ZeRO-3, where ranks wait for each other in "
             "every pass: leave it out, and see llm2vec-ds plan for a budget that fits"
         )
     least = recipe.data.max_tokens
@@ -130,21 +132,26 @@ def fit_token_budget(recipe: Recipe, stage: Stage, engine: Engine) -> None:
 
 
 def _fits(stage: Stage, recipe: Recipe) -> bool:
-    """Does a full micro-batch pass here? Gradients are computed and dropped: no hook of DeepSpeed's runs."""
+    """Says whether a full micro-batch fits into this rank's memory.
+
+    Gradients are computed by `torch.autograd.grad` and dropped. So no hook of DeepSpeed runs.
+    """
     n_texts = max(1, stage.micro_batch_tokens // recipe.data.max_tokens)
     ids = [3] * recipe.data.max_tokens
     batch = stage.sample_batch([TokenizedText(ids, 0, len(ids), 0)] * n_texts)
     parameters = [p for p in stage.model.parameters() if p.requires_grad]
     stage.model.train()
     full = False
-    recorded, stage.encoder.run_trunk = stage.encoder.run_trunk, None  # its backward asks for nothing
+    # A recorded pass adds to `.grad` itself and returns no gradient, so `torch.autograd.grad` would not reach
+    # the parameters.
+    recorded, stage.encoder.run_trunk = stage.encoder.run_trunk, None
     try:
         outcome = stage.model(batch.to(stage.encoder.device))
         torch.autograd.grad(outcome[0].sum(), parameters, allow_unused=True)
     except Exception as error:
         if full_memory(error) is None:
             raise
-        full = True  # what the pass holds is freed only when this error is gone
+        full = True  # the error holds the tensors of the pass, so the cache is emptied after this block
     finally:
         stage.encoder.run_trunk = recorded
     if full and torch.cuda.is_available():
@@ -153,7 +160,7 @@ def _fits(stage: Stage, recipe: Recipe) -> bool:
 
 
 def _planner(recipe: Recipe, device: torch.device) -> Planner | None:
-    """A plan for this very machine; None, and message so, for a model that cannot be built without memory."""
+    """Returns a planner for this machine. If the model cannot be planned, warns and returns None."""
     if device.type == "cuda":
         memory, gpus, nodes = torch.cuda.get_device_properties(device).total_memory, world_size(), 1
     else:
@@ -162,7 +169,7 @@ def _planner(recipe: Recipe, device: torch.device) -> Planner | None:
     try:
         with torch.random.fork_rng(devices=[]):
             return Planner(recipe, machine=machine)
-    except (UserError, RuntimeError, MemoryError) as error:  # RuntimeError: torch's for what has no meta form
+    except (UserError, RuntimeError, MemoryError) as error:  # RuntimeError: an operation without a meta form
         log.warning("memory is not planned: %s", " ".join(str(error).split())[:160])
         return None
 

@@ -1,4 +1,4 @@
-"""What a step is measured by: the rows of metrics.jsonl and held_out.jsonl, and the progress bar."""
+"""The metrics of each step: the rows of metrics.jsonl and held_out.jsonl, and the progress bar."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ def step_metrics(
     sent_bytes: Counter[str],
     device: torch.device,
 ) -> dict[str, Any]:
-    """A row of metrics.jsonl.
+    """Returns a row of metrics.jsonl.
 
     Args:
-        step: from 1.
-        n_tokens: of all ranks.
-        elapsed_s: of the whole step; data_s: of it, waiting for micro-batches.
-        sent_bytes: by this rank, by kind of collective.
+        step: counts from 1.
+        n_tokens: tokens of all ranks in this step.
+        elapsed_s: time of the whole step.
+        data_s: the part of `elapsed_s` that this rank waited for micro-batches.
+        sent_bytes: bytes that this rank sent, by kind of collective.
     """
     return {
         "step": step,
@@ -64,15 +65,19 @@ def step_metrics(
 
 
 class MetricsLog:
-    """metrics.jsonl (one object a step) and progress on stderr; rank 0 writes, the others keep still."""
+    """Writes metrics.jsonl (one object a step), held_out.jsonl and progress on stderr. Only rank 0 writes."""
 
     def __init__(self, folder: Path, max_steps: int, stage: str, first_step: int = 0) -> None:
-        """Args: first_step: steps already taken; rows of later ones, of a run that was cut off, go."""
+        """
+        Args:
+            first_step: steps already taken. Rows of later steps are deleted: a run that was cut off may have
+                written them after its last checkpoint.
+        """
         self._writes = rank() == 0
         self._files = (folder / "metrics.jsonl", folder / "held_out.jsonl")
         self._stage = stage
         self._max_steps = max_steps
-        # In a terminal a bar; in a file (a batch job's log) a line now and then.
+        # A terminal shows a bar. A file (the log of a batch job) gets a line now and then.
         self._bar = tqdm(
             total=max_steps,
             initial=first_step,
@@ -94,7 +99,7 @@ class MetricsLog:
             file.write(json.dumps(values) + "\n")
 
     def sync(self) -> None:
-        """Rows written so far are on the disk when this returns: a checkpoint comes after its rows."""
+        """Flushes all rows to the disk. A checkpoint is saved after this, so its rows are never lost."""
         for path in filter(Path.exists, self._files if self._writes else ()):
             with writing(path), path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
@@ -127,7 +132,7 @@ class MetricsLog:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Keeps the rows of the first `step` steps; what a kill left unreadable is none."""
+    """Keeps the rows up to `step`. Drops everything from the first unreadable row on, which a kill left."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -139,7 +144,7 @@ def _cut_after(path: Path, step: int) -> None:
 
 
 def peak_mib(device: torch.device) -> float:
-    """Highest memory so far: allocated on the GPU, or resident on the host for a CPU run."""
+    """Returns the peak of memory so far: allocated on the GPU, or resident on the host for a CPU run."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

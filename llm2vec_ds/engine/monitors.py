@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.jsonl: DeepSpeed's monitors, and which run of W&B they are."""
+"""DeepSpeed's monitors, which get the metrics beside metrics.jsonl, and the W&B run that they write to."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ WANDB_PROJECT = "llm2vec-ds"
 
 
 def monitor_sections(recipe: Recipe) -> dict[str, Any]:
-    """DeepSpeed's sections for the monitors that the recipe asks for.
+    """Returns DeepSpeed's sections for the monitors that the recipe asks for.
 
     Raises:
-        UserError: the package that a monitor needs is not installed.
+        UserError: a monitor needs a package that is not installed.
     """
     for name in recipe.monitor:
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
@@ -34,7 +34,7 @@ def monitor_sections(recipe: Recipe) -> dict[str, Any]:
                 f"monitor {name} needs the package {PACKAGES[name]}: pip install 'llm2vec-ds[monitor]'"
             )
     files = {"enabled": True, "output_path": str(Path(recipe.output_dir) / MONITOR)}
-    # DeepSpeed hands the project on, which then beats wandb's own variable.
+    # DeepSpeed passes the project to wandb, where it overrides the variable. So the variable is read here.
     project = os.environ.get("WANDB_PROJECT", WANDB_PROJECT)
     sections: dict[str, dict[str, Any]] = {
         "tensorboard": {**files, "job_name": "tensorboard"},
@@ -46,9 +46,10 @@ def monitor_sections(recipe: Recipe) -> dict[str, Any]:
 
 @contextmanager
 def wandb_run(recipe: Recipe, folder: Path) -> Iterator[None]:
-    """Within, DeepSpeed begins the W&B run of this run, or goes on with it: its name is that of the run's
-    folder, its id stays there. What the user has set in wandb's own variables stands. All ranks enter
-    together.
+    """In this context DeepSpeed starts the W&B run of this run, or continues it.
+
+    The W&B run has the name of the run's folder. Its id is kept in that folder. Variables of wandb that the
+    user has set stay as they are. All ranks enter together.
 
     Raises:
         UserError: the id cannot be written.
@@ -71,7 +72,7 @@ def wandb_run(recipe: Recipe, folder: Path) -> Iterator[None]:
         yield
         failed = 0
     finally:
-        # Another stage may follow in this process.
+        # Another stage may follow in this process, with a W&B run of its own.
         if rank() == 0:
             if (wandb := sys.modules.get("wandb")) is not None:
                 wandb.finish(exit_code=failed)

@@ -1,8 +1,10 @@
-"""An exponential moving average of what trains, held as the optimizer holds its own fp32 copy.
+"""An exponential moving average of the weights that train.
 
-Each rank averages the tensors that its optimizer steps on: under ZeRO its part, so that a step costs neither
-communication nor a second whole copy. To read or use the average it changes places with the weights, and the
-way that reads and sets weights does the rest.
+Each rank averages the fp32 tensors that its optimizer steps on. Under ZeRO these are its own part. So a step
+needs no communication and no second whole copy.
+
+To be read or used, the average changes places with the weights. Then the code that reads and sets weights
+works for the average too.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ STEM = "average"
 
 
 class MovingAverage:
-    """average ← d · average + (1 − d) · weights, d = min(decay, (1 + step) / (10 + step)), after each step.
+    """After each step: average ← d · average + (1 − d) · weights, d = min(decay, (1 + step) / (10 + step)).
 
-    It begins with the weights after the first step. All ranks call together.
+    The average starts as the weights after the first step. All ranks call each method together.
     """
 
     def __init__(self, state: TrainableState, decay: float) -> None:
@@ -31,7 +33,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step number `step`, from 0."""
+        """Takes in the weights after optimizer step `step`, counted from 0."""
         weights = self._state.stepped()
         if not self._averages:
             self._averages = [weight.detach().clone() for weight in weights]
@@ -41,7 +43,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model is the average in this context; nothing happens before the first step."""
+        """The model has the average's weights in this context. Does nothing before the first step."""
         self.swap()
         try:
             yield
@@ -50,14 +52,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Average and weights change places, also in what forward passes read."""
+        """Exchanges average and weights, also in the copies that forward passes read."""
         if not self._averages:
             return
         self._exchange()
         self._state.renew_working_copies()
 
     def write(self, folder: Path) -> Hashes:
-        """Writes this rank's parts as `TrainableState.write` does; size and SHA-256 of each."""
+        """Writes this rank's parts as `TrainableState.write` does. Returns size and SHA-256 of each file."""
         if not self._averages:
             return {}
         self._exchange()
@@ -68,10 +70,10 @@ class MovingAverage:
 
     @torch.no_grad()
     def load(self, folder: Path, files: Iterable[str]) -> None:
-        """Sets the average to what `files` hold. The weights are overwritten: load them afterwards.
+        """Sets the average to the one in `files`. Overwrites the weights too, so load them afterwards.
 
         Raises:
-            ValueError: there is no average, or not of this model.
+            ValueError: `files` hold no average, or that of another model.
         """
         own = [file for file in files if file.startswith(f"{STEM}-")]
         if not own:

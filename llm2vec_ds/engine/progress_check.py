@@ -1,4 +1,4 @@
-"""Whether a run learns: looks at each step's numbers, and stops a run that learns nothing."""
+"""Checks each step's numbers, and stops a run that learns nothing."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from llm2vec_ds.errors import UserError
 log = logging.getLogger(__name__)
 
 MANY_STEPS = 20
-"""A run that has been dead for so many steps stays dead."""
+"""A run that has been dead for this many steps in a row is stopped. It would stay dead."""
 
 
 class ProgressCheck:
-    """A step is dead where its gradient is exactly zero, or where all its texts have the same vector.
+    """Finds dead steps. A step is dead if its gradient is exactly zero, or if all its texts have one vector.
 
-    The numbers are on the host already, and the same on every rank; so ranks come to the same end.
+    The numbers are already on the host, and every rank has the same. So all ranks come to the same result.
 
     Args:
-        n_steps: steps that this process is to take.
-        from_start: the run begins here. One that goes on has had gradients before, so that a zero may mean
+        n_steps: steps that this process will take.
+        from_start: the run starts at step 1. A run that resumes has had gradients before, so a zero may mean
             that nothing is left to learn.
     """
 
     def __init__(self, n_steps: int, *, from_start: bool) -> None:
-        self._many_still = min(MANY_STEPS, max(2, n_steps))  # one batch may have no negative
-        # A rate that is far too high spoils the first step only: a short run is judged by its second half.
+        # At least two steps: a single batch may have no negative, and then its gradient is zero.
+        self._many_still = min(MANY_STEPS, max(2, n_steps))
+        # The second half of a short run must be enough to judge it: if the learning rate is far too high, the
+        # first steps still have different vectors.
         self._many_alike = min(MANY_STEPS, max(2, n_steps // 2))
         self._has_moved = not from_start
         self._n_still = self._n_alike = self._n_steps = 0
@@ -37,10 +39,13 @@ class ProgressCheck:
         self._last: deque[float] = deque(maxlen=MANY_STEPS)
 
     def look(self, step: int, *, loss: float, still: bool, vectors_alike: bool) -> None:
-        """Takes in the numbers of step `step`, before anything of it is saved; `still`: no gradient.
+        """Checks the numbers of step `step`, before anything of it is saved.
+
+        Args:
+            still: the gradient was exactly zero.
 
         Raises:
-            UserError: no step of the run has had a gradient, or all vectors are equal, for many steps.
+            UserError: for many steps all vectors were equal. Or the run never had a gradient, for many steps.
         """
         self._n_steps += 1
         self._last.append(loss)
@@ -64,10 +69,10 @@ class ProgressCheck:
                 "are equal"
             )
         if rank() == 0:
-            log.warning("%s: check the loss, whether nothing is left to learn or all is lost", observation)
+            log.warning("%s: check whether nothing is left to learn or the run has failed", observation)
 
     def last_word(self) -> None:
-        """At the end of the run: warns where no step had a gradient, or the loss has more than doubled."""
+        """Ends the run's check. Warns if no step had a gradient, or if the loss has more than doubled."""
         if not self._has_moved and self._n_steps and rank() == 0:
             log.warning("no step has had a gradient, so nothing was learned: check the data")
         window = min(MANY_STEPS, max(1, self._n_steps // 4))

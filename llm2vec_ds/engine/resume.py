@@ -1,4 +1,4 @@
-"""Whether a run has been done already, and where it goes on."""
+"""Finds out whether a run has already finished, and which checkpoint it resumes from."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 
 def is_done(recipe: Recipe, folder: Path) -> bool:
-    """Has this very run finished? All ranks ask together.
+    """Says whether this same run has finished. All ranks call it together.
 
     Raises:
-        UserError: a run of something else has, and the recipe asks to go on with it.
+        UserError: the recipe asks to resume, but the finished run is another one.
     """
     if not all_gather_object(bool(recipe.resume) and is_finished(folder))[0]:
         return False
@@ -45,10 +45,10 @@ def is_done(recipe: Recipe, folder: Path) -> bool:
 def checkpoint_to_resume(
     recipe: Recipe, folder: Path, store: CheckpointStore, identity: dict[str, Any]
 ) -> Checkpoint | None:
-    """The newest valid one, if the recipe asks to go on from it and it is of the same run.
+    """Returns the newest valid checkpoint if the recipe asks to resume. None: the run starts at step 1.
 
     Raises:
-        UserError: it is of another run; or there is none, and the folder holds another run or a finished one.
+        UserError: the checkpoint belongs to another run. Or there is none, and the folder holds another run.
     """
     store.clear_unfinished()
     if not recipe.resume:
@@ -64,8 +64,8 @@ def checkpoint_to_resume(
         words = "; ".join(changed)
         if recipe.resume != "force":
             raise UserError(
-                f"{checkpoint.folder} is of another run ({words}): undo the change, pass resume=force to go "
-                "on nevertheless, or overwrite=true without resume to start again"
+                f"{checkpoint.folder} is of another run ({words}): undo the change, pass resume=force to "
+                "continue anyway, or pass overwrite=true without resume to start again"
             )
         log.warning("resume=force: going on although %s", words)
     now = made_by(recipe)

@@ -1,4 +1,4 @@
-"""A recipe → a finished run folder."""
+"""Runs a recipe, from its start to a finished run folder."""
 
 from __future__ import annotations
 
@@ -47,21 +47,22 @@ log = logging.getLogger(__name__)
 
 @explains_full_memory
 def train(recipe: Recipe, evaluation: Evaluation | None = None, *, more_follow: bool = False) -> Path:
-    """Runs a recipe on this process and, under a launcher, its peers; returns the run's folder.
+    """Runs a recipe on this process and, under a launcher, on all its ranks. Returns the run's folder.
 
     Args:
-        evaluation: called as `recipe.evaluation` says.
-        more_follow: other runs come after this one. A request to stop in its last step stops before them.
+        evaluation: measures the encoder when `recipe.evaluation` says so.
+        more_follow: other runs come after this one. If the run is asked to stop in its last step, it stops
+            before them.
 
     Raises:
-        UserError: anything the user can fix, before training where it can be known then.
-        Stopped: a signal or the file STOP asked for it; everything is saved.
+        UserError: something that the user can fix. Raised before training if it can be known then.
+        Stopped: a signal or the file STOP asked the run to stop. Everything is saved.
     """
     ranks = ranks_from_environment()
     recipe = with_encoders_of_runs(recipe)
     check_batch(recipe, ranks)
     folder = Path(recipe.output_dir)
-    # On every rank, before any waits for another: rank 0 alone would leave the others waiting.
+    # Every rank checks, before any waits for another. If rank 0 alone failed here, the others would wait.
     check_run_folder(recipe, folder)
     stop = StopRequest(folder)
     with stop.listening(recipe.checkpoint.signals), contact("before or after the steps"):
@@ -81,7 +82,7 @@ def train(recipe: Recipe, evaluation: Evaluation | None = None, *, more_follow: 
 
 @contextmanager
 def _locked(recipe: Recipe, folder: Path) -> Iterator[None]:
-    """Keeps other runs out of the folder, in which one may have begun or ended since it was looked at."""
+    """Locks the folder against other runs. Checks it again, since a run may have started or ended there."""
     with ExitStack() as stack:
 
         def lock() -> None:
@@ -101,7 +102,7 @@ def _train(
     stop: StopRequest,
     evaluation: Evaluation | None,
 ) -> bool:
-    """Whether it was asked to stop in its last step."""
+    """Trains. Returns whether the run was asked to stop in its last step."""
     dtype = TrunkOptions(precision=recipe.model.precision, device=device).dtype
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     stage = build_stage(recipe, device, partition_for(config))
@@ -125,7 +126,7 @@ def _train(
     )
     with wandb_run(recipe, folder):
         engine = Engine(stage.model, config)
-        log.info("linear layers that are one operation with their adapter: %s", n_fused(stage.model))
+        log.info("linear layers fused with their adapter: %s", n_fused(stage.model))
         trainer = Trainer(
             recipe,
             stage,
@@ -142,7 +143,7 @@ def _train(
 
 
 def _with_steps(recipe: Recipe, steps_per_epoch: int) -> Recipe:
-    """`max_steps` in place of `epochs`, where it is given."""
+    """Returns the recipe with `max_steps` set from `epochs`, if it gives `epochs`."""
     counted = recipe.with_steps_of_epochs(steps_per_epoch)
     if recipe.epochs is not None:
         log.info("epochs %g: %s steps, %s an epoch", recipe.epochs, counted.max_steps, steps_per_epoch)
@@ -155,10 +156,11 @@ def _use_deterministic_algorithms() -> None:
 
 
 def check_batch(recipe: Recipe, ranks: Ranks) -> None:
+    """Refuses a global batch with fewer texts than ranks, and a token budget that is too small for a text."""
     if recipe.batch.global_batch_size < ranks.world_size:
         raise UserError(
-            f"batch.global_batch_size={recipe.batch.global_batch_size} gives nothing to some of "
-            f"{ranks.world_size} ranks: raise it"
+            f"batch.global_batch_size={recipe.batch.global_batch_size} leaves some of "
+            f"{ranks.world_size} ranks without a text: raise it"
         )
     needed = recipe.data.max_tokens
     if recipe.batch.micro_batch_tokens < needed:

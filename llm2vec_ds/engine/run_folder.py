@@ -1,11 +1,13 @@
-"""A run's folder: which run is in it, and may another begin there? encoder/of_run.py: has it finished?
+"""The folder of a run: which run it holds, and whether a run may start there.
+
+encoder/of_run.py says whether the run has finished.
 
 run.json        what the run is made of (engine/identity.py); written before the first step
-recipe.yaml     its recipe, every default filled in
+recipe.yaml     its recipe, with every default filled in
 metrics.jsonl, held_out.jsonl, memory.json, monitor/, checkpoints/
 encoder/        the result
-finished        the number of steps and the SHA-256 of run.json's identity; written after encoder/
-lock            who works here now (storage/lock.py)
+finished        number of steps, and SHA-256 of the identity in run.json; written after encoder/
+lock            which process works here now (storage/lock.py)
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ MONITOR_FILES = ("csv/train_*.csv", "csv/held_out_*.csv", "tensorboard/events.ou
 
 
 def check_run_folder(recipe: Recipe, folder: Path) -> None:
-    """Whether the recipe's run may begin, or go on, in `folder`, which is made.
+    """Checks that the recipe's run may start or resume in `folder`. Creates the folder.
 
     Raises:
-        UserError: it may not; says why and what to do.
+        UserError: it may not. Says why, and what to do.
     """
     what = f"output_dir {folder}"
     place = resolved(folder, what)
@@ -68,7 +70,7 @@ def check_run_folder(recipe: Recipe, folder: Path) -> None:
         )
     if (folder / METRICS).exists() and not (recipe.overwrite or recipe.resume):
         raise UserError(
-            f"{folder} already holds a run: go on with it by resume=true, choose another output_dir, or "
+            f"{folder} already holds a run: continue it with resume=true, choose another output_dir, or "
             "pass overwrite=true"
         )
     if (folder / STOP_FILE).exists():
@@ -81,19 +83,20 @@ def check_run_folder(recipe: Recipe, folder: Path) -> None:
 
 
 def begin(recipe: Recipe, folder: Path, identity: Mapping[str, Any], *, fresh: bool) -> None:
-    """Writes what the run is made of.
+    """Writes run.json and recipe.yaml, which describe the run.
 
-    An older `encoder/` stays until the new one replaces it; without `finished` it does not count as its own.
+    An older `encoder/` stays until the new one replaces it. Without `finished` it does not count as this
+    run's.
 
     Args:
-        fresh: what an earlier run has left is deleted first.
+        fresh: the run starts at step 1. Files of an earlier run are deleted first.
 
     Raises:
         UserError: the folder cannot be written.
     """
     with writing(f"output_dir {folder}"):
         (folder / FINISHED).unlink(missing_ok=True)
-        sync_folder(folder)  # before anything that would make it untrue
+        sync_folder(folder)  # first: `finished` must not survive a change that makes it untrue
         if fresh:
             for path in _left_by_a_run(folder):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -103,10 +106,10 @@ def begin(recipe: Recipe, folder: Path, identity: Mapping[str, Any], *, fresh: b
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Deletes files that a killed run in this folder had not finished.
+    """Deletes files that a killed run in this folder left half written.
 
     Raises:
-        UserError: one cannot be deleted.
+        UserError: a file cannot be deleted.
     """
     if not is_run(folder):
         return
@@ -116,6 +119,7 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def _left_by_a_run(folder: Path) -> Iterator[Path]:
+    """Metrics, checkpoints and monitor files of a run. Files that no run writes are not among them."""
     yield from (folder / name for name in (METRICS, HELD_OUT) if (folder / name).exists())
     for pattern in CHECKPOINT_FOLDERS:
         yield from list((folder / CHECKPOINTS).glob(pattern))
@@ -124,10 +128,10 @@ def _left_by_a_run(folder: Path) -> Iterator[Path]:
 
 
 def mark_finished(folder: Path, max_steps: int, identity: Mapping[str, Any]) -> None:
-    """After `encoder/` is written.
+    """Writes `finished`. Call it after `encoder/` is written.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     with writing(folder / FINISHED):
         replace_json(
@@ -136,7 +140,9 @@ def mark_finished(folder: Path, max_steps: int, identity: Mapping[str, Any]) -> 
 
 
 def identity_in(folder: Path) -> dict[str, Any] | None:
-    """What the run in the folder is made of; of version 0.1 only its recipe. None: that is not known.
+    """Returns what the run in the folder is made of. None if that is not known.
+
+    For a run of version 0.1 only the recipe is known.
 
     Raises:
         UserError: run.json is damaged.
@@ -149,7 +155,7 @@ def identity_in(folder: Path) -> dict[str, Any] | None:
 
 
 def changes_of_run(folder: Path, identity: Mapping[str, Any]) -> list[str]:
-    """What differs, in words, from the run in the folder; nothing where there is none.
+    """Says in words what differs from the run in the folder. Empty if nothing does, or if there is no run.
 
     Raises:
         UserError: as `identity_in`.

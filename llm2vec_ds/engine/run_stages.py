@@ -1,4 +1,4 @@
-"""Several stages of one recipe file, one after the other."""
+"""Trains the stages of one recipe file, one after the other."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def train_stages(
     recipes: list[Recipe],
     evaluation_of: Callable[[EvaluationConfig | None], Evaluation | None] = lambda config: None,
 ) -> Path:
-    """Trains each; of several, one that has finished is not trained again (`overwrite` does).
+    """Trains each recipe. If there are several, a finished one is skipped unless its `overwrite` is set.
 
     Args:
-        evaluation_of: makes what `recipe.evaluation` measures during training.
+        evaluation_of: makes the measurement that `recipe.evaluation` describes.
 
     Returns:
-        The last one's run folder.
+        The run folder of the last recipe.
 
     Raises:
         UserError: as `train`.
@@ -33,9 +33,9 @@ def train_stages(
     for number, recipe in enumerate(recipes, 1):
         folder = Path(recipe.output_dir)
         if len(recipes) > 1 and not (recipe.overwrite or recipe.resume) and is_finished(folder):
-            recipe = recipe.model_copy(update={"resume": True})  # which refuses a run of something else
+            recipe = recipe.model_copy(update={"resume": True})  # `resume` refuses the run of another recipe
         train(recipe, evaluation_of(recipe.evaluation), more_follow=number < len(recipes))
-        gc.collect()  # engine and model refer to each other; the next stage needs their memory
+        gc.collect()  # engine and model refer to each other, and the next stage needs their memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return folder

@@ -1,8 +1,10 @@
-"""What a step changes, as whole tensors: values and Adam's moments of every trainable parameter, in fp32.
+"""The state that a step changes, as whole fp32 tensors: value and Adam's moments of each trainable parameter.
 
-One form for every ZeRO stage and number of ranks, LoRA or full training: whatever wrote it, anything can go
-on from it. No pickles. Parts of at most a gigabyte are written by the ranks in turn, so that none ever holds
-more than one part beside its own share of the model.
+The format is the same for every ZeRO stage, for any number of ranks, and for LoRA and full training. So a run
+can resume under another stage or with other ranks. There are no pickles.
+
+Ranks write parts of at most a gigabyte in turn. So a rank never holds more than one part beside its own share
+of the model.
 """
 
 from __future__ import annotations
@@ -34,38 +36,40 @@ Tensors = dict[str, torch.Tensor]
 
 
 class TrainableState:
-    """Reads and sets the state of a model under a DeepSpeed engine; all ranks call together."""
+    """Reads and sets the state of a model under a DeepSpeed engine. All ranks call each method together."""
 
     def __init__(self, engine: Any, *, flat: FlatParameter | None = None, has_moments: bool = True) -> None:
         """
         Args:
             engine: what `deepspeed.initialize` returned.
-            flat: what it trains in place of the model's own parameters.
-            has_moments: False for an optimizer whose moments are no tensors of a parameter's shape. They are
-                not saved then, and begin anew on resume.
+            flat: the flat parameter, if the engine trains it in place of the model's own parameters.
+            has_moments: False if the optimizer's moments are no tensors of a parameter's shape. Then they are
+                not saved, and start again on resume.
         """
         self._engine = engine
         self._moments = MOMENTS if has_moments else ()
         self._zero_stage = int(engine.zero_optimization_stage())
         self._flat = flat
-        # Named as in the model, not as in DeepSpeed's groups.
+        # The names are the model's, not those of DeepSpeed's groups.
         self._parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
         self._shapes: dict[str, torch.Size] = (
             {name: place.shape for name, place in flat.places.items()}
             if flat is not None
             else {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()}
         )
-        self._is_plain = not hasattr(engine.optimizer, "optimizer")  # over the parameters themselves
+        # A plain optimizer steps on the parameters themselves. DeepSpeed's own (ZeRO, bf16) wraps another one
+        # and steps on its own flat fp32 tensors.
+        self._is_plain = not hasattr(engine.optimizer, "optimizer")
         self._base_optimizer = engine.optimizer if self._is_plain else engine.optimizer.optimizer
 
     def write(self, folder: Path) -> Hashes:
-        """Writes this rank's parts; size and SHA-256 of each."""
+        """Writes this rank's parts. Returns size and SHA-256 of each file."""
         if not self._moments:
-            log.warning("this optimizer's moments are in no checkpoint: on resume they begin anew")
+            log.warning("checkpoints do not hold this optimizer's moments: on resume they start again")
         return self._write_files(folder, STEM, self._read)
 
     def write_values(self, folder: Path, stem: str) -> Hashes:
-        """Values alone, as the optimizer holds them now, in files of another name."""
+        """Writes only the values that the optimizer holds now, into files that start with `stem`."""
         return self._write_files(folder, stem, lambda parameter: {"value": self._read_value(parameter)})
 
     def _write_files(self, folder: Path, stem: str, read: Callable[[nn.Parameter], Tensors]) -> Hashes:
@@ -85,9 +89,9 @@ class TrainableState:
         return hashes
 
     def load(self, folder: Path, files: Iterable[str]) -> None:
-        """Sets values and moments to what those of `files` hold that `write` wrote.
+        """Sets values and moments to those that `write` wrote. Skips other `files`.
 
-        The optimizer must have taken a step, for its moments to be there.
+        The optimizer must have taken a step before, because its first step makes the moments.
 
         Raises:
             ValueError: the parameters are not those of this model.
@@ -98,7 +102,7 @@ class TrainableState:
             self._base_optimizer.state.clear()
 
     def load_values(self, folder: Path, files: Iterable[str]) -> None:
-        """Sets what the optimizer holds to what `write_values` wrote, and leaves all else.
+        """Sets the optimizer's values to those that `write_values` wrote. Changes nothing else.
 
         Raises:
             ValueError: the parameters are not those of this model.
@@ -146,12 +150,16 @@ class TrainableState:
             self._flat.link()
 
     def _part_of(self, flat: Tensors, name: str) -> Tensors:
-        """One parameter's part of the flat one's state; the count of steps, one for all, is a copy."""
+        """Returns one parameter's part of the flat parameter's state, as views.
+
+        All parameters share one step count, so that one is copied.
+        """
         assert self._flat is not None
         place = self._flat.places[name]
         return {k: value.clone() if k == "step" else place.view(value) for k, value in flat.items()}
 
     def _parts(self) -> Iterator[list[str]]:
+        """Groups the parameters' names into parts. A part ends when it reaches PART_BYTES."""
         part: list[str] = []
         n_bytes = 0
         for name in self._shapes:
@@ -164,12 +172,14 @@ class TrainableState:
             yield part
 
     def stepped(self) -> list[torch.Tensor]:
-        """The fp32 tensors that this rank's optimizer steps on, in a fixed order; none before its first
-        step."""
+        """Returns the fp32 tensors that this rank's optimizer steps on, in a fixed order.
+
+        The list is empty before the first step.
+        """
         return list(self._base_optimizer.state)
 
     def renew_working_copies(self) -> None:
-        """What forward passes read, from what the optimizer holds."""
+        """Sets the weights that forward passes read to the values that the optimizer holds."""
         if not self._is_plain:
             for parameter in [self._flat.whole] if self._flat is not None else self._parameters.values():
                 self._write_working_copy(parameter, self._read_value(parameter))
@@ -209,7 +219,7 @@ class TrainableState:
         self._write_value(parameter, whole["value"])
 
     def _write_value(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        """What the optimizer steps on."""
+        """Sets the value that the optimizer steps on."""
         if self._is_plain:
             parameter.data.copy_(value)
             return
@@ -230,7 +240,7 @@ class TrainableState:
                 safe_set_full_optimizer_state(parameter, whole[key].to(parameter.device), key)
 
     def _write_working_copy(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        """What forward passes read, in the model's own dtype; the optimizer's fp32 copy is another."""
+        """Sets the weight that forward passes read, in the model's own dtype. The optimizer's copy stays."""
         context: AbstractContextManager[Any] = nullcontext()
         if self._zero_stage == 3:
             import deepspeed
@@ -241,12 +251,14 @@ class TrainableState:
                 parameter.data.copy_(value)
 
     def _own_part(self, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-        """Of ZeRO-3; padded to equal parts first: DeepSpeed's own setter of whole tensors fails where the
-        ranks do not divide a tensor."""
+        """Returns this rank's part of a whole tensor under ZeRO-3, padded so that all parts are equal.
+
+        DeepSpeed's own setter of whole tensors fails if the number of ranks does not divide a tensor.
+        """
         n_own, flat = parameter.ds_tensor.numel(), whole.flatten()  # type: ignore[attr-defined]
         padded = nn.functional.pad(flat, (0, n_own * world_size() - flat.numel()))
         return padded[rank() * n_own :][:n_own]
 
     def _flat_states(self) -> Iterator[dict[str, Any]]:
-        """Adam's states of DeepSpeed's flat tensors; one count of steps in all."""
+        """Yields Adam's states of DeepSpeed's flat tensors. All have the same step count."""
         return (state for state in self._base_optimizer.state.values() if "step" in state)

@@ -1,4 +1,4 @@
-"""The one training loop. It owns schedule, checks, checkpoints and logging, and knows nothing of losses."""
+"""The training loop. It owns schedule, checks, checkpoints and logging, and knows nothing about losses."""
 
 from __future__ import annotations
 
@@ -46,11 +46,15 @@ from llm2vec_ds.recipe.sections import OptimizerConfig
 log = logging.getLogger(__name__)
 
 Evaluation = Callable[[Encoder], dict[str, float]]
-"""Measures the encoder as it stands, on every rank alike."""
+"""Measures the encoder in its current state. Every rank gets the same numbers."""
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """Rate of step `step` (from 0): linear warm-up, then what `schedule` says, with zero at `max_steps`."""
+    """Returns the learning rate of step `step`, counted from 0.
+
+    The rate rises linearly during warm-up. Then it follows `schedule`. Falling schedules reach zero at
+    `max_steps`.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     n_falling = max(max_steps - config.warmup_steps, 1)
@@ -68,10 +72,10 @@ class Trainer:
     """Trains a stage's model to `recipe.max_steps` and writes the encoder.
 
     Args:
-        store: where checkpoints are kept.
-        identity: what the run is made of, written into each checkpoint.
-        stop: asked at every step's end.
-        evaluation: measures beside the stage's own held-out texts.
+        store: keeps the checkpoints.
+        identity: what the run is made of. Each checkpoint holds it.
+        stop: says at the end of each step whether the run is to stop.
+        evaluation: measures the encoder, in addition to the stage's own held-out texts.
     """
 
     def __init__(
@@ -107,14 +111,14 @@ class Trainer:
         self._best_score: float | None = all_gather_object(store.best_score())[0]
 
     def run(self, checkpoint: Checkpoint | None = None) -> bool:
-        """The whole run, or what is left of it after `checkpoint`.
+        """Runs all steps, or those that are left after `checkpoint`.
 
         Returns:
-            Whether it was asked to stop in its last step, on every rank alike.
+            Whether the run was asked to stop during its last step. All ranks return the same.
 
         Raises:
-            NonFiniteError: a loss or gradient was not finite; the weights have not moved.
-            Stopped: it was asked to stop, and has saved.
+            NonFiniteError: a loss or gradient was not finite. The weights have not moved.
+            Stopped: the run was asked to stop, and everything is saved.
             UserError: a checkpoint could not be written, another rank is gone, or nothing is learned.
         """
         asked = False
@@ -137,12 +141,15 @@ class Trainer:
         return asked
 
     def _rows_and_batches(self, step: int) -> tuple[np.ndarray, Any]:
-        """This rank's part of the step."""
+        """Returns this rank's rows of the step and their micro-batches."""
         rows = rank_slice(self.stage.global_batch(step), rank(), world_size())
         return rows, self.stage.batches(step, rows)
 
     def _step_and_save(self, step: int, log_rows: MetricsLog) -> bool:
-        """Whether any rank has been asked to stop, in the last step; after another one it stops."""
+        """Takes a step, measures and saves what is due. Stops here if any rank was asked to stop.
+
+        In the last step it does not stop, but returns whether any rank was asked to.
+        """
         self.watchdog.begin(f"step {step + 1}")
         with contact(f"step {step + 1}"):
             metrics, asked = self._step(step)
@@ -159,13 +166,13 @@ class Trainer:
         return asked
 
     def _step(self, step: int) -> tuple[dict[str, Any], bool]:
-        """Metrics, and whether any rank has been asked to stop."""
+        """Takes one optimizer step. Returns its metrics, and whether any rank was asked to stop."""
         recipe, started, sent_before = self.recipe, time.perf_counter(), TRAFFIC.sent_bytes.copy()
         rows, batches = self.prefetch(step)
         data_s = time.perf_counter() - started
         self.engine.train()
         if self.graphed is not None:
-            self.graphed.fill_share()  # of a measurement before this step
+            self.graphed.fill_share()  # resets the count: a measurement before this step is not part of it
         result = self.stage.step(step, rows, batches, self.engine.forward, self._backward)
         self.check.stop_if_not_finite(step + 1, result.bad_rows, self._describe)
         lr = learning_rate(step, recipe.max_steps, recipe.optimizer)
@@ -196,7 +203,8 @@ class Trainer:
         return metrics, n_asked > 0
 
     def _backward(self, share: torch.Tensor, *, rows: Sequence[int], last: bool) -> None:
-        # DeepSpeed averages gradients over ranks; shares of one loss have to be added.
+        # Each rank's loss is a share of the global loss, so gradients have to be summed over ranks. DeepSpeed
+        # averages them. The factor undoes that.
         self.engine.backward(share * world_size(), last=last)
         self.check.end_of_backward(share, rows)
 
@@ -212,13 +220,18 @@ class Trainer:
         return score is not None and (best is None or order(score) < order(best))
 
     def _measure(self, step: int, log_rows: MetricsLog) -> float | None:
-        """What is due after `step`; the value by which the best checkpoint is kept, if there is one."""
+        """Takes the measurements that are due after `step`.
+
+        Returns:
+            The metric that decides which checkpoint is best, if it was measured.
+        """
         self.watchdog.begin(f"the measurement after step {step}")
         held_out_due = self._is_due(step, self.recipe.held_out_every_steps)
         evaluation = self.recipe.evaluation
         evaluation_due = evaluation is not None and self._is_due(step, evaluation.every_steps)
         metrics: dict[str, float] = {}
-        if held_out_due or evaluation_due:  # else the mode stays: a change of it walks over all modules
+        # The mode changes only if something is measured: a change walks over all modules.
+        if held_out_due or evaluation_due:
             averaged = self.average.in_place() if self.average is not None else nullcontext()
             with contact("the measurement"), averaged:
                 self.engine.train(False)
@@ -266,8 +279,11 @@ class Trainer:
             barrier()
 
     def _make_moments(self) -> None:
-        """DeepSpeed makes and links Adam's moments in its first step only: one of a text a rank, at a
-        learning rate of zero, whose effects the checkpoint then overwrites."""
+        """Takes a step of one text a rank, at a learning rate of zero.
+
+        DeepSpeed makes and links Adam's moments in its first step only. The checkpoint is loaded afterwards
+        and overwrites what the step changed.
+        """
         rows = rank_slice(self.stage.global_batch(0)[: world_size()], rank(), world_size())
         self.engine.train()
         self.stage.step(0, rows, self.stage.batches(0, rows), self.engine.forward, self._backward)
@@ -275,19 +291,25 @@ class Trainer:
         self.engine.step(0.0)
 
     def _finish(self) -> None:
-        """Every rank helps to make partitioned weights whole; rank 0 writes `encoder/`."""
+        """Writes `encoder/` and marks the run as finished.
+
+        Under ZeRO-3 each rank holds a part of the weights, so every rank takes part in gathering them. Rank 0
+        writes.
+        """
         best = all_gather_object(self.store.best() if rank() == 0 else None)[0]
         if self.recipe.checkpoint.best_by and best is not None:
             log.info("the encoder is that of step %s, %s", best.step, self.recipe.checkpoint.best_by)
-            self._load(best)
+            self._load(best)  # loads the average of that step too
         self.watchdog.begin("writing the encoder")
         if self.average is not None:
-            self.average.swap()  # for good: the weights are of no further use
+            self.average.swap()  # not undone: nothing needs the raw weights after this
         encoder = self.stage.encoder
+        # In place, no second copy of the model is made. Partitioned and 4-bit weights cannot take the update.
         in_place = self.engine.zero_stage < 3 and self.recipe.model.quantization is None
         state_dict = merged_state_dict(encoder.trunk, self.engine.gather(), in_place=in_place)
         adapters = adapter_state(encoder.trunk, self.engine.gather()) if encoder.stack else None
         if rank() == 0:
+            # `finished` comes last: after a kill between the two lines the run counts as unfinished.
             encoder.save(self.folder / ENCODER, state_dict, adapters)
             mark_finished(self.folder, self.recipe.max_steps, self.identity)
         barrier()

@@ -1,4 +1,4 @@
-"""Ends a run that hangs: a rank whose step takes too long says so and stops, whatever it waits for."""
+"""Ends a run that hangs. A rank whose step takes too long reports it and stops, whatever it waits for."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 
 
 class Watchdog:
-    """Watches one thing at a time from a thread of its own, since a collective cannot be interrupted.
+    """Watches one piece of work at a time, from its own thread. A collective cannot be interrupted.
 
     Args:
-        timeout_s: longest that one step, measurement or save may take; 0 watches nothing.
+        timeout_s: the longest time for one step, measurement or save. 0 turns the watchdog off.
         folder: where the stacks of a hanging process are written.
     """
 
@@ -39,7 +39,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Runs the thread; `begin` says what is being done."""
+        """Runs the watching thread. `begin` tells it what is being done."""
         if not self._timeout_s:
             yield
             return
@@ -55,7 +55,7 @@ class Watchdog:
             self._thread.join()
 
     def begin(self, doing: str) -> None:
-        """The time for `doing` starts now."""
+        """Starts the time for `doing`."""
         with self._changed:
             self._doing = doing
             self._deadline = time.monotonic() + self._timeout_s
@@ -80,13 +80,13 @@ class Watchdog:
         say(
             f"llm2vec-ds: error: {self._doing} on rank {rank()} of {world_size()} ({socket.gethostname()}) "
             f"has taken more than {self._timeout_s:g} s ({self._place()}; {where}). Another rank "
-            "hangs or has died: look for a rank at another place, then run again with resume=true; raise "
+            "hangs or has died: look for a rank at another place, then run again with resume=true. Raise "
             "step_timeout_s if a step does take that long"
         )
-        os._exit(EXIT_CODE)  # the main thread may wait in a collective for ever
+        os._exit(EXIT_CODE)  # not sys.exit: the main thread may wait in a collective for ever
 
     def _place(self) -> str:
-        """The innermost function of this package in which the main thread is."""
+        """Names the innermost function of this package that the main thread is in."""
         frame = sys._current_frames().get(self._main)
         for entry in reversed(traceback.extract_stack(frame)):
             if "llm2vec_ds" in entry.filename:

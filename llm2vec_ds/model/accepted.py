@@ -1,4 +1,4 @@
-"""Which configs become a trunk. The answer comes before any weight is read."""
+"""Decides whether a config can become a trunk, before any weight is read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from llm2vec_ds.model.text_part import text_part
 
 @dataclass(frozen=True)
 class Accepted:
-    """What of a config is loaded.
+    """A config that can become a trunk.
 
     Attributes:
-        config: of the trunk, causal or bidirectional.
-        part: under what name the whole config holds it; None: it is the whole.
-        causal: what the trunk will be.
-        shown: a miniature showed that the type is right; else the loaded trunk has to.
+        config: the config of the trunk, causal or bidirectional.
+        part: the name under which the whole config holds it. None if it is the whole config.
+        causal: whether the trunk will be causal.
+        shown: a miniature passed the checks. Otherwise the loaded trunk must pass them.
     """
 
     config: Any
@@ -29,10 +29,14 @@ class Accepted:
 
 
 def accepted(whole: Any, causal: bool | None, *, trust_remote_code: bool = False) -> Accepted:
-    """`causal=None` keeps what the config says (nothing: bidirectional).
+    """Returns the config of the trunk.
+
+    Args:
+        whole: the config of a checkpoint.
+        causal: None keeps what the config says. If it says nothing, the trunk is bidirectional.
 
     Raises:
-        UserError: no trunk can be made of it, or none whose vectors can be believed; names the type and why.
+        UserError: no trunk can be made of it, or its vectors would be wrong. Names the type and the reason.
     """
     from transformers import MODEL_MAPPING
 
@@ -61,6 +65,6 @@ def _check_class(trunk_class: Any, model_type: str, causal: bool) -> None:
         check_class_can_be_bidirectional(trunk_class, model_type)
     if not trunk_class._supports_attention_backend:
         raise UserError(
-            f"model type {model_type!r} takes no attention function but its own: use a type such as llama, "
+            f"model type {model_type!r} allows only its own attention function: use a type such as llama, "
             "mistral, qwen3 or gemma, or a newer transformers"
         )

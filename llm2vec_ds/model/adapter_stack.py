@@ -1,9 +1,9 @@
-"""Adapters over a base model: those of earlier stages, and those that came from elsewhere.
+"""Adapters over a base model: those of earlier stages, and those that were made elsewhere.
 
-Over a quantised base they are stacked, because a merge into 4 bits would round them; else they are merged.
+Over a quantised base they are stacked: a merge into 4 bits would round them. Otherwise they are merged.
 
-An encoder folder that was trained over NF4 holds merged weights for use, and in `adapters/` the base's
-name and each stage's adapter, from which the next stage goes on.
+An encoder folder that was trained over NF4 holds merged weights, which users load. It also holds the base's
+name and each stage's adapter in `adapters/`. The next stage starts from these.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ FOLDER, INDEX = "adapters", "stack.json"
 
 @dataclass(frozen=True)
 class AdapterStack:
-    """A base model and adapters over it, in the order of their training.
+    """A base model and the adapters over it, in the order of their training.
 
     Attributes:
-        base: folder or hub id.
-        earlier: each stacked adapter's settings and its file.
-        trained: settings of the one that trains now, if any.
-        merged: folders of adapters in peft's format, to be added to the base's weights.
+        base: folder or hub id of the base model.
+        earlier: settings and file of each stacked adapter.
+        trained: settings of the adapter that trains now, if any.
+        merged: folders of adapters in peft's format. They are merged into the base's weights.
     """
 
     base: str
@@ -54,15 +54,17 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Index:
-    """What `write_stack` writes into INDEX."""
+    """The content of INDEX, as `write_stack` writes it."""
 
     base: str
     adapters: list[_Item]
 
 
 def read_stack(path: str, quantization: str | None, trained: AdapterConfig | None) -> AdapterStack:
-    """What to load for `model.path`: the base and adapters of an encoder folder that has them, if the run is
-    quantised; of an adapter in peft's format, its base and it; else the folder itself.
+    """Returns what to load for `model.path`.
+
+    If the run is quantised and the encoder folder has a stack, this is the base and the stack's adapters. For
+    an adapter in peft's format it is the adapter and its base. Otherwise it is the folder itself.
 
     Raises:
         UserError: the folder's index is damaged, or an adapter cannot be merged or stacked.
@@ -75,22 +77,22 @@ def read_stack(path: str, quantization: str | None, trained: AdapterConfig | Non
         below = read_stack(found.base, quantization, None)
         above = tuple((lora_settings(folder), folder / WEIGHTS) for folder in found.adapters)
         return AdapterStack(below.base, (*below.earlier, *above), trained)
-    stored = read_json(index, _Index, "take the encoder folder from its run again")
+    stored = read_json(index, _Index, "copy the encoder folder from its run again")
     earlier = [(item.settings, index.parent / item.file) for item in stored.adapters]
     return AdapterStack(stored.base, tuple(earlier), trained)
 
 
 def put_stack_in(trunk: nn.Module, stack: AdapterStack) -> None:
-    """Adds the earlier adapters, frozen and without dropout.
+    """Puts the earlier adapters on the trunk, frozen and without dropout.
 
     Raises:
-        UserError: a file is missing or of another model.
+        UserError: a file is missing or belongs to another model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     def short(key: str) -> str:
-        """Without what peft puts around a layer's name, and the trunk's name in a language model."""
+        """Removes peft's prefix and suffix from a layer's name, and the trunk's name in a language model."""
         within = key.removeprefix("base_model.model.").removeprefix(f"{trunk.base_model_prefix}.")
         return within.removesuffix(".weight")
 
@@ -108,7 +110,7 @@ def put_stack_in(trunk: nn.Module, stack: AdapterStack) -> None:
             raise UserError(f"adapter {file} cannot be read: {error}") from None
         own = _parameters(trunk, name)
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in values.items()}:
-            raise UserError(f"adapter {file} is of another model than {stack.base}: check {INDEX} beside it")
+            raise UserError(f"adapter {file} is for another model than {stack.base}: check {INDEX} beside it")
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(values[key])
@@ -119,13 +121,13 @@ def put_stack_in(trunk: nn.Module, stack: AdapterStack) -> None:
 def adapter_state(
     trunk: nn.Module, gather: GatherParameters = lambda parameters: nullcontext()
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Each adapter's values, fp32 on the CPU, by its name and `LAYER.lora_A` …
+    """Returns each adapter's values in fp32 on the CPU, by the adapter's name and `LAYER.lora_A` …
 
     Args:
-        gather: see `merged_state_dict`; every rank must call this function.
+        gather: see `merged_state_dict`. Every rank must call this function.
 
     Raises:
-        RuntimeError: a parameter is not whole although gathered.
+        RuntimeError: a parameter is not whole although it was gathered.
     """
     state = {}
     for name in adapter_names(trunk):
@@ -137,7 +139,7 @@ def adapter_state(
 
 
 def write_stack(stack: AdapterStack, state: dict[str, dict[str, torch.Tensor]], folder: Path) -> None:
-    """Writes `folder/adapters/`: an index, and a safetensors file for each adapter of `adapter_state`."""
+    """Writes `folder/adapters/`: an index, and a safetensors file for each adapter in `state`."""
     from safetensors.torch import save_file
 
     (folder / FOLDER).mkdir(parents=True)
@@ -160,12 +162,12 @@ def _stacked(number: int) -> str:
 
 
 def _parameters(trunk: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """An adapter's parameters by `LAYER.lora_A`, `LAYER.lora_B`, `LAYER.lora_magnitude_vector`."""
+    """Returns an adapter's parameters by `LAYER.lora_A`, `LAYER.lora_B`, `LAYER.lora_magnitude_vector`."""
     ending = f".{name}.weight"
     found = ((key, value) for key, value in trunk.named_parameters() if ".lora_" in key)
     return {key.removesuffix(ending): value for key, value in found if key.endswith(ending)}
 
 
 def _without_start(settings: AdapterConfig) -> str:
-    """PiSSA is LoRA with another start, and what was trained is loaded."""
+    """Returns the variant for loading trained weights. PiSSA is LoRA with a start that is not needed here."""
     return "lora" if settings.variant == "pissa" else settings.variant

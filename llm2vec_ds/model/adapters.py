@@ -1,4 +1,4 @@
-"""LoRA on a bare trunk, and the trunk's weights with the adapters merged in."""
+"""Puts LoRA on a bare trunk, and merges adapters into the trunk's weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from llm2vec_ds.model.quantization import dequantized
 from llm2vec_ds.recipe.sections import AdapterConfig
 
 TRAINED = "default"
-"""Name of the adapter that trains."""
+"""The name of the adapter that trains."""
 GatherParameters = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 
 
 def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> list[str]:
-    """Freezes the trunk and puts trainable fp32 adapters on its linear layers; returns their names.
+    """Freezes the trunk and puts trainable fp32 adapters on its linear layers. Returns the layers' names.
 
-    Adapters of other names that are there already stay, frozen, and go on adding their updates.
+    Earlier adapters with other names stay. They are frozen and still add their updates.
 
     Raises:
-        UserError: one of `target_modules` matches no linear layer, or something else.
+        UserError: one of `target_modules` matches no linear layer, or matches a layer of another kind.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -67,21 +67,24 @@ def add_lora(trunk: nn.Module, config: AdapterConfig, name: str = TRAINED) -> li
 
 
 def _check_targets(trunk: nn.Module, targets: list[str]) -> None:
-    """peft passes over a name that nothing has, and wraps embeddings, whose update has other names."""
+    """Refuses targets that match nothing or match other layers than linear ones.
+
+    peft ignores a target that matches nothing. It also wraps embeddings, whose update has other names.
+    """
     for target in targets:
         found = [(n, m) for n, m in trunk.named_modules() if n == target or n.endswith(f".{target}")]
         what = f"adapter.target_modules: {target!r}"
         if not found:
             raise UserError(
-                f"{what} is nothing in this trunk (a language head is no part of it); linear layers here: "
-                f"{_linear_layers(trunk)}"
+                f"{what} matches nothing in this trunk (a language head is no part of it); linear layers "
+                f"here: {_linear_layers(trunk)}"
             )
         for name, module in found:
             check_is_linear(name, getattr(module, "base_layer", module), what, _linear_layers(trunk))
 
 
 def check_is_linear(name: str, layer: Any, what: str, known: str = "") -> None:
-    """Refuses an adapter on an embedding or another layer that is no matrix product; `what` has it."""
+    """Refuses an adapter on an embedding or another layer that is not linear. `what` names the adapter."""
     from transformers.pytorch_utils import Conv1D
 
     if not isinstance(layer, nn.Linear | Conv1D):
@@ -92,13 +95,13 @@ def check_is_linear(name: str, layer: Any, what: str, known: str = "") -> None:
 
 
 def _linear_layers(trunk: nn.Module) -> str:
-    # Inside an adapter a layer's name is that of its place in it.
+    # An adapter renames its layer to NAME.base_layer.
     names = (n for n, m in trunk.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n)
     return ", ".join(sorted({n.removesuffix(".base_layer").rpartition(".")[2] for n in names}))
 
 
 def n_fused(trunk: nn.Module) -> int:
-    """Linear layers that are one operation with their adapter (`LoraLinear`); the others take peft's way."""
+    """Counts linear layers that are fused with their adapter (`LoraLinear`). The others run peft's code."""
     from llm2vec_ds.model.lora_linear import LoraLinear
 
     layers = (module for module in trunk.modules() if isinstance(module, LoraLinear))
@@ -106,7 +109,7 @@ def n_fused(trunk: nn.Module) -> int:
 
 
 def adapter_names(trunk: nn.Module) -> list[str]:
-    """Names of the adapters on a trunk, in the order in which they came."""
+    """Returns the names of the adapters on a trunk, in the order in which they were added."""
     from peft.tuners.lora import LoraLayer
 
     found: dict[str, None] = {}
@@ -117,16 +120,19 @@ def adapter_names(trunk: nn.Module) -> list[str]:
 
 
 def _belongs_to(parameter_name: str, adapter: str) -> bool:
-    """peft's names end in `lora_A.ADAPTER.weight`, with DoRA also `lora_magnitude_vector.ADAPTER.weight`."""
+    """Says whether a parameter belongs to an adapter.
+
+    peft's names end in `lora_A.ADAPTER.weight`. DoRA also has `lora_magnitude_vector.ADAPTER.weight`.
+    """
     parts = parameter_name.split(".")
     return len(parts) > 2 and parts[-2] == adapter and parts[-3].startswith("lora_")
 
 
 def merged_weight(layer: Any) -> torch.Tensor:
-    """A layer's matrix with every active adapter's update, in fp32; 4-bit weights are dequantised first.
+    """Returns a layer's matrix with every active adapter's update, in fp32. Dequantises 4-bit weights first.
 
-    LoRA adds scale · B·A; DoRA (arXiv 2402.09353) turns W into m · (W + scale · B·A) / ‖W + scale · B·A‖,
-    row by row, and adds the difference to W.
+    LoRA adds scale · B·A. DoRA (arXiv 2402.09353) replaces W by m · (W + scale · B·A) / ‖W + scale · B·A‖,
+    row by row. Its update is the difference to W.
     """
     base = dequantized(layer.get_base_layer().weight).float()
     total = base.clone()
@@ -146,18 +152,19 @@ def merged_state_dict(
     *,
     in_place: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The trunk's weights under their original names, each adapter's update added in fp32.
+    """Returns the trunk's weights under their original names, with each adapter's update added in fp32.
 
-    4-bit weights are given as the dequantised matrices on which the adapters were trained.
+    4-bit weights are returned as the dequantised matrices on which the adapters were trained.
 
     Args:
-        gather: context that makes partitioned parameters whole (ZeRO-3); every rank must call this
-            function, layer by layer in the same order, and no rank ever holds more than one layer extra.
-        in_place: the trunk's own weights take the updates and are returned, so that no second copy is made;
-            the trunk is of no further use. Not for 4-bit or partitioned weights. False: copies on the CPU.
+        gather: makes a context in which partitioned parameters are whole (ZeRO-3). Every rank must call this
+            function. Layers are gathered one by one, so no rank ever holds more than one extra layer.
+        in_place: adds the updates to the trunk's own weights and returns these. No second copy is made, but
+            the trunk cannot be used afterwards. Not for 4-bit or partitioned weights. If False, copies are
+            made on the CPU.
 
     Raises:
-        RuntimeError: a parameter is empty or not whole although gathered.
+        RuntimeError: a parameter is empty or not whole although it was gathered.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -191,11 +198,11 @@ def merged_state_dict(
 
 
 def check_whole(prefix: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Refuses what ZeRO-3 writes when it goes wrong: empty or partial tensors."""
+    """Refuses empty or partial tensors, which ZeRO-3 gives if gathering goes wrong."""
     for name, parameter in parameters:
-        whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape there
+        whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's whole shape
         if parameter.shape != whole or parameter.numel() == 0:
             raise RuntimeError(
-                f"{prefix}{name} has shape {tuple(parameter.shape)} instead of {tuple(whole)} at its "
-                "saving: its parts were not gathered. No weights were written"
+                f"{prefix}{name} has shape {tuple(parameter.shape)} instead of {tuple(whole)}: its parts "
+                "were not gathered. No weights were written"
             )

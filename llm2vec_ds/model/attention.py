@@ -1,7 +1,7 @@
-"""Our packed attention as a transformers attention implementation: for packed streams and for padded batches.
+"""Registers our packed attention in transformers, for packed streams and for padded batches.
 
-Registered as attention function *and* as mask function: the first alone would leave transformers without
-a mask, and padding would be attended.
+It is registered as attention function *and* as mask function. With the first alone, transformers would make
+no mask, and tokens would attend to padding.
 
 Shape legend: B rows, L length with padding, H heads, D head dim, T = B·L tokens.
 """
@@ -21,13 +21,13 @@ NAME = "llm2vec"
 
 
 def register(backend: str = "auto") -> str:
-    """Makes packed attention an `attn_implementation` of transformers; returns its name.
+    """Makes packed attention an `attn_implementation` of transformers. Returns its name.
 
-    `llm2vec` chooses among the backends call by call, `llm2vec_<backend>` uses that one and refuses what
+    `llm2vec` chooses a backend for each call. `llm2vec_<backend>` always uses that backend, and refuses what
     it cannot do. Both work for any caller of transformers.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: the backend is unknown.
     """
     if backend not in ATTENTION_NAMES:
         raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(ATTENTION_NAMES)}")
@@ -49,14 +49,14 @@ def register(backend: str = "auto") -> str:
 
 
 def register_for(trunk: Any) -> None:
-    """Registers the implementation that a trunk from another process asks for, where it is ours."""
+    """Registers the implementation of a trunk that came from another process, if it is one of ours."""
     name = trunk.config._attn_implementation
     if name is not None and name.partition("_")[0] == NAME:
         register(name.removeprefix(NAME).removeprefix("_") or "auto")
 
 
 def _padding_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> torch.Tensor | None:
-    """The `[B, L]` padding mask as it came: which pairs see each other follows from lengths alone."""
+    """Returns the `[B, L]` padding mask unchanged. Lengths alone say which tokens see each other."""
     return attention_mask
 
 
@@ -78,8 +78,10 @@ def _attend(
     dropout_seeds: Seeds | None = None,
     **ignored: Any,
 ) -> torch.Tensor:
-    """`[B, L, H, D]`, the layout that transformers expects back. `cu_seq_lens_q` marks a packed stream, and
-    `dropout_seeds` take the place of torch's generator."""
+    """Returns `[B, L, H, D]`, the layout that transformers expects.
+
+    `cu_seq_lens_q` marks a packed stream. `dropout_seeds` replace torch's generator.
+    """
     _refuse(query_BHLD, key_BHLD, mask_BL, ignored)
     by_config = is_causal is not None
     causal = bool(is_causal) if by_config else bool(getattr(module, "is_causal", True))
@@ -123,15 +125,18 @@ def _attend(
 
 
 def _packed(x_BHLD: torch.Tensor) -> torch.Tensor:
-    """`[B·L, H, D]`; a single row without a step that a copy may need."""
+    """Returns `[B·L, H, D]`. A single row becomes a view. Several rows may need a copy."""
     if len(x_BHLD) == 1:
         return x_BHLD[0].transpose(0, 1)
     return x_BHLD.transpose(1, 2).flatten(0, 1)
 
 
 def _of_one_width(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values, the narrower filled up with zeros: they change no score, and what they make
-    of an output is cut off. Latent attention (DeepSeek-V2, arXiv 2405.04434) has narrower values."""
+    """Fills the narrower of queries, keys and values up with zeros. Latent attention has narrower values
+    (DeepSeek-V2, arXiv 2405.04434).
+
+    Zeros change no score. The columns that they add to the output are cut off.
+    """
     widest = max(x.shape[-1] for x in tensors)
     return tuple(F.pad(x, (0, widest - x.shape[-1])) for x in tensors)
 
@@ -139,8 +144,11 @@ def _of_one_width(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]
 def _with_own_temperature(
     module: Any, q_THD: torch.Tensor, cu_seqlens: torch.Tensor, place_T: torch.Tensor
 ) -> torch.Tensor:
-    """Queries of Llama 4's layers without RoPE grow with their place in the text (arXiv 2501.19399);
-    transformers takes the place in the row, `place_T`, which is another where texts are packed or padded."""
+    """Corrects the temperature of queries in Llama 4's layers without RoPE.
+
+    Such queries grow with their place in the text (arXiv 2501.19399). transformers takes their place in the
+    row, `place_T`. If texts are packed or padded, the two places differ.
+    """
 
     def temperature(place: torch.Tensor) -> torch.Tensor:
         steps = torch.floor((place.float() + 1.0) / module.floor_scale)
@@ -152,9 +160,9 @@ def _with_own_temperature(
 
 
 def _chunk_of(module: nn.Module) -> int | None:
-    """Tokens that see each other in a layer of chunked attention (Llama 4); None in any other layer.
+    """Returns the chunk length of a layer with chunked attention (Llama 4). None for any other layer.
 
-    transformers says it by the mask alone, which is not made here.
+    Tokens see each other within a chunk. transformers puts this into the mask, which is not made here.
     """
     config: Any = module.__dict__.get("config")
     number: int | None = module.__dict__.get("layer_idx")
@@ -166,7 +174,7 @@ def _chunk_of(module: nn.Module) -> int | None:
 
 
 def _cut(cu_seqlens: torch.Tensor, chunk: int) -> torch.Tensor:
-    """`cu_seqlens` of the chunks of each text, `[n_chunks + 1]`; the last chunk of a text may be shorter."""
+    """Returns the `cu_seqlens` of all chunks, `[n_chunks + 1]`. The last chunk of a text may be shorter."""
     n_chunks_S = (cu_seqlens.diff() + chunk - 1) // chunk
     first_S = n_chunks_S.cumsum(0) - n_chunks_S
     number = torch.arange(int(n_chunks_S.sum()), device=cu_seqlens.device)
@@ -192,10 +200,10 @@ def _refuse(
 
 
 def _padding_last(mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[B, L]` → an order of the B·L tokens that makes a packed stream, and its `cu_seqlens [2B+1]`.
+    """Returns an order of the B·L tokens that makes a packed stream, and its `cu_seqlens [2B+1]`.
 
-    The rows' real tokens come first; each row's padding follows as a text of its own, that no real token
-    sees. Shapes depend on no value: nothing waits for the device, and a compiler sees no break.
+    The real tokens of all rows come first. Then each row's padding follows as a separate text, which no real
+    token sees. Shapes depend on no value, so nothing waits for the device, and a compiler sees no break.
     """
     n_rows = len(mask_BL)
     real_BL = mask_BL.bool()
@@ -206,10 +214,10 @@ def _padding_last(mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _reach(sliding_window: int | None, inclusive: bool) -> int | None:
-    """transformers' window w as our inclusive reach.
+    """Converts transformers' window w into our inclusive reach.
 
-    Bidirectional by `config.is_causal` keeps |i − j| ≤ w; causal keeps i − j < w, and a module that is
-    bidirectional by a flag of its own (Gemma 3) |i − j| < w.
+    A module that is bidirectional by `config.is_causal` keeps |i − j| ≤ w. A causal module keeps i − j < w. A
+    module that is bidirectional by its own flag (Gemma 3) keeps |i − j| < w.
     """
     if sliding_window is None:
         return None

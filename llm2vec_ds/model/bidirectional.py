@@ -1,9 +1,10 @@
-"""Bidirectional attention in any decoder that transformers lets become an encoder, and refusal of the rest.
+"""Makes decoders bidirectional if transformers allows it, and refuses the others.
 
-transformers ≥ 5.2 reads `config.is_causal` on every forward pass of a trunk whose `forward` carries the
-`merge_with_config_defaults` decorator, for the mask and for the attention function. The attribute has to
-stand on the config object itself: passed as a keyword to `from_pretrained` it is dropped by any config
-class that does not declare it, and the model stays causal without a word.
+transformers ≥ 5.2 reads `config.is_causal` on every forward pass, for the mask and the attention function.
+The trunk's `forward` must have the decorator `merge_with_config_defaults`.
+
+The attribute must be set on the config object itself. As a keyword of `from_pretrained` it is dropped by any
+config class that does not declare it. The model then stays causal, and nothing says so.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ OWN_VALUES = (True, "all")
 
 
 def with_causal(config: Any, causal: bool) -> Any:
-    """The config of the same model, causal or bidirectional; build the model from what is returned.
+    """Returns the config of the same model, causal or bidirectional. Build the model from this config.
 
-    A config that narrows its sliding window under a flag of its own (`use_bidirectional_attention`: true in
-    Gemma 3, `all` in Gemma 4) gets that flag and no other: it is what servers of such models read, and with
-    both flags the window would differ by one from theirs.
+    Some configs have their own flag, which also narrows the sliding window (`use_bidirectional_attention`:
+    true in Gemma 3, `all` in Gemma 4). They get that flag and not `is_causal`. Servers of such models read
+    the flag. With both flags the window would differ by one from theirs.
     """
     both_ways = _own_flag(config)
     if both_ways is None:
@@ -38,10 +39,10 @@ def with_causal(config: Any, causal: bool) -> Any:
 
 
 def is_causal(config: Any) -> bool | None:
-    """What a config says; None where it says nothing, which transformers takes for causal.
+    """Says whether a config is causal. None if it does not say, which transformers takes as causal.
 
     Raises:
-        UserError: it says neither true nor false.
+        UserError: `is_causal` is neither true nor false.
     """
     both_ways = _own_flag(config)
     if both_ways is not None and getattr(config, OWN_FLAG) == both_ways:
@@ -50,12 +51,12 @@ def is_causal(config: Any) -> bool | None:
     if value not in (None, True, False):
         raise UserError(f"config.json says is_causal={value!r}: write true or false")
     if value is None and both_ways is not None and _has_no_head(config):
-        return True  # version 0.1 wrote nothing more of a causal encoder
+        return True  # version 0.1 wrote no flag for a causal encoder
     return value
 
 
 def has_own_flag(config: Any) -> bool:
-    """Whether a flag of its own says that it is bidirectional, and `is_causal` does not."""
+    """Says whether a config's own flag, and not `is_causal`, makes it bidirectional."""
     return _own_flag(config) is not None
 
 
@@ -65,9 +66,10 @@ def _has_no_head(config: Any) -> bool:
 
 
 def _own_flag(config: Any) -> bool | str | None:
-    """The value of a config's own flag that makes it bidirectional; None where `is_causal` does.
+    """Returns the value of a config's own flag that makes it bidirectional. None if `is_causal` does.
 
-    Found by trying: Gemma and Gemma 2 have the flag too, but there it moves neither window nor mask.
+    The value is found by trying whether it changes the window. Gemma and Gemma 2 have the flag too, but there
+    it changes neither window nor mask.
     """
     if not hasattr(config, OWN_FLAG) or getattr(config, "sliding_window", None) is None:
         return None
@@ -81,13 +83,13 @@ def _own_flag(config: Any) -> bool | str | None:
 
 
 def _flagged(config: Any, value: bool | str | None) -> Any:
-    """`is_causal` goes: the flag sets it where it has to be."""
+    """Returns the config with its own flag set and without `is_causal`, which the flag sets if needed."""
     values = {key: kept for key, kept in config.to_dict().items() if key != "is_causal"}
     return type(config).from_dict({**values, OWN_FLAG: value})
 
 
 def check_can_be_bidirectional(trunk: Any) -> None:
-    """Refuses a trunk whose attention cannot be switched.
+    """Refuses a trunk that cannot be made bidirectional.
 
     Raises:
         UserError: `trunk.forward` lacks transformers' hook (falcon, bloom, mpt, gptj, codegen …).
@@ -96,8 +98,11 @@ def check_can_be_bidirectional(trunk: Any) -> None:
 
 
 def check_class_can_be_bidirectional(trunk_class: type, model_type: str) -> None:
-    """The same before anything is built or read: a class without the hook often knows nothing of other
-    attention functions either, and would die of that first."""
+    """Checks the same before anything is built or read.
+
+    A class without the hook often does not know other attention functions either. Building it would fail
+    because of that first.
+    """
     if not _has_hook(trunk_class.forward):  # type: ignore[attr-defined]
         raise UserError(
             f"model type {model_type!r} cannot be made bidirectional: transformers gives "
@@ -107,7 +112,7 @@ def check_class_can_be_bidirectional(trunk_class: type, model_type: str) -> None
 
 
 def _has_hook(function: Any) -> bool:
-    """Is one of the decorators around `function` the hook? Each leaves its code object's name."""
+    """Says whether one of the decorators around `function` is the hook. The code object's name shows it."""
     while function is not None:
         code = getattr(function, "__code__", None)
         if code is not None and code.co_qualname.startswith(f"{HOOK}."):

@@ -1,4 +1,4 @@
-"""Linear layers of an fp32 trunk on a CPU, by the faster library of matrix products.
+"""Linear layers of an fp32 trunk on a CPU, computed by the faster library of matrix products.
 
 Shape legend: T rows, I and O width of input and output.
 """
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class CpuLinear(nn.Linear):
-    """A linear layer, forward and backward, by `product`; over one with an adapter `lora_linear` runs."""
+    """A linear layer whose forward and backward call `product`. With an adapter, `lora_linear` runs."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self._is_left_to_torch(input):
@@ -26,7 +26,7 @@ class CpuLinear(nn.Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
     def _is_left_to_torch(self, input: torch.Tensor) -> bool:
-        """Mixed dtypes, tracing, compiling, autocast, weights that ZeRO-3 partitioned, and small products."""
+        """True for small products, mixed dtypes, tracing, compiling, autocast, and weights under ZeRO-3."""
         return (
             torch.compiler.is_compiling()
             or not is_for_onednn(input, self.out_features)
@@ -58,7 +58,7 @@ class _Linear(torch.autograd.Function):
 
 
 def use_fast_products(trunk: nn.Module, device: torch.device) -> None:
-    """Changes the class of each fp32 linear layer on a CPU where oneDNN computes; logs which library does."""
+    """Changes the class of each fp32 linear layer on a CPU if oneDNN is chosen. Logs the chosen library."""
     if device.type != "cpu":
         return
     chosen = cpu_products()

@@ -1,4 +1,4 @@
-"""What is wrong with a model that cannot be loaded, gives NaN, or gets ids that it does not know."""
+"""Finds out why a model cannot be loaded, gives NaN, or gets ids that it does not know."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JSON_FILES = (
 
 
 def damaged_file(folder: Path) -> str | None:
-    """The first damaged or missing file, and what is wrong with it; None: none was found."""
+    """Names the first damaged or missing file and says what is wrong with it. None if none is found."""
     from safetensors import SafetensorError, safe_open
 
     for file in (folder / name for name in JSON_FILES if (folder / name).is_file()):
@@ -35,7 +35,7 @@ def damaged_file(folder: Path) -> str | None:
         except (OSError, ValueError) as error:
             return f"{file} is damaged ({error})"
         if file.name == INDEX and (missing := _missing_shard(folder, values)):
-            return f"{missing} is missing, which {INDEX} names"
+            return f"{missing} is missing, although {INDEX} names it"
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
@@ -52,22 +52,22 @@ def _missing_shard(folder: Path, index: dict[str, Any]) -> Path | None:
 
 
 def why_not_finite(model: nn.Module) -> str:
-    """Why a model's outputs are NaN or infinite, and what to do; reads its weights through."""
+    """Says why a model's outputs are NaN or infinite, and what to do. Reads all weights."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.detach().isfinite().all():
-            return f"the model's weight {name} is not finite: take the model from its source again"
+            return f"the model's weight {name} is not finite: get the model from its source again"
     dtype = next(model.parameters()).dtype
     return f"the model's weights are finite, so they overflow in {dtype}: choose another precision"
 
 
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
-    """Refuses a tokenizer with tokens that the model has no embedding for, which text may hold.
+    """Refuses a tokenizer if the model has no embedding for some of its ordinary tokens.
 
-    Published text models lack the embedding of special tokens, such as one for images. Those are named in the
-    log, and a text with one of them is refused (`check_ids`).
+    Some published text models lack embeddings of special tokens, such as one for images. The log names those
+    tokens, and `check_ids` refuses a text with one of them.
 
     Raises:
-        UserError: a token that is not special is beyond the model's embeddings.
+        UserError: the model has no embedding for a token that is not special.
     """
     n_ids, n_tokens = model.config.get_text_config().vocab_size, len(tokenizer)
     if n_tokens <= n_ids:
@@ -77,7 +77,7 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
     sizes = f"the tokenizer has {n_tokens} tokens, the model has embeddings for {n_ids}"
     if ordinary := sorted(set(beyond) - special, key=beyond.__getitem__):
         raise UserError(
-            f"{sizes}: {', '.join(map(repr, ordinary[:3]))} … have none: take the tokenizer that belongs to "
+            f"{sizes}: {', '.join(map(repr, ordinary[:3]))} … have none: use the tokenizer that belongs to "
             f"the model, or save the model after resize_token_embeddings({n_tokens})"
         )
     log.warning("%s: a text with %s is refused", sizes, ", ".join(sorted(beyond)[:5]))
@@ -87,11 +87,11 @@ def check_ids(largest: int, model: Any) -> None:
     """Refuses a token id that the model has no embedding for.
 
     Raises:
-        UserError: the ids come from the tokenizer of another model.
+        UserError: the id is too large. It comes from the tokenizer of another model.
     """
     n_ids = model.config.get_text_config().vocab_size
     if largest >= n_ids:
         raise UserError(
-            f"token id {largest} is beyond the model's vocabulary of {n_ids}: take the tokenizer that "
+            f"token id {largest} is beyond the model's vocabulary of {n_ids}: use the tokenizer that "
             "belongs to the model"
         )

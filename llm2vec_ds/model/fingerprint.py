@@ -1,4 +1,4 @@
-"""Which weights a model has, without reading all of them."""
+"""Identifies a model by its weights, without reading all of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 2**16
 
 
 def model_fingerprint(path: str) -> str | None:
-    """SHA-256 of a model's configuration, and of blocks spread over its weight files.
+    """Returns the SHA-256 of a model's configuration and of blocks spread over its weight files.
 
-    None: a model of the hub whose weights are not on this machine.
+    None: the model is on the hub, and its weights are not on this machine.
 
-    Training moves practically every weight, so that sampled blocks (4 MiB a file) tell models apart as well
-    as all bytes would, without reading a hundred gigabytes at each start.
+    Training changes practically every weight. So sampled blocks (4 MiB a file) tell models apart as well as
+    all bytes would. Reading everything could mean a hundred gigabytes at each start.
     """
     digest = hashlib.sha256()
     stack = resolve(path) if Path(path).is_dir() else Stack(path, ())

@@ -1,4 +1,4 @@
-"""Models of the package sentence-transformers, none of whose code lies beside the weights."""
+"""Loads models of the package sentence-transformers, without running code that lies beside the weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.loading import loading
 
 SAFE_FROM = 6
-"""Earlier versions run code that lies in a model's folder, unasked."""
+"""The first version that does not run code from a model's folder without being asked."""
 INSTALL = "pip install 'llm2vec-ds[distil]'"
 
 
 def load_sentence_transformer(path: str, key: str, device: torch.device) -> Any:
-    """A bi-encoder, as `key` names it.
+    """Loads a bi-encoder. `key` is the recipe key that names it.
 
     Raises:
-        UserError: no such model, or the package is missing or too old.
+        UserError: there is no such model, or the package is missing or too old.
     """
     _check(path, key)
     if Path(path).is_dir() and not (Path(path) / "modules.json").is_file():
@@ -36,10 +36,10 @@ def load_sentence_transformer(path: str, key: str, device: torch.device) -> Any:
 
 
 def load_cross_encoder(path: str, key: str, device: torch.device, max_tokens: int) -> Any:
-    """A reranker that gives one score a pair, as the model computes it, without a sigmoid.
+    """Loads a reranker. It gives one score a pair, as the model computes it, without a sigmoid.
 
     Raises:
-        UserError: as above, or the model gives several numbers a pair.
+        UserError: as `load_sentence_transformer`, or the model gives several numbers a pair.
     """
     _check(path, key)
     from sentence_transformers import CrossEncoder
@@ -66,6 +66,6 @@ def _check(path: str, key: str) -> None:
         raise UserError(f"{key} {path} needs the package sentence-transformers: {INSTALL}")
     if int((found := version("sentence-transformers")).partition(".")[0]) < SAFE_FROM:
         raise UserError(
-            f"sentence-transformers {found} runs code that lies beside a model, unasked: {INSTALL}, which "
-            f"takes {SAFE_FROM}.0 or later"
+            f"sentence-transformers {found} runs code that lies beside a model, without being asked: "
+            f"{INSTALL}, which installs {SAFE_FROM}.0 or later"
         )

@@ -1,7 +1,7 @@
-"""A trunk's norms, gated activations and rotary embeddings as one operation each, where it means the same.
+"""Replaces a trunk's norms, gated units and rotary embeddings by one operation each.
 
-Which layers these are is told by their code, not by a model's name: a class whose `forward` compiles to the
-very bytecode of transformers' Llama or Gemma computes what that computes, and so may be computed another way.
+Layers are recognised by their code, not by the model's name. A class whose `forward` has the same bytecode as
+that of transformers' Llama or Gemma computes the same. So the operation may replace it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ GELU_TANH = type(llama.ACT2FN["gelu_pytorch_tanh"])
 
 
 def fuse_layers(trunk: nn.Module) -> Counter[str]:
-    """Changes the class of each layer that can be fused; returns how many of each kind were.
+    """Changes the class of each layer that can be fused. Returns the number of layers of each kind.
 
-    Parameters, their names and hooks stay. What is not recognised stays as it is, and on a device where the
-    operations do not run all of it computes what it did.
+    Parameters, their names and hooks stay. Unknown layers stay as they are. On a device where the operations
+    do not run, a fused layer runs its original code.
     """
     fused: Counter[str] = Counter()
     for module in trunk.modules():
@@ -62,15 +62,18 @@ def _kind(module: nn.Module) -> str | None:
 
 
 def _is_gemmas_norm(kind: Any) -> bool:
-    """Its weight is stored less 1, and half of it is a method of its own."""
+    """Says whether a class is Gemma's norm. It stores its weight minus 1, and part of its code is `_norm`."""
     return _same_code(kind.forward, gemma.GemmaRMSNorm.forward) and _same_code(
         getattr(kind, "_norm", None), gemma.GemmaRMSNorm._norm
     )
 
 
 def _same_code(function: Any, known: Any) -> bool:
-    """Instructions, names, constants but the docstring, defaults, what they enclose, and the same of the
-    functions of their module that they call; how the source is written does not count."""
+    """Says whether two functions compute the same, however their source is written.
+
+    Compares instructions, names, constants (without the docstring), defaults and enclosed variables. Compares
+    the functions of their modules that they call in the same way.
+    """
     if not isinstance(function, FunctionType) or not isinstance(known, FunctionType):
         return False
     a, b = function.__code__, known.__code__
@@ -86,8 +89,10 @@ def _same_code(function: Any, known: Any) -> bool:
 
 
 def _bound_values(function: FunctionType) -> tuple[Any, ...]:
-    """What a call takes that its arguments do not say: defaults, and variables of an enclosing function.
-    `__class__`, which every method with `super()` encloses, is another one for each class."""
+    """Returns the values that a call uses beside its arguments: defaults and enclosed variables.
+
+    Leaves out `__class__`, which every method with `super()` encloses. It differs for each class.
+    """
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     enclosed = {name: cell.cell_contents for name, cell in cells if name != "__class__"}
     return function.__defaults__, function.__kwdefaults__, enclosed
@@ -95,12 +100,12 @@ def _bound_values(function: FunctionType) -> tuple[Any, ...]:
 
 @cache
 def _fused_class(kept: Any, kind: str) -> Any:
-    """A class of the same name over `kept`, so that nothing that asks for the type sees a change."""
+    """Makes a subclass of `kept` with the same name, so code that asks for the type sees no change."""
     forward = FORWARDS.get(kind)
     changed = _where_it_runs(forward, kept.forward) if forward else _with_fused_rotary(kept.forward)
 
     def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
-        """For pickle and copy, which look a class up by its name and would find `kept`."""
+        """Serves pickle and copy. They look a class up by its name, and would find `kept`."""
         return _empty, (kept, kind), self.__dict__
 
     members = {
@@ -139,7 +144,8 @@ def _normed(norm: Any, x: torch.Tensor, eps: float, plus_one: bool) -> torch.Ten
     out: torch.Tensor = rms_norm(x, weight, eps, plus_one)[0]
     if not norm.is_made_again:
         return out
-    # In a linear layer's backward ZeRO-3 has gathered that layer's weights, not the norm's.
+    # The norm is recomputed in a linear layer's backward. There ZeRO-3 has gathered the weights of that
+    # layer, but not the norm's. So a copy is kept.
     whole = weight.detach().clone() if hasattr(weight, "ds_id") else weight
     return note_origin(out, lambda x, weight: rms_norm(x, weight, eps, plus_one)[0], x, whole)
 
@@ -163,11 +169,11 @@ def _gated(activation: str) -> Callable[[Any, torch.Tensor], torch.Tensor]:
 NORMS = {"RMSNorm": _rms_norm, "RMSNorm + 1": _gemmas_rms_norm}
 GATED_UNITS = {"SwiGLU": _gated("silu"), "GeGLU": _gated("gelu_tanh")}
 FORWARDS = {**NORMS, **GATED_UNITS}
-"""What takes the place of a layer's `forward`."""
+"""Maps a kind of layer to the function that replaces its `forward`."""
 
 
 def make_again(trunk: nn.Module) -> Counter[str]:
-    """Lets backward make the results of norms and gated units again (`origins.py`); how many of each kind."""
+    """Lets backward recompute norms and gated units (`origins.py`). Returns the number of each kind."""
     found: Counter[str] = Counter()
     for module in trunk.modules():
         kind = getattr(module, "fused_kind", None)
@@ -178,7 +184,7 @@ def make_again(trunk: nn.Module) -> Counter[str]:
 
 
 def _with_fused_rotary(forward: Any) -> FunctionType:
-    """The same attention code, in whose own globals the rotary embedding is ours: no module is patched."""
+    """Returns the same attention code with our rotary embedding in its globals. No module is patched."""
     changed = {**forward.__globals__, ROTARY: _rotate_both}
     copied = FunctionType(
         forward.__code__, changed, forward.__name__, forward.__defaults__, forward.__closure__

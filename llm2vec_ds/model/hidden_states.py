@@ -1,4 +1,4 @@
-"""A packed batch through a trunk."""
+"""Runs a packed batch through a trunk."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llm2vec_ds.batch import PackedBatch
 
 
 def trunk_hidden_states(trunk: Any, batch: PackedBatch, seeds: Seeds | None = None) -> torch.Tensor:
-    """Last hidden state of every token of a packed batch, `[T, D]`.
+    """Returns the last hidden state of every token of a packed batch, `[T, D]`.
 
     Args:
-        seeds: what dropout follows from in place of torch's generator: the adapters' on any device,
-            attention's in Triton. Not for a trunk that recomputes whole layers, whose second run would get
-            other seeds.
+        seeds: dropout follows from these in place of torch's generator: that of adapters on any device, and
+            that of attention in Triton. Not for a trunk that recomputes whole layers: the second run would
+            get other seeds.
     """
     options = {} if seeds is None else {"dropout_seeds": seeds}
     output = trunk(
@@ -35,9 +35,9 @@ def trunk_hidden_states(trunk: Any, batch: PackedBatch, seeds: Seeds | None = No
 
 
 def seeded_hidden_states(trunk: Any, batch: PackedBatch, seed: int | None = None) -> torch.Tensor:
-    """The same, its dropout following from one seed, which torch's generator draws where none is given.
+    """Returns the same, with dropout that follows from one seed. By default torch's generator draws the seed.
 
-    A recorded pass draws it in the same way, so that a run does not depend on recordings.
+    A recorded pass draws its seed in the same way. So a run does not depend on recordings.
     """
     if not trunk.training:
         return trunk_hidden_states(trunk, batch)

@@ -1,4 +1,4 @@
-"""Adapters made elsewhere (in peft's format, as upstream `llm2vec` publishes them) onto a trunk, in order."""
+"""Merges adapters in peft's format into a trunk. Upstream `llm2vec` publishes its models in this format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OWN_WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Files of a whole model."""
+"""Files that hold the weights of a whole model."""
 KNOWN_SETTINGS = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
@@ -34,11 +34,11 @@ KNOWN_SETTINGS = {
     *("lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
-"""Keys of an adapter's settings with which its update is scale · B·A, or that only training reads (those in
-the last line belong to `init_lora_weights`)."""
+"""Keys that an adapter's settings may hold. With them the update is scale · B·A, or only training reads them.
+Those in the last line belong to `init_lora_weights`."""
 STARTS = (True, False, "gaussian", "orthogonal", "eva", "pissa", "olora")
-"""Values of `init_lora_weights` after which the update is known: `pissa` and `olora` move the base weights,
-and peft does so again when it puts the adapter on them. It writes True where it has converted another."""
+"""Values of `init_lora_weights` for which the update is known. `pissa` and `olora` change the base weights.
+peft repeats that change when it puts the adapter on. It writes True if it has converted another start."""
 UPSTREAM_SETTINGS = "llm2vec_config.json"
 UPSTREAM_POOLINGS = {
     "mean": "mean",
@@ -51,7 +51,7 @@ UPSTREAM_POOLINGS = {
 
 @dataclass(frozen=True)
 class Stack:
-    """The model whose weights come first, and the folders of the adapters on it, first to last."""
+    """A base model, and the folders of the adapters on it, first to last."""
 
     base: str
     adapters: tuple[Path, ...]
@@ -59,7 +59,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class UpstreamSettings:
-    """What upstream `llm2vec` writes into its settings file, with its defaults."""
+    """The settings file of upstream `llm2vec`, with upstream's defaults."""
 
     pooling_mode: str = "mean"
     max_length: Annotated[int, Field(ge=1)] = 512
@@ -68,29 +68,36 @@ class UpstreamSettings:
 
 
 def resolve(path: str, adapters: Sequence[str | Path] = ()) -> Stack:
-    """A folder or hub id that holds only an adapter stands for the model it names, with that adapter on it.
+    """Finds the base model of `path` and all adapters on it.
+
+    A folder or hub id that holds only an adapter stands for the model that it names, with that adapter on it.
+
+    Args:
+        path: a model or an adapter.
+        adapters: further adapters, on top of `path`.
 
     Raises:
-        UserError: an adapter cannot be found, or names no base model; or a folder holds a model as well.
+        UserError: an adapter cannot be found or names no base model. Or a folder holds both a model and an
+            adapter.
     """
     stack, base = [_local(str(adapter)) for adapter in adapters], path
     while (config := _file(base, CONFIG)) is not None:
         if own := next((name for name in OWN_WEIGHTS if _file(base, name)), None):
             raise UserError(
-                f"model {base} holds a whole model ({own}) and an adapter ({CONFIG}), so that it is unclear "
-                "which is meant: give a folder that holds one of them"
+                f"model {base} holds a whole model ({own}) and an adapter ({CONFIG}), so it is unclear "
+                "which is meant: give a folder that holds only one of them"
             )
         folder = config.parent if Path(base).is_dir() else _local(base)
         stack.insert(0, folder)
         named = _config(folder).get("base_model_name_or_path")
         if not named or named == base:
-            raise UserError(f"{folder / CONFIG} names no base model: give the model, and this as an adapter")
+            raise UserError(f"{folder / CONFIG} names no base model: give one, with this as its adapter")
         base = str(named)
     return Stack(base, tuple(stack))
 
 
 def tokenizer_place(path: str) -> str:
-    """Where the tokenizer of a model lies: of an adapter without one, with its base.
+    """Returns where the tokenizer of a model lies. An adapter without one uses that of its base model.
 
     Raises:
         UserError: as `resolve`.
@@ -101,7 +108,10 @@ def tokenizer_place(path: str) -> str:
 
 
 def _file(place: str, name: str) -> Path | None:
-    """A file of a folder, or of a model of the hub (where the hub can be asked, or was)."""
+    """Returns a file of a folder or of a model on the hub.
+
+    None if there is no such file, or if the hub cannot be reached and the file is not in the cache.
+    """
     if Path(place).is_dir():
         file = Path(place) / name
         return file if file.is_file() else None
@@ -115,7 +125,7 @@ def _file(place: str, name: str) -> Path | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except (OSError, ValueError):  # no such model: whoever loads it says so
+    except (OSError, ValueError):  # there is no such model; loading it will say so
         return None
     return Path(found) if found else None
 
@@ -133,19 +143,19 @@ def _local(adapter: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"adapter {adapter!r}: there is no such folder, and not on the hub ({reason})"
+            f"adapter {adapter!r}: there is no such folder, and no such adapter on the hub ({reason})"
         ) from None
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / CONFIG, dict[str, Any], "take the adapter from its source again")
+    return read_json(folder / CONFIG, dict[str, Any], "get the adapter from its source again")
 
 
 def merge_adapters(trunk: nn.Module, adapters: Sequence[Path]) -> None:
-    """Adds each adapter's update to the trunk's weights, in fp32, in this order.
+    """Adds each adapter's update to the trunk's weights, in the given order. The sums are in fp32.
 
     Raises:
-        UserError: an adapter is no plain LoRA, or does not fit the trunk.
+        UserError: an adapter is not plain LoRA, or does not fit the trunk.
     """
     for folder in adapters:
         n_layers = _merge(trunk, folder)
@@ -153,6 +163,7 @@ def merge_adapters(trunk: nn.Module, adapters: Sequence[Path]) -> None:
 
 
 def _merge(trunk: nn.Module, folder: Path) -> int:
+    """Merges one adapter. Returns the number of layers that it changed."""
     trained = {name: parameter.requires_grad for name, parameter in trunk.named_parameters()}
     layers = _put_on(trunk, folder)
     with torch.no_grad():
@@ -168,13 +179,13 @@ def _merge(trunk: nn.Module, folder: Path) -> int:
 
 
 def _put_on(trunk: nn.Module, folder: Path) -> dict[str, Any]:
-    """The trunk's layers that got the folder's adapter, with its weights, by name."""
+    """Puts the folder's adapter with its weights on the trunk. Returns the layers that got it, by name."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
     _check(folder)
     stored = _weights(folder)
-    # Names in the settings are those of the model that was trained: a language model, or a trunk alone.
+    # The settings name layers as in the model that was trained: a language model or a trunk alone.
     place = f"{getattr(trunk, 'base_model_prefix', 'model')}."
     inside = any(key.startswith(place) for key in stored)
     model = _around(trunk, place[:-1]) if inside else trunk
@@ -182,19 +193,19 @@ def _put_on(trunk: nn.Module, folder: Path) -> dict[str, Any]:
         config = LoraConfig.from_pretrained(str(folder))
         config.inference_mode = True
         inject_adapter_in_model(config, model)
-    except (ValueError, TypeError, AttributeError) as error:  # the latter two: values of wrong types
+    except (ValueError, TypeError, AttributeError) as error:  # a value of a wrong type too
         reason = str(error).splitlines()[0][:160]
         raise UserError(f"adapter {folder} does not fit {type(trunk).__name__}: {reason}") from None
     layers = {name: module for name, module in trunk.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
         check_is_linear(name, layer.get_base_layer(), f"adapter {folder}")
     _load(trunk, folder, {key.removeprefix(place) if inside else key: v for key, v in stored.items()})
-    vars(model).pop("peft_config", None)  # else the next adapter would be taken for a second one beside this
+    vars(model).pop("peft_config", None)  # otherwise peft would add the next adapter beside this one
     return layers
 
 
 def _around(trunk: nn.Module, name: str) -> nn.Module:
-    """A module that has the trunk under the name that it has in a language model."""
+    """Returns a module that holds the trunk under the name that it has in a language model."""
     model: Any = nn.Module()
     model.add_module(name, trunk)
     model.config = trunk.config
@@ -202,14 +213,12 @@ def _around(trunk: nn.Module, name: str) -> nn.Module:
 
 
 def _check(folder: Path) -> None:
-    """Refuses settings with which the update is another than scale · B·A, or not of a layer alone."""
+    """Refuses settings with which the update is not scale · B·A, or depends on more than its layer."""
     from peft import LoraConfig
 
     config = _config(folder)
     if config.get("peft_type") != "LORA":
-        raise UserError(
-            f"adapter {folder} is of the type {config.get('peft_type')!r}: only LORA can be merged"
-        )
+        raise UserError(f"adapter {folder} has the type {config.get('peft_type')!r}: only LORA can be merged")
     defaults = vars(LoraConfig())
     for key, value in config.items():
         usual: tuple[Any, ...] = (defaults.get(key), None, False, [], {}, "none")
@@ -219,16 +228,16 @@ def _check(folder: Path) -> None:
     if start not in STARTS and not str(start).startswith("pissa_niter_"):
         raise UserError(
             f"adapter {folder} has init_lora_weights={start!r}, whose base weights are not known here: "
-            "convert it by peft's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+            "convert it with peft's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
         )
     if not (folder / WEIGHTS).is_file():
         raise UserError(
-            f"adapter {folder} has no {WEIGHTS}: pickled weights (.bin) are not read; save it anew with peft"
+            f"adapter {folder} has no {WEIGHTS}: pickled weights (.bin) are not read; save it again with peft"
         )
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """What the adapter holds, by peft's names without `base_model.model.`"""
+    """Returns the adapter's tensors by peft's names, without the prefix `base_model.model.`"""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -236,12 +245,13 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
         stored = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{folder / WEIGHTS} is damaged ({error}): take the adapter from its source again"
+            f"{folder / WEIGHTS} is damaged ({error}): get the adapter from its source again"
         ) from None
     return {key.removeprefix("base_model.model."): value for key, value in stored.items()}
 
 
 def _load(trunk: nn.Module, folder: Path, stored: dict[str, torch.Tensor]) -> None:
+    """Copies stored weights into the trunk's adapters. Names and shapes must be the same."""
     wanted = {name: p for name, p in trunk.named_parameters() if ".lora_" in name}
     found = {key.removesuffix(".weight") + ".default.weight": value for key, value in stored.items()}
     if strange := sorted(found.keys() - wanted.keys()):
@@ -252,22 +262,22 @@ def _load(trunk: nn.Module, folder: Path, stored: dict[str, torch.Tensor]) -> No
     for name, value in found.items():
         if value.shape != wanted[name].shape:
             here = tuple(wanted[name].shape)
-            raise UserError(f"adapter {folder}: {name} has shape {tuple(value.shape)}, the model {here}")
+            raise UserError(f"adapter {folder}: {name} has shape {tuple(value.shape)}, the model's is {here}")
         wanted[name].data.copy_(value)
 
 
 def lora_settings(folder: Path) -> AdapterConfig:
-    """The settings of a folder's adapter, on the layers of which it holds weights, by their full names.
+    """Returns the settings of a folder's adapter. The targets are the full names of layers with weights.
 
     Raises:
-        UserError: it cannot be merged either, or its layers differ in rank or scale.
+        UserError: the adapter cannot be merged, or its layers differ in rank or scale.
     """
     _check(folder)
     config = _config(folder)
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise UserError(
-            f"adapter {folder} has layers of several ranks or scales, which are not stacked over nf4: merge "
-            "it first, with Encoder.from_pretrained(…).save(…), or set model.quantization=null"
+            f"adapter {folder} has layers of several ranks or scales, which cannot be stacked over nf4: "
+            "merge it first, with Encoder.from_pretrained(…).save(…), or set model.quantization=null"
         )
     return AdapterConfig(
         variant="rslora" if config.get("use_rslora") else "lora",
@@ -279,15 +289,15 @@ def lora_settings(folder: Path) -> AdapterConfig:
 
 
 def upstream_settings(folder: Path) -> dict[str, Any]:
-    """What `llm2vec_config.json` says, in `EncoderSettings`' names; empty where there is none.
+    """Returns the settings in `llm2vec_config.json` by the names of `EncoderSettings`. Empty without a file.
 
     Raises:
-        UserError: the file is damaged, or names a pooling that is not known here.
+        UserError: the file is damaged or names an unknown pooling.
     """
     file = folder / UPSTREAM_SETTINGS
     if not file.is_file():
         return {}
-    stored = read_json(file, UpstreamSettings, "take the adapter from its source again")
+    stored = read_json(file, UpstreamSettings, "get the adapter from its source again")
     if stored.pooling_mode not in UPSTREAM_POOLINGS:
         raise UserError(f"{file}: pooling_mode {stored.pooling_mode!r} is unknown here")
     return {

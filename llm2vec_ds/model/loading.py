@@ -1,4 +1,4 @@
-"""A folder or hub id → the trunk of a decoder-only LLM, ready for packed input; and its language head."""
+"""Loads the trunk of a decoder-only LLM, ready for packed input, and its language head."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from llm2vec_ds.process.full_memory import full_memory
 log = logging.getLogger(__name__)
 
 CODE = "auto_map"
-"""Where the settings of a model or tokenizer name code. Code that is not trusted has no part in what was
-loaded, so what is saved afterwards does not name it either."""
+"""The key under which the settings of a model or tokenizer name their own code. Code that is not trusted was
+not used, so a model that is saved afterwards does not name it either."""
 NO_PICKLED_WEIGHTS = (UnpicklingError, EOFError)
-"""What torch raises for a file of weights that it may not unpickle (it takes tensors alone), or cannot."""
+"""Errors that torch raises for a pickle of weights that is damaged or holds more than tensors."""
 
 
 Partition = Callable[[], AbstractContextManager[Any]]
@@ -54,10 +54,14 @@ Partition = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrunkOptions:
-    """How a trunk is built. `causal=None` keeps what the folder says (an LLM: bidirectional).
+    """Says how a trunk is built.
 
-    `partition` makes a context in which weights are read into parameters that each rank holds a part of
-    (ZeRO-3); all ranks must then load together. `quantization` is None or `nf4`, `fused_layers` auto or off.
+    Attributes:
+        causal: None keeps what the folder says. An LLM is then bidirectional.
+        partition: makes a context in which each rank reads its part of the weights (ZeRO-3). All ranks must
+            load together.
+        quantization: None or `nf4`.
+        fused_layers: `auto` or `off`.
     """
 
     causal: bool | None = False
@@ -93,10 +97,10 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_trunk(path: str, options: TrunkOptions) -> Any:
-    """The bare trunk (`LlamaModel` …), in evaluation mode, on `options.device`.
+    """Loads the bare trunk (`LlamaModel` …) in evaluation mode onto `options.device`.
 
     Raises:
-        UserError: no such model, or a type that cannot be made bidirectional.
+        UserError: there is no such model, or its type cannot be made bidirectional.
     """
     from transformers import AutoModel
 
@@ -106,10 +110,10 @@ def load_trunk(path: str, options: TrunkOptions) -> Any:
 
 
 def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[Any, nn.Linear]:
-    """Trunk and language head (tied or not).
+    """Loads trunk and language head. The head may be tied to the embeddings.
 
     Raises:
-        UserError: as `load_trunk`; or the folder holds no head and the model ties none.
+        UserError: as `load_trunk`. Or the folder holds no head, and the model does not tie one.
     """
     from transformers import AutoModelForCausalLM
 
@@ -117,7 +121,7 @@ def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[Any, nn.Linea
     model, trunk, head = loaded.model, loaded.trunk, loaded.model.get_output_embeddings()
     if trunk is model or not isinstance(head, nn.Linear):
         raise UserError(
-            f"{path}: {type(model).__name__} has no linear language head over a trunk, MNTP needs one"
+            f"{path}: {type(model).__name__} has no linear language head over a trunk, and MNTP needs one"
         )
     check_head(trunk.config, trust_remote_code=options.trust_remote_code)
     _check(loaded, nn.ModuleList([trunk, head]), options)
@@ -126,7 +130,7 @@ def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[Any, nn.Linea
 
 @dataclass(frozen=True)
 class _Loaded:
-    """`shown`: a miniature showed that the type is right; else the trunk has to."""
+    """A loaded model and its trunk. `shown`: a miniature has passed the checks. Else the trunk must pass."""
 
     model: Any
     trunk: Any
@@ -134,13 +138,13 @@ class _Loaded:
 
 
 def _check(loaded: _Loaded, kept: nn.Module, options: TrunkOptions) -> None:
-    """`kept`: what is used of the model."""
+    """Checks the loaded trunk and prepares it. `kept` is the part of the model that is used."""
     trunk = loaded.trunk
     if not is_causal(trunk.config):
         check_can_be_bidirectional(trunk)
     choose_rope_by_text(trunk)
     if options.quantization is not None:
-        trunk.is_loaded_in_4bit = True  # transformers tells the outermost model only; peft asks the trunk
+        trunk.is_loaded_in_4bit = True  # transformers marks only the outermost model, but peft asks the trunk
         prepare_for_training(kept)
     kept.to(options.device).eval()
     if not loaded.shown:
@@ -183,7 +187,7 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> _Loaded:
         str(options.dtype).removeprefix("torch."),
         options.device,
     )
-    # In 4 bits a model is read whole by every rank, and split afterwards where ZeRO-3 asks for it.
+    # A quantised model is read whole by every rank. Under ZeRO-3 it is split afterwards.
     attention = register(options.attention)
     with options.partition() if options.quantization is None and bits is None else nullcontext():
         model, info = _from_pretrained(
@@ -203,12 +207,15 @@ def _load(auto_class: Any, path: str, options: TrunkOptions) -> _Loaded:
         vars(model.config).pop(CODE, None)
     if part is None:
         return _Loaded(model, model.base_model, found.shown)
-    log.info("%s: of %s the text model %s alone is used", path, outer.model_type, config.model_type)
+    log.info("%s: of %s, only the text model %s is used", path, outer.model_type, config.model_type)
     return _Loaded(model, text_model_in(model, config), found.shown)
 
 
 def _quantized(options: TrunkOptions, bits: int | None) -> dict[str, Any]:
-    """Weights are quantised one by one as they are read: none but the largest is ever whole."""
+    """Returns what `from_pretrained` needs for 4-bit weights.
+
+    Weights are quantised one by one while they are read. So at most one of them is whole at a time.
+    """
     place = {"device_map": {"": options.device}}
     if bits is not None:
         return place
@@ -216,19 +223,19 @@ def _quantized(options: TrunkOptions, bits: int | None) -> dict[str, Any]:
 
 
 def _as_wanted(model: Any, path: str, bits: int | None, options: TrunkOptions) -> Any:
-    """Weights that the checkpoint has in 4 or 8 bits, in those of the run."""
+    """Converts weights that the checkpoint holds in 4 or 8 bits to what the run wants."""
     if bits is None:
         return model
     if options.quantization is not None:
-        log.info("%s: its weights are in nf4 already, and taken as they are", path)
+        log.info("%s: its weights are already in nf4, and stay as they are", path)
         adopt_nf4(model, options.dtype)
         return model
-    log.info("%s: its weights are in %s bits, and made whole: %s", path, bits, options.dtype)
+    log.info("%s: its weights are in %s bits, and are dequantised to %s", path, bits, options.dtype)
     return whole(model, options.dtype)
 
 
 def _attention_backend(config: Any, causal: bool, options: TrunkOptions) -> AttentionBackend:
-    """The backend that will run, or a refusal before any weight is read."""
+    """Returns the backend that will run. Refuses an impossible one before any weight is read."""
     text_config = config.get_text_config()
     try:
         known = AttentionOptions(
@@ -244,8 +251,10 @@ def _attention_backend(config: Any, causal: bool, options: TrunkOptions) -> Atte
 
 
 def head_dim_of(config: Any) -> int | None:
-    """Width of a head that most layers have (Gemma 4: some have another, and asking for the one then is an
-    error); None where a config does not say it."""
+    """Returns the width of a head in most layers. None if the config does not say it.
+
+    Reads the dictionary: in Gemma 4 some layers have another width, and reading the attribute is an error.
+    """
     value: int | None = config.to_dict().get("head_dim")
     return value
 
@@ -257,24 +266,24 @@ def _from_pretrained(auto_class: Any, path: str, *, trust_remote_code: bool, **o
 
 @contextmanager
 def loading(path: str) -> Iterator[None]:
-    """Around what transformers makes of the model `path`: what it refuses is the user's to fix.
+    """Turns errors of loading the model `path` into a UserError.
 
     Raises:
-        UserError: in place of what transformers, torch and safetensors raise for files that they cannot use
-            (an ImportError: the package that reads quantised weights is missing); names cause and fix.
+        UserError: transformers, torch or safetensors cannot use the files, or a package that reads quantised
+            weights is missing. Names cause and fix.
     """
     try:
         yield
-    except Exception as error:  # over a damaged file it raises errors of every kind
+    except Exception as error:  # a damaged file can raise errors of every kind
         if isinstance(error, UserError) or full_memory(error) is not None:
             raise
         damaged = damaged_file(Path(path))
-        cause = f"{damaged}: take it from its source again" if damaged else _cause(path, error)
+        cause = f"{damaged}: get it from its source again" if damaged else _cause(path, error)
         raise UserError(f"model {path!r} cannot be loaded: {cause}") from error
 
 
 def _cause(path: str, error: BaseException) -> str:
-    """Cause and fix, from the whole chain of errors: transformers' own often hides what the hub said."""
+    """Names cause and fix. Reads the whole chain of errors: transformers' error often hides the hub's."""
     from huggingface_hub import errors as hub
     from huggingface_hub import is_offline_mode
 

@@ -1,10 +1,11 @@
 """A linear layer and its LoRA adapter as one operation (Hu et al., 2021, arXiv 2106.09685).
 
-Spelt out layer by layer, as peft does it, LoRA passes over the wide output four more times: the update is
-written, scaled and added, and its gradient scaled. Here the update is accumulated into the output by the
-matrix product that makes it, and so is its part of the input's gradient; the scale rides along.
+peft computes LoRA layer by layer. That passes over the wide output four more times: the update is written,
+scaled and added, and its gradient is scaled. Here the matrix product that makes the update also scales it and
+adds it to the output. The update's part of the input's gradient is added in the same way.
 
-Backward keeps no dropped copy of the input: it follows from the input and the mask (`row_ops/dropout.py`).
+Backward does not keep the dropped copy of the input. It makes it again from the input and the mask
+(`row_ops/dropout.py`).
 
 Shape legend: T tokens (any leading dimensions, or none), I and O width of input and output, R rank.
 """
@@ -37,19 +38,21 @@ def _lora_linear(
     mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x · Wᵀ + bias + scale / (1 − p) · (d · Aᵀ) · Bᵀ, and d · Aᵀ for backward.
+    """Returns x · Wᵀ + bias + scale / (1 − p) · (d · Aᵀ) · Bᵀ (equation 3 of the paper), and d · Aᵀ.
+
+    Backward needs d · Aᵀ.
 
     Args:
-        dropped_TI: d, x with zeros where `mask` drops (`row_ops/dropout.py`); None: x. It gets no gradient, x
-            gets what goes through it.
-        dropout_p: p, the probability with which an element is dropped.
+        dropped_TI: d, which is x with zeros where `mask` drops (`row_ops/dropout.py`). None stands for x. d
+            itself gets no gradient: x gets the gradient that passes through d.
+        dropout_p: p, the probability of dropping an element.
 
     Returns:
         `[T, O]` and `[T, R]`, in the dtype of all tensors.
     """
     rows_TI = _rows(x_TI)
     low_TR = product(rows_TI if dropped_TI is None else _rows(dropped_TI), a_RI)
-    # Not functional.linear, which DeepSpeed replaces by one that rounds in another place.
+    # Not `functional.linear`: DeepSpeed replaces it by a version that rounds in another place.
     out_TO = product(rows_TI, weight_OI, bias_O)
     out_TO.addmm_(low_TR, b_OR.t(), alpha=scale / (1 - dropout_p))
     return out_TO.view(*x_TI.shape[:-1], out_TO.shape[1]), low_TR
@@ -70,6 +73,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     x_TI, weight_OI, _, a_RI, b_OR, scale, dropped_TI, mask, ctx.dropout_p = inputs
     ctx.set_materialize_grads(False)
     ctx.scale = scale / (1 - ctx.dropout_p)
+    # Only d is needed. `kept` holds what it is made of, if that is known, and `again` makes it.
     ctx.again, kept = how_to_keep(x_TI if dropped_TI is None else dropped_TI)
     ctx.save_for_backward(output[1], weight_OI, a_RI, b_OR, mask, *kept)
 
@@ -84,6 +88,8 @@ def _backward(
     needs_x, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     if needs_weight or needs_bias:
         raise RuntimeError("lora_linear is for a frozen weight and bias: they would get no gradient")
+    # With s = scale / (1 − p) and Y = X·Wᵀ + bias + s·(D·Aᵀ)·Bᵀ:
+    #   dX = dY·W + mask(s·dY·B·A),  dA = (s·dY·B)ᵀ·D,  dB = s·dYᵀ·(D·Aᵀ).
     flat_TO = _rows(d_out_TO)
     d_low_TR = times(flat_TO, b_OR, ctx.scale, like_TO=low_TR)
     d_x_TI = d_a_RI = d_b_OR = None
@@ -105,8 +111,7 @@ lora_linear = Operation("llm2vec_ds::lora_linear", _lora_linear, _shapes).with_g
 
 
 class _Plain(NamedTuple):
-    """The one adapter of a layer that is one operation with it, as long as the layer has these settings and
-    modules."""
+    """The one adapter that is fused with its layer. Valid while the layer has these settings and modules."""
 
     settings: tuple[Any, ...]
     adapter: str
@@ -120,18 +125,18 @@ class _Plain(NamedTuple):
         return self.dropout.p if isinstance(self.dropout, nn.Dropout) else 0.0
 
     def tensors(self) -> tuple[Any, ...]:
-        """Weight, bias, A and B. A module's own look-up takes ten times as long."""
+        """Returns weight, bias, A and B. Attribute access on a module would take ten times as long."""
         base = self.base._parameters
         return base["weight"], base["bias"], self.a._parameters["weight"], self.b._parameters["weight"]
 
 
 class LoraLinear(PeftLoraLinear):
-    """peft's LoRA layer, whose forward is one operation where there is one plain adapter to apply."""
+    """peft's LoRA layer. Its forward is one operation if exactly one plain adapter is active."""
 
     gathers_weights = False
-    """Has ZeRO-3 been told that this module's forward uses the weights of the modules in it?"""
+    """Whether ZeRO-3 gathers the weights of inner modules for this module's forward."""
     dropouts: InputDropout
-    """Shared by the layers of a trunk."""
+    """The dropout masks that the layers of a trunk share."""
     _plain: _Plain | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -148,20 +153,24 @@ class LoraLinear(PeftLoraLinear):
         return out
 
     def only_adapter(self, dtype: torch.dtype) -> str | None:
-        """The adapter that is one operation with its layer for inputs of `dtype`.
+        """Returns the name of the adapter that is fused with its layer for inputs of `dtype`.
 
-        None for what `lora_linear` does not do: merged, switched off or stacked adapters, variants (DoRA),
-        biases, mixed dtypes, weights that train, or that ZeRO-3 has partitioned and does not gather here.
+        None if `lora_linear` cannot do it: adapters that are merged, switched off or stacked, variants
+        (DoRA), adapters with biases, mixed dtypes, weights that train, and weights that ZeRO-3 has
+        partitioned and does not gather here.
         """
         plain = self._plain_adapter(dtype)
         return None if plain is None else plain.adapter
 
     def is_plain(self) -> bool:
-        """Is there one plain adapter to apply, whatever its dtype is?"""
+        """Says whether exactly one plain adapter is active, of any dtype."""
         return self._find_plain_adapter(()) is not None
 
     def _plain_adapter(self, dtype: torch.dtype) -> _Plain | None:
-        """Looked for when peft has changed the layer; a model has hundreds of such layers."""
+        """Returns the plain adapter for inputs of `dtype`.
+
+        The result is kept until peft changes the layer, because a model has hundreds of such layers.
+        """
         plain = self._plain
         settings = (self._active_adapter, self._disable_adapters, *self.merged_adapters)
         if plain is None or plain.settings != settings or not self._still_has(plain):
@@ -179,7 +188,7 @@ class LoraLinear(PeftLoraLinear):
         return plain
 
     def _still_has(self, plain: _Plain) -> bool:
-        """False where an adapter was deleted and another of the same name put in its place."""
+        """Returns False if the adapter was deleted and another one of the same name took its place."""
         a, b, dropout = (
             self._modules[part]._modules.get(plain.adapter) for part in ("lora_A", "lora_B", "lora_dropout")
         )
@@ -196,13 +205,13 @@ class LoraLinear(PeftLoraLinear):
 
 
 def lora_linear_for(target: nn.Module, adapter_name: str, **options: Any) -> LoraLinear | None:
-    """A `LoraLinear` for a plain linear layer, for peft's table of custom layers; None leaves it to peft."""
+    """Makes a `LoraLinear` for a plain linear layer. None leaves the layer to peft, which calls this."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     return LoraLinear(target, adapter_name, **options) if type(base) in (nn.Linear, CpuLinear) else None
 
 
 def share_dropout(trunk: nn.Module) -> None:
-    """Layers of `trunk` that read one tensor share its dropout mask."""
+    """Lets the layers of `trunk` that read the same tensor share one dropout mask."""
     layers = [layer for layer in trunk.modules() if isinstance(layer, LoraLinear)]
     shared = next((layer.dropouts for layer in layers if "dropouts" in layer.__dict__), None)
     if shared is None and layers:

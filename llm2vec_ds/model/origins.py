@@ -1,7 +1,8 @@
-"""What a cheap operation made a tensor of, so that backward can make it again in place of keeping it.
+"""Notes how a cheap operation made a tensor. Backward can then recompute the tensor and need not keep it.
 
-The linear layers that read a norm's or a gated unit's output keep it. The inputs of the norm or unit are kept
-anyway. So its output carries a note of them, and a layer that knows such notes (`lora_linear`) keeps these.
+Linear layers keep their input for backward. That input is often the output of a norm or of a gated unit. The
+inputs of the norm or unit are kept anyway. So its output carries a note of them. A layer that knows such
+notes (`lora_linear`) keeps these inputs in place of the output.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Make = Callable[..., torch.Tensor]
 
 
 class Again:
-    """Makes a tensor again, once for all that kept it: they run one after the other in backward."""
+    """Recomputes a tensor, once for all layers that need it. In backward they run one after the other."""
 
     def __init__(self, make: Make) -> None:
         self.make = make
@@ -23,7 +24,7 @@ class Again:
         self._value: torch.Tensor | None = None
 
     def kept(self) -> Again:
-        """One more will ask."""
+        """Counts one more layer that will ask for the tensor. The value is dropped after the last one."""
         self._n_left += 1
         return self
 
@@ -35,25 +36,27 @@ class Again:
 
 
 class Origin(NamedTuple):
+    """How to recompute a tensor, and from which inputs."""
+
     again: Again
     inputs: tuple[torch.Tensor, ...]
 
 
 def note_origin(out: torch.Tensor, make: Make, *inputs: torch.Tensor) -> torch.Tensor:
-    """`make(*inputs)` is `out`, to the bit; returns `out`."""
+    """Notes that `make(*inputs)` equals `out` to the bit. Returns `out`."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         out.llm2vec_origin = Origin(Again(make), inputs)  # type: ignore[attr-defined]
     return out
 
 
 def note_drop(dropped: torch.Tensor, x: torch.Tensor, drop: Make, mask: torch.Tensor) -> torch.Tensor:
-    """`drop(x, mask=mask)` is `dropped`, and x may have an origin itself; returns `dropped`."""
+    """Notes that `drop(x, mask=mask)` equals `dropped`. Returns `dropped`. x may have an origin itself."""
     make, kept = _origin(x)
     return note_origin(dropped, lambda mask, *kept: drop(make(*kept), mask=mask), mask, *kept)
 
 
 def how_to_keep(x: torch.Tensor) -> tuple[Make, tuple[torch.Tensor, ...]]:
-    """What to save for backward in place of x, and what makes x of it, to be called once."""
+    """Returns a function that recomputes x, to be called once, and the tensors to save for it."""
     origin: Origin | None = getattr(x, "llm2vec_origin", None)
     return (_itself, (x,)) if origin is None else (origin.again.kept(), origin.inputs)
 

@@ -1,4 +1,4 @@
-"""Token vectors of a packed stream → one vector a text, without a loop over texts.
+"""Pools the token vectors of a packed stream into one vector a text, without a loop over texts.
 
 Shape legend: T tokens of all texts, S texts, D width.
 """
@@ -13,12 +13,12 @@ from llm2vec_ds.batch import PackedBatch
 
 
 def mean_pool(hidden_TD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """Mean over the tokens in `pool_mask`."""
+    """Averages the tokens in `pool_mask`."""
     return _weighted(hidden_TD, batch, batch.pool_mask.to(_wide(hidden_TD)))
 
 
 def weighted_mean_pool(hidden_TD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """Mean over the tokens in `pool_mask` with weights 1, 2, … in their order (SGPT, arXiv 2202.08904)."""
+    """Averages the tokens in `pool_mask` with weights 1, 2, … in their order (SGPT, arXiv 2202.08904)."""
     counted_T = batch.pool_mask.cumsum(0)
     before_S = torch.cat([counted_T.new_zeros(1), counted_T])[batch.cu_seqlens[:-1].long()]
     rank_T = counted_T - before_S[batch.segment_ids()]
@@ -26,19 +26,19 @@ def weighted_mean_pool(hidden_TD: torch.Tensor, batch: PackedBatch) -> torch.Ten
 
 
 def last_pool(hidden_TD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """The last token in `pool_mask`."""
+    """Takes the last token in `pool_mask`."""
     token_T = torch.arange(batch.n_tokens, device=hidden_TD.device) * batch.pool_mask
     last_S = token_T.new_zeros(batch.n_texts).scatter_reduce(0, batch.segment_ids(), token_T, "amax")
     return hidden_TD[last_S].to(_wide(hidden_TD))
 
 
 def eos_pool(hidden_TD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """The last token of the stream of each text: its end-of-sequence token."""
+    """Takes the last token of each text, which is its end-of-sequence token."""
     return hidden_TD[batch.cu_seqlens[1:].long() - 1].to(_wide(hidden_TD))
 
 
 def bos_pool(hidden_TD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """The first token of the stream of each text."""
+    """Takes the first token of each text."""
     return hidden_TD[batch.cu_seqlens[:-1].long()].to(_wide(hidden_TD))
 
 
@@ -49,7 +49,7 @@ POOLINGS: dict[str, Callable[[torch.Tensor, PackedBatch], torch.Tensor]] = {
     "eos": eos_pool,
     "bos": bos_pool,
 }
-"""Name in recipes → function of hidden states `[T, D]` and batch, giving `[S, D]` in fp32 or wider."""
+"""Maps a name in recipes to its pooling of hidden states `[T, D]` and batch into `[S, D]`, fp32 or wider."""
 
 
 def _wide(hidden_TD: torch.Tensor) -> torch.dtype:
@@ -57,7 +57,7 @@ def _wide(hidden_TD: torch.Tensor) -> torch.dtype:
 
 
 def _weighted(hidden_TD: torch.Tensor, batch: PackedBatch, weight_T: torch.Tensor) -> torch.Tensor:
-    """Σ weight · hidden / Σ weight within each text; zeros for a text without weight."""
+    """Returns Σ weight · hidden / Σ weight of each text. A text without weight gets zeros."""
     segment_T = batch.segment_ids()
     sum_SD = weight_T.new_zeros(batch.n_texts, hidden_TD.shape[1])
     sum_SD = sum_SD.index_add(0, segment_T, hidden_TD.to(weight_T.dtype) * weight_T[:, None])

@@ -1,4 +1,4 @@
-"""NF4 through bitsandbytes: the trunk's frozen linear weights in 4 bits (QLoRA, arXiv 2305.14314)."""
+"""Holds the trunk's frozen linear weights in 4 bits: NF4 by bitsandbytes (QLoRA, arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import nn
 from llm2vec_ds.errors import UserError
 
 BLOCK, OUTER_BLOCK = 64, 256
-"""Weights that share a scale, and scales that share one (QLoRA, section 3)."""
+"""Number of weights that share a scale, and number of scales that share an outer scale (QLoRA, section 3)."""
 
 
 def nf4_config(dtype: torch.dtype) -> Any:
-    """transformers' description of NF4 with double quantisation.
+    """Returns transformers' description of NF4 with double quantisation.
 
     Args:
-        dtype: of the products. The packed bytes are stored as this dtype too, so that what wraps a model
-            (ZeRO, `.bfloat16()`) sees one floating-point dtype throughout.
+        dtype: dtype of the products. The packed bytes are stored as this dtype too. So code that wraps a
+            model (ZeRO, `.bfloat16()`) sees one floating-point dtype throughout.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -37,13 +37,13 @@ def nf4_config(dtype: torch.dtype) -> Any:
 
 
 def checkpoint_bits(config: Any, path: str, wanted: str | None) -> int | None:
-    """In how many bits bitsandbytes has stored a checkpoint's weights, 4 or 8; None: they are whole.
+    """Returns the bits in which bitsandbytes has stored a checkpoint's weights: 4, 8, or None if unquantised.
 
     Args:
         wanted: `model.quantization` of the run.
 
     Raises:
-        UserError: they are quantised by other means, or not as the run wants them.
+        UserError: they are quantised by another method, or not as the run wants them.
     """
     stored = getattr(config, "quantization_config", None)
     stored = stored or getattr(config.get_text_config(), "quantization_config", None)
@@ -51,24 +51,25 @@ def checkpoint_bits(config: Any, path: str, wanted: str | None) -> int | None:
         return None
     settings = stored if isinstance(stored, dict) else stored.to_dict()
     four, eight = settings.get("load_in_4bit"), settings.get("load_in_8bit")
-    original = "take the model that was quantised, with model.quantization=nf4 where memory is short"
+    original = "use the original model, with model.quantization=nf4 if memory is short"
     if not (four or eight):
         method = str(settings.get("quant_method", "means that it does not name"))
         raise UserError(
-            f"model {path!r}: its weights are quantised by {method}, which is not read: {original}"
+            f"model {path!r}: its weights are quantised by {method}, which cannot be read: {original}"
         )
     check_bitsandbytes(f"model {path!r}, whose weights bitsandbytes has quantised,")
     if wanted is not None and (eight or settings.get("bnb_4bit_quant_type") != "nf4"):
         found = "8 bits" if eight else f"4 bits as {settings.get('bnb_4bit_quant_type')}"
         raise UserError(
-            f"model {path!r} is in {found}, model.quantization={wanted} wants nf4: set "
+            f"model {path!r} is in {found}, but model.quantization={wanted} wants nf4: set "
             f"model.quantization=null, or {original}"
         )
     return 4 if four else 8
 
 
 def adopt_nf4(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes a checkpoint in NF4 like what `nf4_config(dtype)` loads: the same bytes, as this dtype."""
+    """Makes a model from an NF4 checkpoint equal to one that `nf4_config(dtype)` loads: the same bytes as
+    `dtype`."""
     for parameter in model.parameters():
         if not is_quantized(parameter) and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -80,40 +81,44 @@ def adopt_nf4(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def whole(model: Any, dtype: torch.dtype) -> Any:
-    """A model whose weights bitsandbytes has quantised, as the matrices that they stand for."""
+    """Dequantises a model that bitsandbytes has quantised."""
     for layer in quantized_layers(model):
         weight: Any = layer.weight
         weight.quant_state.dtype = dtype
     model = model.dequantize(dtype=dtype).to(dtype)
-    vars(model).pop("_weight_conversions", None)  # from storage bytes; saving would look for the way back
+    # These convert stored bytes into weights. Saving would look for the way back.
+    vars(model).pop("_weight_conversions", None)
     return model.requires_grad_(True)
 
 
 def check_bitsandbytes(what: str) -> None:
-    """Raises UserError where the package that `what` needs is missing."""
+    """Raises a UserError if bitsandbytes, which `what` needs, is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"{what} needs the package bitsandbytes: pip install 'llm2vec-ds[qlora]'")
 
 
 def quantized_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules whose weight is in 4 bits."""
+    """Returns the modules whose weight is in 4 bits."""
     return [module for module in model.modules() if hasattr(module, "quant_state")]
 
 
 def prepare_for_training(model: nn.Module) -> None:
-    """On CPUs with AVX-512 bf16 bitsandbytes repacks a weight at its first pass in evaluation mode, and the
-    repacked weight has no backward: a held-out measurement would end the training. That is turned off."""
+    """Turns off a repacking of weights that would end the training.
+
+    On CPUs with AVX-512 bf16, bitsandbytes repacks a weight in its first pass in evaluation mode. The
+    repacked weight has no backward. So training could not go on after a held-out measurement.
+    """
     for layer in quantized_layers(model):
         layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def is_quantized(weight: Any) -> bool:
-    """Is this parameter in 4 bits?"""
+    """Says whether a parameter is in 4 bits."""
     return getattr(weight, "quant_state", None) is not None
 
 
 def dequantized(weight: Any) -> torch.Tensor:
-    """The matrix that a 4-bit parameter stands for, in its compute dtype; any other as it is."""
+    """Returns a 4-bit parameter as a matrix in its compute dtype. Returns any other parameter as it is."""
     if not is_quantized(weight):
         return weight.detach()
     from bitsandbytes.functional import dequantize_4bit
@@ -123,9 +128,9 @@ def dequantized(weight: Any) -> torch.Tensor:
 
 
 def quantize_shapes(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replaces the linear layers of a model on the meta device as loading in NF4 does, shapes alone.
+    """Replaces the linear layers of a model on the meta device as loading in NF4 does. Only shapes count.
 
-    The language head stays: transformers leaves it out too.
+    The language head stays as it is, because transformers does not quantise it either.
     """
     config = nf4_config(dtype)
     from transformers.integrations import replace_with_bnb_linear
@@ -139,8 +144,11 @@ def quantize_shapes(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _quantize_shape(layer: Any, dtype: torch.dtype) -> None:
-    """What bitsandbytes would hold for one layer. Not by its own function, which keeps its first code table
-    for all later calls, on the meta device too."""
+    """Gives a layer the tensors that bitsandbytes would hold for it, as shapes.
+
+    Does not call bitsandbytes' own function. That keeps its first code table for all later calls, even if it
+    is on the meta device.
+    """
     from bitsandbytes.functional import QuantState
 
     shape = layer.weight.shape
@@ -167,7 +175,7 @@ def _quantize_shape(layer: Any, dtype: torch.dtype) -> None:
 
 
 def weight_storages(model: nn.Module) -> dict[int, int]:
-    """Bytes of each storage that holds parameters, buffers and what NF4 needs to read them; by identity."""
+    """Returns the bytes of each storage of parameters, buffers and NF4's own tensors, by storage identity."""
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     for layer in quantized_layers(model):
         if (state := layer.quant_state) is not None:
@@ -176,7 +184,7 @@ def weight_storages(model: nn.Module) -> dict[int, int]:
 
 
 def state_tensors(state: Any) -> list[torch.Tensor]:
-    """Tensors beside the packed weight: scales, their own scales (double quantisation), code tables."""
+    """Returns the tensors beside the packed weight: scales, their outer scales, and code tables."""
     own = [state.absmax, state.code, state.offset]
     inner = [state.state2.absmax, state.state2.code] if state.state2 is not None else []
     return [tensor for tensor in (*own, *inner) if tensor is not None]

@@ -1,4 +1,4 @@
-"""Which activations are kept for backward, and which are computed again (activation checkpointing)."""
+"""Decides which activations are kept for backward and which are recomputed (activation checkpointing)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Recomputation = Literal["none", "selective", "full"]
 
 
 def recompute_activations(trunk: Any, which: Recomputation) -> str:
-    """Makes a transformers trunk compute activations again in backward, in training mode.
+    """Makes a transformers trunk recompute activations in backward, in training mode.
 
     Args:
-        which: `none`; `full`, whole layers; or `selective`: norms, rotary embeddings and gated units take
-            little time and half of the memory, matrix products and attention are kept (the name is that of
-            Korthikanti et al., 2022, arXiv 2205.05198, who recompute the scores of attention, which fused
-            attention does not hold).
+        which: `none` keeps everything. `full` recomputes whole layers. `selective` keeps matrix products and
+            attention, and recomputes norms, rotary embeddings and gated units. These take little time and
+            half of the memory. The name `selective` is from Korthikanti et al., 2022, arXiv 2205.05198. They
+            recompute the scores of attention, which fused attention does not hold.
 
     Returns:
         What was done, for a log.
@@ -36,7 +36,7 @@ def recompute_activations(trunk: Any, which: Recomputation) -> str:
         return "none"
     if which == "selective" and layers_keep_origins(trunk):
         again = make_again(trunk)
-        return "selective: backward makes again " + ", ".join(f"{n} {kind}" for kind, n in again.items())
+        return "selective: backward recomputes " + ", ".join(f"{n} {kind}" for kind, n in again.items())
     dropouts = {layer.dropouts for layer in trunk.modules() if isinstance(layer, LoraLinear)}
     contexts = _keep_and_replay if which == "selective" else lambda: (nullcontext(), nullcontext())
     trunk.activation_checkpointing_enable(
@@ -45,17 +45,20 @@ def recompute_activations(trunk: Any, which: Recomputation) -> str:
             "context_fn": lambda: tuple(_Fresh(dropouts, context) for context in contexts()),
         }
     )
-    return "full" if which == "full" else "selective, operation by operation: not all of a layer is known"
+    return "full" if which == "full" else "selective, operation by operation: a layer has unknown parts"
 
 
 def runs_layers_twice(trunk: Any) -> bool:
-    """Does backward run layers again by torch's checkpointing, which sets torch's generator back?"""
+    """Says whether torch's checkpointing runs layers again in backward, with torch's generator reset."""
     return any(getattr(part, "gradient_checkpointing", False) for part in trunk.modules())
 
 
 def layers_keep_origins(trunk: Any) -> bool:
-    """Is all that a layer computes between its products a known norm or gated unit, and does each trained
-    product know their origins (`origins.py`)?"""
+    """Says whether backward can recompute norms and gated units from their origins (`origins.py`).
+
+    Every adapter must be a plain `LoraLinear`, since only that knows origins. Nothing but adapters may train.
+    The norms and gated units must be known ones.
+    """
     adapted = [layer for layer in trunk.modules() if isinstance(layer, LoraLayer)]
     if not adapted or not all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in adapted):
         return False
@@ -66,7 +69,10 @@ def layers_keep_origins(trunk: Any) -> bool:
 
 
 class _Fresh(AbstractContextManager[None]):
-    """A layer's dropout depends on torch's generator alone, in forward and in its second run."""
+    """Makes a layer's dropout depend on torch's generator alone, in forward and in the second run.
+
+    torch resets its generator before the second run. Masks left over from another layer would differ.
+    """
 
     def __init__(self, dropouts: Iterable[InputDropout], inner: AbstractContextManager[Any]) -> None:
         self._dropouts, self._inner = dropouts, inner
@@ -85,9 +91,10 @@ class _Fresh(AbstractContextManager[None]):
 
 
 _FACTOR = {torch.ops.aten.mm.default: 0, torch.ops.aten.bmm.default: 0, torch.ops.aten.addmm.default: 1}
-"""Products, and the place of the factor whose last dimension is summed over."""
+"""Maps a matrix product to the number of the argument whose last dimension is summed over."""
 _CHEAP_SUM = 256
-"""A product over no more than that costs little for what its result holds: an adapter's update, or scores."""
+"""A product that sums over at most this many numbers is recomputed. It takes little time for a large result:
+an adapter's update, or the scores of attention."""
 _FUSED = frozenset(
     f"{name}.default"
     for name in (
@@ -95,14 +102,14 @@ _FUSED = frozenset(
         "mkldnn._linear_pointwise",
         "llm2vec.cpu_attention",
         "llm2vec.flash_attention",
-        "llm2vec_ds.attention_shapes",  # what stands for it in a plan
+        "llm2vec_ds.attention_shapes",  # stands for attention in a plan
         "aten._scaled_dot_product_flash_attention_for_cpu",
         "aten._scaled_dot_product_flash_attention",
         "aten._scaled_dot_product_efficient_attention",
         "aten._scaled_dot_product_cudnn_attention",
     )
 )
-"""Kept whatever their size. Attention that is none of these operations runs again."""
+"""Operations whose results are kept, whatever their size. Attention by any other operation runs again."""
 
 
 def _is_kept(func: Any, args: tuple[Any, ...]) -> bool:
@@ -114,37 +121,38 @@ def _is_kept(func: Any, args: tuple[Any, ...]) -> bool:
 
 @cache
 def _is_fused(func: Any) -> bool:
-    return str(func) in _FUSED  # by name: not all of them are there in every torch
+    return str(func) in _FUSED  # by name: not every torch has all of them
 
 
 def _keep_and_replay() -> tuple[_Keep, _Replay]:
-    """Contexts of one layer's forward and of its second run, for layers whose code is not known.
+    """Returns contexts for a layer's forward and its second run, for layers whose code is not known.
 
-    Two dispatch modes see every operation, which takes Python several times as long as the layer itself.
+    Two dispatch modes see every operation. In Python this takes several times as long as the layer itself.
 
-    torch's own (`create_selective_checkpoint_contexts`) demand that both runs are the same operation by
-    operation, which ZeRO-3, whose hooks gather and free parameters between them, does not grant.
+    torch has such contexts too (`create_selective_checkpoint_contexts`). But both runs must then be the same,
+    operation by operation. Under ZeRO-3 they are not: its hooks gather and free parameters in between.
     """
     kept: _Kept = defaultdict(deque)
     return _Keep(kept), _Replay(kept)
 
 
 _Kept = defaultdict[Any, deque[Any]]
-"""Results by operation, in the order of their calls."""
+"""Kept results by operation, in the order of the calls."""
 
 
 class _Result:
-    """A kept tensor; detached, or the graph that autograd hangs on the result would be kept with it."""
+    """A kept tensor. It is detached. Otherwise the autograd graph of the result would be kept with it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        # Below autograd, where a view would have a version counter of its own.
+        # A dispatch mode runs below autograd, where a detached view would have its own version counter. Then
+        # a change in place would not be noticed.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
             self.tensor, self.version = tensor.detach(), tensor._version
 
     def value(self) -> torch.Tensor:
         if self.tensor._version != self.version:
             raise RuntimeError(
-                "a matrix product's result was changed in place after it had been kept for backward: choose "
+                "a matrix product's result was changed in place after it was kept for backward: choose "
                 "model.activation_checkpointing none or full"
             )
         return self.tensor

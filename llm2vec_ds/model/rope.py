@@ -1,8 +1,10 @@
-"""RoPE whose factors depend on a text's length: chosen for each text by its own, whatever its neighbours.
+"""RoPE whose factors depend on the length of a text. Each text gets the factors of its own length.
 
-transformers chooses once a forward pass, by the longest text in it (and, for `dynamic`, by the longest so
-far). `longrope` (arXiv 2402.13753) has one set of factors up to the length of the pretraining and one beyond;
-`dynamic` stretches its base with every token beyond it.
+transformers chooses the factors once for each forward pass, by the longest text in it. For `dynamic` it even
+takes the longest text so far. Here the neighbours of a text do not count.
+
+`longrope` (arXiv 2402.13753) has one set of factors up to the length of the pretraining, and one beyond it.
+`dynamic` stretches its base further with every token beyond that length.
 
 Shape legend: B rows, L tokens of a row.
 """
@@ -18,11 +20,11 @@ from torch import nn
 log = logging.getLogger(__name__)
 
 Angles = Any
-"""What a rotary embedding returns: one tensor `[B, L, …]`, or cosines and sines."""
+"""The result of a rotary embedding: one tensor `[B, L, …]`, or cosines and sines."""
 
 
 def choose_rope_by_text(trunk: nn.Module) -> None:
-    """Puts `RopeByText` around each rotary embedding of the trunk that looks at lengths."""
+    """Puts `RopeByText` around each rotary embedding of the trunk whose factors depend on lengths."""
     chosen = {id(part.rope) for part in trunk.modules() if isinstance(part, RopeByText)}
     found = [
         (name, part)
@@ -41,14 +43,17 @@ def _kinds(part: nn.Module) -> set[str]:
 
 
 class RopeByText(nn.Module):
-    """Calls a rotary embedding of transformers once for all texts that have the same factors."""
+    """Calls a rotary embedding of transformers once for each set of factors, with all texts that use it."""
 
     def __init__(self, rope: Any) -> None:
         super().__init__()
         self.rope = rope
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Angles:
-        """`position_ids` `[B, L]`: a text starts wherever they do not go on by one."""
+        """Returns the angles for `position_ids` `[B, L]`.
+
+        A new text starts wherever a position is not one more than the position before.
+        """
         of_layer = {} if layer_type is None else {"layer_type": layer_type}
         kind = self.rope.rope_type if layer_type is None else self.rope.rope_type[layer_type]
         if kind == "longrope":
@@ -58,7 +63,11 @@ class RopeByText(nn.Module):
         return self.rope(x, position_ids, **of_layer)
 
     def _longrope(self, x: torch.Tensor, position_ids: torch.Tensor, of_layer: dict[str, str]) -> Angles:
-        """Both sets for all tokens: no value is asked of the device. One position more makes it the long."""
+        """Computes both sets of angles for all tokens and chooses for each token.
+
+        So it never waits for the device. transformers takes the long factors if a position reaches the limit.
+        So one such position is added, and its angles are cut off again.
+        """
         parameters = self.rope.config.rope_parameters
         parameters = parameters[of_layer["layer_type"]] if of_layer else parameters
         limit = parameters["original_max_position_embeddings"]
@@ -79,13 +88,16 @@ class RopeByText(nn.Module):
         return angles
 
     def _anew(self, x: torch.Tensor, position_ids: torch.Tensor, of_layer: dict[str, str]) -> Angles:
-        """A text of one token first: else what was longer before would still stretch."""
+        """Calls the embedding as if it were new.
+
+        It keeps the stretch of the longest text so far. A text of one token resets that.
+        """
         self.rope(x, position_ids.new_zeros(1, 1), **of_layer)
         return self.rope(x, position_ids, **of_layer)
 
 
 def text_lengths(position_ids: torch.Tensor) -> torch.Tensor:
-    """`[B, L]`: tokens of the text that each token belongs to."""
+    """Returns for each token the length of its text, `[B, L]`."""
     n_rows, n_tokens = position_ids.shape
     starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
     starts[:, :1] = True
@@ -100,7 +112,7 @@ def _each(angles: Angles, change: Any) -> Angles:
 
 
 def _chosen(where: torch.Tensor, angles: Angles, others: Angles) -> Angles:
-    """Of each token one of two; a row of `[1, L, …]` stands for all rows."""
+    """Takes `angles` where `where` is true, else `others`. A row of `[1, L, …]` stands for all rows."""
 
     def of(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return torch.where(where.view(*where.shape, *[1] * (pair[0].dim() - 2)), *pair)

@@ -1,4 +1,4 @@
-"""The language model inside a checkpoint that also sees images or hears sound."""
+"""Finds the language model inside a checkpoint that also takes images or sound."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from llm2vec_ds.errors import UserError
 
 
 def text_part(config: Any) -> tuple[Any, str | None]:
-    """The config of the language model, and under what name `config` holds it; None: it is `config` itself.
+    """Returns the config of the language model, and the name under which `config` holds it.
+
+    The name is None if `config` is itself that of the language model.
 
     Raises:
-        UserError: there are several, or transformers has no class for one alone: it could not be saved.
+        UserError: there are several language models. Or transformers has no class for the language model
+            alone, so it could not be saved.
     """
     from transformers import MODEL_MAPPING
 
@@ -35,7 +38,7 @@ def text_part(config: Any) -> tuple[Any, str | None]:
 
 
 def with_text_part(config: Any, name: str | None, text: Any) -> Any:
-    """The same config with another text config."""
+    """Returns the same config with another text config."""
     if name is None:
         return text
     setattr(config, name, text)
@@ -43,10 +46,10 @@ def with_text_part(config: Any, name: str | None, text: Any) -> Any:
 
 
 def class_of_whole(config: Any) -> Any:
-    """The class that reads all weights of a checkpoint that holds more than text.
+    """Returns the class that reads all weights of a checkpoint that holds more than a text model.
 
     Raises:
-        UserError: transformers names none.
+        UserError: transformers has no such class.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -62,15 +65,15 @@ def class_of_whole(config: Any) -> Any:
         if type(config) in mapping:
             return mapping[type(config)]
     raise UserError(
-        f"model type {config.model_type!r} cannot be an encoder: transformers reads no text with it"
+        f"model type {config.model_type!r} cannot be an encoder: transformers cannot read text with it"
     )
 
 
 def text_model_in(model: nn.Module, text: Any) -> Any:
-    """The trunk of the language model in a whole one, whose config is `text`.
+    """Returns the part of `model` that is the trunk of its language model. `text` is the config of that part.
 
     Raises:
-        UserError: the whole holds no such part.
+        UserError: the model has no such part.
     """
     from transformers import MODEL_MAPPING
 

@@ -115,7 +115,7 @@ def test_training_refuses_the_tokenizer_of_another_model(
     path = write_recipe(recipe(stage, model, texts_file, tmp_path / "run"), tmp_path / "r.yaml")
     assert run(monkeypatch, "train", path) == 2
     line = (
-        "the tokenizer has … tokens, the model has embeddings for 200: … take the tokenizer that belongs to …"
+        "the tokenizer has … tokens, the model has embeddings for 200: … use the tokenizer that belongs to …"
     )
     assert_reads(error_line(capsys), line)
 

@@ -52,12 +52,14 @@ MISTAKES = {
         files={"llama/pytorch_model.bin": b""},
     ),
     "quantised weights without their package": Mistake(
-        "model 'TMP/llama': its weights are quantised by gptq, which is not read: take the model that …",
+        "model 'TMP/llama': its weights are quantised by gptq, which cannot be read: use the original "
+        "model, …",
         changes={"model": {"path": "TMP/llama"}},
         files={"llama/config.json": quantised_config("gptq")},
     ),
     "quantised weights of another package": Mistake(
-        "model 'TMP/llama': its weights are quantised by awq, which is not read: take the model that …",
+        "model 'TMP/llama': its weights are quantised by awq, which cannot be read: use the original "
+        "model, …",
         changes={"model": {"path": "TMP/llama"}},
         files={"llama/config.json": quantised_config("awq")},
     ),
@@ -85,7 +87,7 @@ MISTAKES = {
         stage="mntp",
     ),
     "layers without adapters": Mistake(
-        "adapter.target_modules: 'query' is nothing in this trunk …; linear layers here: down_proj, "
+        "adapter.target_modules: 'query' matches nothing in this trunk …; linear layers here: down_proj, "
         "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         changes={"adapter": {"target_modules": ["query"]}},
     ),

@@ -138,7 +138,7 @@ MISTAKES = {
     ),
     # Where it goes.
     "a run is there": Mistake(
-        "TMP/run already holds a run: go on with it by resume=true, choose another output_dir, or pass "
+        "TMP/run already holds a run: continue it with resume=true, choose another output_dir, or pass "
         "overwrite=true",
         files={"run/metrics.jsonl": b"precious\n", "run/recipe.yaml": b"precious"},
     ),

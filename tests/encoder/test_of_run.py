@@ -42,10 +42,10 @@ def test_a_run_without_its_encoder_is_refused(finished: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"runs holds several runs: choose one of .*runs/a"):
         encoder_of(str(copy.parent))
     (copy / "finished").unlink()  # of an earlier run, then
-    with pytest.raises(UserError, match="which has not finished: go on with that run by resume=true"):
+    with pytest.raises(UserError, match="which has not finished: continue that run with resume=true"):
         encoder_of(str(copy))
     shutil.rmtree(copy / "encoder")
-    with pytest.raises(UserError, match="is a run that has not finished, so it has no encoder: go on"):
+    with pytest.raises(UserError, match="is a run that has not finished, so it has no encoder: continue"):
         encoder_of(str(copy))
 
 

@@ -85,12 +85,12 @@ def spoil(models: Path, tmp_path: Path, changes: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"peft_type": "IA3"}, "is of the type 'IA3': only LORA can be merged"),
+        ({"peft_type": "IA3"}, "has the type 'IA3': only LORA can be merged"),
         ({"use_dora": True}, "has use_dora=True, which cannot be merged here"),
         ({"modules_to_save": ["embed_tokens"]}, r"has modules_to_save=\['embed_tokens'\]"),
         ({"target_modules": ["query"]}, "does not fit LlamaModel: Target modules"),
         ({"target_modules": ["q_proj"]}, "has weights for layers.0.mlp.down_proj.lora_A"),
-        ({"r": 8}, r"has shape \(4, 64\), the model \(8, 64\)"),
+        ({"r": 8}, r"has shape \(4, 64\), the model's is \(8, 64\)"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(

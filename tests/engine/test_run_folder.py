@@ -231,10 +231,14 @@ def test_an_encoder_of_an_earlier_run_is_not_used(
             train(changed(values, output_dir=str(finished), overwrite=True, **changes))
     assert (finished / "encoder" / "config.json").exists()
     for source in (finished, finished / "encoder"):
-        with pytest.raises(UserError, match="encoder is not of the run in .*run, which has not finished"):
+        with pytest.raises(
+            UserError, match="encoder does not belong to the run in .*run, which has not finished"
+        ):
             export(source, tmp_path / "exported", ExportOptions())
     next_stage = changed(values, output_dir=str(tmp_path / "next"), model={"path": str(finished / "encoder")})
-    with pytest.raises(UserError, match="encoder is not of the run in .*run, which has not finished"):
+    with pytest.raises(
+        UserError, match="encoder does not belong to the run in .*run, which has not finished"
+    ):
         train(next_stage)
     assert not (tmp_path / "exported").exists()
     assert not (tmp_path / "next").exists()

@@ -136,7 +136,7 @@ def test_adapters_are_one_operation_with_their_layer_under_zero(
     )
     said = (tmp_path / "run.log.0").read_text()
     n_adapted = re.search(r"lora rank 16 on (\d+) linear layers", said)
-    n_fused = re.search(r"one operation with their adapter: (\d+)", said)
+    n_fused = re.search(r"fused with their adapter: (\d+)", said)
     assert n_adapted, said[-2000:]
     assert n_fused
     assert n_fused[1] == n_adapted[1] != "0"

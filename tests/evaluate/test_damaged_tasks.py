@@ -56,7 +56,7 @@ def test_a_model_that_gives_nan_is_one_line(
     task = ["--task", f"sts:{pairs}", "--output", str(tmp_path / "results")]
     assert run(monkeypatch, "evaluate", "mteb", "--model", model, *task) == 2
     line = (
-        "text … gets no finite vector: the model's weight layers.1… is not finite: take the model from its …"
+        "text … gets no finite vector: the model's weight layers.1… is not finite: get the model from its …"
     )
     assert_reads(error_line(capsys), line)
 

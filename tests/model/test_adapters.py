@@ -55,9 +55,9 @@ def test_unknown_targets_name_the_layers_there_are() -> None:
     ("target", "said"),
     [
         ("embed_tokens", r"is on embed_tokens \(Embedding\), but adapters are for linear layers"),
-        ("lm_head", "is nothing in this trunk"),
+        ("lm_head", "matches nothing in this trunk"),
         ("norm", r"is on norm \(\w*RMSNorm\)"),
-        ("q_prj", "is nothing in this trunk"),
+        ("q_prj", "matches nothing in this trunk"),
     ],
 )
 @pytest.mark.parametrize("beside", [[], ["q_proj"]])

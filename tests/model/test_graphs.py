@@ -300,7 +300,7 @@ def test_another_pass_before_backward_is_an_error() -> None:
     hidden = own(BATCHES[0])
     with torch.no_grad():
         own(BATCHES[1])
-    with pytest.raises(RuntimeError, match="what it kept is gone"):
+    with pytest.raises(RuntimeError, match="overwrote what it had saved"):
         hidden.sum().backward()
 
 

@@ -66,9 +66,12 @@ def mixes_nothing(trunk: Any) -> None:
             one_causal_layer,
             r"layers\.1\.self_attn \(LlamaAttention\) is not bidirectional: .* 0 of the 3 before",
         ),
-        (sees_its_neighbours, "a text of 5 tokens has other hidden states beside texts of 7, 21, 31 tokens"),
-        (remembers, "a text of 5 tokens has other hidden states"),
-        (forgets_padding, "a text of 5 tokens has other hidden states padded right"),
+        (
+            sees_its_neighbours,
+            "a text of 5 tokens has different hidden states beside texts of 7, 21, 31 tokens",
+        ),
+        (remembers, "a text of 5 tokens has different hidden states"),
+        (forgets_padding, "a text of 5 tokens has different hidden states padded right"),
         (mixes_nothing, "no layer lets one token see another"),
     ],
 )
@@ -87,7 +90,7 @@ def test_what_the_attention_ignores_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("llm2vec_ds.model.attention._reach", lambda *_, **__: None)
     trunk = small_trunk("mistral", sliding_window=4)
     Check(trunk).all(causal=False)
-    with pytest.raises(Differs, match="a text of 21 tokens has other hidden states by transformers' own"):
+    with pytest.raises(Differs, match="a text of 21 tokens has different hidden states by transformers' own"):
         Check(trunk).own_attention()
 
 
@@ -115,7 +118,7 @@ def test_rope_by_the_longest_text_is_refused(model_type: str, monkeypatch: pytes
     config = config_of("phi3") if model_type == "phi3" else _dynamic_llama()
     assert probe._check_miniature(config, False, False)
     monkeypatch.setattr(miniature, "choose_rope_by_text", lambda trunk: None)
-    with pytest.raises(UserError, match="has other hidden states beside texts of"):
+    with pytest.raises(UserError, match="has different hidden states beside texts of"):
         probe._check_miniature(config, False, False)
 
 
@@ -197,7 +200,7 @@ def test_without_a_miniature_the_first_layers_are_tried(
     trunk = load_trunk(str(tmp_path), TrunkOptions())
     assert len(trunk.layers) == 4
     assert "no miniature can be built (too large)" in caplog.text
-    assert "its first layers are tried instead" in caplog.text
+    assert "its first layers are checked instead" in caplog.text
     one_causal_layer(trunk)
     with pytest.raises(UserError, match="layers.1.self_attn .* is not bidirectional"):
         probe.check_loaded(trunk, causal=False)

@@ -102,7 +102,7 @@ def test_other_means_are_refused_by_name(
     config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match=f"quantised by {method}, which is not read: take the model that"
+        UserError, match=f"quantised by {method}, which cannot be read: use the original model"
     ) as caught:
         load_trunk(str(folder), TrunkOptions(quantization=quantization))
     assert "\n" not in str(caught.value)

@@ -76,7 +76,7 @@ def test_known_layers_are_made_again_without_dispatch_modes(monkeypatch: pytest.
     expected = gradients(adapted())
     encoder = adapted()
     said = recompute_activations(encoder.trunk, "selective")
-    assert said == "selective: backward makes again 2 SwiGLU, 5 RMSNorm"
+    assert said == "selective: backward recomputes 2 SwiGLU, 5 RMSNorm"
     monkeypatch.setattr("torch.utils.checkpoint.checkpoint", None)
     found = gradients(encoder)
     assert found.keys() == expected.keys()

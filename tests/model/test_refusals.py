@@ -23,7 +23,7 @@ def test_types_without_the_switch(model_type: str, load: object, tmp_path: Path)
 @pytest.mark.parametrize("model_type", ["falcon", "mpt", "codegen"])
 def test_they_cannot_be_a_causal_baseline_either(model_type: str, tmp_path: Path) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"model type '{model_type}' takes no attention function but its own"):
+    with pytest.raises(UserError, match=f"model type '{model_type}' allows only its own attention function"):
         load_trunk(str(tmp_path), TrunkOptions(causal=True))
 
 

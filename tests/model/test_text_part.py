@@ -65,7 +65,7 @@ def test_the_text_model_alone(model_type: str, tmp_path: Path, caplog: pytest.Lo
         theirs = whole(input_ids=ids[None], use_cache=False).logits[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     text_type = whole.config.get_text_config().model_type
-    assert f"of {model_type} the text model {text_type} alone is used" in caplog.text
+    assert f"of {model_type}, only the text model {text_type} is used" in caplog.text
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl"])

@@ -1,4 +1,4 @@
-"""The few lengths that micro-batches are filled up to, so that few graphs serve all of them."""
+"""The lengths that micro-batches are filled up to. They are few, so few graphs serve all micro-batches."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import math
 from bisect import bisect_left
 
 RATIO = 1.25
-"""Between neighbours, at most: what is filled up costs a quarter more at worst."""
+"""The largest ratio of neighbouring lengths. So filler adds a quarter to the cost of a pass at worst."""
 MULTIPLE = 16
-"""Of all lengths: kernels load 16 bytes at a time, and tensor cores take rows in such numbers."""
+"""Every length is a multiple of this. Kernels load 16 bytes at a time, and tensor cores take 16 rows."""
 SHORTEST = 64
 
 
 def lengths_up_to(longest: int) -> list[int]:
-    """Ascending; the last one holds `longest` tokens.
+    """Returns the lengths, ascending. The last one holds `longest` tokens.
 
-    They are counted from the longest down: most micro-batches are nearly full.
+    They are counted down from `longest`, because most micro-batches are nearly full.
     """
     found = [_rounded(longest)]
     while found[-1] > SHORTEST:
@@ -24,7 +24,7 @@ def lengths_up_to(longest: int) -> list[int]:
 
 
 def length_for(n_tokens: int, lengths: list[int]) -> int | None:
-    """The shortest length that holds so many tokens; None: none does."""
+    """Returns the shortest length that holds `n_tokens`. None if no length does."""
     place = bisect_left(lengths, n_tokens)
     return lengths[place] if place < len(lengths) else None
 

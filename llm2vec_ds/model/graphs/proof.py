@@ -1,4 +1,4 @@
-"""A recording proves itself before it is used: the same gradients as the pass that it stands for."""
+"""Proves recordings before they are used: a replay must give the gradients of the pass that was recorded."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.model.graphs.trunk import GraphedTrunk
 
 LARGEST_ERROR = 1e-3
-"""‖replayed − eager‖ / ‖eager‖ of every gradient. Kernels that add in varying order differ by less."""
+"""The limit of ‖replayed − eager‖ / ‖eager‖. Kernels that add in a varying order differ by less."""
 SEED = 5
 STIR = 0.02
-"""Of the size of LoRA's weights after some training."""
+"""Scale of the random numbers that are added to the weights. LoRA's weights have this size after some
+training."""
 
 
 class Proof(NamedTuple):
-    """What differs most between replays and the filled passes themselves."""
+    """The tensor that differs most between replays and filled eager passes, and its relative error."""
 
     worst: str
     error: float
 
     @property
     def holds(self) -> bool:
-        return self.error <= LARGEST_ERROR  # which a NaN is not
+        return self.error <= LARGEST_ERROR  # false for NaN
 
     def __str__(self) -> str:
         return "to the bit" if self.error == 0 else f"to {self.error:.1e} (most in {self.worst})"
 
 
 def prove(trunk: nn.Module, graphed: GraphedTrunk, batches: Sequence[PackedBatch]) -> Proof:
-    """Compares hidden states of each batch, with and without gradient, and the gradients that all of them
-    together leave. The first one comes again at the end: a replay sees other dropout then.
+    """Compares replays with eager passes over the same batches.
 
-    The trunk is in training mode, and the `.grad` of what trains is there; it is zero afterwards. Weights and
-    torch's generators are left as they were.
+    Compares the hidden states of each batch, with and without gradient, and the summed gradients of all
+    batches. The first batch runs again at the end: then a recording is replayed with other dropout.
+
+    The trunk must be in training mode, and trained parameters must have a `.grad`, which is zero afterwards.
+    Weights and torch's generators are left as they were.
     """
     device = next(trunk.parameters()).device
     rounds = [*batches, batches[0]]
@@ -53,7 +56,10 @@ def prove(trunk: nn.Module, graphed: GraphedTrunk, batches: Sequence[PackedBatch
 
 @contextmanager
 def _stirred(trunk: nn.Module) -> Iterator[None]:
-    """Adds random numbers to what trains: LoRA's B starts at zero, and hides what comes before it."""
+    """Adds random numbers to the trained weights in this context.
+
+    LoRA's B starts at zero. Then the gradient of A is zero too, and an error in it would not show.
+    """
     kept = {name: parameter.detach().clone() for name, parameter in _trained(trunk)}
     torch.manual_seed(SEED)
     with torch.no_grad():
@@ -70,7 +76,11 @@ def _stirred(trunk: nn.Module) -> Iterator[None]:
 def _outcome(
     trunk: nn.Module, run: Callable[[PackedBatch], torch.Tensor], batches: Sequence[PackedBatch]
 ) -> dict[str, torch.Tensor]:
-    """Backward in this thread, as in a recording: another one has other handles of CUDA's libraries."""
+    """Returns hidden states and gradients of all batches.
+
+    Backward runs in this thread, as it does in a recording. Another thread has other handles of CUDA's
+    libraries.
+    """
     _zero_gradients(trunk)
     outcome = {}
     for number, batch in enumerate(batches):

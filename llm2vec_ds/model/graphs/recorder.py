@@ -1,4 +1,4 @@
-"""Records what a function does on a GPU, to do it again by one call (CUDA graphs)."""
+"""Records what a function does on a GPU. One call then repeats all of it (CUDA graphs)."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ T = TypeVar("T")
 Replay = Callable[[], Any]
 
 WARM_UP_PASSES = 2
-"""Before a recording: kernels are compiled, and libraries make their handles and workspaces."""
+"""Passes before a recording. They compile kernels, and libraries make their handles and workspaces."""
 
 
 class Recorder(Protocol):
-    """Functions given to it read and write tensors that stay where they are."""
+    """Records functions. They must read and write tensors that stay at the same addresses."""
 
     def warm_up(self, run: Callable[[], Any]) -> None:
-        """Runs what will be recorded, for its effects on caches and libraries."""
+        """Runs a function before it is recorded, so that caches and libraries are ready."""
 
     def record(self, run: Callable[[], T]) -> tuple[T, Replay]:
-        """What `run` returns, holding no values yet, and what computes them: each call computes them again
-        in the same tensors."""
+        """Returns what `run` returns, and a replay. The tensors hold no values until the replay is called.
+
+        Each call of the replay computes the values again, in the same tensors.
+        """
 
     def forget(self) -> None:
-        """All recordings are gone."""
+        """Drops the memory of all recordings. None of them may be replayed afterwards."""
 
 
 class CudaRecorder:
-    """One memory pool for all recordings: no two are in use at a time."""
+    """Records with CUDA graphs. All recordings share one memory pool, because no two run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -50,9 +52,11 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         stream, collects = torch.cuda.current_stream(), gc.isenabled()
-        gc.disable()  # a tensor that dies in a recording belongs to another pool
+        # Garbage collection in a recording could free tensors that belong to another pool.
+        gc.disable()
         try:
-            # Backward in this thread: only what this thread does is held to the rules of a recording.
+            # CUDA applies the rules of a recording to this thread only ("thread_local"). So backward must run
+            # in this thread too.
             with (
                 torch.autograd.set_multithreading_enabled(False),
                 torch.cuda.graph(
@@ -61,8 +65,8 @@ class CudaRecorder:
             ):
                 outcome = run()
         except BaseException:
-            # torch leaves its own stream current, and before 2.12 its allocator in the recording
-            # (pytorch#180395). What is over already says so by an error.
+            # After a failed recording torch leaves its side stream current. Before 2.12 its allocator also
+            # stays in the recording (pytorch#180395). If it does not, the call raises, which is harmless.
             torch.cuda.set_stream(stream)
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
@@ -74,7 +78,7 @@ class CudaRecorder:
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """On the stream of the recordings, after what was begun before and before what comes next."""
+        """Runs the block on the stream of the recordings, ordered after earlier and before later work."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream), torch.autograd.set_multithreading_enabled(False):
             yield

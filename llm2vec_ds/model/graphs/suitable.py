@@ -1,4 +1,4 @@
-"""Which trunks cannot be recorded, and why."""
+"""Finds the trunks that cannot be recorded, and says why."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ from llm2vec_ds.model.recomputation import runs_layers_twice
 from llm2vec_ds.model.rope import RopeByText
 
 BUSY_FROM = 2e13
-"""Weights × tokens of a micro-batch. 1.3 billion weights and 16,384 tokens are 1.3e14 operations, 0.3 s of an
-H100: about what Python takes to launch them."""
+"""Limit of weights × tokens of a micro-batch. 1.3 billion weights and 16,384 tokens are 1.3e14 operations. An
+H100 takes 0.3 s for these. Python takes about as long to launch them."""
 
 
 def is_busy(n_weights: int, n_tokens: int) -> bool:
-    """Does a GPU compute a micro-batch for longer than Python launches it? Then filler only costs."""
+    """Says whether the GPU takes longer for a micro-batch than Python takes to launch it.
+
+    Then a recording saves nothing, and its filler only costs time.
+    """
     return n_weights * n_tokens >= BUSY_FROM
 
 
 def cannot_be_recorded(trunk: Any) -> str | None:
-    """Why a recording of the trunk would not hold for other texts, in words for a log; None: it may.
+    """Says why a recording of the trunk would be wrong for other texts, in words for a log.
 
-    What is not seen here shows when it is recorded: CUDA refuses what waits for the device.
+    None: no reason is known. Others show during the recording, because CUDA refuses to record anything that
+    waits for the device.
     """
     if runs_layers_twice(trunk):
         return (
-            "activation checkpointing runs whole layers twice with torch's generator set back, which no "
-            "recording can do (model.activation_checkpointing: none does not)"
+            "activation checkpointing runs whole layers twice and resets torch's generator, which a "
+            "recording cannot do (use model.activation_checkpointing: none)"
         )
     if any(isinstance(part, RopeByText) for part in trunk.modules()):
         return "its RoPE depends on the lengths of the texts"

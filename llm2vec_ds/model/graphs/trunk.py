@@ -1,8 +1,8 @@
-"""A trunk's passes as recordings, one for each length and kind of pass: a pass is then one call of Python.
+"""Runs a trunk's passes as recordings. There is one for each length and kind of pass.
 
-Pooling, heads and losses stay outside. They see the texts' own tokens alone.
+A recorded pass is a single call from Python. Pooling, heads and losses are not recorded, and see no filler.
 
-Shape legend: T tokens of a micro-batch, L of the recorded stream (T and filler), D width.
+Shape legend: T tokens of a micro-batch, L tokens of the recorded stream (T and filler), D width.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class _Kind(NamedTuple):
-    """What one recording serves."""
+    """The passes that one recording serves."""
 
     length: int
     with_gradient: bool
@@ -43,7 +43,11 @@ class _Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class _Recording:
-    """Attributes: outcome: shared by all recordings; a pass's is read before the next one."""
+    """A recorded pass.
+
+    Attributes:
+        outcome: shared by all recordings. The result of a pass is read before the next pass starts.
+    """
 
     inputs: StaticInputs
     outcome: _Outcome
@@ -52,22 +56,22 @@ class _Recording:
 
 
 class _Outcome(NamedTuple):
-    """Hidden states of a pass, and their gradient: `[L, D]` of the longest length."""
+    """Hidden states of a pass and their gradient, each `[L, D]` with L the longest length."""
 
     hidden_LD: torch.Tensor
     d_hidden_LD: torch.Tensor
 
 
 class GraphedTrunk:
-    """In place of `trunk_hidden_states`: fills a batch up to one of a few lengths, and replays.
+    """Replaces `trunk_hidden_states`: fills a batch up to one of a few lengths and replays a recording.
 
-    Backward adds to the `.grad` of the trunk's parameters that train, which have to be there. A pass with
-    gradient and its backward follow each other, no other pass between them.
+    Backward adds to the `.grad` of the trained parameters, so each must have one. No other pass may run
+    between a pass with gradient and its backward.
 
     Attributes:
-        n_tokens, n_filled: tokens of the passes so far, and filler among what ran.
-        is_full: memory holds no more recordings. Passes without one run as they are.
-        while_recording: a context for each recording, in which nothing else is to use the device.
+        n_tokens, n_filled: real tokens and filler tokens of the passes since the last `fill_share`.
+        is_full: memory holds no more recordings. Passes without a recording run eagerly.
+        while_recording: makes a context for each recording, in which nothing else may use the device.
     """
 
     def __init__(
@@ -81,9 +85,10 @@ class GraphedTrunk:
     ) -> None:
         """
         Args:
-            longest: tokens of the largest micro-batch that is recorded; a larger one runs as it is.
-            longest_text: in tokens; it chooses kernels.
-            places: where weights and gradients lie. When they have moved, recordings are made again.
+            longest: tokens of the largest micro-batch that is recorded. A larger one runs eagerly.
+            longest_text: tokens of the longest text. Attention chooses its kernels by this number.
+            places: returns the addresses of weights and gradients. If they change, everything is recorded
+                again.
         """
         self._trunk, self._recorder = trunk, recorder
         self._lengths = lengths_up_to(longest)
@@ -99,7 +104,7 @@ class GraphedTrunk:
         self.while_recording: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
-        """Last hidden state of every token, `[T, D]`."""
+        """Returns the last hidden state of every token, `[T, D]`."""
         kind = self._kind(batch)
         if kind is None:
             return seeded_hidden_states(self._trunk, batch)
@@ -118,7 +123,7 @@ class GraphedTrunk:
         return recording.outcome.hidden_LD[: batch.n_tokens].clone()
 
     def filled(self, batch: PackedBatch) -> torch.Tensor:
-        """The same without a recording, from the same draw of torch's generator."""
+        """Returns the same without a recording. Draws the same dropout seed from torch's generator."""
         kind = self._kind(batch)
         assert kind is not None, "the batch is too large to be recorded"
         return self._filled(kind, batch, drawn_dropout_seed() if kind.training else 0)
@@ -129,14 +134,17 @@ class GraphedTrunk:
         return self._pass(inputs)[: batch.n_tokens]
 
     def fill_share(self) -> float:
-        """Share of filler in the tokens that ran since the last call; 0: nothing ran."""
+        """Returns the share of filler in the tokens since the last call, and resets the count.
+
+        0 if nothing ran.
+        """
         share = self.n_filled / max(self.n_tokens + self.n_filled, 1)
         self.n_tokens = self.n_filled = 0
         return share
 
     @property
     def turn(self) -> int:
-        """Number of passes so far: a replay overwrites what the pass before has kept for its backward."""
+        """Number of passes so far. A replay overwrites what the pass before has saved for its backward."""
         return self._turn
 
     def _kind(self, batch: PackedBatch) -> _Kind | None:
@@ -153,7 +161,10 @@ class GraphedTrunk:
         return trunk_hidden_states(self._trunk, inputs.fresh_bounds(), seeds)
 
     def _recording(self, kind: _Kind, batch: PackedBatch, seed: int) -> _Recording | None:
-        """None: this pass is not worth a recording, or memory is full and holds no more of them."""
+        """Returns the recording for this kind of pass, and makes it if needed.
+
+        None: the pass is not worth a recording, or memory holds no more of them.
+        """
         if (places := self._places()) != self._recorded_at:
             log.info("weights have moved: %s recordings are made again", len(self._recordings))
             self._recordings.clear()
@@ -180,10 +191,14 @@ class GraphedTrunk:
         return recording
 
     def _explain(self, error: BaseException, length: int) -> None:
-        """A full memory ends recording: the pass itself may fit. Any other error is the user's to know."""
+        """Handles a failed recording. If memory is full, only recording ends: the pass itself may fit.
+
+        Raises:
+            UserError: it failed for another reason.
+        """
         chain = [error]
         while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
-            chain.append(before)  # the last one is what CUDA refused, the first what came of it
+            chain.append(before)  # the last error is the one that CUDA raised; the first is a consequence
         if any(full_memory(link) for link in chain):
             log.warning("memory is full: passes of %s tokens, and all new lengths, are not recorded", length)
             self.is_full = True
@@ -203,7 +218,10 @@ class GraphedTrunk:
         return _Recording(inputs, outcome, replay, _no_backward)
 
     def _record_both(self, inputs: StaticInputs) -> _Recording:
-        """Forward and its backward; between the two recordings autograd's notes hold what is kept."""
+        """Records a forward pass and its backward.
+
+        The autograd graph of the recorded forward holds the saved tensors until the backward is recorded.
+        """
         trained = [p for p in self._trunk.parameters() if p.requires_grad]
         outcome, length = self._outcome_of(inputs), inputs.batch.n_tokens
 
@@ -217,7 +235,7 @@ class GraphedTrunk:
             pairs = [(p.grad, g) for p, g in zip(trained, found, strict=True) if g is not None]
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=factor)
 
-        self._recorder.warm_up(lambda: backward(forward(), 0.0))
+        self._recorder.warm_up(lambda: backward(forward(), 0.0))  # factor 0: adds nothing to the gradients
         hidden_LD, replay = self._recorder.record(forward)
         _, replay_backward = self._recorder.record(lambda: backward(hidden_LD, 1.0))
         return _Recording(inputs, outcome, replay, replay_backward)
@@ -238,7 +256,7 @@ def _no_backward() -> None:
 
 
 class _Replayed(torch.autograd.Function):
-    """`anchor` lets autograd ask for the backward of a pass none of whose inputs has a gradient."""
+    """A replayed pass. `anchor` requires a gradient, so autograd calls `backward`. No other input does."""
 
     @staticmethod
     def forward(
@@ -251,10 +269,10 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_hidden_TD: torch.Tensor) -> tuple[None, ...]:
         if ctx.turn != ctx.graphed.turn:
-            raise RuntimeError("another pass was replayed before this one's backward: what it kept is gone")
+            raise RuntimeError("another pass ran before this one's backward, and overwrote what it had saved")
         n_tokens, length = len(d_hidden_TD), ctx.recording.inputs.batch.n_tokens
         d_hidden_LD = ctx.recording.outcome.d_hidden_LD
         d_hidden_LD[:n_tokens].copy_(d_hidden_TD)
-        d_hidden_LD[n_tokens:length].zero_()
+        d_hidden_LD[n_tokens:length].zero_()  # filler has no gradient
         ctx.recording.backward()
         return None, None, None, None

@@ -1,7 +1,7 @@
-"""What a trunk must show before its vectors are believed.
+"""The checks that a trunk must pass before its vectors are trusted.
 
-Each check runs the trunk on token ids and compares hidden states of one text, computed in two ways. Lengths
-lie within and beyond every limit of the miniature's config.
+Each check runs the trunk on token ids and compares hidden states of one text, computed in two ways. Some
+texts are shorter and some are longer than every limit in the miniature's config.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from llm2vec_ds.model.hidden_states import trunk_hidden_states
 from llm2vec_ds.model.probe.mixing import Call, calls_of, moved_outputs
 
 SHORT, MIDDLE, LONG = 7, 21, 31
-"""Within every limit, beyond windows and chunks, beyond all positions that the config names."""
+"""Lengths within every limit, beyond windows and chunks, and beyond all positions of the config."""
 LENGTHS = (5, SHORT, MIDDLE, LONG)
 TOLERANCE = 1e-5
-"""Of the largest number in a hidden state: some types compute norms and softmax in fp32."""
+"""Largest allowed difference, relative to the largest number in a hidden state. It is above the precision of
+fp64, because some types compute norms and softmax in fp32."""
 N_TOKENS = 60
 
 
 class Differs(Exception):
-    """What a trunk does that it must not."""
+    """A trunk failed a check. The message says how."""
 
 
 def hidden_states(trunk: Any, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Of each text of one packed stream, `[L, D]`."""
+    """Packs the texts into one stream. Returns the hidden states of each text, `[L, D]`."""
     lengths = [len(row) for row in rows]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     positions = torch.cat([torch.arange(n) for n in lengths])
@@ -40,8 +41,10 @@ def hidden_states(trunk: Any, rows: Sequence[torch.Tensor]) -> list[torch.Tensor
 
 @dataclass(frozen=True)
 class Check:
-    """Of one trunk, by texts of `lengths` tokens; numbers that differ by less than `tolerance` of the largest
-    are equal."""
+    """Checks one trunk with texts of `lengths` tokens.
+
+    Numbers count as equal if they differ by at most `tolerance` times the largest one.
+    """
 
     trunk: Any
     lengths: Sequence[int] = LENGTHS
@@ -49,10 +52,10 @@ class Check:
 
     @torch.no_grad()
     def all(self, causal: bool) -> None:
-        """Bidirectional unless `causal`, and no text depends on its neighbours.
+        """Checks that the trunk is bidirectional (unless `causal`) and that texts do not affect each other.
 
         Raises:
-            Differs: what the trunk showed instead.
+            Differs: a check failed.
         """
         rows = self._rows()
         if not causal:
@@ -62,13 +65,13 @@ class Check:
         self.padded(rows, alone)
 
     def _rows(self) -> dict[int, torch.Tensor]:
-        """Token ids of one text for each length that the trunk takes."""
+        """Returns token ids of one text for each length that the trunk takes."""
         generator = torch.Generator().manual_seed(1)
         rows = {n: torch.randint(3, N_TOKENS, (n,), generator=generator) for n in self.lengths}
         return {n: row for n, row in rows.items() if n < LONG or self._takes(row)}
 
     def _takes(self, row: torch.Tensor) -> bool:
-        """False: the text is longer than a table of learned positions."""
+        """Returns False if the text is longer than the trunk's table of learned positions."""
         try:
             hidden_states(self.trunk, [row])
         except (IndexError, RuntimeError):
@@ -76,12 +79,13 @@ class Check:
         return True
 
     def bidirectional(self, row: torch.Tensor) -> None:
-        """Each part that mixes tokens, by itself: one causal layer among several must not pass."""
+        """Checks each part that mixes tokens by itself. So one causal layer among several is found."""
         calls = calls_of(self.trunk, lambda: hidden_states(self.trunk, [row]))
         if not sum(self._mixes(call, len(row)) for call in calls):
             raise Differs("no layer lets one token see another")
 
     def _mixes(self, call: Call, length: int) -> bool:
+        """Says whether a part lets tokens see each other. Raises Differs if it does so in one direction."""
         moved = moved_outputs(call, length, self.tolerance)
         if moved is None:
             return False
@@ -90,15 +94,15 @@ class Check:
         before, after = int(by_middle[:middle].sum()), int(by_middle[middle + 1 :].sum())
         if before != after:
             raise Differs(
-                f"{call} is not bidirectional: a token moves {after} of the {middle} tokens after it, and "
+                f"{call} is not bidirectional: a token affects {after} of the {middle} tokens after it, and "
                 f"{before} of the {middle} before it"
             )
         if before == middle and not by_last[0]:
-            raise Differs(f"{call} is not bidirectional: its last input does not move its first output")
+            raise Differs(f"{call} is not bidirectional: its last input does not affect its first output")
         return before > 0
 
     def packed(self, rows: dict[int, torch.Tensor], alone: dict[int, torch.Tensor]) -> None:
-        """Beside any neighbour, before it and after it, and again after other texts went through."""
+        """Checks that a text gets the same hidden states beside any neighbours and after other texts."""
         lengths = list(alone)
         for group in (lengths, lengths[::-1], [*lengths[1:], lengths[0]], lengths[:1], lengths[-1:]):
             for n, found in zip(group, hidden_states(self.trunk, [rows[n] for n in group]), strict=True):
@@ -107,7 +111,7 @@ class Check:
                 self._compare(found, alone[n], n, f"{where} than alone")
 
     def padded(self, rows: dict[int, torch.Tensor], alone: dict[int, torch.Tensor]) -> None:
-        """Where a trunk takes a padding mask, padding changes nothing."""
+        """Checks that padding changes nothing, if the trunk takes a padding mask."""
         longest, device = max(alone), next(self.trunk.parameters()).device
         for side in ("right", "left"):
             ids = torch.full((len(alone), longest), 2, device=device)
@@ -120,7 +124,7 @@ class Check:
                 output = self.trunk(
                     input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
                 )
-            except Exception:  # padding is not taken, and nothing here pads
+            except Exception:  # the trunk takes no padding, and this toolkit does not pad
                 return
             for i, n in enumerate(alone):
                 found = output.last_hidden_state[i][mask[i].bool()]
@@ -128,13 +132,13 @@ class Check:
 
     @torch.no_grad()
     def own_attention(self) -> None:
-        """The trunk computes by our attention what it computes by its own, written out in transformers: what
-        it asks for besides the mask (windows, chunks, sinks, caps) is honoured.
+        """Checks that our attention gives the same as the trunk's own attention in transformers.
 
-        The trunk has its own attention afterwards.
+        So our attention does all that the trunk asks for besides the mask: windows, chunks, sinks, caps. The
+        trunk has its own attention afterwards.
 
         Raises:
-            Differs: what came out otherwise.
+            Differs: the hidden states differ.
         """
         rows = {n: row for n, row in self._rows().items() if n > SHORT}
         ours = {n: hidden_states(self.trunk, [row])[0] for n, row in rows.items()}
@@ -143,7 +147,7 @@ class Check:
             ids, positions = rows[n][None], torch.arange(n)[None]
             try:
                 output = self.trunk(input_ids=ids, position_ids=positions, use_cache=False)
-            except Exception:  # it has no other attention, and every check before was of this one
+            except Exception:  # the trunk has no other attention, so the earlier checks were of its own
                 return
             own = output.last_hidden_state[0]
             self._compare(own, found, n, "by transformers' own attention than by ours")
@@ -152,5 +156,6 @@ class Check:
         difference = float((found - right).abs().max() / right.abs().max())
         if not difference <= self.tolerance:
             raise Differs(
-                f"a text of {n_tokens} tokens has other hidden states {how} ({difference:.1e} of the largest)"
+                f"a text of {n_tokens} tokens has different hidden states {how} ({difference:.1e} of the "
+                "largest)"
             )

@@ -1,4 +1,4 @@
-"""A loaded trunk with its first layers alone, for as long as it is tried."""
+"""Shortens a loaded trunk to its first layers while it is checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ MOST = 16
 
 @contextmanager
 def first_layers(trunk: Any) -> Iterator[None]:
-    """Up to the first layer of the last kind that comes; all where they are in no list."""
+    """Keeps only the first layers of the trunk in this context, and one layer of each kind among them.
+
+    Keeps all layers if they are in no list.
+    """
     layers = layers_of(trunk)
     kinds = [layer_kind(layer) for layer in layers]
     n_first = max((kinds.index(kind) for kind in set(kinds)), default=0) + 2
@@ -33,7 +36,7 @@ def first_layers(trunk: Any) -> Iterator[None]:
 
 
 def _holder(trunk: nn.Module, layers: list[nn.Module]) -> tuple[nn.Module, str] | None:
-    """The module that holds the list, and under what name."""
+    """Returns the module that holds the list of layers, and the list's name in it."""
     for parent in trunk.modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList) and list(child) == layers:

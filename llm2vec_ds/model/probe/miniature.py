@@ -1,4 +1,4 @@
-"""A trunk of a config's own kind, small enough to try in a moment, in double precision."""
+"""Builds a miniature of a config: a trunk of the same kind that is small enough for quick checks in fp64."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from llm2vec_ds.model.rope import choose_rope_by_text
 MOST_PARAMETERS, MOST_LAYERS = 5_000_000, 20
 AIM_WIDTH, AIM_HEAD = 128, 8
 UNSEEN = ("idx", "index", "layer_id", "layer_num", "depth", "training")
-"""Attributes that number a layer and do not say what it is."""
+"""Parts of attribute names that only number a layer. They do not say what kind of layer it is."""
 
 
 class CannotBuild(Exception):
-    """No small trunk shows what the large one is."""
+    """No small trunk of this kind can be built."""
 
 
 @dataclass(frozen=True)
 class Miniature:
-    """A small config, and how trunks are made of it."""
+    """A small config, from which trunks are built."""
 
     config: Any
     trust_remote_code: bool = False
 
     def trunk(self, causal: bool, attention: str) -> Any:
-        """In fp64, every parameter drawn at a scale that shows: a gate that starts at zero would hide what
-        flows behind it. The same numbers each time."""
+        """Builds a trunk in fp64 with random parameters, the same each time.
+
+        Every parameter is drawn. A gate that starts at zero would hide everything behind it.
+        """
         return self._drawn(AutoModel, causal, attention)
 
     def language_model(self, attention: str) -> Any:
-        """The same with its head, causal."""
+        """Builds the causal model with its language head."""
         return self._drawn(AutoModelForCausalLM, True, attention)
 
     def _drawn(self, auto_class: Any, causal: bool, attention: str) -> Any:
@@ -56,10 +58,10 @@ class Miniature:
 
 
 def miniatures(config: Any, causal: bool, trust_remote_code: bool = False) -> Iterator[Miniature]:
-    """Of at most 5 million parameters, with every kind of layer of `config`; the best first.
+    """Yields miniatures of at most 5 million parameters with every kind of layer of `config`, the best first.
 
     Raises:
-        CannotBuild: there is none; with what went wrong first.
+        CannotBuild: there is none. Says what went wrong first.
     """
     config = with_causal(copy.deepcopy(config), causal)
     whole = on_meta(config, trust_remote_code)
@@ -70,7 +72,7 @@ def miniatures(config: Any, causal: bool, trust_remote_code: bool = False) -> It
         try:
             small = type(config)(**shrunk(config, scale))
             shape = on_meta(with_causal(copy.deepcopy(small), causal), trust_remote_code)
-        except Exception as error:  # configs and constructors refuse numbers by errors of every kind
+        except Exception as error:  # configs and constructors can raise errors of every kind
             wrong.append(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
             continue
         n_parameters = sum(parameter.numel() for parameter in shape.parameters())
@@ -85,7 +87,7 @@ def miniatures(config: Any, causal: bool, trust_remote_code: bool = False) -> It
 
 
 def layers_of(trunk: nn.Module) -> list[nn.Module]:
-    """The layers of a trunk, by whatever name it keeps them; empty where there is no such list."""
+    """Returns the layers of a trunk, whatever their list is called. Empty if there is no such list."""
     count = getattr(trunk.config, "num_hidden_layers", None)
     inside: list[nn.ModuleList] = [part for part in trunk.modules() if isinstance(part, nn.ModuleList)]
     children: list[nn.ModuleList] = [part for part in trunk.children() if isinstance(part, nn.ModuleList)]
@@ -95,7 +97,7 @@ def layers_of(trunk: nn.Module) -> list[nn.Module]:
 
 
 def layer_kind(layer: nn.Module) -> tuple[Any, ...]:
-    """What a layer is, whatever its size: its parts, their classes and settings."""
+    """Describes the kind of a layer without its size: its parts, their classes and settings."""
     return tuple(
         (name, type(part).__name__, tuple(sorted(part._parameters)), tuple(sorted(_settings(part))))
         for name, part in layer.named_modules()
@@ -111,14 +113,14 @@ def _settings(part: nn.Module) -> Iterator[str]:
 
 
 def _divisor(config: Any) -> int:
-    """A power of two that leaves narrow layers, and heads that are wide enough for RoPE."""
+    """Returns a power of two that divides widths. Layers become narrow; heads stay wide enough for RoPE."""
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
     most = min(config.hidden_size // AIM_WIDTH, head_dim // AIM_HEAD)
     return 1 << max(0, most.bit_length() - 1)
 
 
 def _scales(kinds: list[tuple[Any, ...]], aim: int) -> Iterator[Scale]:
-    """Kept layers and widths to try: the first layer of each kind, or all up to the last of these."""
+    """Yields layers and widths to try: the first layer of each kind, or all up to the last of these."""
     if not kinds:
         return
     firsts = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())
@@ -132,7 +134,7 @@ def _scales(kinds: list[tuple[Any, ...]], aim: int) -> Iterator[Scale]:
 
 
 def on_meta(config: Any, trust_remote_code: bool) -> Any:
-    """Shapes alone."""
+    """Builds a trunk on the meta device, which holds only shapes."""
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():
@@ -143,7 +145,7 @@ def built(config: Any, attention: str | None, trust_remote_code: bool, auto_clas
     return auto_class.from_config(
         config,
         attn_implementation=attention,
-        experts_implementation="eager",  # the others take no fp64
+        experts_implementation="eager",  # the other implementations do not run in fp64
         trust_remote_code=trust_remote_code,
         dtype=torch.float32,
     )

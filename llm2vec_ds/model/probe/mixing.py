@@ -1,4 +1,4 @@
-"""Which outputs of a part of a trunk are moved by which of its own inputs."""
+"""Finds which inputs of a part of a trunk change which of its outputs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 MOVED = 1e-12
-"""Of the largest output. What an input does not reach stays the same to the bit, and a softmax may give what
-it does reach a weight of a billionth."""
+"""An output has moved if it changes by more than this times the largest output.
+
+An output that an input does not reach stays the same to the bit. One that it reaches may change very little:
+a softmax may give a weight of a billionth.
+"""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a part of the trunk, for the same to be made again."""
+    """A recorded call of a part of the trunk. It can be made again with another input."""
 
     name: str
     module: nn.Module
@@ -27,13 +30,13 @@ class Call:
         return f"{self.name} ({type(self.module).__name__})"
 
     def inputs(self) -> Iterator[tuple[int | str, Any]]:
-        """By place or name; what is called hidden states first."""
+        """Yields each input with its position or name. An input called `hidden_states` comes first."""
         yield from ((k, v) for k, v in self.kwargs.items() if k == "hidden_states")
         yield from enumerate(self.args)
         yield from self.kwargs.items()
 
     def output_with(self, key: int | str, value: torch.Tensor) -> torch.Tensor | None:
-        """The first tensor that the part returns when one input is another; None: it returns none."""
+        """Calls the part with one input replaced. Returns the first tensor of its output, or None."""
         args, kwargs = list(self.args), dict(self.kwargs)
         if isinstance(key, int):
             args[key] = value
@@ -46,7 +49,7 @@ class Call:
 
 
 def calls_of(trunk: nn.Module, run: Callable[[], object]) -> list[Call]:
-    """Calls of all parts of the trunk while `run` runs it; the innermost parts first."""
+    """Records the calls of all parts of the trunk while `run` runs it. The innermost parts come first."""
     calls: list[Call] = []
 
     def record(name: str) -> Any:
@@ -69,9 +72,12 @@ def calls_of(trunk: nn.Module, run: Callable[[], object]) -> list[Call]:
 
 
 def moved_outputs(call: Call, length: int, tolerance: float) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """`[length]` bool each: outputs moved by the middle token's input, and by the last one's. None: the part
-    maps no tokens to tokens, or no token moves another by more than `tolerance` of the largest output (where
-    experts take tokens in groups, rounding moves all a little)."""
+    """Returns which outputs the middle token's input moves, and which the last token's input moves.
+
+    Each is `[length]` bool. None: the part does not map tokens to tokens, or no token moves another by more
+    than `tolerance` times the largest output. (Experts take tokens in groups, so rounding moves all outputs a
+    little.)
+    """
     found = next((pair for pair in call.inputs() if _of_tokens(pair[1], length)), None)
     if found is None:
         return None
@@ -99,7 +105,7 @@ def _of_tokens(value: Any, length: int) -> bool:
 
 
 def _step(part: torch.Tensor) -> torch.Tensor:
-    """A change of the size of the input itself, another in each place: a norm undoes one that is alike."""
+    """Returns a change as large as the input. It differs in each place: a norm undoes an equal change."""
     generator = torch.Generator().manual_seed(2)
     noise = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part)
     return noise * part.std().clamp(min=1e-3)

@@ -1,7 +1,7 @@
-"""Before weights are read: does a model of this config see both ways, and each text for itself?
+"""Checks before weights are read that a model of a config is bidirectional and keeps packed texts apart.
 
-A miniature of the config shows it, or the type is refused by name with what it did instead. A type of which
-no miniature can be made is tried when it is loaded, by its own first layers.
+A miniature of the config is checked. If it fails, the type is refused, and the message says what it did. If
+no miniature can be built, the first layers of the model are checked when it is loaded.
 """
 
 from __future__ import annotations
@@ -31,33 +31,34 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 LOADED_LENGTHS = (5, SHORT, 64)
-"""Of texts for a loaded trunk, whose limits are thousands of tokens away."""
+"""Lengths of the texts for a loaded trunk. None is beyond its limits, which are thousands of tokens away."""
 MOST_TRIES = 3
 OF_NO_TRUNK = ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id")
 
 
 def check_config(config: Any, causal: bool, *, trust_remote_code: bool = False) -> bool:
-    """Whether a miniature of `config` showed what `checks` ask for; False: none can be built.
+    """Checks a miniature of `config`. Returns False if none can be built.
 
     Args:
-        config: of the trunk, of the text model alone where it is part of another.
+        config: the config of the trunk. If the trunk is part of a larger model, only the trunk's own config.
 
     Raises:
-        UserError: it showed something else.
+        UserError: the miniature failed a check.
     """
-    if not _is_of_transformers(config):  # code beside the weights, of any version
+    # Code beside the weights may change at any time, so the answer is not kept.
+    if not _is_of_transformers(config):
         return _check_miniature(config, causal, trust_remote_code)
     return _kept("trunk", _checked, config, causal)
 
 
 def check_head(config: Any, *, trust_remote_code: bool = False) -> None:
-    """The language head of such a model is one linear layer over the trunk, but for a scale or a cap.
+    """Checks that the language head is one linear layer over the trunk, apart from a scale or a cap.
 
     Raises:
-        UserError: there is more between them, as in BERT.
+        UserError: there is more between trunk and head, as in BERT.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        log.info("model type %s: its head is part of a larger model and is not tried", config.model_type)
+        log.info("model type %s: its head is part of a larger model and is not checked", config.model_type)
     elif _is_of_transformers(config):
         _kept("head", _head_checked, config, True)
 
@@ -67,7 +68,7 @@ def _is_of_transformers(config: Any) -> bool:
 
 
 def _kept(question: str, answer: Callable[[Any, str, bool], bool], config: Any, causal: bool) -> bool:
-    """The answer for a config; once it was yes, a file of the cache says so."""
+    """Returns the answer for a config. A file in the cache keeps the answer yes."""
     values = {key: value for key, value in config.to_dict().items() if key not in OF_NO_TRUNK}
     text = json.dumps(values, sort_keys=True, default=str)
     name = f"{_key(question, config, text, causal)}.json"
@@ -75,7 +76,7 @@ def _kept(question: str, answer: Callable[[Any, str, bool], bool], config: Any, 
         return True
     if not answer(type(config), text, causal):
         return False
-    with suppress(OSError):  # a cache that cannot be written costs half a second at each start
+    with suppress(OSError):  # without the cache the check only takes half a second at each start
         shown.parent.mkdir(parents=True, exist_ok=True)
         replace_json(shown, {"model_type": config.model_type, "causal": causal})
     return True
@@ -91,7 +92,7 @@ def _key(question: str, config: Any, text: str, causal: bool) -> str:
 
 @cache
 def _own_code() -> str:
-    """Of everything that a miniature's answer depends on here: this folder's siblings, and the attention."""
+    """Returns a hash of our code that the answer depends on: everything in `model/`, and the attention."""
     import llm2vec_kernels.attention as kernels
 
     folders = Path(__file__).parents[1], Path(kernels.__file__).parent
@@ -100,14 +101,14 @@ def _own_code() -> str:
 
 @cache
 def _checked(config_class: Any, text: str, causal: bool) -> bool:
-    """Once a process for each config. Refusals are raised and not kept."""
+    """Checks each config once in a process. Refusals are raised and not kept."""
     return _check_miniature(config_class.from_dict(json.loads(text)), causal, False)
 
 
 @cache
 @torch.no_grad()
 def _head_checked(config_class: Any, text: str, causal: bool) -> bool:
-    """Whether logits stand in the order of the head's own products, token by token."""
+    """Says whether the logits of each token have the same order as the products of the head alone."""
     config = config_class.from_dict(json.loads(text))
     with torch.random.fork_rng(devices=[]), suppress(CannotBuild):
         model = _first_that_runs(config, causal, False)[0].language_model(register())
@@ -129,9 +130,9 @@ def _same_order(found: torch.Tensor, products: torch.Tensor) -> bool:
 
 
 def _check_miniature(config: Any, causal: bool, trust_remote_code: bool) -> bool:
-    """As `check_config`, without a cache."""
+    """Does what `check_config` does, without a cache."""
     try:
-        with torch.random.fork_rng(devices=[]):  # building draws numbers, and a run's are no part of it
+        with torch.random.fork_rng(devices=[]):  # building draws random numbers, and must not change a run's
             small, trunk = _first_that_runs(config, causal, trust_remote_code)
             Check(trunk).all(causal)
             _check_own_attention(small, trunk)
@@ -140,7 +141,7 @@ def _check_miniature(config: Any, causal: bool, trust_remote_code: bool) -> bool
         return False
     except Differs as error:
         raise refused(config.model_type, error) from None
-    except Exception as error:  # of any kind: it is another's code
+    except Exception as error:  # of any kind: the code is not ours
         raise refused(config.model_type, _cannot_run(error)) from error
     return True
 
@@ -158,14 +159,14 @@ def refused(model_type: str, error: Differs) -> UserError:
 
 
 def _first_that_runs(config: Any, causal: bool, trust_remote_code: bool) -> tuple[Miniature, Any]:
-    """A width at which it can be built may still be one at which it cannot run."""
+    """Returns the first miniature that runs. One that can be built may still have a width that cannot run."""
     wrong: list[Exception] = []
     for small in islice(miniatures(config, causal, trust_remote_code), MOST_TRIES):
         try:
             trunk = small.trunk(causal, register())
             with torch.no_grad():
                 hidden_states(trunk, [torch.arange(3, 3 + SHORT)])
-        except Exception as error:  # of any kind: it is another's code
+        except Exception as error:  # of any kind: the code is not ours
             wrong.append(error)
         else:
             return small, trunk
@@ -173,7 +174,10 @@ def _first_that_runs(config: Any, causal: bool, trust_remote_code: bool) -> tupl
 
 
 def _check_own_attention(small: Miniature, trunk: Any) -> None:
-    """Where transformers' own attention does not become bidirectional (chunks), as a causal model."""
+    """Compares our attention with transformers' own.
+
+    Some attention of transformers does not become bidirectional (chunks). There a causal model is compared.
+    """
     try:
         Check(trunk).own_attention()
     except Differs:
@@ -181,17 +185,17 @@ def _check_own_attention(small: Miniature, trunk: Any) -> None:
 
 
 def check_loaded(trunk: Any, causal: bool) -> None:
-    """By the first layers of a trunk, with its own weights, in its own precision.
+    """Checks the first layers of a loaded trunk, with its own weights and in its own precision.
 
     Raises:
-        UserError: they showed something else, or cannot be tried.
+        UserError: they failed a check, or cannot run.
     """
-    log.info("its first layers are tried instead")
+    log.info("its first layers are checked instead")
     precise = next(trunk.parameters()).dtype == torch.float32
     try:
         with first_layers(trunk):
             Check(trunk, LOADED_LENGTHS, 1e-3 if precise else 5e-2).all(causal)
     except Differs as error:
         raise refused(trunk.config.model_type, error) from None
-    except Exception as error:  # of any kind: it is another's code
+    except Exception as error:  # of any kind: the code is not ours
         raise refused(trunk.config.model_type, _cannot_run(error)) from error

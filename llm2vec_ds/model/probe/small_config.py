@@ -1,7 +1,7 @@
-"""A model's config with small numbers: the same kind of model, in a thousandth of the size.
+"""Makes the numbers in a model's config small. The model stays of the same kind, at a thousandth of the size.
 
 A config says in one dictionary what a model is made of (layer types, gates, scaling) and how large it is.
-The first stays. The words in a key say which kind of size it is, as transformers' configs use them.
+Only the sizes are changed. The words in a key say what size it is. They are those of transformers' configs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 VOCABULARY, WINDOW, CHUNK, ROPE_SWITCH, POSITIONS = 64, 16, 8, 12, 24
-"""Every limit is smaller than the longest text of the checks; window and chunk are larger than the short."""
+"""Every limit is smaller than the longest text of the checks. Window and chunk are larger than SHORT."""
 
 LIMITS = (
     (re.compile(r"topk_block"), 1),
@@ -28,7 +28,7 @@ WIDTHS = re.compile(
 )
 NO_WIDTHS = re.compile(r"kernel|conv|patch|image|batch|group_size|pool")
 COUNTS = re.compile(r"(?<!per)_layers?$|^layers$|^first_k|_layers_")
-"""Of layers, the first ones; of those that share something, the last ones."""
+"""Keys that count layers. They count the first layers, or the last ones if layers share something."""
 EXPERTS = re.compile(r"experts?$|expert_num$|experts_num$")
 CHOSEN = re.compile(r"per_tok|top_?k(?!_group)")
 TOKENS = re.compile(r"token_(id|ids|index)$")
@@ -38,7 +38,7 @@ OTHERS = ("architectures", "transformers_version", "quantization_config", "auto_
 
 @dataclass(frozen=True)
 class Scale:
-    """Which layers are kept, of how many, and what widths are divided by."""
+    """The layers that are kept, the number of all layers, and the divisor of widths."""
 
     layers: Sequence[int]
     n_layers: int
@@ -46,8 +46,10 @@ class Scale:
 
 
 def shrunk(config: Any, scale: Scale) -> dict[str, Any]:
-    """The dictionary of `config` with every list of one entry a layer cut to the kept layers, limits and
-    widths made small; build the small config from the whole of it, so that checks across fields run."""
+    """Returns the dictionary of `config` with small limits and widths. Lists of layers hold the kept layers.
+
+    Build the small config from the whole dictionary, so that checks across fields run.
+    """
     values = {key: value for key, value in config.to_dict().items() if key not in OTHERS}
     n_experts = max(8, 2 * (values.get("n_group") or 1))
     return {key: _Shrinking(scale, n_experts).of(key, value) for key, value in values.items()}
@@ -70,7 +72,7 @@ class _Shrinking:
         return self._count(key, value) if COUNTS.search(key) else self._number(key, value)
 
     def _dictionary(self, value: dict[Any, Any]) -> dict[Any, Any]:
-        """With layers' numbers as keys: those of the kept layers."""
+        """Shrinks a dictionary. If its keys are numbers of layers, keeps those of the kept layers."""
         numbers = all(str(key).isdigit() and int(key) < self.scale.n_layers for key in value)
         if value and numbers and all(isinstance(part, dict) for part in value.values()):
             kept = {int(key): part for key, part in value.items()}
@@ -90,12 +92,12 @@ class _Shrinking:
         return [self.of(key, part) for part in value]
 
     def _sections(self, value: list[int]) -> list[int]:
-        """Parts of a head: their sum is made small, and their ends with it."""
+        """Shrinks the parts of a head by dividing their ends. So their sum becomes the small width."""
         ends = [end // self.scale.width for end in accumulate(value)]
         return [end - start for start, end in pairwise([0, *ends])]
 
     def _numbers_layers(self, value: list[Any]) -> bool:
-        """Is it a list of some layers' numbers?"""
+        """Says whether this is a list of some layers' numbers."""
         whole = bool(value) and all(type(part) is int for part in value)
         return whole and value == sorted(set(value)) and value[0] >= 0 and value[-1] < self.scale.n_layers
 
