@@ -94,8 +94,8 @@ def operations(
     # Backward is one forward for the gradient of the inputs, and one for that of the weights if they train.
     backward = 2 if recipe.adapter is None else 1
     again = 1 if recipe.model.activation_checkpointing == "full" else 0
-    # The head takes two a weight and row for the logits, and two for the gradient of the hidden states. If its
-    # weight trains, backward computes the logits again and then that weight's gradient.
+    # The head takes two a weight and row for the logits, and two for the gradient of the hidden states. If
+    # its weight trains, backward computes the logits again and then that weight's gradient.
     head = 8.0 if recipe.adapter is None else 4.0
     return forward * ((2 if cached else 1) + backward + again) + head_rows * head * head_parameters
 

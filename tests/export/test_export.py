@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from llm2vec_ds import Encoder, UserError
 from llm2vec_ds.demo import model as demo_model
 from llm2vec_ds.export.card import licence, origin
 from llm2vec_ds.export.export import ExportOptions, export
+from llm2vec_ds.export.gguf.export import export_gguf
+from llm2vec_ds.export.onnx.export import export_onnx
 from llm2vec_ds.model.pooling import POOLINGS
 from tests.support.encoder_folders import TEXTS, cosines, make
 from tests.support.model_types import build
@@ -228,14 +231,14 @@ def test_what_cannot_be_exported_is_refused(settings: dict[str, Any], said: str,
     export(source, tmp_path / "out", ExportOptions(format="transformers"))
 
 
-@pytest.mark.parametrize("format_", ["sentence-transformers", "onnx", "gguf"])
+@pytest.mark.parametrize("write", [export, export_onnx, export_gguf])
 def test_a_pooling_that_a_format_does_not_know_is_refused(
-    format_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(POOLINGS, "first_and_last", POOLINGS["mean"])
     source = make(tmp_path / "encoder", pooling="first_and_last")
     with pytest.raises(UserError, match="no pooling 'first_and_last': use --format"):
-        export(source, tmp_path / f"out.{format_}", ExportOptions(format=format_))
+        write(source, tmp_path / "out", ExportOptions())
 
 
 def test_wrong_options_are_refused(tmp_path: Path) -> None:
