@@ -231,14 +231,16 @@ def test_what_cannot_be_exported_is_refused(settings: dict[str, Any], said: str,
     export(source, tmp_path / "out", ExportOptions(format="transformers"))
 
 
-@pytest.mark.parametrize("write", [export, export_onnx, export_gguf])
+@pytest.mark.parametrize(
+    ("write", "name"), [(export, "folder"), (export_onnx, "folder"), (export_gguf, "file.gguf")]
+)
 def test_a_pooling_that_a_format_does_not_know_is_refused(
-    write: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[..., Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(POOLINGS, "first_and_last", POOLINGS["mean"])
     source = make(tmp_path / "encoder", pooling="first_and_last")
     with pytest.raises(UserError, match="no pooling 'first_and_last': use --format"):
-        write(source, tmp_path / "out", ExportOptions())
+        write(source, tmp_path / name, ExportOptions())
 
 
 def test_wrong_options_are_refused(tmp_path: Path) -> None:
