@@ -54,8 +54,8 @@ def workload(recipe: Recipe, world_size: int) -> Workload:
     batch = recipe.batch
     if batch.global_batch_size < world_size:
         raise UserError(
-            f"batch.global_batch_size={batch.global_batch_size} is too small for {world_size} ranks, each of "
-            "which needs an example: raise it, or plan for fewer GPUs"
+            f"batch.global_batch_size={batch.global_batch_size} leaves some of {world_size} ranks without "
+            "an example: raise it, or plan for fewer GPUs"
         )
     examples = -(-batch.global_batch_size // world_size)
     work = objective_of(recipe).planned_work(recipe)

@@ -44,7 +44,7 @@ def check_costs_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Cause and mend in one line, no traceback, nothing half-done.
+    """Runs a mistake: one line says what is wrong and what to do, without a traceback or half-done files.
 
     In the mistake `TMP` stands for `folder`, `MODEL` for `model`, `ROOT` for where commands run, `RECIPE` for
     a recipe that would be fine but for the mistake's changes.
