@@ -20,6 +20,7 @@ from llm2vec_ds.ablation.recipe import AblationRecipe, runs_of
 from llm2vec_ds.demo.model import demo_model_dir
 from llm2vec_ds.demo.text import training_text
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.engine.metrics import training_totals
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.identity import result_key, weights_key
 from llm2vec_ds.evaluate.word_level import ProbeOptions
@@ -205,6 +206,7 @@ class Ablation:
             "budget": self.budget,
             "model": self.model,
             "scores": results,
+            "runs": self._totals(list(results)),
             "versions": versions(),
             "hardware": hardware(),
         }
@@ -212,6 +214,16 @@ class Ablation:
             replace_json(self.output / "results.json", summary)
             replace_text(self.output / "table.md", table(results) + "\n")
         return summary
+
+    def _totals(self, variants: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+        """Returns what training took, by run and seed, of the runs that are finished."""
+        totals: dict[str, dict[str, dict[str, float]]] = {}
+        for run in runs_of(variants):
+            for seed in self.recipe.seeds:
+                folder = self._run_folder(run, seed)
+                if folder.with_name(f"{run}.done").exists():
+                    totals.setdefault(run, {})[str(seed)] = training_totals(folder)._asdict()
+        return totals
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import yaml
 from llm2vec_ds.demo.model import demo_model_dir
 from llm2vec_ds.demo.text import DemoText, held_out_retrieval, training_text
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.engine.metrics import training_totals
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.retrieval import RetrievalSet, ndcg_at_10
 from llm2vec_ds.evaluate.sts import GradedPairs, load_graded_pairs, own_graded_pairs, sts_spearman
@@ -229,12 +230,11 @@ def _train(recipe: Path) -> None:
 
 def _trained(folder: Path) -> dict[str, Any]:
     """Returns what the run itself logged: tokens, speed, and held-out measurements at its start and end."""
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    n_tokens = sum(step["n_tokens"] for step in steps)
+    totals = training_totals(folder)
     result: dict[str, Any] = {
-        "steps": len(steps),
-        "trained_tokens": n_tokens,
-        "tokens_per_s": round(n_tokens / sum(step["step_ms"] for step in steps) * 1e3, 1),
+        "steps": totals.steps,
+        "trained_tokens": totals.trained_tokens,
+        "tokens_per_s": round(totals.trained_tokens / totals.training_s, 1),
     }
     held_out = folder / "held_out.jsonl"
     if held_out.exists():

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -62,6 +62,23 @@ def step_metrics(
         "comm_bytes": sent_bytes.total(),
         "comm_bytes_by_kind": dict(sent_bytes),
     }
+
+
+class TrainingTotals(NamedTuple):
+    """What a run's training took. `training_s` is the time of its steps, without measurements."""
+
+    steps: int
+    trained_tokens: int
+    training_s: float
+
+
+def training_totals(folder: Path) -> TrainingTotals:
+    """Sums the metrics.jsonl of a run's folder, which must be finished."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    return TrainingTotals(
+        len(steps), sum(step["n_tokens"] for step in steps), sum(step["step_ms"] for step in steps) / 1e3
+    )
 
 
 class MetricsLog:

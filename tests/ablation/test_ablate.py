@@ -95,6 +95,9 @@ def test_an_ablation_goes_on_where_it_stopped(
         "bi+mntp": 2,
         "bi+mntp+simcse": 1,
     }
+    totals = {run: by_seed["1"] for run, by_seed in result["runs"].items()}
+    assert {run: values["steps"] for run, values in totals.items()} == {"bi+mntp": 2, "bi+mntp+simcse": 1}
+    assert all(values["trained_tokens"] > 0 < values["training_s"] for values in totals.values())
     assert (output / "table.md").read_text().count("\n") == 2 + len(recipe.variants)
     monkeypatch.setattr("llm2vec_ds.ablation.run.run_command", lambda *a: pytest.fail("trained again"))
     monkeypatch.setattr("llm2vec_ds.evaluate.mteb.measure", lambda *a: pytest.fail("measured again"))
