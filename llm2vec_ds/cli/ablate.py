@@ -50,7 +50,7 @@ def ablate(
         str | None, typer.Option(help="One of the budgets in the recipe, such as quick or full.")
     ] = None,
 ) -> None:
-    """Train and measure the paper's variants: uni, bi, bi+mntp, bi+simcse, bi+mntp+simcse.
+    """Train and measure variants, such as the paper's: uni, bi, bi+mntp, bi+simcse, bi+mntp+simcse.
 
     Use it to see what each step adds. It prints a table, and writes table.md and report.html.
     """

@@ -209,7 +209,7 @@ def merge(
     original: Annotated[
         str | None,
         typer.Option(
-            help="For a run over NF4: folder or hub id of the original model. Default: the trained one.",
+            help="For a run over NF4: folder or hub id of the original model. Default: the run's own base.",
             callback=expanded,
         ),
     ] = None,

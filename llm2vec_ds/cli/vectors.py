@@ -84,7 +84,7 @@ def encode(
     ] = None,
     prompt_name: Annotated[
         str | None,
-        typer.Option(help="Name of an instruction that the encoder stores. Replaces --instruction."),
+        typer.Option(help="Name of an instruction that the encoder stores. Give this or --instruction."),
     ] = None,
     normalize: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = False,
     truncate_dim: Annotated[
@@ -153,7 +153,7 @@ def search(
     instruction: Annotated[str | None, typer.Option(help="Goes before the query.")] = None,
     prompt_name: Annotated[
         str | None,
-        typer.Option(help="Name of an instruction that the encoder stores. Replaces --instruction."),
+        typer.Option(help="Name of an instruction that the encoder stores. Give this or --instruction."),
     ] = None,
 ) -> None:
     """Print the texts nearest to a query: cosine, row and text, nearest first."""

@@ -75,9 +75,10 @@ def template_for(choice: str | None, tokenizer: Any) -> Template:
         )
     if any(added_ids(tokenizer)):
         log.warning(
-            "data.template=chat: this encoder can only be exported with --format transformers. The chat "
-            "template replaces the special tokens that the tokenizer adds, and sentence-transformers cannot "
-            "leave those out. To export in other formats, write out a form in data.template"
+            "data.template=chat: --format sentence-transformers and onnx cannot export this encoder, but "
+            "--format transformers can. The chat template replaces the special tokens that the tokenizer "
+            "adds, and sentence-transformers cannot leave those out. To export in all formats, write out a "
+            "form in data.template that ends with {text}"
         )
     return Template(rendered.replace(_PROBE, PLAIN), special_tokens=False)
 

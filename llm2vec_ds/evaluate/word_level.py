@@ -2,8 +2,8 @@
 
 The paper is BehnamGhader et al., 2024, arXiv 2404.05961. The settings are those of the authors' published
 configuration: dropout 0.1 on the word's vector, AdamW at 5e-4, 8 sentences per step, 4000 steps. One thing
-differs. Their learning rate falls linearly over a longer run that stops early, by under a quarter. Here it is
-constant.
+differs. Their learning rate falls linearly over a longer run, which they stop early. Until then it has lost
+less than a quarter. Here it is constant.
 """
 
 from __future__ import annotations

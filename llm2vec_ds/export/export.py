@@ -62,7 +62,7 @@ class ExportOptions:
     Attributes:
         dtype: auto keeps the dtype of the encoder's folder (ONNX: fp32).
         prompts: additional instructions by name.
-        format: one of FORMATS; only `export` reads it.
+        format: `export` takes one of FORMATS. The functions for ONNX and GGUF do not read it.
         card: additional contents of the model card.
     """
 

@@ -46,8 +46,10 @@ def mix(
     Args:
         sources: folders of encoders or runs, or untrained LLMs (folder or hub id).
         weights: one for each source, 1 in total. None: equal weights, or with `measure` the best of the
-            curve. measure: measures the curve of two sources, from only the first to only the second.
-            n_points: number of points of the curve.
+            curve.
+        measure: measures the mixture. Without `weights`, it measures the curve of two sources, from only the
+            first to only the second.
+        n_points: number of points of the curve.
 
     Returns:
         The curve, or the one point that was measured; [] without `measure`. `output/merge.json` has it, too.

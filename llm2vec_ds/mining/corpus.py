@@ -47,7 +47,7 @@ class Corpus:
 
     Attributes:
         pairs: `[n, 2]`, the number of the query, and the number of its positive among the documents.
-        n_candidates: the first documents, this many, are the corpus. Positives outside the corpus follow.
+        n_candidates: this many documents, from the first on, are the corpus. Positives outside it follow.
     """
 
     queries: DistinctTexts

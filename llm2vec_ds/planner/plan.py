@@ -324,7 +324,7 @@ def _two_sizes(
 ) -> tuple[tuple[int, PassBytes], tuple[int, PassBytes]]:
     """Returns the bytes of a pass of the planned size, and of a pass twice as large.
 
-    Runs two layers, then three. The difference is one layer, which is added for each of the other layers.
+    Runs three layers, then two. The difference is one layer, which is added for each of the other layers.
     """
     few, more = min(2, n_layers), min(3, n_layers)
     model.cut(more)

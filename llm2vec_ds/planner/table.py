@@ -19,7 +19,7 @@ MEANINGS = {
     "logits_chunk": "largest chunk of logits: part of the temporaries",
     "embedding_bank": "a step's vectors while the loss runs",
     "graphs": "outputs of recorded passes (CUDA graphs)",
-    "reserved": "CUDA context, libraries, fragmentation",
+    "reserved": "libraries (CUDA or Python), fragmentation",
 }
 
 

@@ -25,8 +25,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Returns the file's object, without keys that begin with `_`.
 
     Raises:
-        UserError: the file is missing or holds no JSON object. Or it has an "auto" that the recipe does not
-            replace.
+        UserError: the file is missing or holds no JSON object, or one of its sections is no object. Or it has
+            an "auto" that the recipe does not replace.
     """
     if not Path(path).is_file():
         raise UserError(f"DeepSpeed config {path} not found: see ds_configs/ for ready ones")

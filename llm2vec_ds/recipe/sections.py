@@ -42,7 +42,7 @@ class ModelConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
     """What the backward pass computes again. `none`: nothing. `selective`: norms and gated units, while
     results of matrix products and attention stay in memory (docs/performance.md). `full`: whole layers, which
-    needs the least memory and about a third more time."""
+    needs the least memory and takes about a third more time."""
     fused_layers: Literal["auto", "off"] = "auto"
     """`auto` runs norms, rotary embeddings and gated units as one operation each, if their code is known
     (docs/kernels.md). `off` leaves them to transformers."""
@@ -202,7 +202,7 @@ class WordsConfig(Section):
     column: str = "upos"
     """Column of the labels."""
     max_sentences: Positive | None = None
-    """Read only the first sentences of each file, this many. null: all."""
+    """Read only this many sentences of each file, from the start. null: all."""
     max_steps: Positive = 4000
     """Training steps of the linear layer."""
 

@@ -3,7 +3,7 @@
     .NAME.unfinished-RANDOM ─► written, flushed to the disk ─► replaces NAME in one step
 
 A manifest in the folder lists the files that this toolkit wrote. Only these are replaced. All other files
-move to the new folder. A folder without a manifest is never changed.
+move to the new folder. A folder with files, but none of this toolkit, is refused.
 """
 
 from __future__ import annotations
@@ -165,7 +165,10 @@ def resolved(path: Path, what: str) -> Path:
 
 
 def written_files(folder: Path) -> set[str]:
-    """Returns the files that this toolkit wrote into the folder, relative to it. None without a manifest."""
+    """Returns the files that this toolkit wrote into the folder, relative to it. The set may be empty.
+
+    Without a manifest, version 0.1 may have written the folder. Then its files are known by their names.
+    """
     try:
         manifest = checked_json((folder / MANIFEST).read_bytes(), Manifest)
     except FileNotFoundError:

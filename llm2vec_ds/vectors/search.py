@@ -53,7 +53,7 @@ def search(
         model: the encoder. None: the one that the index names.
         texts: the file of the texts. None: the input that the index names.
         instruction: goes before the query.
-        prompt_name: name of an instruction that the encoder stores. Replaces `instruction`.
+        prompt_name: name of an instruction that the encoder stores. Give this or `instruction`, not both.
 
     Raises:
         UserError: index, model or texts do not exist, or do not belong together.

@@ -84,7 +84,7 @@ class LossOutcome(NamedTuple):
 
     Attributes:
         share: this rank's share of the loss. The shares of all ranks add up to the loss.
-        n_hits: how many of this rank's queries score their positive above every negative.
+        n_hits: how many of this rank's queries score their positive above every other document that counts.
         guided_Q: how many documents the guide leaves out for each query.
     """
 

@@ -59,7 +59,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         loss_Q: the loss.
-        hit_Q: whether the positive beats every negative (bool).
+        hit_Q: whether the positive beats every other document that counts (bool).
         guided_Q: how many documents are no negatives only because of the guide (fp32).
     """
 
