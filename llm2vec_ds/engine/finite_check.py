@@ -74,7 +74,7 @@ class FiniteCheck:
             describe: maps a row number to a few words of the text.
 
         Raises:
-            NonFiniteError: something was not finite on any rank.
+            NonFiniteError: something was not finite on at least one rank.
         """
         seen, self._seen = self._seen, []
         flag_M = torch.stack([flag for flag, _ in seen])

@@ -57,7 +57,7 @@ def layers_keep_origins(trunk: Any) -> bool:
     """Says whether backward can recompute norms and gated units from their origins (`origins.py`).
 
     Every adapter must be a plain `LoraLinear`, since only that knows origins. Nothing but adapters may train.
-    The norms and gated units must be known ones.
+    There must be a known norm and a known gated unit.
     """
     adapted = [layer for layer in trunk.modules() if isinstance(layer, LoraLayer)]
     if not adapted or not all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in adapted):
