@@ -15,8 +15,8 @@ me=train_7b asked='' interrupted='' training='' too_early='asked to stop before 
 
 usage() {
   cat <<'TEXT'
-Runs one training stage as a SLURM job, one task for each GPU. After a kill, a preemption or the time limit, it
-resumes by itself.
+Runs one training stage as a SLURM job, one task for each GPU. After a preemption, the time limit or a lost
+node, it resumes by itself.
 
   source slurm/site.env                     # partition, account, caches: once in a shell
   sbatch slurm/train_7b.sh                  # Mistral-7B, MNTP, 4 nodes of 8 GPUs

@@ -5,5 +5,5 @@
 - `row_ops`: RMSNorm, rotary embedding, gated units and dropout, on a CPU and in Triton.
 - `products`: fp32 matrix products on a CPU, by the faster of two libraries.
 
-The specification of each folder is its `reference.py`: the same in plain PyTorch, slow and obvious.
+A folder's `reference.py` is the specification of its kernels: the same in plain PyTorch, slow and obvious.
 """

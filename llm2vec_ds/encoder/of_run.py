@@ -1,4 +1,4 @@
-"""Finds the encoder of a run's folder: whether a folder holds a run, whether it has finished, where it is.
+"""Says whether a folder holds a run, whether that run has finished, and where its encoder is.
 
 A run's folder may be given in place of its encoder. engine/run_folder.py says what such a folder holds.
 """
@@ -64,7 +64,7 @@ def encoder_of(place: str) -> str:
 
 
 def with_encoders_of_runs(recipe: Recipe) -> Recipe:
-    """Returns the recipe with runs replaced by their encoders in `model.path` and other keys of models.
+    """Returns the recipe with runs replaced by their encoders in every key that names a model.
 
     Raises:
         UserError: as `encoder_of`.

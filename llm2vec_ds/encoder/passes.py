@@ -68,7 +68,7 @@ class HalvedWhereFull:
 
 
 def one_ahead(items: Iterable[A]) -> Iterator[A]:
-    """Yields each item after the next one was made.
+    """Yields each item once the next one has been made.
 
     Making an item only starts work on the GPU. So the GPU already has the next item's work while the caller
     waits for this one.

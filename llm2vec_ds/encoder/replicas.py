@@ -62,10 +62,10 @@ class Replicas(Generic[M]):
         self._modules = [module.to(first), *(copy.deepcopy(module).to(device) for device in others)]
 
     def map(self, function: Callable[[M, T], R], items: Iterable[T]) -> Iterator[R]:
-        """Yields `function(module, item)` for each item, in order. Each device takes the next item when it is
-        free.
+        """Yields `function(module, item)` for each item, in order.
 
-        Threads are enough, because the work that takes time runs outside of Python.
+        Each device takes the next item when it is free. Threads are enough, because the work that takes time
+        runs outside of Python.
         """
         free: SimpleQueue[M] = SimpleQueue()
         for module in self._modules:

@@ -34,7 +34,7 @@ def save_trunk(trunk: Any, folder: Path, state_dict: dict[str, torch.Tensor] | N
         number = re.search(r"os error (\d+)", str(error))
         reason = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
         raise OSError(*reason) from None
-    # Files of safetensors are readable only for their owner. They get the permissions of config.json.
+    # Only the owner can read files that safetensors writes. They get the permissions of config.json.
     for weights in folder.glob("*.safetensors"):
         weights.chmod((folder / "config.json").stat().st_mode)
 

@@ -97,7 +97,7 @@ class CheckpointStore:
                 returns their hashes.
 
         Raises:
-            UserError: any rank could not write. Every rank raises it, and earlier checkpoints stay.
+            UserError: a rank could not write. Every rank raises it, and earlier checkpoints stay.
         """
         folder = self.folder / f"step-{manifest.step:08d}"
         unfinished = folder.with_name(f".unfinished-{folder.name}")

@@ -66,7 +66,7 @@ def use_graphs(recipe: Recipe, stage: Stage, engine: Engine) -> GraphedTrunk | N
 def _obstacle(recipe: Recipe, stage: Stage, engine: Engine) -> str | None:
     """Says why the trunk cannot be recorded, or why that does not pay. All ranks get the same answer.
 
-    None: nothing speaks against it.
+    None: it can be recorded, as far as is known, and it pays.
     """
     trunk, device = stage.encoder.trunk, stage.encoder.device
     if device.type != "cuda":

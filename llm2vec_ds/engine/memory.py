@@ -76,7 +76,7 @@ def planned_mib(planned: Memory, device: torch.device) -> float:
 def explain_full_memory(
     recipe: Recipe, device: torch.device, planner: Planner | None, error: BaseException
 ) -> str:
-    """Returns one line: what is full, what was planned, and what to lower."""
+    """Returns one line: what is full, how much is held and was planned, and what to lower."""
     which = full_memory(error)
     parts_of_message = [f"{which} is full"]
     if which == GPU and device.type == "cuda":

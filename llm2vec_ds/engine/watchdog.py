@@ -20,7 +20,7 @@ EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 
 
 class Watchdog:
-    """Watches one piece of work at a time, from its own thread. A collective cannot be interrupted.
+    """Watches one piece of work at a time, from its own thread, because a collective cannot be interrupted.
 
     Args:
         timeout_s: the longest time for one step, measurement or save. 0 turns the watchdog off.

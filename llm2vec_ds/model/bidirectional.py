@@ -24,8 +24,8 @@ def with_causal(config: Any, causal: bool) -> Any:
     """Returns the config of the same model, causal or bidirectional. Build the model from this config.
 
     Some configs have their own flag, which also narrows the sliding window (`use_bidirectional_attention`:
-    true in Gemma 3, `all` in Gemma 4). They get that flag and not `is_causal`. Servers of such models read
-    the flag. With both flags the window would differ by one from theirs.
+    true in Gemma 3, `all` in Gemma 4). To be bidirectional, they get that flag and not `is_causal`.
+    Servers of such models read the flag. With both flags the window would differ by one from theirs.
     """
     both_ways = _own_flag(config)
     if both_ways is None:

@@ -91,7 +91,9 @@ def resolve(path: str, adapters: Sequence[str | Path] = ()) -> Stack:
         stack.insert(0, folder)
         named = _config(folder).get("base_model_name_or_path")
         if not named or named == base:
-            raise UserError(f"{folder / CONFIG} names no base model: give one, with this as its adapter")
+            raise UserError(
+                f"{folder / CONFIG} names no base model: use Encoder.from_pretrained(MODEL, adapters=[…])"
+            )
         base = str(named)
     return Stack(base, tuple(stack))
 

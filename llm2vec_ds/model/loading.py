@@ -58,8 +58,8 @@ class TrunkOptions:
 
     Attributes:
         causal: None keeps what the folder says. An LLM is then bidirectional.
-        partition: makes a context in which each rank reads its part of the weights (ZeRO-3). All ranks must
-            load together.
+        partition: makes a context in which each rank keeps only its part of the weights (ZeRO-3). All ranks
+            must load together.
         quantization: None or `nf4`.
         fused_layers: `auto` or `off`.
     """

@@ -1,6 +1,6 @@
 """A linear layer and its LoRA adapter as one operation (Hu et al., 2021, arXiv 2106.09685).
 
-peft computes LoRA layer by layer. That passes over the wide output four more times: the update is written,
+peft computes LoRA step by step. That passes over the wide output four more times: the update is written,
 scaled and added, and its gradient is scaled. Here the matrix product that makes the update also scales it and
 adds it to the output. The update's part of the input's gradient is added in the same way.
 

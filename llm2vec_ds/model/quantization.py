@@ -68,8 +68,7 @@ def checkpoint_bits(config: Any, path: str, wanted: str | None) -> int | None:
 
 
 def adopt_nf4(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes a model from an NF4 checkpoint equal to one that `nf4_config(dtype)` loads: the same bytes as
-    `dtype`."""
+    """Stores the bytes of an NF4 checkpoint's model as `dtype`, as if `nf4_config(dtype)` had loaded it."""
     for parameter in model.parameters():
         if not is_quantized(parameter) and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

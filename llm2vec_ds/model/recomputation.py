@@ -25,9 +25,10 @@ def recompute_activations(trunk: Any, which: Recomputation) -> str:
 
     Args:
         which: `none` keeps everything. `full` recomputes whole layers. `selective` keeps matrix products and
-            attention, and recomputes norms, rotary embeddings and gated units. These take little time and
-            half of the memory. The name `selective` is from Korthikanti et al., 2022, arXiv 2205.05198. They
-            recompute the scores of attention, which fused attention does not hold.
+            attention. It recomputes norms and gated units, and operation by operation also rotary embeddings.
+            These take little time and half of the memory. The name `selective` is from Korthikanti et al.,
+            2022, arXiv 2205.05198. They recompute the scores of attention, which fused attention does not
+            hold.
 
     Returns:
         What was done, for a log.
@@ -45,7 +46,8 @@ def recompute_activations(trunk: Any, which: Recomputation) -> str:
             "context_fn": lambda: tuple(_Fresh(dropouts, context) for context in contexts()),
         }
     )
-    return "full" if which == "full" else "selective, operation by operation: a layer has unknown parts"
+    why = "more trains than plain adapters, or a layer has unknown parts"
+    return "full" if which == "full" else f"selective, operation by operation: {why}"
 
 
 def runs_layers_twice(trunk: Any) -> bool:
@@ -57,7 +59,7 @@ def layers_keep_origins(trunk: Any) -> bool:
     """Says whether backward can recompute norms and gated units from their origins (`origins.py`).
 
     Every adapter must be a plain `LoraLinear`, since only that knows origins. Nothing but adapters may train.
-    The norms and gated units must be known ones.
+    There must be a known norm and a known gated unit.
     """
     adapted = [layer for layer in trunk.modules() if isinstance(layer, LoraLayer)]
     if not adapted or not all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in adapted):

@@ -65,8 +65,8 @@ class RopeByText(nn.Module):
     def _longrope(self, x: torch.Tensor, position_ids: torch.Tensor, of_layer: dict[str, str]) -> Angles:
         """Computes both sets of angles for all tokens and chooses for each token.
 
-        So it never waits for the device. transformers takes the long factors if a position reaches the limit.
-        So one such position is added, and its angles are cut off again.
+        So no value is read from the device here. transformers takes the long factors if a position reaches
+        the limit. To get them, one such position is added, and its angles are cut off again.
         """
         parameters = self.rope.config.rope_parameters
         parameters = parameters[of_layer["layer_type"]] if of_layer else parameters
@@ -90,7 +90,7 @@ class RopeByText(nn.Module):
     def _anew(self, x: torch.Tensor, position_ids: torch.Tensor, of_layer: dict[str, str]) -> Angles:
         """Calls the embedding as if it were new.
 
-        It keeps the stretch of the longest text so far. A text of one token resets that.
+        The embedding keeps the stretch of the longest text so far. A text of one token resets it.
         """
         self.rope(x, position_ids.new_zeros(1, 1), **of_layer)
         return self.rope(x, position_ids, **of_layer)

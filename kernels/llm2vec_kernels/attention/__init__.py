@@ -1,4 +1,4 @@
-"""Attention over a packed stream of texts. These names are the interface for other packages."""
+"""Attention over a packed stream of texts. Most callers need only these names."""
 
 from llm2vec_kernels.attention.api import (
     ATTENTION_NAMES,

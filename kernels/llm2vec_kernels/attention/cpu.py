@@ -43,7 +43,7 @@ def _runs_of(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def window_mask(length: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor | None:
-    """Returns a mask `[L, L]` bool for a window that is shorter than the text. None: no key is hidden."""
+    """Returns a mask `[L, L]` bool for a window that is shorter than the text. None: it hides no key."""
     if window is None or window >= length - 1:
         return None
     ones_LL = torch.ones(length, length, dtype=torch.bool, device=device)

@@ -15,7 +15,7 @@ import torch
 
 MAX_HEAD_DIM = 256
 SHORT_TEXT_TOKENS = 64
-"""If no text is longer, the smaller tiles of `SHORT_HALF_TILES` are used."""
+"""If no text is longer, fp16 and bf16 use the tiles of `SHORT_HALF_TILES`, up to the head dims in it."""
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,9 @@ def block_log_sum_exp(
         hardness: a negative counts exp(hardness · q·d) times in the sum. The gradient takes this factor as a
             constant (cf. Robinson et al., 2021, arXiv 2010.04592).
         tile_mib: size of the score tile in MiB. It holds at least 64 rows.
-        precision: the format that products of fp32 vectors round operands to. Results stay fp32. Scores of
-            vectors of length 1 are off by at most 2⁻⁸ · scale in `bf16`, and 2⁻¹¹ · scale in `tf32`.
+        precision: the format that products of fp32 vectors round operands to. Results stay fp32. `bf16` keeps
+            8 significant bits, and `tf32` 11. Scores of vectors of length 1 are off by at most 2⁻⁷ · scale in
+            `bf16`, and mostly by far less.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
@@ -166,9 +167,10 @@ def info_nce(
     is about one tile.
 
     Gradients are computed with the loss while the tile is there: three matrix products, as with the full
-    matrix. The documents' gradient is summed for equal upstream weights. If weights differ from row to row,
-    backward recomputes it with two more products. For fp16 and bf16 its fp32 total would be as large as two
-    gradients. So backward alone computes it, with one more product.
+    matrix. The documents' gradient is then summed for equal upstream weights. If the weights differ from row
+    to row, backward computes it again from recomputed scores: five products in all. For fp16 and bf16 its
+    fp32 total would take as much memory as two gradients. So only backward computes it, from recomputed
+    scores: four products in all.
     """
     if len(positive_Q) and not 0 <= int(positive_Q.min()) <= int(positive_Q.max()) < len(document_ND):
         raise ValueError(f"positive_Q must be rows of document_ND, 0 to {len(document_ND) - 1}")

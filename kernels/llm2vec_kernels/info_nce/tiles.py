@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 MIN_TILE_ROWS = 64
-"""A tile has at least this many rows. With fewer, reading the documents would limit the matrix product."""
+"""A tile has at least this many rows, or all queries. With fewer, reading documents limits the product."""
 CHUNK_ELEMENTS = 1 << 21
 """Elements that one pass touches before the next pass starts. 8 MiB in fp32 stay in the processor's cache."""
 HELD_ELEMENTS = 1 << 24

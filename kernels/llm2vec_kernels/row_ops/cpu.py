@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 ELEMENTS_PER_THREAD = 2**17
-"""Elements of a chunk: half a MiB in fp32. Smaller chunks fit a nearer cache but were slower: starting an
-operation counts more then."""
+"""Elements of a chunk: half a MiB in fp32. Smaller chunks fit a nearer cache, but then the start of each
+operation counts more."""
 
 FEW_ELEMENTS = 2**16
 """Up to this size, starting an operation costs more than moving its memory."""

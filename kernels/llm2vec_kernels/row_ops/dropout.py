@@ -1,7 +1,7 @@
 """Dropout (Srivastava et al., 2014) by a mask that needs almost no memory until backward.
 
-On a GPU a mask is a seed, from which random numbers are made again. On a CPU it is the positions of the
-dropped elements, which are few.
+A mask is a seed, from which random numbers are made again. On a CPU, unless the caller gives seeds, it is the
+positions of the dropped elements, which are few.
 
 Nothing here scales by 1 / (1 − p). The caller puts this into a factor that it applies anyway.
 

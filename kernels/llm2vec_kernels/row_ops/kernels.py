@@ -244,8 +244,8 @@ def drop_kernel(
 ):
     """Computes out = x or out += x for elements that are not dropped.
 
-    One call of Philox makes four random words, so a program works on four blocks. The mask depends on seed,
-    BLOCK and an element's number alone.
+    One call of Philox makes four random words, so a program works on four blocks. An element's
+    random number depends on seed, BLOCK and the element's own number alone.
     """
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(0).to(tl.int64)

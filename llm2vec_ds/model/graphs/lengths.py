@@ -6,9 +6,10 @@ import math
 from bisect import bisect_left
 
 RATIO = 1.25
-"""The largest ratio of neighbouring lengths. So filler adds a quarter to the cost of a pass at worst."""
+"""The largest ratio of neighbouring lengths. So filler adds at most a quarter to a pass of more than
+`SHORTEST` tokens."""
 MULTIPLE = 16
-"""Every length is a multiple of this. Kernels load 16 bytes at a time, and tensor cores take 16 rows."""
+"""Every length is a multiple of this. Kernels load 16 bytes, and tensor cores take 16 rows at a time."""
 SHORTEST = 64
 
 

@@ -29,7 +29,7 @@ class Recorder(Protocol):
         """
 
     def forget(self) -> None:
-        """Drops the memory of all recordings. None of them may be replayed afterwards."""
+        """Takes note that all recordings are gone. None of them may be replayed afterwards."""
 
 
 class CudaRecorder:

@@ -256,7 +256,7 @@ def _no_backward() -> None:
 
 
 class _Replayed(torch.autograd.Function):
-    """A replayed pass. `anchor` requires a gradient, so autograd calls `backward`. No other input does."""
+    """A replayed pass. `anchor` is the only input with a gradient. It makes autograd call `backward`."""
 
     @staticmethod
     def forward(

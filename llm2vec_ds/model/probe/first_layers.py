@@ -15,9 +15,10 @@ MOST = 16
 
 @contextmanager
 def first_layers(trunk: Any) -> Iterator[None]:
-    """Keeps only the first layers of the trunk in this context, and one layer of each kind among them.
+    """Keeps only the first layers of the trunk in this context, at most `MOST`.
 
-    Keeps all layers if they are in no list.
+    A layer of each kind is among them, unless the first of a kind comes later. Keeps all layers if they are
+    in no list.
     """
     layers = layers_of(trunk)
     kinds = [layer_kind(layer) for layer in layers]
