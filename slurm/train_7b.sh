@@ -23,7 +23,8 @@ node, it resumes by itself.
   sbatch [SBATCH-OPTION …] slurm/train_7b.sh [RECIPE] [KEY=VALUE …]
   sbatch --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 slurm/train_7b.sh recipes/qwen3_0.6b/mntp.yaml max_steps=500
 
-Submit it from the folder that holds slurm/. `--ntasks-per-node` and `--gpus-per-node` must be equal.
+Submit it from the folder that holds slurm/. A node runs one task per GPU, so
+`--ntasks-per-node` and `--gpus-per-node` are equal. A cluster without GPUs takes 0 GPUs (slurm/site.env).
   to stop it for good   touch OUTPUT_DIR/STOP   (saves and ends; remove STOP and submit again to resume)
   to move it now        scancel --batch --signal=USR1 JOB   (saves and goes back into the queue)
 Settings (slurm/site.env): LLM2VEC_DS_MAX_REQUEUES, LLM2VEC_DS_PREFLIGHT, LLM2VEC_DS_CONTAINER_IMAGE, …

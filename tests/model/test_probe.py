@@ -16,6 +16,7 @@ from llm2vec_ds.model.attention import register
 from llm2vec_ds.model.loading import TrunkOptions, load_trunk
 from llm2vec_ds.model.probe import checks, miniature, probe
 from llm2vec_ds.model.probe.checks import Check, Differs
+from llm2vec_ds.model.probe.first_layers import first_layers
 from llm2vec_ds.model.probe.miniature import MOST_PARAMETERS, CannotBuild, layer_kind, layers_of, miniatures
 from tests.support.model_types import SIZES, config_of
 from tests.support.tiny import tiny_llama, tiny_tokenizer
@@ -205,6 +206,14 @@ def test_without_a_miniature_the_first_layers_are_tried(
     with pytest.raises(UserError, match="layers.1.self_attn .* is not bidirectional"):
         probe.check_loaded(trunk, causal=False)
     assert len(trunk.layers) == 4
+
+
+def test_the_first_layers_reach_to_the_last_kind() -> None:
+    trunk = tiny_llama(vocab_size=404, num_hidden_layers=24).model
+    trunk.layers[20].self_attn.is_special = True
+    with first_layers(trunk):
+        assert len(trunk.layers) == 22
+    assert len(trunk.layers) == 24
 
 
 def test_without_a_miniature_a_wrong_type_is_refused_when_loaded(

@@ -10,15 +10,13 @@ from torch import nn
 
 from llm2vec_ds.model.probe.miniature import layer_kind, layers_of
 
-MOST = 16
-
 
 @contextmanager
 def first_layers(trunk: Any) -> Iterator[None]:
-    """Keeps only the first layers of the trunk in this context, at most `MOST`.
+    """Keeps only the first layers of the trunk in this context, so many that each kind of layer is there.
 
-    A layer of each kind is among them, unless the first of a kind comes later. Keeps all layers if they are
-    in no list.
+    The first ones stay, not a selection: some types choose a layer's mask by its place. Keeps all layers if
+    they are in no list.
     """
     layers = layers_of(trunk)
     kinds = [layer_kind(layer) for layer in layers]
@@ -29,7 +27,7 @@ def first_layers(trunk: Any) -> Iterator[None]:
         return
     parent, name = held
     whole = getattr(parent, name)
-    setattr(parent, name, whole[: min(n_first, MOST)])
+    setattr(parent, name, whole[:n_first])
     try:
         yield
     finally:
