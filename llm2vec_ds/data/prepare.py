@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from llm2vec_ds.data.prepared_folder import (
     FORMAT_VERSION,
@@ -46,6 +45,7 @@ from llm2vec_ds.data.prompts import (
 )
 from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
 from llm2vec_ds.errors import UserError, reason
+from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.recipe.sections import DataConfig
 from llm2vec_ds.storage.cache_folder import cache_root
 from llm2vec_ds.storage.durable import put_folder, replace_json
@@ -217,7 +217,7 @@ class _Preparation:
         progress = self._progress()
         left_out: Counter[str] = Counter()
         texts = self._stream(left_out)
-        with tqdm(desc="tokenise", unit=" texts", unit_scale=True, disable=None) as bar:
+        with Progress("tokenise", "text") as bar:
             # Texts of finished parts are read again but not tokenised. This counts again what is left out.
             bar.update(sum(1 for _ in islice(texts, progress.n_texts_read)))
             for text in texts:

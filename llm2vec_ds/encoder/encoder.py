@@ -12,7 +12,6 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack, plan_micro_batches
@@ -47,6 +46,7 @@ from llm2vec_ds.model.hidden_states import trunk_hidden_states
 from llm2vec_ds.model.imported import merge_adapters, resolve, tokenizer_place, upstream_settings
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.pooling import POOLINGS
+from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.storage.output_folder import replaced_folder
 
 log = logging.getLogger(__name__)
@@ -252,8 +252,7 @@ class Encoder(nn.Module):
             raise UserError(f"truncate_dim={truncate_dim}: vectors have {self.dimensions} dimensions")
         instruction = self._instruction(instruction, prompt_name)
         total = len(texts) if isinstance(texts, Sized) else None
-        hidden = None if show_progress else True  # None: tqdm shows a bar only on a terminal
-        with tqdm(total=total, desc="encode", unit="text", disable=hidden) as bar:
+        with Progress("encode", "text", total=total, shown=show_progress) as bar:
 
             def tokens(block: tuple[int, list[str | None]]) -> dict[int, TokenizedText]:
                 return self._tokenized(block[1], instruction, block[0], bad_texts)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.prompts import TokenizedText
@@ -19,6 +18,7 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.passes import tokens_of_a_pass
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.model.damage import check_ids, why_not_finite
+from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.storage.output_folder import replaced_folder
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def _vectors(
     was_training = encoder.training
     encoder.eval()
     budget = max(tokens_of_a_pass(encoder.device, micro_batch_tokens), encoder.settings.max_tokens)
-    with tqdm(total=len(texts), desc="words", unit="sentence", disable=None if progress else True) as bar:
+    with Progress("words", "sentence", total=len(texts), shown=progress) as bar:
         for group in plan_micro_batches([len(text) for text in texts], budget):
             batch = pack([texts[i] for i in group]).to(encoder.device)
             hidden_TD = encoder.hidden_states(batch).float().cpu()

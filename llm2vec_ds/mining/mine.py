@@ -22,7 +22,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_texts
 from llm2vec_ds.encoder.encoder import Encoder
@@ -33,6 +32,7 @@ from llm2vec_ds.mining.exact_search import ROUNDING, Limits, Ranked, best_rows
 from llm2vec_ds.mining.options import MiningOptions
 from llm2vec_ds.mining.reranker import Reranker
 from llm2vec_ds.process.full_memory import enough_memory
+from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.recipe.sections import PairsConfig
 from llm2vec_ds.storage.durable import move_file, replace_text, write_at
 from llm2vec_ds.storage.output_folder import check_reads_no_output
@@ -203,7 +203,7 @@ class _Mining:
             shape = (len(texts), self.encoder.trunk.config.hidden_size)
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         self._mapped(path, len(texts))  # checks that blocks of an earlier run are not damaged
-        with tqdm(total=len(texts), initial=n_done, desc=f"encode {kind}", unit="text", disable=None) as bar:
+        with Progress(f"encode {kind}", "text", total=len(texts), initial=n_done) as bar:
             for block in _blocks(n_done, len(texts), TEXTS_PER_BLOCK):
                 vectors = self._vectors(texts[block], instruction)
                 n_after = len(texts) - block[0]
@@ -235,7 +235,7 @@ class _Mining:
         known = known_positives(corpus.pairs)
         n_done, n_pairs = self.progress.n_searched, len(corpus.pairs)
         self.found.touch()
-        with tqdm(total=n_pairs, initial=n_done, desc="search", unit="pair", disable=None) as bar:
+        with Progress("search", "pair", total=n_pairs, initial=n_done) as bar:
             for block in _blocks(n_done, n_pairs, _pairs_per_block(self.options)):
                 query, positive = corpus.pairs[block].T
                 query_BD = torch.from_numpy(queries[query]).to(device)

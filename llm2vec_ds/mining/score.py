@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 from llm2vec_ds.data.scored_pairs import ScoredRow, stream_scored_rows
 from llm2vec_ds.data.sources import Source, find_source
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.mining.reranker import MAX_TOKENS, Reranker
+from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.recipe.sections import PairsConfig
 from llm2vec_ds.storage.durable import move_file, replace_json, write_at
 from llm2vec_ds.storage.fingerprint import files_in, key_of
@@ -117,7 +116,7 @@ class _Scoring:
                 batch_key="--batch-size",
             )
             n_done = self.progress.n_rows
-            with tqdm(total=n_rows, initial=n_done, desc="score", unit="row", disable=None) as bar:
+            with Progress("score", "row", total=n_rows, initial=n_done) as bar:
                 while block := list(islice(rows, ROWS_PER_BLOCK)):
                     self._append(block, self._scores(reranker, block))
                     bar.update(len(block))

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from llm2vec_ds.data.prompts import Prompt
 from llm2vec_ds.data.sources import Source, find_source
 from llm2vec_ds.data.text_rows import TextRows
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.teacher_model import Encode, load_teacher
+from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.recipe.sections import DataConfig
 from llm2vec_ds.storage.cache_folder import cache_root
 from llm2vec_ds.storage.durable import replace_json, write_at
@@ -186,7 +186,7 @@ class _Making:
             wanted = self.wanted
             encode = load_teacher(wanted.teacher, wanted.key, wanted.prompt, device or torch.device("cpu"))
             texts = islice(self._each_once(hashes), n_done, None)
-            with tqdm(total=len(hashes), initial=n_done, desc=wanted.key, unit="text", disable=None) as bar:
+            with Progress(wanted.key, "text", total=len(hashes), initial=n_done) as bar:
                 self._encode(texts, encode, n_done, len(hashes), bar)
         return [self.vectors.name]
 

@@ -38,7 +38,7 @@ class ModelConfig(Section):
     """The attention backend: `auto`, `triton`, `flash_attn` (the package), `varlen` (torch's) or `torch`.
     `auto` picks by device, and the log says which and why (docs/kernels.md)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of weights and activations. `auto`: bf16 on CUDA, fp32 on a CPU, where bf16 is very slow."""
+    """Precision of weights and activations. `auto`: bf16 on CUDA, fp32 on a CPU, where bf16 is often slow."""
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
     """What the backward pass computes again. `none`: nothing. `selective`: norms and gated units, while
     results of matrix products and attention stay in memory (docs/performance.md). `full`: whole layers, which
