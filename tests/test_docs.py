@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -71,6 +72,27 @@ def test_table_of_habits_is_that_of_the_code() -> None:
         names.setdefault(answer, []).append(f"`{name}`")
     rows = [f"| {', '.join(known)} | {answer} |" for answer, known in names.items()]
     check_table(KEYS, "| known elsewhere as | set here |\n|---|---|\n", rows)
+
+
+RESULTS = ROOT / "docs" / "results" / "2026-11-28_smollm2_cpu" / "results.json"
+SENTENCE_SCORES = ("STS-stsb_dev", "Retrieval-wikiqa", "Clustering-pairs", "Classification-pairs")
+WORD_TASKS = ("pos", "chunks", "entities")
+
+
+def test_the_table_of_results_is_that_of_the_numbers() -> None:
+    """`UPDATE_DOCS=1 pytest tests/test_docs.py` writes it."""
+    rows = []
+    for variant, by_seed in json.loads(RESULTS.read_text())["scores"].items():
+        (scores,) = by_seed.values()
+        cells = [f"{scores[name]:.3f}" for name in SENTENCE_SCORES]
+        for task in WORD_TASKS:
+            if f"{task}, same_token" in scores:
+                cells.append(f"{scores[f'{task}, same_token']:.3f}, **{scores[task]:.3f}**")
+            else:
+                cells.append(f"**{scores[task]:.3f}**, {scores[f'{task}, next_token']:.3f}")
+        rows.append(f"| {variant} | {' | '.join(cells)} |")
+    head = "| variant | STS-B dev | WikiQA | clustering | classification | tags | chunks | entities |\n"
+    check_table(ROOT / "docs" / "results.md", head + "|---" * 8 + "|\n", rows)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
