@@ -148,7 +148,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "too few": (
         {"scores": [1]},
         "…, line 1: column 'scores' has 1 scores for 2 documents (the positive, then the negatives): give "
-        "one each",
+        "one score per document",
     ),
     "no numbers": (
         {"scores": [1, "a", 2]},
