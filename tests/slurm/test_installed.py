@@ -65,7 +65,7 @@ def started(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that `init` of the installed package wrote, with a model in it."""
     folder = tmp_path_factory.mktemp("empty")
     said = run(installed / "llm2vec-ds", "init", cwd=folder)
-    assert f"{len(shipped())} files written" in said
+    assert f"wrote {len(shipped())} files" in said
     save_tiny_llama(folder / "model")
     return folder
 
