@@ -51,6 +51,14 @@ Tasks = Annotated[
         "name of an mteb task, with a subset if you like (STS17:en-en). Repeat it for more tasks.",
     ),
 ]
+ExcludeSelf = Annotated[
+    bool,
+    typer.Option(help="For retrieval:FOLDER: do not rank the document that has the query's own id."),
+]
+ResultsFolder = Annotated[
+    Path,
+    typer.Option(help="Folder for results. Tasks that it already holds do not run again.", callback=expanded),
+]
 InstructionsOfTasks = Annotated[
     str | None,
     typer.Option(
@@ -58,6 +66,29 @@ InstructionsOfTasks = Annotated[
         help="A JSON or YAML file {task: instruction} that replaces those of mteb's metadata. Or `none` for "
         "no instructions.",
         callback=expanded,
+    ),
+]
+TrainFile = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE",
+        help="Data to train on: a .conllu file, a CoNLL column file, or hub:owner/name@split.",
+        callback=expanded,
+    ),
+]
+TestFile = Annotated[
+    str, typer.Option(metavar="FILE", help="Data to measure on, in the same formats.", callback=expanded)
+]
+Column = Annotated[
+    str,
+    typer.Option(
+        help="Column of the labels: upos, xpos, a number (-1 is the last), or a name in a hub data set."
+    ),
+]
+ScoresFolder = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for scores.json. The encoder's vectors go into its folder features/.", callback=expanded
     ),
 ]
 
@@ -84,12 +115,6 @@ def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, 
     return in_training_evaluation(config)
 
 
-ExcludeSelf = Annotated[
-    bool,
-    typer.Option(help="For retrieval:FOLDER: do not rank the document that has the query's own id."),
-]
-
-
 @evaluate.command(
     epilog=examples(
         "evaluate mteb --model runs/simcse/encoder --task sts:pairs.csv",
@@ -107,12 +132,7 @@ def mteb(
     subset: Annotated[
         str | None, typer.Option(help="paper15: the 15 tasks of the paper. The list is not confirmed.")
     ] = None,
-    output: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for results. Tasks that it already holds do not run again.", callback=expanded
-        ),
-    ] = Path("mteb-results"),
+    output: ResultsFolder = Path("mteb-results"),
     exclude_self: ExcludeSelf = False,
     causal: Causal = None,
     instructions: InstructionsOfTasks = None,
@@ -176,31 +196,10 @@ def mteb(
 @kept("vectors of a finished file are kept; run the same command to go on")
 def words(
     model: Model,
-    train: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="Data to train on: a .conllu file, a CoNLL column file, or hub:owner/name@split.",
-            callback=expanded,
-        ),
-    ],
-    test: Annotated[
-        str,
-        typer.Option(metavar="FILE", help="Data to measure on, in the same formats.", callback=expanded),
-    ],
-    column: Annotated[
-        str,
-        typer.Option(
-            help="Column of the labels: upos, xpos, a number (-1 is the last), or a name in a hub data set."
-        ),
-    ] = "upos",
-    output: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for scores.json. The encoder's vectors go into its folder features/.",
-            callback=expanded,
-        ),
-    ] = Path("word-results"),
+    train: TrainFile,
+    test: TestFile,
+    column: Column = "upos",
+    output: ScoresFolder = Path("word-results"),
     causal: Causal = None,
     max_sentences: Annotated[
         int | None, typer.Option(metavar="N", help="Read only the first N sentences of each file.", min=1)

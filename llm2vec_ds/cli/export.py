@@ -38,6 +38,14 @@ Scores = Annotated[
     Path | None,
     typer.Option(help="scores.json of `evaluate mteb`, to put into the model card.", callback=expanded),
 ]
+TaskOfMixture = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TASK",
+        help="Try weights from 0 to 1 for two encoders and keep the best on this task. With --weights: "
+        "measure only that mixture. TASK is as for `evaluate mteb --task`, e.g. sts:dev.csv.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -195,14 +203,7 @@ def merge(
         str,
         typer.Option(help="linear: a weighted mean. slerp: a point on the arc between two encoders."),
     ] = "linear",
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASK",
-            help="Try weights from 0 to 1 for two encoders and keep the best on this task. With --weights: "
-            "measure only that mixture. TASK is as for `evaluate mteb --task`, e.g. sts:dev.csv.",
-        ),
-    ] = None,
+    evaluate: TaskOfMixture = None,
     last: Annotated[
         int | None, typer.Option(metavar="N", help="Average a run's last N checkpoints.", min=1)
     ] = None,

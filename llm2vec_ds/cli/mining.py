@@ -76,6 +76,9 @@ QueryInstruction = Annotated[
 DocumentInstruction = Annotated[
     str | None, typer.Option(help="The same before each text of the corpus and each positive.")
 ]
+BadRows = Annotated[
+    str, typer.Option(help="Rows that break their format: raise (stop) or skip (leave out and count).")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -113,20 +116,15 @@ def mine(
     document_instruction: DocumentInstruction = None,
     micro_batch_tokens: MicroBatchTokens = None,
     seed: Annotated[int, typer.Option(help="Seed for --sampling random.", min=0)] = 42,
-    bad_rows: Annotated[
-        str, typer.Option(help="Rows that break their format: raise (stop) or skip (leave out and count).")
-    ] = "raise",
+    bad_rows: BadRows = "raise",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")] = False,
 ) -> None:
     """Find hard negatives: texts that the model finds near a query, though they do not answer it.
 
-    The output is training data for the supervised stage.
+    They train the supervised stage. The log counts what was left out, and why. If it stops, run it again.
 
     Every query is compared with the whole corpus (exact search). A text is a candidate if it is no positive
     of this query, and if its cosine is lower than the positive's. Ranks count candidates, from 1 (nearest).
-
-    The log counts what was left out and why. If the command is stopped, run it again. It continues where it
-    stopped.
     """
     quiet_libraries()
     from llm2vec_ds.mining.mine import mine as run

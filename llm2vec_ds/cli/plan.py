@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds.cli.common import Overrides, RecipeFile, examples, expanded, quiet_libraries
+from llm2vec_ds.cli.common import AsJson, Overrides, RecipeFile, examples, expanded, quiet_libraries
+
+Measured = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="RUN",
+        help="Folder of a run on this kind of machine. The time of a step is estimated from its speed. "
+        "Repeat it for more runs.",
+        callback=expanded,
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -42,18 +52,8 @@ def plan(
             metavar="F", help="Dense bf16 speed of one GPU, in 10¹² operations per second.", min=0.001
         ),
     ] = None,
-    measured: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="RUN",
-            help="Folder of a run on this kind of machine. The time of a step is estimated from its speed. "
-            "Repeat it for more runs.",
-            callback=expanded,
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON object instead of the table.")
-    ] = False,
+    measured: Measured = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show whether a recipe fits a machine: memory by part, the largest batch, bytes sent.
 

@@ -94,12 +94,10 @@ def _attend(
     order_T = None
     if cu_seq_lens_q is not None:
         cu_seqlens, max_seqlen = cu_seq_lens_q, max_length_q
-    elif mask_BL is None:
-        cu_seqlens = torch.arange(0, (n_rows + 1) * length, length, dtype=torch.int32, device=q_THD.device)
-        max_seqlen = length
     else:
-        order_T, cu_seqlens = _padding_last(mask_BL)
+        order_T, cu_seqlens = _rows_as_texts(mask_BL, n_rows, length, q_THD.device)
         max_seqlen = length
+    if order_T is not None:
         q_THD, k_THD, v_THD = (x[order_T] for x in (q_THD, k_THD, v_THD))
     if module.__dict__.get("attn_temperature_tuning") and not module.use_rope:
         place_T = torch.arange(len(q_THD), device=q_THD.device) if order_T is None else order_T
@@ -197,6 +195,15 @@ def _refuse(
         raise ValueError(
             f"the llm2vec attention takes a padding mask [rows, length], not one of {mask.dim()} dimensions"
         )
+
+
+def _rows_as_texts(
+    mask_BL: torch.Tensor | None, n_rows: int, length: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Returns the order of the tokens (None: as they are) and the `cu_seqlens` of a padded batch."""
+    if mask_BL is None:
+        return None, torch.arange(0, (n_rows + 1) * length, length, dtype=torch.int32, device=device)
+    return _padding_last(mask_BL)
 
 
 def _padding_last(mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
