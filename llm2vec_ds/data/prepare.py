@@ -251,13 +251,13 @@ class _Preparation:
         return progress
 
     def _stream(self, left_out: Counter[str]) -> Iterator[Item]:
-        if self.data.pairs is not None:
-            return stream_pairs(self.source, self.data.pairs, left_out, bad_rows=self.data.bad_rows)
-        whole = self.data.long_texts == "split"
-        texts = stream_texts(
-            self.source, self.data.text_column, left_out, whole=whole, bad_rows=self.data.bad_rows
-        )
-        return ((text,) for text in texts)
+        data = self.data
+        if data.pairs is not None:
+            pairs = stream_pairs(self.source, data.pairs, left_out, bad_rows=data.bad_rows)
+            return islice(pairs, data.max_texts)
+        whole = data.long_texts == "split"
+        texts = stream_texts(self.source, data.text_column, left_out, whole=whole, bad_rows=data.bad_rows)
+        return ((text,) for text in islice(texts, data.max_texts))
 
     def _write_part(self, texts: Iterator[Item], progress: _Progress, bar: Any) -> int:
         """Tokenises the next texts into one Arrow file. Returns how many texts it read."""
@@ -370,6 +370,7 @@ def _key(
             "prepared_dir": True,
             "instruction": True,
             "bad_rows": True,
+            "max_texts": data.max_texts is None,  # so folders from before this key existed keep their names
             "pairs": {"instructions", "positives", "sampling_temperature"},
         }
     )

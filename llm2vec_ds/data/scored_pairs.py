@@ -34,29 +34,27 @@ class ScoredRow:
 
 
 def stream_scored_rows(
-    source: Source, pairs: PairsConfig, score_column: str | None, key: str
+    source: Source, pairs: PairsConfig, score_column: str | None, key: str, bad_rows: str = "raise"
 ) -> Iterator[ScoredRow]:
     """Yields all rows in order, also those with blank texts.
 
     Args:
         score_column: column with a list of numbers, one per document. None: scores are not read.
         key: where the user sets this column.
+        bad_rows: `raise` an error for a row without readable texts, or `skip` it. Bad scores are
+            always an error.
 
     Raises:
         UserError: a column is missing, scores are no numbers, or there is not one score per document.
     """
     columns = [pairs.query_column, pairs.positive_column, *([score_column] if score_column else [])]
-    for row, place in _rows(source, columns, BadRows(), [pairs.negative_column]):
-        negative = row.get(pairs.negative_column)
-        listed = negative if isinstance(negative, list) else [] if negative is None else [negative]
-        query, positive, *negatives = (
-            _text(value, column, place)[:LONGEST_TEXT_CHARACTERS]
-            for column, value in (
-                (columns[0], _value(row, columns[0], place, "the column of queries")),
-                (columns[1], _value(row, columns[1], place, "the column of positives")),
-                *((pairs.negative_column, value) for value in listed),
-            )
-        )
+    bad = BadRows(bad_rows)
+    for row, place in _rows(source, columns, bad, [pairs.negative_column]):
+        try:
+            query, positive, *negatives = _texts_of(row, pairs, place)
+        except UserError as error:
+            bad.found(str(error))
+            continue
         found = _scores(row, score_column, place, key) if score_column else None
         if found is not None and len(found) != 1 + len(negatives):
             raise UserError(
@@ -64,6 +62,18 @@ def stream_scored_rows(
                 "documents (the positive, then the negatives): give one score per document"
             )
         yield ScoredRow(query, positive, negatives, found, place)
+
+
+def _texts_of(row: dict[str, Any], pairs: PairsConfig, place: str) -> list[str]:
+    """Returns query, positive and negatives."""
+    negative = row.get(pairs.negative_column)
+    listed = negative if isinstance(negative, list) else [] if negative is None else [negative]
+    named = (
+        (pairs.query_column, _value(row, pairs.query_column, place, "the column of queries")),
+        (pairs.positive_column, _value(row, pairs.positive_column, place, "the column of positives")),
+        *((pairs.negative_column, value) for value in listed),
+    )
+    return [_text(value, column, place)[:LONGEST_TEXT_CHARACTERS] for column, value in named]
 
 
 def _scores(row: dict[str, Any], column: str, place: str, key: str) -> list[float]:

@@ -10,6 +10,7 @@ The folder's name depends on the model, the prompt, and the texts with their ins
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from llm2vec_ds.storage.kept_folder import keep, read_kept
 from llm2vec_ds.storage.reading import read_json
 from llm2vec_ds.vectors.files import VECTOR_FORMATS, VectorNote, load_vectors, vector_files
 
+log = logging.getLogger(__name__)
+
 HASHES, ROWS = "hashes.npy", "rows.npy"
 FORMAT_VERSION = 2
 TEXTS_PER_BLOCK = 1024
@@ -50,6 +53,7 @@ class Wanted:
         texts: yields (hash, text) of each text. Every call gives the same order.
         identity: values that change whenever the texts change.
         root: parent of the folders of vectors.
+        n_trained: how many texts the run trains on at most, if that is known.
     """
 
     teacher: str
@@ -58,6 +62,7 @@ class Wanted:
     texts: Callable[[], Iterator[tuple[int, str]]]
     identity: list[Any]
     root: Path
+    n_trained: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -107,6 +112,14 @@ def keep_vectors(wanted: Wanted) -> Path:
     folder = wanted.folder
     keep(folder, f"vectors of {wanted.key}", lambda unfinished: _Making(wanted, unfinished).run())
     return folder
+
+
+def limit_of(data: DataConfig) -> list[int]:
+    """Returns what `data.max_texts` adds to the identity of texts.
+
+    Without a limit this is nothing, so folders from before this key existed keep their names.
+    """
+    return [data.max_texts] if data.max_texts is not None else []
 
 
 def vectors_root(data: DataConfig) -> Path:
@@ -181,6 +194,11 @@ class _Making:
             np.save(self.hashes, hashes[np.sort(first)])
             np.save(self.rows, np.arange(len(first)))
         hashes = np.load(self.hashes)
+        if self.wanted.n_trained is not None and len(hashes) > self.wanted.n_trained:
+            log.info(
+                "%s encodes %s texts, and this run trains on %s at most: data.max_texts reads fewer",
+                *(self.wanted.key, len(hashes), self.wanted.n_trained),
+            )
         if n_done < len(hashes):
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
             wanted = self.wanted

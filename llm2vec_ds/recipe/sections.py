@@ -117,6 +117,9 @@ class DataConfig(Section):
     bad_rows: Literal["raise", "skip"] = "raise"
     """What to do with a row that breaks its format or lacks a text. `raise` stops and names its line. `skip`
     leaves it out and counts it."""
+    max_texts: Positive | None = None
+    """Read only the first N texts, or the first N pairs of each source. This holds for held-out data too.
+    null: all."""
     max_tokens: Annotated[int, Field(ge=4)] = 128
     """The longest text in tokens. Special tokens and the instruction count."""
     long_texts: Literal["truncate", "split"] = "truncate"

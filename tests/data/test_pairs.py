@@ -250,6 +250,15 @@ def test_bad_rows_may_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert f"left out: {tmp_path}/a.jsonl, line {number}: " in caplog.text
 
 
+def test_the_first_pairs_of_each_source(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ROWS)
+    write(tmp_path / "b.jsonl", ROWS[1:])
+    data = DataConfig(path=str(tmp_path), pairs={}, max_texts=1)  # type: ignore[arg-type]
+    pairs = load_prepared_pairs(prepare_pairs(data, data.path, TOKENIZER))
+    assert pairs.group_sizes == {"a": 1, "b": 1}
+    assert [words(example)[0] for example in pairs[[0, 1]]] == [ROWS[0]["query"], ROWS[1]["query"]]
+
+
 def test_one_positive_of_each_query_in_an_epoch(tmp_path: Path) -> None:
     """A list of positives, and another row with the same query; a query of another source is another one."""
     rows = [

@@ -114,6 +114,26 @@ def test_made_once_and_gone_on_with(values: dict[str, Any], monkeypatch: pytest.
     assert (folder / "vectors.npy").read_bytes() == content
 
 
+def test_only_what_the_recipe_reads_is_encoded(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first `max_texts` texts, without rows that `bad_rows` leaves out. With more, a line says so."""
+    calls = counted(monkeypatch)
+    file = tmp_path / "texts.jsonl"
+    rows = [json.dumps({"text": f"The boat number {i} sails."}) for i in range(150)]
+    file.write_text("\n".join([rows[0], "{broken", *rows[1:]]))
+    values["data"] = {"path": str(file), "bad_rows": "skip", "max_tokens": 64}
+    with caplog.at_level("INFO"):
+        prepare_teacher(recipe := parse_recipe(values), recipe.data.path)
+    assert sum(calls) == 150
+    assert "encodes 150 texts, and this run trains on 96 at most: data.max_texts" in caplog.text
+    calls.clear()
+    values["data"] |= {"max_texts": 100}
+    train(parse_recipe(values))
+    assert sum(calls) == 100
+    assert "100 rows" in caplog.text
+
+
 def test_an_encoder_of_this_toolkit_and_its_vectors_teach_the_same(
     values: dict[str, Any], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llm2vec_ds.data.prompts import Prompt
+from llm2vec_ds.engine.run import train
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.score_distillation.loss import ScoreLoss
 from llm2vec_ds.objectives.score_distillation.score_table import ScoreTable, prepare_scores
@@ -123,6 +124,16 @@ def test_a_pair_without_a_score_is_named(values: dict[str, Any]) -> None:
     torch.testing.assert_close(found, torch.tensor(row["scores"][1:]))
     with pytest.raises(UserError, match="1 of 2 documents of a batch have no score"):
         table(np.array([query, query]), np.array([first, query]))
+
+
+def test_bad_rows_may_be_left_out_and_the_first_pairs_taken(values: dict[str, Any]) -> None:
+    file = Path(values["data"]["path"])
+    first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([first, '{"query": 1}', "{broken", *others]))
+    with pytest.raises(UserError, match="line 2: "):
+        prepare_scores(recipe := parse_recipe(values), recipe.data.path)
+    values["data"] |= {"bad_rows": "skip", "max_texts": 16}
+    train(parse_recipe(values))
 
 
 @pytest.mark.parametrize("loss", ["kl", "margin_mse"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from llm2vec_ds.data.sources import find_source, stream_pairs
 from llm2vec_ds.distributed import all_reduce_sum
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.contrastive.info_nce import PairGuide
-from llm2vec_ds.objectives.teacher_vectors import TeacherVectors, Wanted, vectors_root
+from llm2vec_ds.objectives.teacher_vectors import TeacherVectors, Wanted, limit_of, vectors_root
 from llm2vec_ds.recipe.objectives import SupervisedConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -45,9 +46,8 @@ def _wanted(recipe: Recipe, guide: str, role: str, prompt: str | None) -> Wanted
     def texts() -> Iterator[tuple[int, str]]:
         for source in find_pair_sources(data, data.path):
             given = source.instructions
-            for query, *documents in stream_pairs(
-                find_source(source.path), pairs, Counter(), bad_rows=data.bad_rows
-            ):
+            found = stream_pairs(find_source(source.path), pairs, Counter(), bad_rows=data.bad_rows)
+            for query, *documents in islice(found, data.max_texts):
                 own = [query] if role == QUERIES else documents
                 instruction = given.query if role == QUERIES else given.document
                 yield from ((Prompt(instruction, text).hash(), text) for text in own if text.strip())
@@ -57,7 +57,7 @@ def _wanted(recipe: Recipe, guide: str, role: str, prompt: str | None) -> Wanted
         for source in find_pair_sources(data, data.path)
     ]
     columns = pairs.model_dump(exclude={"instructions", "positives", "sampling_temperature"})
-    identity = [find_source(data.path).identity(), columns, instructions, role]
+    identity = [find_source(data.path).identity(), columns, instructions, role, *limit_of(data)]
     return Wanted(guide, f"{recipe.stage}.guide", prompt, texts, identity, vectors_root(data))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from llm2vec_ds.data.prompts import Prompt
 from llm2vec_ds.data.sources import find_source, stream_texts
-from llm2vec_ds.objectives.teacher_vectors import Wanted, keep_vectors, vectors_root
+from llm2vec_ds.objectives.teacher_vectors import Wanted, keep_vectors, limit_of, vectors_root
 from llm2vec_ds.recipe.objectives import DistilConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -36,7 +37,10 @@ def _wanted(recipe: Recipe, path: str | list[str]) -> Wanted:
     config, data = section_of(recipe), recipe.data
 
     def texts() -> Iterator[tuple[int, str]]:
-        for text in stream_texts(find_source(path), data.text_column, Counter(), whole=False):
+        found = stream_texts(
+            find_source(path), data.text_column, Counter(), whole=False, bad_rows=data.bad_rows
+        )
+        for text in islice(found, data.max_texts):
             if text.strip():
                 yield Prompt(data.instruction, text).hash(), text
 
@@ -45,6 +49,7 @@ def _wanted(recipe: Recipe, path: str | list[str]) -> Wanted:
         "distil.teacher",
         config.teacher_prompt,
         texts,
-        [find_source(path).identity(), data.text_column, data.instruction],
+        [find_source(path).identity(), data.text_column, data.instruction, *limit_of(data)],
         vectors_root(data),
+        n_trained=None if recipe.epochs else recipe.max_steps * recipe.batch.global_batch_size,
     )

@@ -99,7 +99,13 @@ def _read(recipe: Recipe, path: str | list[str]) -> tuple[np.ndarray, np.ndarray
     assert pairs is not None
     for source in find_pair_sources(recipe.data, path):
         given = source.instructions
-        rows = stream_scored_rows(find_source(source.path), pairs, column, f"{recipe.stage}.score_column")
+        rows = stream_scored_rows(
+            find_source(source.path),
+            pairs,
+            column,
+            f"{recipe.stage}.score_column",
+            recipe.data.bad_rows,
+        )
         for row in rows:
             assert row.scores is not None
             if not all(map(is_text, (row.query, *row.documents))):
