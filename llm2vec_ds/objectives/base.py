@@ -115,8 +115,8 @@ class PlannedWork:
 
     Attributes:
         texts_per_row: texts in a row of the global batch.
-        documents_per_row: how many of a row's texts every rank sees. With 0, ranks exchange no vectors and
-            there is no embedding cache.
+        embedding_cache: True if the loss needs the vectors of all texts of a step at once.
+        documents_per_row: how many of a row's texts every rank sees. With 0, ranks exchange no vectors.
         rounds_again_per_row: how many of a row's texts go around the ring a second time (`exchange: ring`).
         exchange, bytes_per_number: how vectors travel between ranks.
         head_rows_per_token: rows of the language head for each token of the batch.
@@ -125,6 +125,7 @@ class PlannedWork:
     """
 
     texts_per_row: int = 1
+    embedding_cache: bool = False
     documents_per_row: int = 0
     rounds_again_per_row: int = 0
     exchange: str = "gather"

@@ -208,7 +208,7 @@ class Planner:
         whole = load.texts * load.tokens_per_text
         n_tokens = whole if n_tokens is None else n_tokens
         micro_batches = max(1, round(load.micro_batches * n_tokens / whole))
-        cached = load.documents > 0 and micro_batches > 1
+        cached = load.objective.embedding_cache and micro_batches > 1
         return Work(
             operations(
                 self.recipe,
@@ -241,8 +241,8 @@ class Planner:
         return n_texts * self.load.tokens_per_text
 
     def largest_global_batch(self) -> int | None:
-        """Returns the largest `batch.global_batch_size` whose vectors fit; None if ranks exchange none."""
-        if not self.load.documents:
+        """Returns the largest `batch.global_batch_size` whose vectors fit; None without an embedding cache."""
+        if not self.load.objective.embedding_cache:
             return None
         a_rank = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_examples(n)))
         return a_rank * self.world_size

@@ -68,8 +68,11 @@ def as_json(planner: Planner, fit: Fit | None = None) -> dict[str, Any]:
 
 
 def _negatives(planner: Planner, global_batch: int | None) -> int | None:
-    """Returns the negatives of a query: the documents of all ranks without its own positive."""
-    if global_batch is None:
+    """Returns the negatives of a query: the documents of all ranks without its own positive.
+
+    None if ranks exchange no documents.
+    """
+    if global_batch is None or not planner.load.documents:
         return None
     return max(0, global_batch * planner.load.documents // planner.load.rows - 1)
 
@@ -159,8 +162,7 @@ def _advice(plan: dict[str, Any]) -> str:
     advice = f"use deepspeed={plan['use'] or 'null'}; largest values with {plan['deepspeed'] or 'no JSON'}: "
     advice += f"batch.micro_batch_tokens={plan['largest_token_budget']}"
     if plan["largest_global_batch"] is not None:
-        advice += (
-            f", batch.global_batch_size={plan['largest_global_batch']} "
-            f"({plan['largest_in_batch_negatives']:,} negatives for a query)"
-        )
+        advice += f", batch.global_batch_size={plan['largest_global_batch']}"
+    if plan["largest_in_batch_negatives"] is not None:
+        advice += f" ({plan['largest_in_batch_negatives']:,} negatives for a query)"
     return advice

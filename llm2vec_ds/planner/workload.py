@@ -41,7 +41,7 @@ class Workload:
     @property
     def cached(self) -> bool:
         """Whether the embedding cache runs."""
-        return self.documents > 0 and self.micro_batches > 1
+        return self.objective.embedding_cache and self.micro_batches > 1
 
     @property
     def forwards(self) -> int:
@@ -86,7 +86,7 @@ def embedding_bank(load: Workload, width: int) -> Bank:
     kept: this rank's vectors and their gradients.
     in_loss: these, the normalised vectors, the exchanged vectors, the gradients of both, and a score tile.
     """
-    if not load.documents:
+    if not load.objective.embedding_cache:
         return Bank(0, 0)
     vector = FP32 * width
     own = load.texts * vector

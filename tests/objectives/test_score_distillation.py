@@ -138,7 +138,11 @@ def test_bad_rows_may_be_left_out_and_the_first_pairs_taken(values: dict[str, An
 
 @pytest.mark.parametrize("loss", ["kl", "margin_mse"])
 def test_it_learns(
-    loss: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loss: str,
+    values: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     values["data"] |= {"held_out_path": values["data"]["path"], "instruction": "Find:"}
     values |= {"max_steps": 30, "optimizer": {"lr": 1e-2}}
@@ -148,7 +152,12 @@ def test_it_learns(
     held_out = [json.loads(line) for line in (tmp_path / "run" / "held_out.jsonl").read_text().splitlines()]
     assert held_out[-1]["loss"] < held_out[0]["loss"] / 2
     assert held_out[-1]["accuracy"] >= held_out[0]["accuracy"]
-    assert run(monkeypatch, "plan", file) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "plan", file, "--gpus-per-node", 2, "--gpu-memory-gib", 24) == 0
+    shown = capsys.readouterr().out
+    # The loss needs all vectors of the batch, but compares a query with its own documents only.
+    assert "batch.global_batch_size=" in shown
+    assert "negatives for a query" not in shown
 
 
 MISTAKES: dict[str, tuple[Any, str]] = {

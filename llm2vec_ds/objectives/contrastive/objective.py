@@ -67,6 +67,7 @@ class ContrastiveObjective(Objective):
         rounds_of_queries = config.symmetric + config.between_queries
         return PlannedWork(
             texts_per_row=1 + documents,
+            embedding_cache=True,
             documents_per_row=documents + (rounds_of_queries > 0),
             rounds_again_per_row=documents * config.between_documents + (rounds_of_queries == 2),
             exchange=config.exchange,

@@ -75,7 +75,8 @@ class Distillation(Objective):
 
     def planned_work(self, recipe: Recipe) -> PlannedWork:
         """Leaves out the projection: its size is unknown until the teacher's vectors exist."""
-        return PlannedWork(texts_per_row=Contrast(section_of(recipe)).n_copies, documents_per_row=1)
+        n_copies = Contrast(section_of(recipe)).n_copies
+        return PlannedWork(texts_per_row=n_copies, embedding_cache=True, documents_per_row=1)
 
 
 class DistillationModel(nn.Module):

@@ -65,8 +65,8 @@ class ScoreDistillation(Objective):
 
     def planned_work(self, recipe: Recipe) -> PlannedWork:
         assert recipe.data.pairs is not None
-        documents = 1 + recipe.data.pairs.max_negatives
-        return PlannedWork(texts_per_row=1 + documents, documents_per_row=documents, follows_another=True)
+        texts = 2 + recipe.data.pairs.max_negatives
+        return PlannedWork(texts_per_row=texts, embedding_cache=True, follows_another=True)
 
 
 class ScoredExamples:
