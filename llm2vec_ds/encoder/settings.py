@@ -24,7 +24,7 @@ class EncoderSettings:
     """How an encoder prepares and pools texts. Its folder holds this beside the model's config.json.
 
     Attributes:
-        pooling: `mean`, `weighted_mean`, `last`, `eos` or `bos`.
+        pooling: a name of `POOLINGS` (model/pooling.py).
         max_tokens: a longer text is cut at its end.
         template: how instruction and text are put together. The default is `{instruction} {text}`.
         special_tokens: whether the tokenizer adds its own tokens.

@@ -24,6 +24,7 @@ from llm2vec_ds.data.prompts import Template, added_ids
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.bidirectional import has_own_flag
+from llm2vec_ds.model.pooling import OF_ONE_TOKEN
 
 POOLING_MODES = {
     "mean": "mean",
@@ -79,7 +80,7 @@ def plan(encoder: Encoder) -> Plan:
     if head := _head(template, None):
         default = DEFAULT_PROMPT
         prompts.setdefault(default, head)
-    pools_all = settings.pooled_tokens == "all" or settings.pooling in ("eos", "bos", "last")
+    pools_all = settings.pooled_tokens == "all" or settings.pooling in OF_ONE_TOKEN
     silent = () if pools_all else tuple(dict.fromkeys(before + after))
     return Plan(prompts, default, POOLING_MODES[settings.pooling], pools_all or not prompts, silent)
 

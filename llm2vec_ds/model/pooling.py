@@ -51,6 +51,9 @@ POOLINGS: dict[str, Callable[[torch.Tensor, PackedBatch], torch.Tensor]] = {
 }
 """Maps a name in recipes to its pooling of hidden states `[T, D]` and batch into `[S, D]`, fp32 or wider."""
 
+OF_ONE_TOKEN = ("last", "eos", "bos")
+"""Poolings that take a single token. For `last` it is one of the text."""
+
 
 def _wide(hidden_TD: torch.Tensor) -> torch.dtype:
     return torch.promote_types(hidden_TD.dtype, torch.float32)

@@ -241,7 +241,7 @@ class Planner:
         return n_texts * self.load.tokens_per_text
 
     def largest_global_batch(self) -> int | None:
-        """Returns the largest `batch.global_batch_size` whose vectors fit; None without an embedding cache."""
+        """Returns the largest `batch.global_batch_size` whose vectors fit. None: no embedding cache."""
         if not self.load.objective.embedding_cache:
             return None
         a_rank = _largest(lambda n: self.fits(self.recipe.deepspeed, self._with_examples(n)))

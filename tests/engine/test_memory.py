@@ -14,7 +14,7 @@ from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.engine import memory
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel
+from llm2vec_ds.objectives.embedding_cache import ScaledEncoder
 from llm2vec_ds.objectives.mntp.head import MntpModel
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.ranks import run_ranks
@@ -74,7 +74,7 @@ def _the_second_does_not_fit_on_one_rank(rank: int, world: int, recipes: list[di
     fits, full = recipes
     train(parse_recipe(fits))
     if rank == world - 1:
-        full_above(pytest.MonkeyPatch(), ContrastiveModel, 200)
+        full_above(pytest.MonkeyPatch(), ScaledEncoder, 200)
     train(parse_recipe(full))
 
 

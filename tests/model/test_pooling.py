@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.model.pooling import POOLINGS
-from llm2vec_ds.recipe.recipe import Recipe
+from llm2vec_ds.recipe.recipe import Recipe, documented_keys
 
 
 def by_loop(name: str, hidden: torch.Tensor, texts: list[TokenizedText]) -> torch.Tensor:
@@ -26,8 +26,9 @@ def by_loop(name: str, hidden: torch.Tensor, texts: list[TokenizedText]) -> torc
                 "last": pooled[-1],
                 "eos": own[-1],
                 "bos": own[0],
-            }[name]
+            }.get(name)
         )
+        assert vectors[-1] is not None, f"add {name} to by_loop"
         first += len(text)
     return torch.stack(vectors)
 
@@ -53,6 +54,12 @@ def test_packed_equals_a_loop_with_gradients(name: str, texts: list[TokenizedTex
     weight = torch.randn_like(ours)
     gradients = [torch.autograd.grad((x * weight).sum(), hidden)[0] for x in (ours, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_each_is_a_key_that_is_described(name: str) -> None:
+    (meaning,) = [meaning for key, _, meaning in documented_keys() if key == "pooling"]
+    assert f"`{name}`" in meaning
 
 
 @pytest.mark.parametrize("name", POOLINGS)

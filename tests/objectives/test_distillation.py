@@ -123,8 +123,8 @@ def test_only_what_the_recipe_reads_is_encoded(
     rows = [json.dumps({"text": f"The boat number {i} sails."}) for i in range(150)]
     file.write_text("\n".join([rows[0], "{broken", *rows[1:]]))
     values["data"] = {"path": str(file), "bad_rows": "skip", "max_tokens": 64}
-    with caplog.at_level("INFO"):
-        prepare_teacher(recipe := parse_recipe(values), recipe.data.path)
+    caplog.set_level("INFO")
+    prepare_teacher(recipe := parse_recipe(values), recipe.data.path)
     assert sum(calls) == 150
     assert "encodes 150 texts, and this run trains on 96 at most: data.max_texts" in caplog.text
     calls.clear()

@@ -10,8 +10,8 @@ import torch
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel, vectors_loss_backward
 from llm2vec_ds.objectives.contrastive.info_nce import ContrastiveLoss, PairVectors
+from llm2vec_ds.objectives.embedding_cache import ScaledEncoder, vectors_loss_backward
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
 from tests.support.small_texts import texts
 from tests.support.tiny import tiny_tokenizer
@@ -25,8 +25,9 @@ SEEDS = [11, 12, 13, 14]
 CONFIG = ContrastiveConfig(scale=2.0, learn_scale=True)
 
 
-def encoder(dropout: float) -> ContrastiveModel:
-    return ContrastiveModel(Encoder(trunk(attention_dropout=dropout), tiny_tokenizer()), CONFIG).train()
+def encoder(dropout: float) -> ScaledEncoder:
+    inner = Encoder(trunk(attention_dropout=dropout), tiny_tokenizer())
+    return ScaledEncoder(inner, CONFIG.scale, learn_scale=CONFIG.learn_scale).train()
 
 
 def loss_share(vectors: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,7 @@ def loss_share(vectors: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def cached(
-    model: ContrastiveModel, batches: list[PackedBatch], n_passes: int
+    model: ScaledEncoder, batches: list[PackedBatch], n_passes: int
 ) -> tuple[torch.Tensor, list[tuple[int, bool]]]:
     calls = []
 

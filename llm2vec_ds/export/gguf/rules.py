@@ -10,6 +10,7 @@ from gguf import PoolingType
 from llm2vec_ds.data.prompts import Template, added_ids
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.pooling import OF_ONE_TOKEN
 
 POOLING_TYPES = {
     "mean": PoolingType.MEAN,
@@ -30,7 +31,9 @@ def check_can_be_said(encoder: Encoder) -> None:
     settings = encoder.settings
     template = Template(settings.template, settings.special_tokens)
     if settings.pooling not in POOLING_TYPES:
-        raise UserError(f"--format gguf: llama.cpp has no pooling {settings.pooling!r}: {ELSEWHERE}")
+        raise UserError(
+            f"--format gguf: llama.cpp has no pooling {settings.pooling!r}: use --format transformers"
+        )
     if settings.text_span != "offsets":
         raise UserError(
             f"--format gguf: llama.cpp does not support text_span={settings.text_span!r}: {ELSEWHERE}"
@@ -64,7 +67,7 @@ def notes_of(encoder: Encoder, n_tokens: int) -> list[str]:
     head, tail = around(template, None)
     if head or tail:
         notes.append(f"llama.cpp does not add the template: send {head!r} + text + {tail!r}.")
-    pools_all = settings.pooled_tokens == "all" or settings.pooling != "mean"
+    pools_all = settings.pooled_tokens == "all" or settings.pooling in OF_ONE_TOKEN
     for name, instruction in settings.prompts.items():
         head, tail = around(template, instruction)
         if pools_all:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 INPUTS = ["input_ids", "attention_mask"]
+POOLINGS_OF_GRAPH = ("mean", "weighted_mean", "last", "eos", "bos")
+"""Poolings that `Pooled.weights` computes."""
 OUTPUTS = ["last_hidden_state", "sentence_embedding"]
 
 

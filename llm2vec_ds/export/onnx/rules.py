@@ -13,9 +13,10 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.export.checked import checked_texts
 from llm2vec_ds.export.gguf.rope import length_of_change
-from llm2vec_ds.export.onnx.graph import Pooled
+from llm2vec_ds.export.onnx.graph import POOLINGS_OF_GRAPH, Pooled
 from llm2vec_ds.export.sentence_transformers import DEFAULT_PROMPT, Plan, plan
 from llm2vec_ds.model.bidirectional import is_causal
+from llm2vec_ds.model.pooling import OF_ONE_TOKEN
 
 ELSEWHERE = "use --format sentence-transformers"
 TEXTS_A_BATCH = 8
@@ -46,10 +47,14 @@ def plan_onnx(encoder: Encoder) -> OnnxPlan:
     """
     settings = encoder.settings
     as_modules = plan(encoder)
+    if settings.pooling not in POOLINGS_OF_GRAPH:
+        raise UserError(
+            f"--format onnx: the graph has no pooling {settings.pooling!r}: use --format transformers"
+        )
     _check_trunk(encoder.trunk, settings.max_tokens)
     template = Template(settings.template, settings.special_tokens)
     head = template.render(None, "")[0]
-    pools_all = settings.pooled_tokens == "all" or settings.pooling in ("eos", "bos", "last")
+    pools_all = settings.pooled_tokens == "all" or settings.pooling in OF_ONE_TOKEN
     if head and not pools_all:
         raise UserError(
             "--format onnx: this encoder leaves the template's tokens out of the vector, and a graph cannot "

@@ -10,7 +10,7 @@ import torch
 
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.batches import GlobalBatches, rank_slice
-from llm2vec_ds.data.packing import pack, plan_micro_batches
+from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.pairs import PreparedPairs
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.distributed import all_reduce_sum, rank, world_size
@@ -25,7 +25,6 @@ from llm2vec_ds.objectives.base import (
     dropout_seed,
     equal_count,
 )
-from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel, vectors_loss_backward
 from llm2vec_ds.objectives.contrastive.guide import GuideVectors, Tally
 from llm2vec_ds.objectives.contrastive.info_nce import (
     ContrastiveLoss,
@@ -34,6 +33,8 @@ from llm2vec_ds.objectives.contrastive.info_nce import (
     PairVectors,
     check_widths,
 )
+from llm2vec_ds.objectives.embedding_cache import ScaledEncoder, vectors_loss_backward
+from llm2vec_ds.objectives.packed_examples import PackedExamples
 from llm2vec_ds.objectives.spread import are_alike, spread
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
 from llm2vec_ds.recipe.recipe import Recipe
@@ -82,12 +83,12 @@ def section_of(recipe: Recipe) -> ContrastiveConfig:
     return recipe.objective
 
 
-def contrastive_model(parts: Parts) -> ContrastiveModel:
+def contrastive_model(parts: Parts) -> ScaledEncoder:
     """Builds the model. Raises UserError if a Matryoshka length is larger than the model's width."""
     config = section_of(parts.recipe)
     if mistake := check_widths(config.matryoshka_dims, parts.encoder.trunk.config.hidden_size):
         raise UserError(mistake)
-    return ContrastiveModel(parts.encoder, config)
+    return ScaledEncoder(parts.encoder, config.scale, learn_scale=config.learn_scale)
 
 
 class ContrastiveStage:
@@ -98,7 +99,7 @@ class ContrastiveStage:
 
     def __init__(
         self,
-        model: ContrastiveModel,
+        model: ScaledEncoder,
         examples: Examples,
         global_batch: GlobalBatches,
         config: ContrastiveConfig,
@@ -127,8 +128,8 @@ class ContrastiveStage:
         (example,) = self.examples([row])
         return example[0]
 
-    def batches(self, step: int, rows: np.ndarray) -> PackedExamples:
-        return PackedExamples(
+    def batches(self, step: int, rows: np.ndarray) -> PairedExamples:
+        return PairedExamples(
             self.examples(rows),
             self.micro_batch_tokens,
             self.encoder.device,
@@ -138,7 +139,7 @@ class ContrastiveStage:
         )
 
     def step(
-        self, step: int, rows: np.ndarray, batches: PackedExamples, forward: Forward, backward: Backward
+        self, step: int, rows: np.ndarray, batches: PairedExamples, forward: Forward, backward: Backward
     ) -> StepResult:
         device, packed = self.encoder.device, batches
         n_passes = equal_count(packed.groups, device)
@@ -174,7 +175,7 @@ class ContrastiveStage:
             vectors_alike=are_alike(*distance),
         )
 
-    def _guided(self, packed: PackedExamples, guided_Q: torch.Tensor) -> dict[str, float]:
+    def _guided(self, packed: PairedExamples, guided_Q: torch.Tensor) -> dict[str, float]:
         """Returns metrics of the negatives that the guide left out, by source."""
         if self.tally is None or packed.source_Q is None:
             return {}
@@ -206,8 +207,8 @@ class ContrastiveStage:
         )
 
 
-class PackedExamples:
-    """A rank's examples as packed micro-batches. It also maps their vectors back to the examples."""
+class PairedExamples(PackedExamples):
+    """Packed examples with what the contrastive loss needs besides vectors: sources and a guide's vectors."""
 
     def __init__(
         self,
@@ -220,46 +221,25 @@ class PackedExamples:
         guide: GuideVectors | None = None,
     ) -> None:
         """`rows`: the examples' row numbers, needed if `sources` is given."""
-        negatives = [text for example in examples for text in example[2:]]
-        texts = [example[0] for example in examples] + [example[1] for example in examples] + negatives
-        self.n_queries = len(examples)
-        own = np.arange(self.n_queries)
-        counts = [len(example) - 2 for example in examples]
-        self.example_of = np.concatenate([own, own, np.repeat(own, counts)])
-        self.groups = plan_micro_batches([len(text) for text in texts], max_tokens)
-        self.batches = [pack([texts[i] for i in group]).ready_for(device) for group in self.groups]
-        self.order = np.concatenate(self.groups)
-        self.ids = torch.tensor([text.text_hash for text in texts], dtype=torch.int64)
-        self.n_distinct = len({text.text_hash for text in texts})
-        self.n_documents = self.n_queries + len(negatives)
+        super().__init__(examples, max_tokens, device)
         self.source_Q: torch.Tensor | None = None
         self.own: OwnNegatives | None = None
         if sources is not None and rows is not None:
             source_Q = sources.of(rows)
             self.source_Q = torch.from_numpy(source_Q)
             if sources.alone.any():
-                query_of_M = torch.from_numpy(np.repeat(own, counts))
+                query_of_M = torch.from_numpy(self.example_of[2 * self.n_queries :].copy())
                 self.own = OwnNegatives(torch.from_numpy(sources.alone[source_Q]), query_of_M)
         self.guide: PairGuide | None = guide(examples) if guide is not None else None
 
     def pair_vectors(self, vectors: torch.Tensor) -> PairVectors:
         """Splits vectors, in the order of the micro-batches, into queries, positives and negatives."""
-        place = torch.from_numpy(np.argsort(self.order)).to(vectors.device)
-        query, positive, negative = vectors[place].tensor_split([self.n_queries, 2 * self.n_queries])
         device, ends = vectors.device, [self.n_queries, 2 * self.n_queries]
+        query, positive, negative = self.in_order(vectors).tensor_split(ends)
         guide = PairGuide(*(x.to(device) for x in self.guide)) if self.guide is not None else None
         own = OwnNegatives(*(x.to(device) for x in self.own)) if self.own is not None else None
         query_id, positive_id, negative_id = self.ids.to(device).tensor_split(ends)
         return PairVectors(query, positive, negative, query_id, positive_id, negative_id, guide, own)
-
-    def rows(self, rows: np.ndarray, group: int) -> list[int]:
-        """Returns those of `rows` that have a text in a micro-batch."""
-        return rows[np.unique(self.example_of[self.groups[group]])].tolist()
-
-    def not_finite(self, rows: np.ndarray, vectors: torch.Tensor) -> list[int]:
-        """Returns those of `rows` that have a vector with a NaN or an infinity."""
-        bad = ~vectors.isfinite().all(-1).cpu().numpy()
-        return rows[np.unique(self.example_of[self.order[bad]])].tolist()
 
 
 def held_out_metrics(
@@ -272,7 +252,7 @@ def held_out_metrics(
 ) -> dict[str, float]:
     """Returns `loss` and `accuracy` over all of `pairs`. The ranks share the pairs."""
     rows = rank_slice(np.arange(len(pairs)), rank(), world_size())
-    packed = PackedExamples(pairs[rows], max_tokens, device, sources=sources, rows=rows)
+    packed = PairedExamples(pairs[rows], max_tokens, device, sources=sources, rows=rows)
     cached = []
     for index in range(equal_count(packed.groups, device)):
         vectors, scale = forward(packed.batches[min(index, len(packed.batches) - 1)].to(device))

@@ -30,10 +30,10 @@ from llm2vec_ds.objectives.base import (
     dropout_seed,
     equal_count,
 )
-from llm2vec_ds.objectives.contrastive.embedding_cache import vectors_loss_backward
 from llm2vec_ds.objectives.distillation.contrast import Contrast
 from llm2vec_ds.objectives.distillation.loss import DistillationLoss
 from llm2vec_ds.objectives.distillation.teacher import prepare_teacher, section_of, teacher_folder
+from llm2vec_ds.objectives.embedding_cache import vectors_loss_backward
 from llm2vec_ds.objectives.spread import are_alike, spread
 from llm2vec_ds.objectives.teacher_vectors import TeacherVectors
 from llm2vec_ds.recipe.objectives import DistilConfig

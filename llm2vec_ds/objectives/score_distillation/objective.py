@@ -26,8 +26,8 @@ from llm2vec_ds.objectives.base import (
     dropout_seed,
     equal_count,
 )
-from llm2vec_ds.objectives.contrastive.embedding_cache import ContrastiveModel, vectors_loss_backward
-from llm2vec_ds.objectives.contrastive.objective import PackedExamples
+from llm2vec_ds.objectives.embedding_cache import ScaledEncoder, vectors_loss_backward
+from llm2vec_ds.objectives.packed_examples import PackedExamples
 from llm2vec_ds.objectives.score_distillation.loss import ScoreLoss
 from llm2vec_ds.objectives.score_distillation.score_table import (
     ScoreTable,
@@ -36,7 +36,7 @@ from llm2vec_ds.objectives.score_distillation.score_table import (
     section_of,
 )
 from llm2vec_ds.objectives.spread import are_alike, spread
-from llm2vec_ds.recipe.objectives import ContrastiveConfig, DistilScoresConfig
+from llm2vec_ds.recipe.objectives import DistilScoresConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -101,8 +101,7 @@ class ScoreStage:
         assert recipe.data.pairs is not None
         self.pairs, self.held_out_pairs, self.data_fingerprint = pairs, held_out_pairs, data_fingerprint
         self.encoder = parts.encoder
-        # `ScoreLoss` applies the scale itself, so the model's scale stays 1.
-        self.model = ContrastiveModel(parts.encoder, ContrastiveConfig(scale=1.0))
+        self.model = ScaledEncoder(parts.encoder)  # `ScoreLoss` applies the scale itself
         self.loss = ScoreLoss(section_of(recipe))
         self.table = ScoreTable(score_folder(recipe, recipe.data.path))
         held_out_path = recipe.data.held_out_path
@@ -171,7 +170,6 @@ class ScoreStage:
 
     def _loss(self, vectors: torch.Tensor, batches: ScoredExamples) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns summed loss and hits, from vectors in the order of the micro-batches."""
-        place = torch.from_numpy(np.argsort(batches.packed.order)).to(vectors.device)
-        query_QD, document_RD = vectors[place].tensor_split([batches.packed.n_queries])
+        query_QD, document_RD = batches.packed.in_order(vectors).tensor_split([batches.packed.n_queries])
         device = vectors.device
         return self.loss(query_QD, document_RD, batches.query_of_R.to(device), batches.score_R.to(device))

@@ -1,4 +1,4 @@
-"""Runs a contrastive batch of any size in the activation memory of one micro-batch, with the exact gradient.
+"""Runs a loss on all vectors of a batch in the activation memory of one micro-batch, with the exact gradient.
 
 The method is GradCache (Gao et al., 2021, arXiv 2101.06983):
 
@@ -20,26 +20,25 @@ from torch import nn
 
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.recipe.objectives import ContrastiveConfig
 
 Share = torch.Tensor
 LARGEST_SCALE = 100.0
 """A learned scale cannot grow beyond this."""
 
 
-class ContrastiveModel(nn.Module):
+class ScaledEncoder(nn.Module):
     """Encoder and the loss's scale in one module, which the engine trains.
 
     `forward` returns the scale, because ZeRO-3 gathers a module's parameters only for its forward pass.
     """
 
-    def __init__(self, encoder: Encoder, config: ContrastiveConfig) -> None:
+    def __init__(self, encoder: Encoder, scale: float = 1.0, *, learn_scale: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
-        self.start_scale = config.scale
+        self.start_scale = scale
         # scale = start_scale · exp(log_gain). The parameter is near 0, where bf16 (DeepSpeed's dtype on GPUs)
         # has fine steps. At the scale itself, bf16's steps are too coarse.
-        self.log_gain = nn.Parameter(torch.zeros(1, device=encoder.device)) if config.learn_scale else None
+        self.log_gain = nn.Parameter(torch.zeros(1, device=encoder.device)) if learn_scale else None
 
     def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns vectors `[S, D]` and the scale, a scalar in fp32."""
