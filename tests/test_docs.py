@@ -15,6 +15,7 @@ import yaml
 
 from llm2vec_ds import __version__
 from llm2vec_ds.recipe.habits import HABITS
+from llm2vec_ds.recipe.objectives import SECTIONS
 from llm2vec_ds.recipe.recipe import documented_keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +122,13 @@ def test_all_files_name_one_version() -> None:
     assert newest is not None
     assert newest.group(1) == project["version"] == citation["version"] == __version__
     assert newest.group(2) == str(citation["date-released"])
+
+
+@pytest.mark.parametrize("stage", SECTIONS)
+def test_every_stage_is_described(stage: str) -> None:
+    (sentence,) = re.findall(r"Its `stage` is [^.]*", (ROOT / "README.md").read_text())
+    assert f"`{stage}`" in sentence
+    assert f"`{stage}`" in (ROOT / "docs" / "recipe.md").read_text()
 
 
 def test_the_first_screen_of_the_readme_fits_60_lines() -> None:
