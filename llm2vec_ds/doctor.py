@@ -27,7 +27,12 @@ OPTIONAL = {
     "triton": "pip install 'llm2vec-ds[gpu]' for attention kernels on GPUs",
     "flash_attn": "pip install 'llm2vec-ds[flash]' for another attention backend on GPUs",
     "bitsandbytes": "pip install 'llm2vec-ds[qlora]' for LoRA over 4-bit weights",
-    "mteb": "pip install 'llm2vec-ds[eval]' for evaluation on MTEB",
+    "gguf": "pip install 'llm2vec-ds[demo]' for the demo, 'llm2vec-ds[gguf]' for export to llama.cpp",
+    "matplotlib": "pip install 'llm2vec-ds[report]' for `report` and `ablate`",
+    "mteb": "pip install 'llm2vec-ds[eval]' for `evaluate`, and for `evaluation` in a recipe",
+    "sentence_transformers": "pip install 'llm2vec-ds[export]' for the check of an export, "
+    "'llm2vec-ds[distil]' for teachers and rerankers",
+    "onnxruntime": "pip install 'llm2vec-ds[onnx]' for export to ONNX",
     "tensorboard": "pip install 'llm2vec-ds[monitor]' for `monitor: tensorboard` in a recipe",
     "wandb": "pip install 'llm2vec-ds[monitor]' for `monitor: wandb` in a recipe",
 }
@@ -125,8 +130,8 @@ def _devices() -> Iterator[Finding]:
     products = cpu_products()
     yield Finding(
         "CPU",
-        f"{torch.get_num_threads()} threads, {memory_gib:.0f} GiB memory, fp32 matrix products by "
-        f"{products.name} ({products.reason})",
+        f"torch uses {torch.get_num_threads()} of {os.cpu_count()} threads, {memory_gib:.0f} GiB memory, "
+        f"fp32 matrix products by {products.name} ({products.reason})",
     )
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)

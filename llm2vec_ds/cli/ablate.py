@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds.cli.common import examples, expanded, quiet_libraries
+from llm2vec_ds.cli.common import check_installed, examples, expanded, quiet_libraries
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.process.interrupts import kept
 
@@ -57,6 +57,7 @@ def ablate(
     from llm2vec_ds.ablation.recipe import load_ablation
 
     loaded = load_ablation(recipe, budget, overrides)
+    check_installed("report", "matplotlib")
     quiet_libraries()
     from llm2vec_ds.ablation.run import run_ablation, table
     from llm2vec_ds.report.page import write_report
@@ -88,6 +89,7 @@ def report(
     """Draw the measurements of runs into one HTML file, which needs no network."""
     if output.suffix != ".html":
         raise UserError(f"--output {output} must end in .html")
+    check_installed("report", "matplotlib")
     quiet_libraries()
     from llm2vec_ds.report.page import write_report
 

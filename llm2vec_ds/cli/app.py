@@ -64,6 +64,11 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="Log details too, such as environment variables set for libraries."),
+    ] = False,
 ) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("llm2vec_ds").setLevel(logging.INFO if is_first_rank() else logging.WARNING)
+    shown = logging.DEBUG if verbose else logging.INFO
+    logging.getLogger("llm2vec_ds").setLevel(shown if is_first_rank() else logging.WARNING)

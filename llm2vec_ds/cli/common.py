@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -11,10 +12,22 @@ from typing import Annotated, Any
 
 import typer
 
+from llm2vec_ds.errors import UserError
+
 
 def examples(*commands: str) -> str:
     """Returns the list of examples at the end of a command's help."""
     return "\n\n".join(["Examples:", *(f"- `llm2vec-ds {command}`" for command in commands)])
+
+
+def check_installed(extra: str, *packages: str) -> None:
+    """Checks that the packages of an extra are installed, before a command does any work.
+
+    Raises:
+        UserError: one is missing.
+    """
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{missing[0]} is not installed: pip install 'llm2vec-ds[{extra}]'")
 
 
 def quiet_libraries() -> None:
@@ -92,8 +105,13 @@ Model = Annotated[
         callback=encoder_place,
     ),
 ]
-Attention = Annotated[str, typer.Option(help="Attention backend: auto, triton, flash_attn, varlen or torch.")]
-Precision = Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.")]
+Attention = Annotated[
+    str, typer.Option(metavar="NAME", help="Attention backend: auto, triton, flash_attn, varlen or torch.")
+]
+Precision = Annotated[
+    str,
+    typer.Option(metavar="auto|fp32|bf16", help="Number format. auto: bf16 on CUDA, fp32 on a CPU."),
+]
 MicroBatchTokens = Annotated[
     int | None,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds.cli.common import examples, expanded, quiet_libraries
+from llm2vec_ds.cli.common import check_installed, examples, expanded, quiet_libraries
 from llm2vec_ds.process.interrupts import kept
 
 
@@ -78,6 +78,7 @@ def demo(
 
         print(demo_model_dir())
         return
+    check_installed("demo", "gguf", "scipy", "sklearn", "matplotlib")
     from llm2vec_ds.demo.run import run_demo
 
     run_demo(output, budget=budget, sts=sts, text=text, model=model, seed=seed, qlora=qlora)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,12 @@ from llm2vec_ds.cli.common import (
     MicroBatchTokens,
     Model,
     Precision,
+    check_installed,
     examples,
     expanded,
     quiet_libraries,
 )
-from llm2vec_ds.errors import UserError, writing
+from llm2vec_ds.errors import writing
 from llm2vec_ds.process.interrupts import kept
 
 if TYPE_CHECKING:
@@ -56,8 +56,11 @@ ExcludeSelf = Annotated[
     typer.Option(help="For retrieval:FOLDER: do not rank the document that has the query's own id."),
 ]
 ResultsFolder = Annotated[
-    Path,
-    typer.Option(help="Folder for results. Tasks that it already holds do not run again.", callback=expanded),
+    Path | None,
+    typer.Option(
+        help="Folder for results. Tasks that it already holds do not run again. Default: mteb-results/NAME.",
+        callback=expanded,
+    ),
 ]
 InstructionsOfTasks = Annotated[
     str | None,
@@ -86,21 +89,18 @@ Column = Annotated[
     ),
 ]
 ScoresFolder = Annotated[
-    Path,
+    Path | None,
     typer.Option(
-        help="Folder for scores.json. The encoder's vectors go into its folder features/.", callback=expanded
+        help="Folder for scores.json. The encoder's vectors go into its folder features/. Default: "
+        "word-results/NAME.",
+        callback=expanded,
     ),
 ]
 
 
-def _needs(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{package} is not installed: pip install 'llm2vec-ds[eval]'")
-
-
 def _needs_mteb() -> None:
     """Checks that mteb is installed and imports it. On import, mteb creates its cache folder."""
-    _needs("mteb")
+    check_installed("eval", "mteb")
     with writing("mteb's cache (the folder MTEB_CACHE, else ~/.cache/mteb)"):
         importlib.import_module("mteb")
 
@@ -132,7 +132,7 @@ def mteb(
     subset: Annotated[
         str | None, typer.Option(help="paper15: the 15 tasks of the paper. The list is not confirmed.")
     ] = None,
-    output: ResultsFolder = Path("mteb-results"),
+    output: ResultsFolder = None,
     exclude_self: ExcludeSelf = False,
     causal: Causal = None,
     instructions: InstructionsOfTasks = None,
@@ -150,6 +150,7 @@ def mteb(
     quiet_libraries()
     from llm2vec_ds.distributed import rank
     from llm2vec_ds.encoder.encoder import Encoder
+    from llm2vec_ds.encoder.of_run import short_name
     from llm2vec_ds.encoder.passes import lower_pass
     from llm2vec_ds.evaluate.mteb import (
         MtebEncoder,
@@ -164,6 +165,7 @@ def mteb(
     from llm2vec_ds.evaluate.shards import ShardedEncoder, process_group
     from llm2vec_ds.process.full_memory import enough_memory
 
+    output = output or Path("mteb-results") / short_name(model)
     given = read_instructions(instructions)
     tasks = tasks_for(task or [], benchmark, subset, exclude_self=exclude_self)
     with process_group() as device:
@@ -199,7 +201,7 @@ def words(
     train: TrainFile,
     test: TestFile,
     column: Column = "upos",
-    output: ScoresFolder = Path("word-results"),
+    output: ScoresFolder = None,
     causal: Causal = None,
     max_sentences: Annotated[
         int | None, typer.Option(metavar="N", help="Read only the first N sentences of each file.", min=1)
@@ -223,9 +225,10 @@ def words(
     There are two results. For same_token, a word's vector comes from its own tokens. For next_token, it comes
     from the tokens one position before. The paper uses next_token for models trained with MNTP.
     """
-    _needs("seqeval")
+    check_installed("eval", "seqeval", "sklearn")
     quiet_libraries()
     from llm2vec_ds.encoder.encoder import Encoder
+    from llm2vec_ds.encoder.of_run import short_name
     from llm2vec_ds.encoder.passes import lower_pass
     from llm2vec_ds.evaluate.word_level import ProbeOptions
     from llm2vec_ds.evaluate.word_task import WordTask, run_word_task, table, write_scores
@@ -235,8 +238,10 @@ def words(
     task.check()
     encoder = Encoder.from_pretrained(model, causal=causal, attention=attention, precision=precision)
     probes = [ProbeOptions(max_steps=max_steps, seed=s) for s in seed or [42]]
-    features = output / "features"
+    output = output or Path("word-results") / short_name(model)
     with enough_memory(lower_pass(micro_batch_tokens)):
-        result = run_word_task(encoder, model, task, probes, features, micro_batch_tokens=micro_batch_tokens)
+        result = run_word_task(
+            encoder, model, task, probes, output / "features", micro_batch_tokens=micro_batch_tokens
+        )
     write_scores(result, output)
     print(json.dumps(result, indent=1) if as_json else table(result))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm2vec_ds.cli.common import examples, expanded, quiet_libraries
+from llm2vec_ds.cli.common import check_installed, examples, expanded, quiet_libraries
 from llm2vec_ds.cli.evaluate import evaluation_of
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.process.interrupts import kept
@@ -83,15 +82,17 @@ def export(
     format: Annotated[
         str,
         typer.Option(
+            metavar="NAME",
             help="sentence-transformers (also for vLLM and text-embeddings-inference), transformers, onnx "
-            "(for onnxruntime and transformers.js), or gguf (for llama.cpp, Ollama, LM Studio)."
+            "(for onnxruntime and transformers.js), or gguf (for llama.cpp, Ollama, LM Studio).",
         ),
     ] = "sentence-transformers",
     dtype: Annotated[
         str,
         typer.Option(
+            metavar="NAME",
             help="auto (as the encoder is stored), fp32, bf16 or fp16. gguf also has q8_0. onnx has only "
-            "fp32 (its auto), fp16 and int8."
+            "fp32 (its auto), fp16 and int8.",
         ),
     ] = "auto",
     prompt: Prompts = None,
@@ -166,8 +167,7 @@ def _exporter(format: str, card_folder: Path | None) -> Callable[[Path, Path, An
         UserError: a package for this format is missing.
     """
     needed = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}.get(format, ())
-    if missing := [name for name in needed if not find_spec(name)]:
-        raise UserError(f"{missing[0]} is not installed: pip install 'llm2vec-ds[{format}]'")
+    check_installed(format, *needed)
     if format == "gguf":
         from llm2vec_ds.export.gguf.export import export_gguf
 
@@ -201,7 +201,10 @@ def merge(
     ] = None,
     method: Annotated[
         str,
-        typer.Option(help="linear: a weighted mean. slerp: a point on the arc between two encoders."),
+        typer.Option(
+            metavar="linear|slerp",
+            help="linear: a weighted mean. slerp: a point on the arc between two encoders.",
+        ),
     ] = "linear",
     evaluate: TaskOfMixture = None,
     last: Annotated[

@@ -68,7 +68,10 @@ RerankerBatch = Annotated[
 ]
 Sampling = Annotated[
     str,
-    typer.Option(help="Which candidates of the rank range: top (the nearest) or random (fixed by --seed)."),
+    typer.Option(
+        metavar="top|random",
+        help="Which candidates of the rank range: the nearest, or random ones (fixed by --seed).",
+    ),
 ]
 QueryInstruction = Annotated[
     str | None, typer.Option(help="Goes before each query. The model attends to it, but it is not pooled.")
@@ -77,7 +80,10 @@ DocumentInstruction = Annotated[
     str | None, typer.Option(help="The same before each text of the corpus and each positive.")
 ]
 BadRows = Annotated[
-    str, typer.Option(help="Rows that break their format: raise (stop) or skip (leave out and count).")
+    str,
+    typer.Option(
+        metavar="raise|skip", help="Rows that break their format: stop, or leave them out and count them."
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -128,7 +129,8 @@ def encode(
         stored=cast("Stored", store),
     )
     from_stdin = "nothing is kept from standard input; run the command again with the same input"
-    with kept(from_stdin if input == "-" else "finished blocks are kept; run the same command to go on"):
+    from_file = "finished blocks of 4,096 texts are kept; run the same command to go on"
+    with kept(from_stdin if input == "-" else from_file):
         encode_file(options, target, overwrite=overwrite)
 
 
@@ -157,6 +159,8 @@ def search(
     ] = None,
 ) -> None:
     """Print the texts nearest to a query: cosine, row and text, nearest first."""
+    if not query.strip():
+        raise UserError("the query is empty: give the text to search for")
     quiet_libraries()
     from llm2vec_ds.vectors.search import search as run
 
@@ -169,4 +173,4 @@ def search(
         instruction=instruction,
         prompt_name=prompt_name,
     ):
-        print(f"{hit.cosine:.4f}  {hit.row}  {' '.join(hit.text.split())[:200]}")
+        print(f"{hit.cosine:.4f}  {hit.row}  {textwrap.shorten(hit.text, 200, placeholder=' …')}")

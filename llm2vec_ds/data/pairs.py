@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.recipe.sections import DataConfig
 from llm2vec_ds.storage.reading import parse_yaml
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,11 @@ def prepare_all(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[Path]]]:
     """Prepares the training data, and held-out data if the recipe names some. Returns folders by group."""
     data, end_with_eos = recipe.data, recipe.pooling == "eos"
     made = []
+    if data.held_out_path is not None:
+        both = set(find_source(data.path).files) & set(find_source(data.held_out_path).files)
+        if both:
+            names = ", ".join(map(str, sorted(both)))
+            log.warning("data.held_out_path names files that also train: %s", names)
     for path in (data.path, data.held_out_path):
         if path is None:
             continue

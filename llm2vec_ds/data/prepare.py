@@ -55,6 +55,8 @@ from llm2vec_ds.storage.reading import read_json
 
 log = logging.getLogger(__name__)
 
+LOST_SHARE = 0.01
+"""If a larger share of texts is in another encoding, the log warns."""
 TEXTS_PER_BLOCK = 500
 CHARACTERS_PER_BLOCK = 2**20
 TEXTS_PER_PART = 200_000
@@ -294,6 +296,12 @@ class _Preparation:
             raise UserError(f"{self.source}: no text in it ({reasons})")
         n_twice = n_duplicates(self.unfinished, progress.parts, counts["rows"])
         counts["duplicates"] = left_out["duplicates"] = n_twice
+        if (n_lost := counts.get("not UTF-8", 0)) > LOST_SHARE * (n_lost + counts["rows"]):
+            log.warning(
+                "%s: %s texts are not UTF-8 and are left out. Convert the file, such as by "
+                "iconv -f latin1 -t utf8 FILE > NEW",
+                *(self.source, n_lost),
+            )
         manifest = Manifest(
             fingerprint=fingerprint(self.unfinished, progress.parts),
             source=str(self.source),
@@ -305,9 +313,10 @@ class _Preparation:
         self.note.unlink(missing_ok=True)
         put_folder(self.unfinished, self.folder)
         log.info(
-            "prepared %s: %s rows, %s tokens; %s",
+            "prepared %s: %s %s, %s tokens; %s",
             self.source,
             counts["rows"],
+            "rows" if self.data.pairs is None else "texts of pairs",
             counts["tokens"],
             ", ".join(f"{n} {name}" for name, n in left_out.items() if n) or "nothing left out",
         )

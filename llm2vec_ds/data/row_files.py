@@ -116,7 +116,11 @@ def _reading(file: Path) -> Iterator[None]:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
     except UnicodeError as error:
         words = " ".join(str(error).split())[:120]
-        raise UserError(f"{file} is not text in UTF-8, or as its byte order mark says: {words}") from None
+        encoding = getattr(error, "encoding", "utf-8").upper()
+        fix = "convert it, such as by iconv -f latin1 -t utf8 FILE > NEW"
+        if "8" not in encoding:
+            fix = "its byte order mark says so: write it again"
+        raise UserError(f"{file} is not text in {encoding} ({words}): {fix}") from None
 
 
 def _open(file: Path) -> IO[bytes]:

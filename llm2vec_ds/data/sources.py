@@ -73,6 +73,10 @@ def find_source(path: str | Sequence[str], key: str = "data.path") -> Source:
     return Source(tuple(files))
 
 
+LONGEST_NAME = 40
+"""A longer name of a column is cut in messages. It is probably a text."""
+
+
 def stream_texts(
     source: Source,
     text_column: str,
@@ -123,7 +127,7 @@ def stream_pairs(
     `[text, 0.9]`. Blank texts in lists are left out. A row without a negative column has no hard negatives.
 
     Args:
-        keys: where the user sets the columns of query, positive and negative.
+        keys: where the user sets the columns of query, positive and negative. Empty: nowhere.
 
     Raises:
         UserError: as `stream_texts`. Or the source is plain text, which has no columns. Or the recipe names a
@@ -235,8 +239,11 @@ def _rows(
 
 def _value(row: dict[str, Any], column: str, place: str, key: str) -> Any:
     if column not in row:
-        found = ", ".join(str(name) for name in row)
-        raise UserError(f"{place}: no column {column!r}: set {key} to one of {found}")
+        names = [str(name) for name in row]
+        found = ", ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…" for name in names)
+        fix = f"set {key} to one of" if key else "give this name to one of"
+        header = "; is the header line missing?" if max(map(len, names), default=0) > LONGEST_NAME else ""
+        raise UserError(f"{place}: no column {column!r}: {fix} {found}{header}")
     return row[column]
 
 

@@ -25,6 +25,7 @@ from llm2vec_ds.data.prompts import (
     tokenize,
     truncate,
 )
+from llm2vec_ds.encoder.arguments import check_arguments
 from llm2vec_ds.encoder.inference import (
     device_of,
     has_part_in_training,
@@ -46,6 +47,7 @@ from llm2vec_ds.model.hidden_states import trunk_hidden_states
 from llm2vec_ds.model.imported import merge_adapters, resolve, tokenizer_place, upstream_settings
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.pooling import POOLINGS
+from llm2vec_ds.network import give_up_on_unreachable_hub
 from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.storage.output_folder import replaced_folder
 
@@ -114,6 +116,8 @@ class Encoder(nn.Module):
         """
         chosen = devices(device)
         path = encoder_of(os.path.expanduser(path))  # noqa: PTH111  (a hub id stays as it is)
+        if not Path(path).exists():
+            give_up_on_unreachable_hub()
         stack = resolve(path, adapters)
         trunk = load_trunk(
             stack.base,
@@ -201,6 +205,7 @@ class Encoder(nn.Module):
         Raises:
             UserError: as `encode_blocks`.
         """
+        check_arguments(texts, options)
         if isinstance(texts, str):
             vectors = self.encode([texts], **options)[0]
         else:
@@ -312,7 +317,7 @@ class Encoder(nn.Module):
                 what = "is empty" if is_text(text) else "is not text"
                 name = f"text {first_row + row} (counted from 0) {what}"
                 if bad_texts == "raise":
-                    raise UserError(f"{name}: remove it, or get NaN in its place with bad texts `nan`")
+                    raise UserError(f"{name}: remove it, or pass bad_texts=nan (--bad-texts nan)")
                 log.warning("%s: NaN in its place", name)
         return good
 

@@ -132,3 +132,9 @@ def check_is_of_finished_run(model: Path) -> None:
             f"{model} does not belong to the run in {run}, which has not finished: continue that run with "
             "resume=true"
         )
+
+
+def short_name(model: str) -> str:
+    """Returns a short name of a model. For the `encoder/` of a run it is the run's name."""
+    path = Path(model)
+    return path.absolute().parent.name if path.name == "encoder" else path.absolute().name

@@ -244,7 +244,7 @@ class Engine:
             _gather_for_adapted_layers(model)
         if self._flat is not None:
             self._flat.link()
-            log.info("%s tensors train as one of %s elements", len(named), self._flat.whole.numel())
+            log.debug("%s tensors train as one of %s elements", len(named), self._flat.whole.numel())
         # bitsandbytes packs moments in blocks. They are no tensors of a parameter's shape.
         self.state = TrainableState(self._engine, flat=self._flat, has_moments=optimizer is None)
 

@@ -59,7 +59,9 @@ def use_graphs(recipe: Recipe, stage: Stage, engine: Engine) -> GraphedTrunk | N
             return graphed
     if asked == "on":
         raise UserError(f"model.cuda_graphs is on, but {reason}: set it to off or auto")
-    log.log(logging.WARNING if failed else logging.INFO, "CUDA graphs: not used, %s", reason)
+    without_gpu = stage.encoder.device.type != "cuda"
+    level = logging.WARNING if failed else logging.DEBUG if without_gpu else logging.INFO
+    log.log(level, "CUDA graphs: not used, %s", reason)
     return None
 
 

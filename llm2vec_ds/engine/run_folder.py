@@ -165,7 +165,10 @@ def changes_of_run(folder: Path, identity: Mapping[str, Any]) -> list[str]:
 
 
 def another_run(folder: Path, changed: list[str]) -> UserError:
+    further = ""
+    if all(change.startswith(("max_steps", "epochs")) for change in changed):
+        further = f" (to train on from its encoder: a new output_dir and model.path={folder})"
     return UserError(
-        f"{folder} holds another run ({'; '.join(changed)}): undo the change, choose another output_dir, or "
-        "pass overwrite=true without resume to start again"
+        f"{folder} holds another run ({'; '.join(changed)}): undo the change, choose another output_dir"
+        f"{further}, or pass overwrite=true without resume to start again"
     )

@@ -22,7 +22,7 @@ from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.identity import model_name, result_key, weights_key
 from llm2vec_ds.evaluate.shards import RankEncoder
 from llm2vec_ds.storage.durable import replace_json, replace_text
-from llm2vec_ds.storage.reading import parse_yaml
+from llm2vec_ds.storage.reading import parse_yaml, read_json
 
 log = logging.getLogger(__name__)
 
@@ -194,18 +194,21 @@ def _drop_result_of_other_data(cache: Any, task: Any, meta: Any) -> None:
 
 def summary(model: str, meta: ModelMeta, scores: list[Score]) -> dict[str, Any]:
     """Returns what `--json` prints: each task's main score, the mean by type, and the mean of all tasks."""
-    types = list(dict.fromkeys(score.type for score in scores))
-    means = {kind: float(np.mean([s.value for s in scores if s.type == kind])) for kind in types}
+    tasks = {
+        score.task: {"type": score.type, "metric": score.metric, "main_score": score.value}
+        for score in scores
+    }
+    return {"model": model, "revision": meta.revision, "mteb": mteb.__version__, **_with_means(tasks)}
+
+
+def _with_means(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    by_type: dict[str, list[float]] = {}
+    for task in tasks.values():
+        by_type.setdefault(task["type"], []).append(task["main_score"])
     return {
-        "model": model,
-        "revision": meta.revision,
-        "mteb": mteb.__version__,
-        "tasks": {
-            score.task: {"type": score.type, "metric": score.metric, "main_score": score.value}
-            for score in scores
-        },
-        "mean_by_type": means,
-        "mean": float(np.mean([score.value for score in scores])),
+        "tasks": tasks,
+        "mean_by_type": {kind: float(np.mean(values)) for kind, values in by_type.items()},
+        "mean": float(np.mean([task["main_score"] for task in tasks.values()])),
     }
 
 
@@ -223,7 +226,18 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def write_summary(result: Mapping[str, Any], output: Path) -> None:
-    """Writes `scores.json` and `scores.md` beside mteb's own results."""
+    """Writes `scores.json` and `scores.md` beside mteb's own results.
+
+    They keep the tasks that an earlier run wrote, if the model, its revision and mteb's version are the same.
+
+    Raises:
+        UserError: an earlier `scores.json` is damaged, or the files cannot be written.
+    """
+    file = output / "scores.json"
+    if file.exists():
+        earlier = read_json(file, dict[str, Any], "remove it, and run the same command again")
+        if all(earlier.get(name) == result[name] for name in ("model", "revision", "mteb")):
+            result = {**result, **_with_means({**earlier["tasks"], **result["tasks"]})}
     with writing(f"--output {output}"):
-        replace_json(output / "scores.json", result)
-        replace_text(output / "scores.md", table(result) + "\n")
+        replace_json(file, result)
+        replace_text(output / "scores.md", f"{result['model']}\n\n{table(result)}\n")

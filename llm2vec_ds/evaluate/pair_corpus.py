@@ -26,7 +26,7 @@ def corpus_of_pairs(file: Path) -> Beir:
     documents: dict[str, str] = {}
     relevant: dict[str, dict[str, int]] = {}
     for query, positive, *negatives in stream_pairs(
-        find_source(str(file), "--task"), PairsConfig(max_negatives=ALL), counts
+        find_source(str(file), "--task"), PairsConfig(max_negatives=ALL), counts, keys=("", "", "")
     ):
         own = queries.setdefault(query, f"q{len(queries)}")
         for document in (positive, *negatives):

@@ -53,11 +53,17 @@ def load_graded_pairs(path: str | Path) -> GradedPairs:
     for place, row in zip(places, rows, strict=True):
         try:
             first, second, score = (row[column] for column in columns)
-            if not first.strip() or not second.strip():
-                raise ValueError
-            pairs.scores.append(_number(score))
-        except (IndexError, ValueError):
+        except IndexError:
             raise UserError(f"{place}: expected sentence1, sentence2, score (a number)") from None
+        if not first.strip() or not second.strip():
+            raise UserError(f"{place}: a sentence is empty: remove the row")
+        try:
+            pairs.scores.append(_number(score))
+        except ValueError:
+            fix = "write it as 3.5"
+            if not pairs.scores and len(rows) == len(places) and "score" not in names:
+                fix = f"the columns need the names {', '.join(COLUMNS)}, or this order without a header"
+            raise UserError(f"{place}: the score {score!r} is no number: {fix}") from None
         pairs.first.append(first)
         pairs.second.append(second)
     if len(set(pairs.scores)) < 2:

@@ -37,7 +37,10 @@ def merge_into_original(folder: Path, output: Path, original: str | None = None)
     """
     stack = read_stack(str(folder), "nf4", None)
     if not stack.earlier:
-        raise UserError(f"{folder} has no adapters/: give the encoder/ folder of a run over NF4")
+        raise UserError(
+            f"{folder} is a single encoder, and not of a run over NF4: name two or more encoders, or add "
+            "--last N to average a run's checkpoints"
+        )
     if output.exists():
         raise UserError(f"{output} exists: choose another --output")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -192,8 +192,8 @@ class _Mining:
         n_queries, n_documents = len(corpus.queries), len(corpus.documents)
         sizes = {"pairs": len(corpus.pairs), "queries": n_queries, "candidates": corpus.n_candidates}
         self.progress.counts = sizes | counts
-        gib = bytes_per_text * (n_queries + n_documents) / 2**30
-        log.info("%s: vectors will take %.1f GiB", self.folder, gib)
+        mib = bytes_per_text * (n_queries + n_documents) / 2**20
+        log.info("%s: vectors will take %.1f MiB", self.folder, mib)
         self._write_note()
 
     def _encode(self, kind: str, texts: DistinctTexts, instruction: str | None) -> np.ndarray:

@@ -21,7 +21,7 @@ def set_variables(
     environment.update(changed)
     if changed:
         shown = " ".join(f"{name}={value}" for name, value in changed.items())
-        log.info("environment for %s: %s", reader, shown)
+        log.debug("environment for %s: %s", reader, shown)
 
 
 def set_defaults(values: Mapping[str, str], reader: str) -> None:

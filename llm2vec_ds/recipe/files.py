@@ -136,7 +136,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if key.startswith("-"):
         answer = answer_to(key.lstrip("-"))
         here = f"; set {answer}" if answer else ""
-        raise UserError(f"there is no option {key}: recipe keys are key=value, e.g. optimizer.lr=1e-4{here}")
+        raise UserError(
+            f"there is no option {key}: write recipe keys as key=value, e.g. optimizer.lr=1e-4{here}"
+        )
     if not equals or not key:
         raise UserError(f"override {override!r} is not key=value, e.g. optimizer.lr=1e-4")
     *parents, last = key.split(".")

@@ -40,6 +40,10 @@ def default_of(key: str, root: type[Section]) -> Any:
     return to_jsonable_python(field.get_default(call_default_factory=True))
 
 
+LEAST_LIKENESS = 0.85
+"""A key that is less like the unknown one is not proposed."""
+
+
 def unknown_key(location: list[str], root: type[Section]) -> str:
     """Returns the error message for a key at `location` that `root` does not have.
 
@@ -61,7 +65,10 @@ def unknown_key(location: list[str], root: type[Section]) -> str:
         is_beside = candidate.rpartition(".")[0] == prefix[:-1]
         return _likeness(name, candidate.rpartition(".")[2]) + (0.2 if is_beside else 0.0)
 
-    return f"unknown key `{key}`: did you mean `{max(candidates, key=likeness)}`?"
+    nearest = max(candidates, key=likeness)
+    if likeness(nearest) < LEAST_LIKENESS:
+        return f"unknown key `{key}`: docs/recipe_keys.md lists all keys"
+    return f"unknown key `{key}`: did you mean `{nearest}`?"
 
 
 def _likeness(one: str, other: str) -> float:

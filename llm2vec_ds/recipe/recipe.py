@@ -29,6 +29,7 @@ from llm2vec_ds.recipe.sections import (
     Positive,
     Section,
 )
+from llm2vec_ds.storage.reading import in_words
 
 
 def _as_list(value: Any) -> Any:
@@ -229,7 +230,7 @@ def _explain(mistake: Any, parsed_by: type[Recipe]) -> str:
         return f"`{key}` is missing"
     if mistake["type"] == "model_type":
         return section_given_a_value([str(part) for part in mistake["loc"]], mistake["input"], parsed_by)
-    message = mistake["msg"].removeprefix("Value error, ")
+    message = in_words(mistake)
     return f"`{key}`: {message} (got {mistake['input']!r})" if key else message
 
 

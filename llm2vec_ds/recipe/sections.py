@@ -131,7 +131,8 @@ class DataConfig(Section):
     """How instruction and text are put together: a form such as `Instruct: {instruction} Text: {text}`, or
     `chat` for the tokenizer's own chat template. null: instruction, a space, text."""
     held_out_path: Place | list[Place] | None = None
-    """Texts to measure on, in the same format as `path`. They are never trained on."""
+    """Texts to measure on, in the same format as `path`. Keep them out of `path`. `simcse` has no held-out
+    loss."""
     pairs: PairsConfig | None = None
     prepared_dir: Place | None = None
     """Where tokenised texts are kept. null: `prepared/` in your cache folder."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llm2vec_ds.encoder.of_run import short_name
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.storage.reading import read_json, read_json_lines
 
@@ -194,7 +195,7 @@ def _evaluation(data: ReportData, folder: Path, label: str) -> bool:
     if not (folder / "scores.json").exists():
         return False
     result = _json(folder / "scores.json", _Scores)
-    variant = label or Path(result.model).name
+    variant = label or short_name(result.model)
     data.add_scores(variant, {name: task.main_score for name, task in result.tasks.items()})
     for shift, words in (("same_token", result.same_token), ("next_token", result.next_token)):
         for accuracy in words.accuracy_by_seed if words else []:
@@ -223,7 +224,7 @@ def _merge(data: ReportData, folder: Path, label: str) -> bool:
         return False
     result = _json(folder / "merge.json", _Merge)
     shown = label or folder.name
-    names = [_short(source) for source in result.sources]
+    names = [short_name(source) for source in result.sources]
     if len(result.curve) > 1:
         weights, scores = zip(*((point.weights[-1], point.score) for point in result.curve), strict=True)
         name = f"{names[0]} → {names[1]}"
@@ -232,9 +233,3 @@ def _merge(data: ReportData, folder: Path, label: str) -> bool:
     shares = (f"{weight:g} × {name}" for weight, name in zip(result.weights, names, strict=True))
     data.facts[shown] = " + ".join(shares)
     return True
-
-
-def _short(source: str) -> str:
-    """Returns a short name. For a run's `encoder/` it is the run's name."""
-    path = Path(source)
-    return path.parent.name if path.name == "encoder" else path.name

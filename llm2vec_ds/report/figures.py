@@ -20,6 +20,7 @@ COLOURS = ["#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#9
 SIZE_INCHES = (5.2, 3.4)
 OVER_STEPS = {
     "loss": ("loss", "training loss"),
+    "accuracy": ("accuracy", "accuracy in training"),
     "lr": ("lr", "learning rate"),
     "tokens_per_s": ("tokens/s", "tokens per second"),
     "peak_mib": ("MiB", "peak memory, MiB"),

@@ -131,5 +131,14 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
 def explain(mistake: Any) -> str:
     """Returns one of pydantic's mistakes in a few words."""
     key = ".".join(str(part) for part in mistake["loc"])
-    said = mistake["msg"].removeprefix("Value error, ")
+    said = in_words(mistake)
     return f"`{key}`: {said}" if key else said
+
+
+def in_words(mistake: Any) -> str:
+    """Returns what one of pydantic's mistakes says, without the key."""
+    said: str = mistake["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    said = said.partition(", unable to parse")[0]
+    if mistake["type"] == "string_type" and isinstance(mistake["input"], list):
+        said += ". Square brackets make a list in YAML: put the value in quotes"
+    return said

@@ -122,7 +122,7 @@ def test_training_refuses_the_tokenizer_of_another_model(
 
 def test_a_score_that_is_nan_has_no_rank(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("a,b,1\nc,d,2\ne,f,nan\n")
-    with pytest.raises(UserError, match=r"line 3: expected sentence1, sentence2, score \(a number\)"):
+    with pytest.raises(UserError, match="line 3: the score 'nan' is no number: write it as 3.5"):
         load_graded_pairs(tmp_path / "p.csv")
 
 
@@ -139,11 +139,15 @@ COMMANDS: dict[str, tuple[str, list[str], bytes]] = {
     ),
     "random jsonl": ("a.jsonl, line 1: not valid JSON: …", ["prepare", "R"], RANDOM),
     "random text": ("a.txt: no text in it (…)", ["prepare", "R"], RANDOM),
-    "random csv": ("a.csv is not text in UTF-8, or as its byte order mark says: …", ["prepare", "R"], RANDOM),
+    "random csv": (
+        "a.csv is not text in UTF-8 (…): convert it, such as by iconv -f latin1 -t utf8 FILE > NEW",
+        ["prepare", "R"],
+        RANDOM,
+    ),
     "random pairs": ("a.jsonl, line 1: not valid JSON: …", ["mine", "--pairs", "F"], RANDOM),
     "random corpus": ("a.parquet is not a Parquet file: …", ["encode", "--input", "F"], RANDOM),
     "bytes as text": (
-        "text 0 (counted from 0) is not text: remove it, or get NaN in its place with bad texts `nan`",
+        "text 0 (counted from 0) is not text: remove it, or pass bad_texts=nan (--bad-texts nan)",
         ["encode", "--input", "F"],
         b"\xff\x00\n\xfe\x00\n",
     ),

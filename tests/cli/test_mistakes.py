@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.support.in_process import run
+from tests.support.in_process import error_line, run
 
 
 def tables() -> list[ast.Dict]:
@@ -39,3 +40,30 @@ def test_usage_errors_stay_usual(
     error = capsys.readouterr().err
     assert "Usage: llm2vec-ds" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (["report", "TMP"], "matplotlib", "report"),
+        (["ablate", "recipes/smollm2_ablation.yaml", "--output", "TMP/a"], "matplotlib", "report"),
+        (["demo", "--output", "TMP/d"], "sklearn", "demo"),
+        (["evaluate", "mteb", "--model", "TMP", "--task", "sts:a.csv"], "mteb", "eval"),
+        (["evaluate", "words", "--model", "TMP", "--train", "a", "--test", "b"], "seqeval", "eval"),
+        (["export", "TMP", "--output", "TMP/g.gguf", "--format", "gguf"], "gguf", "gguf"),
+        (["export", "TMP", "--output", "TMP/o", "--format", "onnx"], "onnxruntime", "onnx"),
+    ],
+)
+def test_a_missing_extra_is_named_before_any_work(
+    arguments: list[str],
+    package: str,
+    extra: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *of: None if of[0] == package else found(*of))
+    assert run(monkeypatch, *(word.replace("TMP", str(tmp_path)) for word in arguments)) == 2
+    assert error_line(capsys) == f"{package} is not installed: pip install 'llm2vec-ds[{extra}]'"
+    assert not list(tmp_path.iterdir())

@@ -22,6 +22,22 @@ MISTAKES = {
         ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv"),
         files={"p.csv": b"one,two\n"},
     ),
+    "pairs with other names": Mistake(
+        "TMP/p.csv, line 1: the score 'sim' is no number: the columns need the names sentence1, sentence2, "
+        "score, or this order without a header",
+        ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv"),
+        files={"p.csv": b"a,b,sim\none,two,3\n"},
+    ),
+    "a decimal comma": Mistake(
+        "TMP/p.csv, line 2: the score '3,5' is no number: write it as 3.5",
+        ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv"),
+        files={"p.csv": b"one;two;3\none;three;3,5\n"},
+    ),
+    "half a pair": Mistake(
+        "TMP/p.csv, line 1: a sentence is empty: remove the row",
+        ("demo", "--output", "TMP/demo", "--sts", "TMP/p.csv"),
+        files={"p.csv": b"one,,3\n"},
+    ),
     "a demo is there": Mistake(
         "TMP/demo already holds a demo: choose another --output or remove it",
         ("demo", "--output", "TMP/demo"),

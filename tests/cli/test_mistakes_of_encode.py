@@ -23,7 +23,7 @@ MISTAKES = {
     ),
     "empty input": Mistake("--input TMP/a.txt is empty", encode(input="a.txt"), files={"a.txt": b""}),
     "binary input": Mistake(
-        "text 1 (counted from 0) is not text: remove it, or get NaN in its place with bad texts `nan`",
+        "text 1 (counted from 0) is not text: remove it, or pass bad_texts=nan (--bad-texts nan)",
         encode(input="a.txt"),
         files={"a.txt": b"one\n\xff\0\n"},
     ),
@@ -38,7 +38,7 @@ MISTAKES = {
         files=PAIRS,
     ),
     "blank line": Mistake(
-        "text 1 (counted from 0) is empty: remove it, or get NaN in its place with bad texts `nan`",
+        "text 1 (counted from 0) is empty: remove it, or pass bad_texts=nan (--bad-texts nan)",
         encode(input="a.txt"),
         files={"a.txt": b"one\n\ntwo\n"},
     ),
@@ -77,6 +77,9 @@ MISTAKES = {
     "unknown attention": Mistake("unknown attention backend 'eager': …", encode("--attention", "eager")),
     "unknown precision": Mistake(
         "precision 'fp8' is unknown: choose auto, fp32 or bf16", encode("--precision", "fp8")
+    ),
+    "nothing to search for": Mistake(
+        "the query is empty: give the text to search for", ("search", "TMP/none", " ")
     ),
     "nothing to search": Mistake(
         "TMP/none holds no vectors: write some with llm2vec-ds encode", ("search", "TMP/none", "trout")

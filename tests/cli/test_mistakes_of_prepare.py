@@ -50,7 +50,7 @@ MISTAKES = {
         files={"a.jsonl": b'{"text": "one"}\n{"text": \n'},
     ),
     "broken CSV": Mistake(
-        "TMP/a.csv is not text in UTF-8, or as its byte order mark says: …",
+        "TMP/a.csv is not text in UTF-8 (…): convert it, such as by iconv -f latin1 -t utf8 FILE > NEW",
         PREPARE,
         data("a.csv"),
         files={"a.csv": b"text\ncaf\xe9\n"},
@@ -68,7 +68,7 @@ MISTAKES = {
         "TMP/a.txt.xz cannot be read: …", PREPARE, data("a.txt.xz"), files={"a.txt.xz": b"plain text"}
     ),
     "half of UTF-16": Mistake(
-        "TMP/a.txt is not text in UTF-8, or as its byte order mark says: …",
+        "TMP/a.txt is not text in UTF-16 (…): its byte order mark says so: write it again",
         PREPARE,
         data("a.txt"),
         files={"a.txt": "the river".encode("utf-16")[:-1]},

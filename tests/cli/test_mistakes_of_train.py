@@ -38,8 +38,22 @@ MISTAKES = {
         "TMP/r.yaml: unknown key `simcse.attention_dropuot`: did you mean `simcse.attention_dropout`?",
         changes={"simcse": {"attention_dropuot": 0.1}},
     ),
+    "a key like no other": Mistake(
+        "TMP/r.yaml: unknown key `optimizer.learnrate`: docs/recipe_keys.md lists all keys",
+        changes={"optimizer": {"learnrate": 1e-4}},
+    ),
+    "brackets of YAML": Mistake(
+        "TMP/r.yaml: `mntp.mask_token`: must be a valid string. Square brackets make a list in YAML: put the "
+        "value in quotes (got ['MASK'])",
+        ("train", "RECIPE", "mntp.mask_token=[MASK]"),
+        stage="mntp",
+    ),
+    "a key as an option": Mistake(
+        "there is no option --model.path: write recipe keys as key=value, e.g. optimizer.lr=1e-4",
+        ("train", "RECIPE", "--model.path=x"),
+    ),
     "wrong type": Mistake(
-        "TMP/r.yaml: `batch.global_batch_size`: Input should be a valid integer, … (got 'many')",
+        "TMP/r.yaml: `batch.global_batch_size`: must be a valid integer (got 'many')",
         ("train", "RECIPE", "batch.global_batch_size=many"),
     ),
     "two mistakes, one line": Mistake(
@@ -56,15 +70,15 @@ MISTAKES = {
         "override 'seed' is not key=value, e.g. optimizer.lr=1e-4", ("train", "RECIPE", "seed")
     ),
     "an infinite learning rate": Mistake(
-        "TMP/r.yaml: `optimizer.lr`: Input should be a finite number (got inf)",
+        "TMP/r.yaml: `optimizer.lr`: must be a finite number (got inf)",
         ("train", "RECIPE", "optimizer.lr=.inf"),
     ),
     "a pair of floats, one no number": Mistake(
-        "TMP/r.yaml: `optimizer.betas.1`: Input should be a finite number (got nan)",
+        "TMP/r.yaml: `optimizer.betas.1`: must be a finite number (got nan)",
         ("train", "RECIPE", "optimizer.betas=[0.9, .nan]"),
     ),
     "a machine without end": Mistake(
-        "TMP/r.yaml: `machine.memory_gib`: Input should be a finite number (got 'inf')",
+        "TMP/r.yaml: `machine.memory_gib`: must be a finite number (got 'inf')",
         ("plan", "RECIPE", "--gpu-memory-gib", "inf"),
     ),
     "a batch of one text": Mistake(

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_pairs
+from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_all, prepare_pairs
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.recipe import parse_recipe
@@ -248,6 +248,14 @@ def test_bad_rows_may_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert json.loads((folders[0] / "manifest.json").read_text())["counts"]["bad rows"] == 3
     for number in (3, 4, 5):
         assert f"left out: {tmp_path}/a.jsonl, line {number}: " in caplog.text
+
+
+def test_held_out_files_that_train_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(tmp_path / "a.jsonl", ROWS)
+    data = {"path": str(file), "held_out_path": [str(file)], "pairs": {}}
+    values = {"stage": "supervised", "model": {"path": "m"}, "output_dir": "o", "data": data}
+    prepare_all(parse_recipe(values), TOKENIZER)
+    assert f"data.held_out_path names files that also train: {file}" in caplog.text
 
 
 def test_the_first_pairs_of_each_source(tmp_path: Path) -> None:

@@ -194,6 +194,12 @@ def test_unusable_sources(
         prepared(write(tmp_path / name, texts), **config)
 
 
+def test_texts_in_another_encoding_are_missed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_bytes(b"the river\ncaf\xe9\n")
+    prepare(DataConfig(path="a"), str(tmp_path / "a.txt"), tiny_tokenizer())
+    assert "1 texts are not UTF-8 and are left out. Convert the file, such as by iconv" in caplog.text
+
+
 def test_unreadable_sources(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not found"):
         prepared(tmp_path / "none.txt")
@@ -213,7 +219,7 @@ def test_unreadable_sources(tmp_path: Path) -> None:
         ("c.csv", b"text\ncaf\xe9\n", "not text in UTF-8"),
         ("d.parquet", b"PAR1 nothing", "not a Parquet file"),
         ("e.txt.gz", b"not gzip", "cannot be read"),
-        ("f.txt", "the river".encode("utf-16")[:-1], "not text in UTF-8, or as its byte order mark says"),
+        ("f.txt", "the river".encode("utf-16")[:-1], "its byte order mark says so: write it again"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message) as caught:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from llm2vec_ds import Encoder, EncoderSettings
 from llm2vec_ds.data.packing import pack
+from llm2vec_ds.encoder.arguments import KNOWN, check_arguments
 from llm2vec_ds.encoder.replicas import text_blocks
 from llm2vec_ds.errors import UserError
 from tests.support.tiny import sentences
@@ -150,6 +153,25 @@ def test_vectors_may_be_cut_and_come_as_tensors(encoder: Encoder) -> None:
     tensor = encoder.encode(sentences(3), convert_to_tensor=True)
     assert tensor.shape == whole.shape
     assert encoder.encode([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 2}, "Encoder.encode has no argument 'batch_size': use micro_batch_tokens"),
+        ({"normalize_embeddings": True}, "no argument 'normalize_embeddings': use normalize"),
+        ({"pool": 1}, "no argument 'pool': it has instruction, prompt_name, "),
+    ],
+)
+def test_arguments_of_others_are_answered(encoder: Encoder, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        encoder.encode(["one"], **options)  # type: ignore[call-overload]
+
+
+def test_every_argument_is_known() -> None:
+    assert list(inspect.signature(Encoder.encode_blocks).parameters)[2:] == list(KNOWN)
+    with pytest.raises(TypeError, match="not None"):
+        check_arguments(None, {})
 
 
 def test_similarity_is_the_cosine(encoder: Encoder) -> None:

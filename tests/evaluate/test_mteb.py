@@ -17,11 +17,13 @@ from llm2vec_ds import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.mteb import (
     MtebEncoder,
+    Score,
     evaluate_mteb,
     model_meta,
     read_instructions,
     summary,
     table,
+    write_summary,
 )
 from llm2vec_ds.evaluate.mteb_tasks import SUBSETS, tasks_for
 from llm2vec_ds.evaluate.shards import RankEncoder, ShardedEncoder
@@ -127,6 +129,23 @@ def test_results_are_kept_and_measured_again_when_data_change(
     assert len(asked) == 2 * n_calls
     assert again != first
     assert list((tmp_path / "results" / "results").glob("*/*/STS-pairs.json"))
+
+
+def test_later_tasks_of_a_model_are_added(folder: Path, tmp_path: Path) -> None:
+    meta = wrapped(folder).mteb_model_meta
+
+    def written(model: str, *tasks: str) -> dict[str, Any]:
+        scores = [Score(name, "STS", "cosine_spearman", float(len(name))) for name in tasks]
+        write_summary(summary(model, meta, scores), tmp_path)
+        found: dict[str, Any] = json.loads((tmp_path / "scores.json").read_text())
+        return found
+
+    assert list(written("a", "one", "three")["tasks"]) == ["one", "three"]
+    both = written("a", "fifth", "one")
+    assert list(both["tasks"]) == ["one", "three", "fifth"]
+    assert both["mean"] == pytest.approx(13 / 3)
+    assert list(written("b", "one")["tasks"]) == ["one"]
+    assert (tmp_path / "scores.md").read_text().startswith("b\n\n| task |")
 
 
 def test_another_model_or_instruction_is_another_revision(folder: Path, tmp_path: Path) -> None:

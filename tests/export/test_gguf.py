@@ -25,6 +25,7 @@ from llm2vec_ds.export.gguf.export import TOKENS_OF_ALL_KINDS, export_gguf
 from llm2vec_ds.export.gguf.file import plan, write
 from llm2vec_ds.export.gguf.llama_cpp import ask
 from llm2vec_ds.export.gguf.pre_tokenizer import CUT_AT_MARKS, GPT2, NAMES, Cut, pre_tokenizer_name
+from llm2vec_ds.export.gguf.rules import notes_of
 from llm2vec_ds.export.gguf.tensors import STORAGES
 from llm2vec_ds.export.gguf.tokenizer import vocabulary_of
 from tests.support.gguf_encoders import YARN, byte_level_tokenizer, save, sentence_piece_tokenizer, trunk
@@ -115,7 +116,8 @@ def test_the_file_says_what_the_encoder_is(tmp_path: Path) -> None:
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert kinds["blk.0.attn_q.weight"] == "F16"
     assert kinds["blk.0.attn_norm.weight"] == "F32"
-    assert any("--ubatch-size 200" in note for note in planned.notes)
+    assert not any("--ubatch-size" in note for note in planned.notes)
+    assert any("Start llama.cpp with --ubatch-size 600" in note for note in notes_of(encoder, 600))
     assert any("for 'query' send 'Find: ' + text" in note for note in planned.notes)
 
 

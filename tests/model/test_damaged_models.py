@@ -61,18 +61,18 @@ def test_a_damaged_json_file_is_named(name: str, how: str, folder: Path) -> None
 @pytest.mark.parametrize(
     ("name", "how", "message"),
     [
-        ("llm2vec_ds.json", changed(max_tokens="many"), "`max_tokens`: Input should be a valid integer"),
+        ("llm2vec_ds.json", changed(max_tokens="many"), "`max_tokens`: must be a valid integer"),
         (
             "llm2vec_ds.json",
             changed(max_tokens=0),
-            "`max_tokens`: Input should be greater than or equal to 1",
+            "`max_tokens`: must be greater than or equal to 1",
         ),
-        ("llm2vec_ds.json", changed(prompts=["query"]), "`prompts`: Input should be a valid dictionary"),
-        ("llm2vec_ds.json", changed(prompts={"query": 1}), "`prompts.query`: Input should be a valid string"),
+        ("llm2vec_ds.json", changed(prompts=["query"]), "`prompts`: must be a valid dictionary"),
+        ("llm2vec_ds.json", changed(prompts={"query": 1}), "`prompts.query`: must be a valid string"),
         (
             "llm2vec_ds.json",
             changed(special_tokens="no"),
-            "`special_tokens`: Input should be a valid boolean",
+            "`special_tokens`: must be a valid boolean",
         ),
         ("llm2vec_ds.json", changed(template="none"), "template 'none' must hold {text} once"),
         ("config.json", changed(hidden_size="many"), "'hidden_size' expected int, got str"),

@@ -189,7 +189,7 @@ def test_a_key_of_another_place_is_answered_by_its_place(override: str, message:
     [
         (["--learning_rate", "1e-4"], "--learning_rate…; set `optimizer.lr`"),
         (["--num-train-epochs=3"], "--num-train-epochs…; set `epochs`"),
-        (["--resume"], "--resume: recipe keys are key=value, e.g. optimizer.lr=1e-4"),
+        (["--resume"], "--resume: write recipe keys as key=value, e.g. optimizer.lr=1e-4"),
     ],
 )
 def test_an_option_of_other_trainers_is_answered_by_the_key(

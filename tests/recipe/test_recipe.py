@@ -117,7 +117,7 @@ def test_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
         ("max_steps=0", "`max_steps`"),
         ("stage=mtnp", "`stage`"),
         ("batch.global_batch_size=many", "`batch.global_batch_size`"),
-        ("optimizer.lr=.inf", "`optimizer.lr`: Input should be a finite number"),
+        ("optimizer.lr=.inf", "`optimizer.lr`: must be a finite number"),
         ("optimizer.weight_decay=.nan", "`optimizer.weight_decay`"),
         ("optimizer.max_grad_norm=.inf", "`optimizer.max_grad_norm`"),
         ("adapter.alpha=inf", "`adapter.alpha`"),

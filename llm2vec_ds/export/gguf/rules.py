@@ -18,6 +18,8 @@ POOLING_TYPES = {
     "eos": PoolingType.LAST,
     "bos": PoolingType.CLS,
 }
+UBATCH_TOKENS = 512
+"""llama.cpp's default of --ubatch-size."""
 ELSEWHERE = "use --format sentence-transformers"
 ALL_TOKENS = f"train with pooled_tokens=all, or {ELSEWHERE}"
 
@@ -59,11 +61,13 @@ def notes_of(encoder: Encoder, n_tokens: int) -> list[str]:
     """Returns notes for users of llama.cpp, each a sentence. The longest text has `n_tokens` tokens."""
     settings = encoder.settings
     template = Template(settings.template, settings.special_tokens)
-    notes = [
-        "llama.cpp gives vectors of length 1.",
-        "llama.cpp refuses texts of more than --ubatch-size tokens (512 by default). This encoder cuts texts "
-        f"at {settings.max_tokens} tokens instead. Start llama.cpp with --ubatch-size {n_tokens}.",
-    ]
+    notes = ["llama.cpp gives vectors of length 1."]
+    if n_tokens > UBATCH_TOKENS:
+        notes.append(
+            f"llama.cpp refuses texts of more than --ubatch-size tokens ({UBATCH_TOKENS} by default). This "
+            f"encoder cuts texts at {settings.max_tokens} tokens instead. Start llama.cpp with --ubatch-size "
+            f"{n_tokens}."
+        )
     head, tail = around(template, None)
     if head or tail:
         notes.append(f"llama.cpp does not add the template: send {head!r} + text + {tail!r}.")

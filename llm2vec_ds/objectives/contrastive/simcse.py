@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from llm2vec_ds.data.batches import EpochBatches
 from llm2vec_ds.data.prepare import PreparedTexts
 from llm2vec_ds.objectives.base import Parts
@@ -12,6 +14,8 @@ from llm2vec_ds.objectives.contrastive.objective import (
     section_of,
 )
 from llm2vec_ds.recipe.objectives import SimcseConfig
+
+log = logging.getLogger(__name__)
 
 
 class Simcse(ContrastiveObjective):
@@ -25,6 +29,8 @@ class Simcse(ContrastiveObjective):
     def build(self, parts: Parts) -> ContrastiveStage:
         recipe, texts = parts.recipe, parts.training
         assert isinstance(texts, PreparedTexts)
+        if parts.held_out is not None:
+            log.warning("simcse has no held-out loss: it ignores data.held_out_path. Measure by `evaluation`")
         return ContrastiveStage(
             contrastive_model(parts),
             lambda rows: [[text, text] for text in texts[rows]],
