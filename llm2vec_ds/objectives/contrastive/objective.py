@@ -39,8 +39,8 @@ from llm2vec_ds.objectives.spread import are_alike, spread
 from llm2vec_ds.recipe.objectives import ContrastiveConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
-Examples = Callable[[Sequence[int] | np.ndarray], list[list[TokenizedText]]]
-"""Maps row numbers to each row's texts: query, positive, hard negatives."""
+Examples = Callable[[Sequence[int] | np.ndarray, int], list[list[TokenizedText]]]
+"""Maps row numbers and a step to each row's texts in this step: query, positive, hard negatives."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ class ContrastiveStage:
         self.micro_batch_tokens = micro_batch_tokens
 
     def text(self, row: int) -> TokenizedText:
-        (example,) = self.examples([row])
+        (example,) = self.examples([row], 0)
         return example[0]
 
     def batches(self, step: int, rows: np.ndarray) -> PairedExamples:
         return PairedExamples(
-            self.examples(rows),
+            self.examples(rows, step),
             self.micro_batch_tokens,
             self.encoder.device,
             sources=self.sources,

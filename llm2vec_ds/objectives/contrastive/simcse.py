@@ -1,18 +1,22 @@
-"""SimCSE: each text runs twice, with different dropout. The other texts of the batch are negatives."""
+"""SimCSE: each text runs twice, and dropout differs. The other texts of the batch are negatives."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+
+import numpy as np
 
 from llm2vec_ds.data.batches import EpochBatches
 from llm2vec_ds.data.prepare import PreparedTexts
+from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.objectives.base import Parts
 from llm2vec_ds.objectives.contrastive.objective import (
     ContrastiveObjective,
     ContrastiveStage,
     contrastive_model,
-    section_of,
 )
+from llm2vec_ds.objectives.contrastive.token_dropout import with_tokens_left_out
 from llm2vec_ds.recipe.objectives import SimcseConfig
 
 log = logging.getLogger(__name__)
@@ -28,14 +32,26 @@ class Simcse(ContrastiveObjective):
 
     def build(self, parts: Parts) -> ContrastiveStage:
         recipe, texts = parts.recipe, parts.training
+        section = recipe.objective
         assert isinstance(texts, PreparedTexts)
+        assert isinstance(section, SimcseConfig)
         if parts.held_out is not None:
             log.warning("simcse has no held-out loss: it ignores data.held_out_path. Measure by `evaluation`")
+        share = section.token_dropout
+
+        def examples(rows: Sequence[int] | np.ndarray, step: int) -> list[list[TokenizedText]]:
+            if not share:
+                return [[text, text] for text in texts[rows]]
+            return [
+                [with_tokens_left_out(text, share, (recipe.seed, step, int(row), side)) for side in (0, 1)]
+                for row, text in zip(rows, texts[rows], strict=True)
+            ]
+
         return ContrastiveStage(
             contrastive_model(parts),
-            lambda rows: [[text, text] for text in texts[rows]],
+            examples,
             EpochBatches(len(texts), recipe.batch.global_batch_size, recipe.seed),
-            section_of(recipe),
+            section,
             data_fingerprint=texts.fingerprint,
             seed=recipe.seed,
             micro_batch_tokens=recipe.batch.micro_batch_tokens,

@@ -70,7 +70,7 @@ class Supervised(ContrastiveObjective):
         has_guide = bool(wanted_of_guide(recipe))
         return ContrastiveStage(
             contrastive_model(parts),
-            pairs.__getitem__,
+            lambda rows, _: pairs[rows],
             pairs.batches(recipe),
             section_of(recipe),
             parts.held_out,
