@@ -4,7 +4,8 @@
 
 A model is an encoder or any decoder-only LLM. `=uni` runs it causally, `=bi` with bidirectional attention.
 The vector of a text is the mean over its tokens of what a layer gives. Layer 0 is the embedding, and the last
-one includes the final norm. It writes `layers.json` (Spearman's ρ by model and layer) and `layers.png`.
+one includes the final norm. It writes `layers.json` (by model and layer: Spearman's ρ, and the share of texts
+with a massive token) and `layers.png`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.data.prompts import Prompt, tokenize
 from llm2vec_ds.encoder.encoder import Encoder
@@ -27,11 +29,16 @@ from llm2vec_ds.model.pooling import mean_pool
 from llm2vec_ds.process.progress import Progress
 
 TEXTS_PER_PASS = 64
+MASSIVE = 5.0
+"""A massive token (massive activations, arXiv 2402.17762) has so many times the median norm of its text."""
 
 
-def layer_vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
-    """Returns the pooled output of the embedding and of each layer, `[texts, 1 + layers, width]`."""
-    trunk, inputs, found = encoder.trunk.eval(), [], []
+def layer_vectors(encoder: Encoder, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the pooled output of the embedding and of each layer, `[texts, 1 + layers, width]`.
+
+    It also returns which of the texts have a massive token there, `[texts, 1 + layers]` bool.
+    """
+    trunk, inputs, found, massive = encoder.trunk.eval(), [], [], []
     hooks = [
         layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0])) for layer in trunk.layers
     ]
@@ -41,20 +48,29 @@ def layer_vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
             batch = pack(tokenized[first : first + TEXTS_PER_PASS]).to(encoder.device)
             inputs.clear()
             last = trunk_hidden_states(trunk, batch)
-            found.append(torch.stack([mean_pool(hidden, batch) for hidden in [*inputs, last]], dim=1).cpu())
+            layers = [*inputs, last]
+            found.append(torch.stack([mean_pool(hidden, batch) for hidden in layers], dim=1).cpu())
+            massive.append(torch.stack([has_massive_token(hidden, batch) for hidden in layers], dim=1).cpu())
             bar.update(batch.n_texts)
     for hook in hooks:
         hook.remove()
-    return torch.cat(found).numpy()
+    return torch.cat(found).numpy(), torch.cat(massive).numpy()
 
 
-def scores(encoder: Encoder, pairs: GradedPairs) -> list[float]:
-    """Returns Spearman's ρ between cosine and grade for the embedding and each layer."""
-    vectors = layer_vectors(encoder, pairs.first + pairs.second)
+def has_massive_token(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Returns for each text whether a token's norm is above MASSIVE times the text's median norm."""
+    norms = hidden.norm(dim=1).split(batch.cu_seqlens.diff().tolist())
+    return torch.stack([own.max() > MASSIVE * own.median() for own in norms])
+
+
+def scores(encoder: Encoder, pairs: GradedPairs) -> tuple[list[float], list[float]]:
+    """Returns for the embedding and each layer Spearman's ρ, and the share of texts with a massive token."""
+    vectors, massive = layer_vectors(encoder, pairs.first + pairs.second)
     vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
     first, second = np.split(vectors, 2)
     cosines = (first * second).sum(axis=2)
-    return [round(float(spearmanr(column, pairs.scores).statistic), 4) for column in cosines.T]
+    spearman = [round(float(spearmanr(column, pairs.scores).statistic), 4) for column in cosines.T]
+    return spearman, massive.mean(axis=0).round(3).tolist()
 
 
 def draw(found: dict[str, list[float]], file: Path) -> None:
@@ -85,16 +101,18 @@ def main() -> None:
     pairs = load_graded_pairs(arguments.sts)
     n = slice(None, None, arguments.every)
     pairs = GradedPairs(pairs.first[n], pairs.second[n], pairs.scores[n])
-    found = {}
+    found: dict[str, list[float]] = {}
+    massive: dict[str, list[float]] = {}
     for model in arguments.models:
         place, _, attention = model.partition("=")
         name, _, place = place.rpartition(":")
         encoder = Encoder.from_pretrained(place, causal=attention == "uni")
         name = name or f"{Path(place).name} ({attention})"
-        found[name] = scores(encoder, pairs)
-        print(json.dumps({name: found[name]}), flush=True)
+        found[name], massive[name] = scores(encoder, pairs)
+        print(json.dumps({name: found[name], "massive": massive[name]}), flush=True)
         file = arguments.output.with_suffix(".json")
-        file.write_text(json.dumps({"n_pairs": len(pairs.scores), "spearman": found}, indent=1) + "\n")
+        values = {"n_pairs": len(pairs.scores), "spearman": found, "share_with_massive_token": massive}
+        file.write_text(json.dumps(values, indent=1) + "\n")
     draw(found, arguments.output.with_suffix(".png"))
 
 
