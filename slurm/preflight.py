@@ -156,9 +156,11 @@ def conclusion(found: list[tuple[str, str]], nodes: list[str]) -> str:
             "on some of these nodes passes, submit with --exclude=NODE for the others"
         )
     if len(bad) == len(nodes) == 1:
-        return f"fix what the error says, or submit with --exclude={bad[0]} if only this node has it"
+        return f"fix what is said above, or submit with --exclude={bad[0]} if only this node has it"
     if len(bad) == len(nodes) and is_same:
-        return "every node has the same error, so it is a setting and no node: fix what the error says"
+        return (
+            "every node has the same error, so a setting or a shared disk is at fault: fix what is said above"
+        )
     if len(bad) == len(nodes):
         return "every node has an error: look for a common cause (a setting, the shared disk) first"
     if len(bad) > 1 and bad == nodes[1:] and is_same:

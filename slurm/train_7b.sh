@@ -105,7 +105,7 @@ requeue() { # why
     fail "$1, but $attempt restarts are the limit: submit it again, or raise LLM2VEC_DS_MAX_REQUEUES"
   state=$(job_state)
   [ "$state" = RUNNING ] || ! is_requeued || { say "$(ending)$1: SLURM puts the job back into the queue" && return; }
-  [ "$state" = RUNNING ] || fail "$1, but the job is $state: submit it again to resume"
+  [ "$state" = RUNNING ] || fail "$1, but SLURM is ending the job ($state): submit it again to resume"
   say "$(ending)$1: back into the queue"
   scontrol requeue "$SLURM_JOB_ID" ||
     fail "$1, but SLURM refuses to requeue: submit it again to resume (JobRequeue=1 without --no-requeue allows it)"

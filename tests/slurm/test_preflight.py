@@ -55,7 +55,10 @@ def test_nodes_and_what_is_wrong_with_them(cluster: Cluster, tmp_path: Path) -> 
             assert "error: n1:" not in log, f"{name}: {log}"
             assert "preflight: error: n2 is not fit: submit with --exclude=n2" in log, f"{name}: {log}"
         if name == "GPU":
-            assert "every node has the same error, so it is a setting" in log.splitlines()[-1], log
+            assert (
+                "every node has the same error, so a setting or a shared disk is at fault"
+                in log.splitlines()[-1]
+            ), log
 
 
 def test_a_setting_is_not_blamed_on_nodes(cluster: Cluster, tmp_path: Path) -> None:
@@ -66,7 +69,10 @@ def test_a_setting_is_not_blamed_on_nodes(cluster: Cluster, tmp_path: Path) -> N
             "rank 0 has no address: llm2vec-ds: error: no network interface 'ib9'",
         ),
         "LLM2VEC_DS_PYTHON": ("/nosuch/python", "/nosuch/python cannot run llm2vec-ds ("),
-        "LLM2VEC_DS_CACHE": ("/proc/nosuch", "every node has the same error, so it is a setting"),
+        "LLM2VEC_DS_CACHE": (
+            "/proc/nosuch",
+            "every node has the same error, so a setting or a shared disk is at fault",
+        ),
     }
     jobs = {
         name: cluster.submit(

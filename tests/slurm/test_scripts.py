@@ -184,7 +184,7 @@ def test_preflight_blames_a_node_only_for_what_other_nodes_lack() -> None:
     assert conclusion([("n2", disk)], "n1 n2 n3").startswith("n2 is not fit: submit with --exclude=n2,")
     assert "--exclude=n2,n3," in conclusion([("n2", disk), ("n3", clock)], "n1 n2 n3")
     same = conclusion([("n1", disk), ("n2", disk)], "n1 n2")
-    assert "every node has the same error, so it is a setting" in same
+    assert "every node has the same error, so a setting or a shared disk is at fault" in same
     assert "--exclude" not in same
     assert "common cause" in conclusion([("n1", disk), ("n2", clock)], "n1 n2")
     assert "n1 is not fit" in conclusion([("n2", disk), ("n3", disk)], "n1 n2 n3")
