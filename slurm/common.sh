@@ -24,20 +24,26 @@ need_job() { # ends a script that SLURM does not run
   cd "$root" || exit_code=2 fail "the folder $root is not on this node: it must be on a disk that all nodes share"
 }
 
-log_file() { # the file that this job writes to
-  scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p'
+log_file() { # the file that this job writes to; the number of an array's last task would also name the others
+  local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  scontrol show job "${job:-$SLURM_JOB_ID}" | sed -n 's/^ *StdOut=//p'
 }
 
 # What the log gets from here on is searched for the cause, if a step fails.
-mark_log() { log=$(log_file) && log_lines_before=$(wc -l <"$log"); }
+mark_log() {
+  log=$(log_file)
+  log_lines_before=$(wc -l <"$log") || log='' # then last_error knows nothing
+}
 marked_log() { [ -z "${log:-}" ] || tail -n +"$((${log_lines_before:-0} + 1))" "$log"; }
 
-last_error() { # of the failed step: the program's own line, not that of a rank that lost another; else what keeps Python from running; else srun's first
+# Of the failed step: the program's own line, not that of a rank that lost another. Else what keeps Python from running.
+# Else srun's first line.
+last_error() {
   local lines
   lines=$(marked_log | grep -a 'llm2vec-ds: error:\|^srun: error:.*task\|execve()\|ModuleNotFoundError:' || true)
   {
     grep 'llm2vec-ds: error:' <<<"$lines" | grep -v 'has lost another rank' || no_python <<<"$lines" ||
-      grep '^srun: error:' <<<"$lines" || echo "see $log"
+      grep '^srun: error:' <<<"$lines" || echo "see ${log:-above}"
   } | head -n 1
 }
 

@@ -51,7 +51,7 @@ begin() {
 
 describe_run() { # writes facts beside the log; the lines that this script needs come first
   facts=${log%.out}.${SLURM_RESTART_COUNT:-0}.facts
-  case $log in /dev/*) facts=$SLURM_JOB_NAME-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.facts ;; esac
+  case $log in '' | /dev/*) facts=$SLURM_JOB_NAME-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.facts ;; esac
   {
     on_first_node "$python" slurm/run_facts.py "$recipe" "${overrides[@]}" ||
       fail "the run cannot start: $(last_error || true)"
