@@ -96,7 +96,7 @@ def test_a_corpus_in_shards(cluster: Cluster, values: dict[str, Any], tmp_path: 
     for index in range(3):
         cluster.wait_for_state(f"{job}_{index}", "FAILED")
         last = cluster.log(f"{job}_{index}").splitlines()[-1]
-        assert f"shard {index} of 3 failed (code 1)" in last
+        assert f"shard {index} of 3 failed (code 2)" in last
         assert "llm2vec-ds: error: " in last
 
 
