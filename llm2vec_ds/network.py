@@ -127,4 +127,7 @@ def _fault_of_connecting(host: str, port: int) -> str:
 
 
 if __name__ == "__main__":
-    print(own_address(os.environ.get("LLM2VEC_DS_INTERFACE")))
+    try:
+        print(own_address(os.environ.get("LLM2VEC_DS_INTERFACE")))
+    except UserError as error:
+        sys.exit(f"llm2vec-ds: error: {error}")

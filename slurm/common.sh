@@ -3,9 +3,19 @@
 
 say() { echo "$me: $*"; }
 
+# The time and the number of the attempt that ends, once an attempt has begun (train_7b sets `began`).
+ending() { [ -z "${began:-}" ] || echo "attempt ${SLURM_RESTART_COUNT:-0} ends $(date +%FT%T%:z): "; }
+
 fail() { # one line with cause and fix, then the end of the script
-  echo "$me: error: $*" >&2
+  echo "$me: error: $(ending)$*" >&2
   exit "${exit_code:-1}"
+}
+
+refuse_option() { # ends the script if one of these arguments looks like an option of sbatch
+  local argument
+  for argument in "$@"; do
+    case $argument in -*) exit_code=2 fail "unknown option $argument: put sbatch's options before the script's name (see --help)" ;; esac
+  done
 }
 
 need_job() { # ends a script that SLURM does not run
@@ -14,8 +24,33 @@ need_job() { # ends a script that SLURM does not run
   cd "$root" || exit_code=2 fail "the folder $root is not on this node: it must be on a disk that all nodes share"
 }
 
-log_file() { # the file that this job writes to
-  scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p'
+log_file() { # the file that this job writes to; the number of an array's last task would also name the others
+  local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  scontrol show job "${job:-$SLURM_JOB_ID}" | sed -n 's/^ *StdOut=//p'
+}
+
+# What the log gets from here on is searched for the cause, if a step fails.
+mark_log() {
+  log=$(log_file)
+  log_lines_before=$(wc -l <"$log") || log='' # then last_error knows nothing
+}
+marked_log() { [ -z "${log:-}" ] || tail -n +"$((${log_lines_before:-0} + 1))" "$log"; }
+
+# Of the failed step: the program's own line, not that of a rank that lost another. Else what keeps Python from running.
+# Else srun's first line.
+last_error() {
+  local lines
+  lines=$(marked_log | grep -a 'llm2vec-ds: error:\|^srun: error:.*task\|execve()\|ModuleNotFoundError:' || true)
+  {
+    grep 'llm2vec-ds: error:' <<<"$lines" | grep -v 'has lost another rank' || no_python <<<"$lines" ||
+      grep '^srun: error:' <<<"$lines" || echo "see ${log:-above}"
+  } | head -n 1
+}
+
+no_python() { # reads lines of the log; says what is wrong with Python, if that is the fault
+  local what
+  what=$(sed -n 's/.*execve(): \(.*\)/\1/p; s/.*ModuleNotFoundError: \(No module named [^ )]*\).*/\1/p' | head -n 1)
+  [ -n "$what" ] && echo "$python cannot run llm2vec-ds ($what): activate its environment before sbatch, or set LLM2VEC_DS_PYTHON"
 }
 
 job_state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || echo unknown; }
@@ -48,6 +83,10 @@ silent_nodes() { # names of the job's nodes on which no command starts
       --nodelist="$node" true >/dev/null 2>&1 || echo "$node" &
   done
   wait
+}
+
+address_of_first_node() {
+  on_first_node "$python" -m llm2vec_ds.network || fail "rank 0 has no address: $(last_error || true)"
 }
 
 # Rank 0's address and port for all ranks. The address is a number, so no name has to resolve. The port depends on job

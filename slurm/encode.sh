@@ -27,6 +27,7 @@ TEXT
 main() {
   case ${1:-} in -h | --help) usage && exit 0 ;; esac
   [ $# -ge 3 ] || exit_code=2 fail "MODEL, INPUT and OUTPUT are needed (see --help)"
+  refuse_option "$1" "$2" "$3"
   local model=$1 input=$2 output=$3 index n code=0
   shift 3
   need_job
@@ -40,14 +41,22 @@ main() {
   step_options
   export_defaults
   say "shard $index of $n of $input on $SLURM_JOB_NODELIST, attempt ${SLURM_RESTART_COUNT:-0}"
+  mark_log
   on_first_node "$python" -m llm2vec_ds encode --model "$model" --input "$input" --output "$output" \
     --shard "$index/$n" "$@" || code=$?
-  [ "$code" = 0 ] || exit_code=$code fail "shard $index of $n failed (code $code), see above: fix it and submit the same array again"
+  [ "$code" = 0 ] || exit_code=$code fail "shard $index of $n failed (code $code), submit the same array again once it is fixed: $(last_error || true)"
   say "shard $index of $n is in $output"
 }
 
+# SLURM runs a copy of this script, so each script finds the shared functions by itself.
 common=${LLM2VEC_DS_ROOT:-$PWD}/slurm/common.sh
-[ -f "$common" ] || { echo "$me: error: no $common: submit from the folder that holds slurm/, or set LLM2VEC_DS_ROOT" >&2 && exit 2; }
+if [ ! -f "$common" ]; then
+  folder=$({ scontrol show job "${SLURM_JOB_ID:-}" | sed -n 's/^ *WorkDir=//p'; } 2>/dev/null) || folder=''
+  why="no $common: submit from the folder that holds slurm/, or set LLM2VEC_DS_ROOT"
+  [ "${folder:-.}" -ef . ] || why="the job's folder $folder is not on node ${SLURMD_NODENAME:-$HOSTNAME}: submit from a folder that all nodes share"
+  [ -z "${LLM2VEC_DS_ROOT:-}" ] || why="no $common on node ${SLURMD_NODENAME:-$HOSTNAME}: LLM2VEC_DS_ROOT must name the folder that holds slurm/, on a disk that all nodes share"
+  echo "$me: error: $why" >&2 && exit 2
+fi
 # shellcheck source=slurm/common.sh
 source "$common"
 main "$@"

@@ -63,8 +63,15 @@ main() {
   submit evaluate slurm/evaluate.sh "$output_dir/encoder" "$output_dir/evaluation" "${evaluation[@]}"
 }
 
+# SLURM runs a copy of this script, so each script finds the shared functions by itself.
 common=${LLM2VEC_DS_ROOT:-$PWD}/slurm/common.sh
-[ -f "$common" ] || { echo "$me: error: no $common: submit from the folder that holds slurm/, or set LLM2VEC_DS_ROOT" >&2 && exit 2; }
+if [ ! -f "$common" ]; then
+  folder=$({ scontrol show job "${SLURM_JOB_ID:-}" | sed -n 's/^ *WorkDir=//p'; } 2>/dev/null) || folder=''
+  why="no $common: submit from the folder that holds slurm/, or set LLM2VEC_DS_ROOT"
+  [ "${folder:-.}" -ef . ] || why="the job's folder $folder is not on node ${SLURMD_NODENAME:-$HOSTNAME}: submit from a folder that all nodes share"
+  [ -z "${LLM2VEC_DS_ROOT:-}" ] || why="no $common on node ${SLURMD_NODENAME:-$HOSTNAME}: LLM2VEC_DS_ROOT must name the folder that holds slurm/, on a disk that all nodes share"
+  echo "$me: error: $why" >&2 && exit 2
+fi
 # shellcheck source=slurm/common.sh
 source "$common"
 main "$@"

@@ -4,7 +4,8 @@
 
 Each node first checks its own GPUs and disks. Then all report to rank 0, which shows who is missing. Then
 they run an all-reduce and compare clocks. PREFLIGHT_NODES names the nodes in the order of ranks. The exit
-code says nothing, because srun would blame rank 0's node for it, which need not be the bad one.
+code says nothing, because srun would blame rank 0's node for it, which need not be the bad one. The line
+`preflight: unfit: …` says what to do. The batch shell ends with it.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ def own_problems(ranks: Ranks, folder: Path, cpu: bool) -> Iterator[str]:
         yield from gpu_problems(ranks)
     if ranks.local_rank:
         return
-    free_gib_wanted = {folder: MIN_FREE_GIB, cache_root(): 1.0, Path(tempfile.gettempdir()): 1.0}
-    for path, wanted_gib in free_gib_wanted.items():
+    for setting, path, wanted_gib, fix in (
+        ("output_dir", folder, MIN_FREE_GIB, "free some, or lower LLM2VEC_DS_MIN_FREE_GIB"),
+        ("LLM2VEC_DS_CACHE", cache_root(), 1.0, "free some, or set it to another disk"),
+        ("TMPDIR", Path(tempfile.gettempdir()), 1.0, "free some, or set it to another disk"),
+    ):
         try:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path) as file:
@@ -49,16 +53,21 @@ def own_problems(ranks: Ranks, folder: Path, cpu: bool) -> Iterator[str]:
                 os.fsync(file.fileno())
             status = os.statvfs(path)
         except OSError as error:
-            yield f"disk: {path} cannot be written ({error.strerror})"
+            yield f"disk: {setting}={path} cannot be written ({error.strerror})"
             continue
         free_gib = status.f_bavail * status.f_frsize / 2**30
         if free_gib < wanted_gib:
-            yield f"disk: {path} has {free_gib:.0f} GiB free of {wanted_gib:.0f} (LLM2VEC_DS_MIN_FREE_GIB)"
+            yield (
+                f"disk: {setting}={path} has {free_gib:.0f} GiB free, {wanted_gib:g} GiB are needed: {fix}"
+            )
 
 
 def gpu_problems(ranks: Ranks) -> Iterator[str]:
     if not torch.cuda.is_available():
-        yield "GPU: none that torch sees (driver, or a torch without CUDA?)"
+        yield (
+            "GPU: none that torch sees: check the driver, and that torch is a CUDA build "
+            "(nodes without a GPU: LLM2VEC_DS_PREFLIGHT=cpu)"
+        )
     elif ranks.local_rank >= torch.cuda.device_count():
         n = torch.cuda.device_count()
         yield f"GPU: none for local rank {ranks.local_rank}, {n} visible (--gpus-per-node?)"
@@ -100,7 +109,7 @@ def joint_problems(ranks: Ranks, store: dist.Store, folder: Path, cpu: bool) -> 
         seen.touch()
     dist.barrier()
     if ranks.local_rank == 0 and not seen.exists():
-        yield f"disk: {folder} is another one than on the first node: it must be shared"
+        yield f"disk: output_dir={folder} is another one than on the first node: it must be shared"
     dist.barrier()
     if ranks.rank == 0:
         seen.unlink()
@@ -117,13 +126,13 @@ class Meeting:
     def node_of(self, rank: int) -> str:
         return self.nodes[rank * len(self.nodes) // self.ranks.world_size]
 
-    def problems(self, phase: str, own: list[str]) -> list[str]:
-        """Returns all reports as `node: problem`, in order of ranks. A missing report is a problem too."""
+    def problems(self, phase: str, own: list[str]) -> list[tuple[str, str]]:
+        """Returns all reports as (node, problem), in order of ranks. A missing report is a problem too."""
         self.store.set(f"{phase}/{self.ranks.rank}", json.dumps(own))
         if self.ranks.rank > 0:
-            found: list[str] = json.loads(self.store.get(f"{phase}/all"))
-            return found
-        deadline, found = time.monotonic() + TIMEOUT.total_seconds(), []
+            return [(node, problem) for node, problem in json.loads(self.store.get(f"{phase}/all"))]
+        found: list[tuple[str, str]] = []
+        deadline = time.monotonic() + TIMEOUT.total_seconds()
         for rank in range(self.ranks.world_size):
             try:
                 left_s = max(deadline - time.monotonic(), 0.1)
@@ -131,9 +140,34 @@ class Meeting:
                 reported = json.loads(self.store.get(f"{phase}/{rank}"))
             except dist.DistError:
                 reported = [f"{phase}: rank {rank} does not answer"]
-            found += [f"{self.node_of(rank)}: {problem}" for problem in reported]
+            found += [(self.node_of(rank), problem) for problem in reported]
         self.store.set(f"{phase}/all", json.dumps(found))
         return found
+
+
+def conclusion(found: list[tuple[str, str]], nodes: list[str]) -> str:
+    """Returns what to do about the problems found. An error of every node is hardly the fault of a node."""
+    of_node = {node: {problem for name, problem in found if name == node} for node in nodes}
+    bad = [node for node in nodes if of_node[node]]
+    is_same = all(of_node[node] == of_node[bad[0]] for node in bad)
+    if all(problem.startswith("all-reduce") for _, problem in found) and len(bad) == len(nodes) > 1:
+        return (
+            "the nodes do not reach each other: see LLM2VEC_DS_INTERFACE and the firewall. If a smaller job "
+            "on some of these nodes passes, submit with --exclude=NODE for the others"
+        )
+    if len(bad) == len(nodes) == 1:
+        return f"fix what is said above, or submit with --exclude={bad[0]} if only this node has it"
+    if len(bad) == len(nodes) and is_same:
+        return (
+            "every node has the same error, so a setting or a shared disk is at fault: fix what is said above"
+        )
+    if len(bad) == len(nodes):
+        return "every node has an error: look for a common cause (a setting, the shared disk) first"
+    if len(bad) > 1 and bad == nodes[1:] and is_same:
+        return f"all nodes but {nodes[0]} have the same error: a setting is wrong, or {nodes[0]} is not fit"
+    names = ",".join(bad)
+    verb = "is" if len(bad) == 1 else "are"
+    return f"{names} {verb} not fit: submit with --exclude={names}, and tell the operators"
 
 
 def main() -> None:
@@ -165,10 +199,9 @@ def main() -> None:
     if ranks.rank > 0:
         store.add("left", 1)
         return  # rank 0 prints for all
-    for problem in found:
-        print(f"preflight: error: {problem}")
-    if not found:
-        print("preflight: fit")
+    for node, problem in found:
+        print(f"preflight: error: {node}: {problem}")
+    print(f"preflight: unfit: {conclusion(found, meeting.nodes)}" if found else "preflight: fit")
     ends = time.monotonic() + 5
     while store.add("left", 0) < ranks.world_size - 1 and time.monotonic() < ends:
         time.sleep(0.05)  # the store ends with this process, and the others must read it first

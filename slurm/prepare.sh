@@ -28,6 +28,7 @@ main() {
   for argument in "$@"; do
     case $argument in
       -h | --help) usage && exit 0 ;;
+      -*) refuse_option "$argument" ;;
       *=*) overrides+=("$argument") ;;
       *) recipes+=("$argument") ;;
     esac
@@ -36,17 +37,25 @@ main() {
   need_job
   step_options
   export_defaults
+  mark_log
   model=$(on_first_node "$python" -c "$read_model" "${recipes[0]}" "${overrides[@]}" | tail -n 1) ||
-    exit_code=2 fail "${recipes[0]} cannot be read, see above"
+    exit_code=2 fail "${recipes[0]} cannot be read: $(last_error || true)"
   for recipe in "${recipes[@]}"; do
     say "$recipe with the tokenizer of $model"
     on_first_node "$python" -m llm2vec_ds prepare "$recipe" "${overrides[@]}" model.path="$model" ||
-      exit_code=2 fail "$recipe could not be prepared, see above"
+      exit_code=2 fail "$recipe could not be prepared: $(last_error || true)"
   done
 }
 
+# SLURM runs a copy of this script, so each script finds the shared functions by itself.
 common=${LLM2VEC_DS_ROOT:-$PWD}/slurm/common.sh
-[ -f "$common" ] || { echo "$me: error: no $common: submit from the folder that holds slurm/, or set LLM2VEC_DS_ROOT" >&2 && exit 2; }
+if [ ! -f "$common" ]; then
+  folder=$({ scontrol show job "${SLURM_JOB_ID:-}" | sed -n 's/^ *WorkDir=//p'; } 2>/dev/null) || folder=''
+  why="no $common: submit from the folder that holds slurm/, or set LLM2VEC_DS_ROOT"
+  [ "${folder:-.}" -ef . ] || why="the job's folder $folder is not on node ${SLURMD_NODENAME:-$HOSTNAME}: submit from a folder that all nodes share"
+  [ -z "${LLM2VEC_DS_ROOT:-}" ] || why="no $common on node ${SLURMD_NODENAME:-$HOSTNAME}: LLM2VEC_DS_ROOT must name the folder that holds slurm/, on a disk that all nodes share"
+  echo "$me: error: $why" >&2 && exit 2
+fi
 # shellcheck source=slurm/common.sh
 source "$common"
 main "$@"

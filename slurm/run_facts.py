@@ -14,9 +14,12 @@ import subprocess
 import sys
 from importlib.metadata import distributions
 
-from llm2vec_ds.errors import UserError
-from llm2vec_ds.network import own_address
-from llm2vec_ds.recipe.files import load_recipe
+try:
+    from llm2vec_ds.errors import UserError
+    from llm2vec_ds.network import own_address
+    from llm2vec_ds.recipe.files import load_recipe
+except ModuleNotFoundError as error:
+    sys.exit(f"ModuleNotFoundError: {error}")  # the batch shell says what to do about it
 
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 

@@ -11,7 +11,7 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
 set -euo pipefail
-me=train_7b asked='' interrupted='' training='' too_early='asked to stop before training began'
+me=train_7b asked='' interrupted='' training='' output_dir='' node_failure_told='' too_early='asked to stop before training began'
 
 usage() {
   cat <<'TEXT'
@@ -32,9 +32,9 @@ TEXT
 }
 
 read_arguments() { # [RECIPE] [KEY=VALUE …]
+  refuse_option "$@"
   recipe=recipes/mistral_7b_instruct/mntp.yaml
   case ${1:-} in
-    -*) exit_code=2 fail "unknown option $1: put options of sbatch before the script (see --help)" ;;
     '' | *=*) ;;
     *) recipe=$1 && shift ;;
   esac
@@ -42,26 +42,32 @@ read_arguments() { # [RECIPE] [KEY=VALUE …]
   [ -f "$recipe" ] || exit_code=2 fail "recipe $recipe not found in $PWD: give a path from the folder that you submit from"
 }
 
+begin() {
+  local ranks="$SLURM_NTASKS ranks"
+  [ "$SLURM_NTASKS" != 1 ] || ranks='1 rank'
+  say "attempt ${SLURM_RESTART_COUNT:-0} begins $(date +%FT%T%:z): $recipe ${overrides[*]} on $SLURM_JOB_NODELIST, $ranks"
+  began=1
+}
+
 describe_run() { # writes facts beside the log; the lines that this script needs come first
-  log=$(log_file)
   facts=${log%.out}.${SLURM_RESTART_COUNT:-0}.facts
-  case $log in /dev/*) facts=$SLURM_JOB_NAME-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.facts ;; esac
+  case $log in '' | /dev/*) facts=$SLURM_JOB_NAME-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.facts ;; esac
   {
     on_first_node "$python" slurm/run_facts.py "$recipe" "${overrides[@]}" ||
-      fail "the recipe cannot run, or $python lacks a package (see above): activate the environment before sbatch, or set LLM2VEC_DS_PYTHON"
+      fail "the run cannot start: $(last_error || true)"
     printf '\n# code\ngit=%s\n' "$(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)"
   } >"$facts"
   output_dir=$(sed -n '1s/^output_dir=//p' "$facts")
   export_rendezvous "$(sed -n '2s/^address=//p' "$facts")"
-  say "$recipe ${overrides[*]} on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks, rank 0 at $MASTER_ADDR:$MASTER_PORT, attempt ${SLURM_RESTART_COUNT:-0}, facts in $facts"
+  say "rank 0 at $MASTER_ADDR:$MASTER_PORT, facts in $facts"
 }
 
 check_nodes() { # not if a signal has come: the job will end anyway
   [ -z "$asked" ] || return 0
   case ${LLM2VEC_DS_PREFLIGHT:-0} in
     0) ;;
-    1) slurm/preflight.sh "$output_dir" || exit "$?" ;;
-    cpu) slurm/preflight.sh --cpu "$output_dir" || exit "$?" ;;
+    1) began=1 slurm/preflight.sh "$output_dir" || exit "$?" ;;
+    cpu) began=1 slurm/preflight.sh --cpu "$output_dir" || exit "$?" ;;
     *) exit_code=2 fail "LLM2VEC_DS_PREFLIGHT=$LLM2VEC_DS_PREFLIGHT must be 1, 0 or cpu (nodes without GPU)" ;;
   esac
 }
@@ -73,6 +79,7 @@ ask_to_stop() {
   interrupted=1
   [ -z "$asked" ] || return 0
   asked=1
+  ! node_has_failed || return 0
   say "asked to stop: the ranks will save after the current step"
   [ -z "$training" ] || repeat_signal &
 }
@@ -97,16 +104,35 @@ requeue() { # why
   [ "$attempt" -lt "$limit" ] ||
     fail "$1, but $attempt restarts are the limit: submit it again, or raise LLM2VEC_DS_MAX_REQUEUES"
   state=$(job_state)
-  [ "$state" = RUNNING ] || fail "$1, but the job is $state: submit it again to resume"
-  say "$1: back into the queue"
+  [ "$state" = RUNNING ] || ! is_requeued || { say "$(ending)$1: SLURM puts the job back into the queue" && return; }
+  [ "$state" = RUNNING ] || fail "$1, but SLURM is ending the job ($state): submit it again to resume"
+  say "$(ending)$1: back into the queue"
   scontrol requeue "$SLURM_JOB_ID" ||
     fail "$1, but SLURM refuses to requeue: submit it again to resume (JobRequeue=1 without --no-requeue allows it)"
 }
 
-log_of_attempt() { tail -n +"$((log_lines_before + 1))" "$log"; }
-
 # grep reads to the end. With -q it would break the pipe, which counts as a failure.
-said_by_srun() { log_of_attempt | grep -a "^srun: .*\($1\)" >/dev/null; }
+said_by_srun() { marked_log | grep -a "^srun: .*\($1\)" >/dev/null; }
+
+is_requeued() { # by SLURM itself, while this attempt still ends
+  local restarts
+  restarts=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p')
+  [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]
+}
+
+newest_checkpoint() { find "$output_dir/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1; }
+
+# Does SLURM end the job because a node has failed? Then SLURM has sent the TERM, not a user. Nothing can be saved.
+node_has_failed() {
+  local nodes checkpoint after='submit it again'
+  nodes=$(marked_log | sed -n 's/^srun: error: Node failure on //p' | tail -n 1)
+  [ -n "$nodes" ] && [ "$(job_state)" != RUNNING ] || return 1
+  [ -z "$node_failure_told" ] || return 0
+  node_failure_told=1
+  checkpoint=$(newest_checkpoint || true)
+  ! is_requeued || after='SLURM puts the job back into the queue'
+  say "$(ending)node $nodes has failed: $after, it goes on from ${checkpoint:-step 1 (there is no checkpoint yet)}"
+}
 
 is_preempted() { scontrol show job "$SLURM_JOB_ID" | grep 'PreemptTime=[0-9]' >/dev/null; }
 
@@ -121,24 +147,21 @@ ended_by_signal() {
 }
 
 heed_stop_file() { # only after everything is saved, or before anything has begun
-  [ ! -e "$output_dir/STOP" ] || exit_code=75 fail "stopped by $output_dir/STOP, everything saved: remove it and submit again to resume"
-}
-
-last_error() { # the program's own error line (not that of a rank that lost another), else srun's first
-  local lines
-  lines=$(log_of_attempt | grep -a 'llm2vec-ds: error:\|^srun: error:.*task')
-  { grep 'llm2vec-ds: error:' <<<"$lines" | grep -v 'has lost another rank' ||
-    grep '^srun: error:' <<<"$lines" || echo "see $log"; } | head -n 1
+  [ -e "$output_dir/STOP" ] || return 0
+  say "$(ending)stopped as asked by $output_dir/STOP, everything saved. To go on, remove that file and submit again"
+  exit 75
 }
 
 judge() { # decides what the step's exit code means for the job
   local silent
-  if [ -e "$STOPPED_NOTE" ]; then
+  if node_has_failed; then
+    exit "$code"
+  elif [ -e "$STOPPED_NOTE" ]; then
     rm -f "$STOPPED_NOTE"
     heed_stop_file
     requeue "stopped as asked, everything saved"
   elif [ "$code" = 0 ]; then
-    say "finished: $output_dir"
+    say "$(ending)finished: $output_dir"
   elif ended_by_signal; then
     heed_stop_file
     requeue "$too_early"
@@ -157,19 +180,28 @@ main() {
   step_options
   export_defaults
   trap ask_to_stop USR1 USR2 TERM
+  begin
+  mark_log
   describe_run
   [ ! -e "$output_dir/STOP" ] || exit_code=75 fail "$output_dir/STOP keeps this run from starting: remove it first"
   check_nodes
   [ -z "$asked" ] || { requeue "$too_early" && return; }
   export STOPPED_NOTE=$output_dir/stopped.$SLURM_JOB_ID
   rm -f "$STOPPED_NOTE"
-  log_lines_before=$(wc -l <"$log")
+  mark_log
   train
   judge
 }
 
+# SLURM runs a copy of this script, so each script finds the shared functions by itself.
 common=${LLM2VEC_DS_ROOT:-$PWD}/slurm/common.sh
-[ -f "$common" ] || { echo "$me: error: no $common: submit from the folder that holds slurm/, or set LLM2VEC_DS_ROOT" >&2 && exit 2; }
+if [ ! -f "$common" ]; then
+  folder=$({ scontrol show job "${SLURM_JOB_ID:-}" | sed -n 's/^ *WorkDir=//p'; } 2>/dev/null) || folder=''
+  why="no $common: submit from the folder that holds slurm/, or set LLM2VEC_DS_ROOT"
+  [ "${folder:-.}" -ef . ] || why="the job's folder $folder is not on node ${SLURMD_NODENAME:-$HOSTNAME}: submit from a folder that all nodes share"
+  [ -z "${LLM2VEC_DS_ROOT:-}" ] || why="no $common on node ${SLURMD_NODENAME:-$HOSTNAME}: LLM2VEC_DS_ROOT must name the folder that holds slurm/, on a disk that all nodes share"
+  echo "$me: error: $why" >&2 && exit 2
+fi
 # shellcheck source=slurm/common.sh
 source "$common"
 main "$@"

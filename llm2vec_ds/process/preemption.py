@@ -44,7 +44,10 @@ class StopRequest:
     def stopped(self, where: str) -> Stopped:
         """Returns the exception that ends a run which was asked to stop."""
         cause = self.cause or "a signal to another rank"
-        return Stopped(f"stopped by {cause} {where}: run the same command with resume=true to go on")
+        go_on = "run the same command with resume=true to go on"
+        if "STOPPED_NOTE" in os.environ:  # slurm/train_7b.sh adds resume=true itself
+            go_on = "the job goes on from here when SLURM runs it again, or when you submit it again"
+        return Stopped(f"stopped by {cause} {where}: {go_on}")
 
     @contextmanager
     def listening(self, names: Sequence[str]) -> Iterator[None]:

@@ -92,6 +92,12 @@ def test_a_corpus_in_shards(cluster: Cluster, values: dict[str, Any], tmp_path: 
     shards = sorted((tmp_path / "vectors").glob("*.npy"))
     assert sum(len(np.load(shard)) for shard in shards) == 20
     assert len(shards) == 3
+    job = cluster.submit(*line[:2], "/nowhere.txt", line[3], options=options)
+    for index in range(3):
+        cluster.wait_for_state(f"{job}_{index}", "FAILED")
+        last = cluster.log(f"{job}_{index}").splitlines()[-1]
+        assert f"shard {index} of 3 failed (code 2)" in last
+        assert "llm2vec-ds: error: " in last
 
 
 def test_commands_of_the_guide_are_accepted(cluster: Cluster) -> None:

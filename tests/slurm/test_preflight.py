@@ -21,8 +21,11 @@ def test_nodes_and_what_is_wrong_with_them(cluster: Cluster, tmp_path: Path) -> 
     )
     path = f"{tmp_path}:{cluster.environment.get('PYTHONPATH', '')}"
     faults = {
-        "none": ("UNUSED=1", "all of n[1-2] is fit"),
-        "disk": ("LLM2VEC_DS_CACHE=/proc/nowhere", "n2: disk: /proc/nowhere cannot be written"),
+        "none": ("UNUSED=1", "every node is fit: n[1-2]"),
+        "disk": (
+            "LLM2VEC_DS_CACHE=/proc/nowhere",
+            "n2: disk: LLM2VEC_DS_CACHE=/proc/nowhere cannot be written",
+        ),
         "clock": (f"PYTHONPATH={path}", "n2: clock: +"),
         "network": ("GLOO_SOCKET_IFNAME=nowhere0", "n2: all-reduce: "),
         "absent": ("PYTHONHOME=/nowhere", "n2: meeting: rank 1 does not answer"),
@@ -50,6 +53,43 @@ def test_nodes_and_what_is_wrong_with_them(cluster: Cluster, tmp_path: Path) -> 
             assert skew_s == pytest.approx(30, abs=1)
         if name in ("disk", "clock", "absent"):
             assert "error: n1:" not in log, f"{name}: {log}"
+            assert "preflight: error: n2 is not fit: submit with --exclude=n2" in log, f"{name}: {log}"
+        if name == "GPU":
+            assert (
+                "every node has the same error, so a setting or a shared disk is at fault"
+                in log.splitlines()[-1]
+            ), log
+
+
+def test_a_setting_is_not_blamed_on_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    """A wrong interface, a Python that is not there. LLM2VEC_DS_PREFLIGHT=cpu holds here too."""
+    settings = {
+        "LLM2VEC_DS_INTERFACE": (
+            "ib9",
+            "rank 0 has no address: llm2vec-ds: error: no network interface 'ib9'",
+        ),
+        "LLM2VEC_DS_PYTHON": ("/nosuch/python", "/nosuch/python cannot run llm2vec-ds ("),
+        "LLM2VEC_DS_CACHE": (
+            "/proc/nosuch",
+            "every node has the same error, so a setting or a shared disk is at fault",
+        ),
+    }
+    jobs = {
+        name: cluster.submit(
+            "slurm/preflight.sh",
+            str(tmp_path / "runs"),
+            options=OPTIONS,
+            LLM2VEC_DS_PREFLIGHT="cpu",
+            LLM2VEC_DS_MIN_FREE_GIB="0.1",
+            **{name: value},
+        )
+        for name, (value, _) in settings.items()
+    }
+    for name, (_, said) in settings.items():
+        assert cluster.wait_for_state(jobs[name], "COMPLETED", "FAILED")["JobState"] == "FAILED"
+        log = cluster.log(jobs[name])
+        assert said in log.splitlines()[-1], f"{name}: {log}"
+        assert "GPU" not in log, log
 
 
 def test_a_node_on_which_nothing_starts(cluster: Cluster, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -63,7 +64,11 @@ def test_help(script: Path) -> None:
     [
         (["train_7b.sh"], {}, "submit it: sbatch slurm/train_7b.sh"),
         (["train_7b.sh", "no.yaml"], {"SLURM_JOB_ID": "1"}, "recipe no.yaml not found"),
-        (["train_7b.sh", "--nodes=1"], {"SLURM_JOB_ID": "1"}, "before the script"),
+        (["train_7b.sh", "--nodes=1"], {"SLURM_JOB_ID": "1"}, "sbatch's options before the script's name"),
+        (["train_7b.sh", "recipes/smoke_mntp.yaml", "--nodes=1"], {"SLURM_JOB_ID": "1"}, "option --nodes=1"),
+        (["prepare.sh", "recipes/smoke_mntp.yaml", "--nodes=1"], {}, "sbatch's options before"),
+        (["evaluate.sh", "--nodes=1", "model", "results"], {}, "sbatch's options before"),
+        (["encode.sh", "--array=0-7", "model", "in.txt", "out"], {}, "sbatch's options before"),
         (["encode.sh", "model"], {}, "MODEL, INPUT and OUTPUT are needed"),
         (["encode.sh", "model", "in.txt", "out"], {"SLURM_JOB_ID": "1"}, "--array=0-7"),
         (
@@ -98,6 +103,95 @@ def test_submitted_from_elsewhere_it_says_so(script: Path, tmp_path: Path) -> No
     outcome = run(str(script), cwd=tmp_path, SLURM_JOB_ID="1")
     assert outcome.returncode == 2
     assert "submit from the folder that holds slurm/" in outcome.stderr
+
+
+@pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.name)
+def test_a_folder_that_the_node_lacks_is_named(script: Path, tmp_path: Path) -> None:
+    """SLURM then starts the script in /tmp."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho '   WorkDir=/shared/not-here'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    job = {"SLURM_JOB_ID": "1", "SLURMD_NODENAME": "n1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    outcome = run(str(script), cwd=tmp_path, **job)
+    assert outcome.returncode == 2
+    assert "the job's folder /shared/not-here is not on node n1: submit from a folder" in outcome.stderr
+    outcome = run(str(script), cwd=tmp_path, **job, LLM2VEC_DS_ROOT="/shared/other")
+    assert "no /shared/other/slurm/common.sh on node n1: LLM2VEC_DS_ROOT must name" in outcome.stderr
+
+
+def test_scripts_find_the_shared_functions_in_the_same_way() -> None:
+    ends = {script.read_text().partition("# SLURM runs a copy")[2] for script in COMMANDS}
+    assert len(ends) == 1
+    assert ends != {""}
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (
+            "llm2vec-ds: error: rank 0 has lost another rank\nllm2vec-ds: error: no interface ib9\n"
+            "srun: error: n1: task 0: Exited with exit code 2\n",
+            "llm2vec-ds: error: no interface ib9",
+        ),
+        (
+            "slurmstepd: error: execve(): /nosuch/python: No such file or directory\n"
+            "srun: error: n1: task 0: Exited with exit code 2\n",
+            "/my/python cannot run llm2vec-ds (/nosuch/python: No such file or directory): activate its",
+        ),
+        (
+            "ModuleNotFoundError: No module named 'pydantic'\nsrun: error: n1: task 0: Exited\n",
+            "/my/python cannot run llm2vec-ds (No module named 'pydantic'): activate its environment",
+        ),
+        ("srun: error: n1: task 0: Segmentation fault\n", "srun: error: n1: task 0: Segmentation fault"),
+        ("nothing\n", "see "),
+    ],
+    ids=["the program", "no Python", "no package", "srun", "unknown"],
+)
+def test_the_cause_of_a_failed_step(log: str, said: str, tmp_path: Path) -> None:
+    """Whatever stands before the step in the log does not count."""
+    (tmp_path / "log").write_text("llm2vec-ds: error: of an earlier attempt\n" + log)
+    shell = "source slurm/common.sh; log=$1 log_lines_before=1 python=/my/python; last_error"
+    outcome = run("-euo", "pipefail", "-c", shell, "bash", str(tmp_path / "log"))
+    assert len(outcome.stdout.splitlines()) == 1, outcome
+    assert outcome.stdout.startswith(said), outcome
+
+
+def test_a_python_without_packages_is_one_line() -> None:
+    """Without site-packages and the repository."""
+    outcome = subprocess.run(
+        [sys.executable, "-I", "-S", "slurm/run_facts.py", "recipes/smoke_mntp.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith("ModuleNotFoundError: No module named")
+    assert len(outcome.stderr.splitlines()) == 1
+
+
+def conclusion(found: list[tuple[str, str]], nodes: str) -> str:
+    """That of `slurm/preflight.py`."""
+    sys.path.insert(0, str(ROOT / "slurm"))
+    try:
+        said: str = importlib.import_module("preflight").conclusion(found, nodes.split())
+    finally:
+        sys.path.remove(str(ROOT / "slurm"))
+    return said
+
+
+def test_preflight_blames_a_node_only_for_what_other_nodes_lack() -> None:
+    disk, clock = "disk: TMPDIR=/x cannot be written", "clock: +30 s"
+    assert conclusion([("n2", disk)], "n1 n2 n3").startswith("n2 is not fit: submit with --exclude=n2,")
+    assert "--exclude=n2,n3," in conclusion([("n2", disk), ("n3", clock)], "n1 n2 n3")
+    same = conclusion([("n1", disk), ("n2", disk)], "n1 n2")
+    assert "every node has the same error, so a setting or a shared disk is at fault" in same
+    assert "--exclude" not in same
+    assert "common cause" in conclusion([("n1", disk), ("n2", clock)], "n1 n2")
+    assert "n1 is not fit" in conclusion([("n2", disk), ("n3", disk)], "n1 n2 n3")
+    assert "only this node" in conclusion([("n1", disk)], "n1")
+    assert "do not reach each other" in conclusion(
+        [("n1", "all-reduce: timed out"), ("n2", "all-reduce: rank 1 does not answer")], "n1 n2"
+    )
 
 
 def test_a_plain_submission_is_the_7b_recipe_on_four_nodes_of_eight() -> None:

@@ -115,6 +115,17 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(
     nodes = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).stdout.split()
     assert lost not in nodes  # another took its place
     assert resumed_from(log)[0] >= 25
+    checkpoint = output / "checkpoints" / f"step-{resumed_from(log)[0]:08d}"
+    assert (
+        f"node {lost} has failed: SLURM puts the job back into the queue, it goes on from {checkpoint}" in log
+    )
+    assert "asked to stop" not in log
+    assert re.findall(r"attempt (\d) (begins|ends) 20\d\d-", log) == [
+        ("0", "begins"),
+        ("0", "ends"),
+        ("1", "begins"),
+        ("1", "ends"),
+    ]
     assert losses(output) == losses(undisturbed[1])
     cluster.wait_until_idle()
 
@@ -129,7 +140,9 @@ def test_a_stop_file_ends_the_chain(
     job_end = cluster.wait_for_state(job, "COMPLETED", "FAILED")
     assert (job_end["ExitCode"], job_end["Restarts"]) == ("75:0", "0"), cluster.log(job)
     assert 10 < len(rows(output)) < values["max_steps"]
-    assert cluster.log(job).strip().splitlines()[-1].startswith(f"train_7b: error: stopped by {output}/STOP")
+    last = cluster.log(job).strip().splitlines()[-1]
+    assert last.startswith("train_7b: attempt 0 ends 20")
+    assert f"stopped as asked by {output}/STOP, everything saved" in last
 
 
 def test_an_error_is_not_requeued_and_ends_the_log_with_its_line(
