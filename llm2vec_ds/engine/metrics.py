@@ -135,7 +135,15 @@ class MetricsLog:
             self._said_at = now
             log.info("%s, step %s of %s: %s", self._stage, values["step"], self._max_steps, shown)
 
+    def measuring(self, step: int) -> None:
+        """Says that held-out texts are measured, which can take minutes."""
+        if not self._bar.disable:
+            self._bar.set_postfix_str("measuring held-out texts")
+        elif self._writes:
+            log.info("%s, step %s: measuring held-out texts", self._stage, step)
+
     def held_out(self, values: dict[str, Any]) -> None:
+        self._bar.unpause()  # the time of a step is without that of measurements
         if not self._writes:
             return
         self._append(self._files[1], values)

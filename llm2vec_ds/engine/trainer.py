@@ -235,6 +235,8 @@ class Trainer:
             averaged = self.average.in_place() if self.average is not None else nullcontext()
             with contact("the measurement"), averaged:
                 self.engine.train(False)
+                if self.evaluation is not None or self.recipe.data.held_out_path is not None:
+                    log_rows.measuring(step)
                 if held_out_due:
                     metrics |= self.stage.held_out(self.engine.forward) or {}
                 if evaluation_due and self.evaluation is not None:

@@ -54,8 +54,14 @@ def _own(encoder: Encoder) -> str:
     return (
         "```python\nfrom llm2vec_ds import Encoder\n\n"
         f'vectors = Encoder.from_pretrained("FOLDER").encode(["a text"]{_named(encoder)}, normalize=True)\n'
-        "```"
+        f"```{_prompts(encoder)}"
     )
+
+
+def _prompts(encoder: Encoder) -> str:
+    """Returns what the encoder's prompts say, each in a line, or nothing."""
+    rows = [f"- `{name}`: `{text}`" for name, text in encoder.settings.prompts.items()]
+    return "\n".join(["", "", "Prompts:", "", *rows]) if rows else ""
 
 
 def _named(encoder: Encoder) -> str:

@@ -66,8 +66,10 @@ def export_onnx(source: Path, output: Path, options: ExportOptions) -> list[str]
         write_card(unfinished, encoder, found, licence_name, planned.notes, graph, options.card)
         encoder.trunk = None  # frees its memory for the exported copy
         gc.collect()
+        log.info("writing the graph: this takes a minute or more")
         file = write_file(unfinished, planned.pooled, dtype, length)
         copied = copy_licence_files(found.base, unfinished)
+        log.info("checking the graph by onnxruntime")
         vectors = ask(file, [[template.render(None, text)[0] for text in batch] for batch in batches], length)
         compare("onnxruntime", None, vectors, expected, LOWEST_COSINE[dtype])
     log.info("%s: onnx, %s, %s", output, dtype, file.relative_to(unfinished))
