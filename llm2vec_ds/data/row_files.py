@@ -118,8 +118,8 @@ def _reading(file: Path) -> Iterator[None]:
         words = " ".join(str(error).split())[:120]
         encoding = getattr(error, "encoding", "utf-8").upper()
         fix = "convert it, such as by iconv -f latin1 -t utf8 FILE > NEW"
-        if "8" not in encoding:
-            fix = "its byte order mark says so: write it again"
+        if "8" not in encoding:  # a byte order mark said so
+            fix = "its byte order mark names this encoding: write the file again"
         raise UserError(f"{file} is not text in {encoding} ({words}): {fix}") from None
 
 

@@ -68,7 +68,7 @@ MISTAKES = {
         "TMP/a.txt.xz cannot be read: …", PREPARE, data("a.txt.xz"), files={"a.txt.xz": b"plain text"}
     ),
     "half of UTF-16": Mistake(
-        "TMP/a.txt is not text in UTF-16 (…): its byte order mark says so: write it again",
+        "TMP/a.txt is not text in UTF-16-LE (…): its byte order mark names this encoding: …",
         PREPARE,
         data("a.txt"),
         files={"a.txt": "the river".encode("utf-16")[:-1]},

@@ -219,7 +219,7 @@ def test_unreadable_sources(tmp_path: Path) -> None:
         ("c.csv", b"text\ncaf\xe9\n", "not text in UTF-8"),
         ("d.parquet", b"PAR1 nothing", "not a Parquet file"),
         ("e.txt.gz", b"not gzip", "cannot be read"),
-        ("f.txt", "the river".encode("utf-16")[:-1], "its byte order mark says so: write it again"),
+        ("f.txt", "the river".encode("utf-16")[:-1], "its byte order mark names this encoding"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message) as caught:

@@ -226,7 +226,8 @@ def test_encoding_keeps_finished_blocks(
     send(signal.Signals[name], processes)
     assert wait(processes) == [code]
     assert log.read_text().splitlines()[-1] == (
-        f"llm2vec-ds: stopped by {name}: finished blocks are kept; run the same command to go on"
+        f"llm2vec-ds: stopped by {name}: finished blocks of 4,096 texts are kept; "
+        "run the same command to go on"
     )
     assert "Traceback" not in log.read_text()
     assert (tmp_path / ".v.npy.encoding" / "progress.json").exists()
