@@ -62,8 +62,9 @@ def use_fast_products(trunk: nn.Module, device: torch.device) -> None:
     if device.type != "cpu":
         return
     chosen = cpu_products()
-    environment = f", {chosen.environment}" if chosen.environment else ""
-    log.info("fp32 matrix products by %s (%s)%s", chosen.name, chosen.reason, environment)
+    log.info("fp32 matrix products by %s (%s)", chosen.name, chosen.reason)
+    if chosen.environment:
+        log.debug("environment for oneDNN: %s", chosen.environment)
     if chosen.name != "oneDNN":
         return
     for module in trunk.modules():
