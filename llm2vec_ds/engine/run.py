@@ -137,7 +137,7 @@ def _train(
             stop=stop,
             evaluation=evaluation,
         )
-        heap = freed_memory_is_kept(logging.INFO) if device.type == "cpu" else nullcontext()
+        heap = freed_memory_is_kept() if device.type == "cpu" else nullcontext()
         with heap, watched(recipe, stage, engine, folder), stop.stepping():
             return trainer.run(checkpoint)
 

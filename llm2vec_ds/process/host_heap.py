@@ -52,14 +52,14 @@ _uses = _Uses()
 
 
 @contextmanager
-def freed_memory_is_kept(log_level: int = logging.DEBUG) -> Iterator[None]:
+def freed_memory_is_kept() -> Iterator[None]:
     """Inside, the process keeps freed blocks for the next step, as PyTorch's CUDA allocator does.
 
     Uses can be nested, such as encoding inside training. If the environment has its own allocator settings
     (`MALLOC_TRIM_THRESHOLD_` and similar), nothing changes.
     """
     if own := _own_settings():
-        log.log(log_level, "freed memory: as %s says", ", ".join(own))
+        log.debug("freed memory: as %s says", ", ".join(own))
         yield
         return
     with _uses.lock:
@@ -67,7 +67,7 @@ def freed_memory_is_kept(log_level: int = logging.DEBUG) -> Iterator[None]:
         if _uses.number == 1:
             _mallopt(_MMAP_MAX, 0)
             _mallopt(_TRIM_THRESHOLD, _NEVER)
-            log.log(log_level, "freed memory is kept for the next step")
+            log.debug("freed memory is kept for the next step")
     try:
         yield
     finally:

@@ -40,7 +40,7 @@ def full_above(monkeypatch: pytest.MonkeyPatch, model: type, n_tokens: int) -> N
 def test_planned_beside_measured(
     tiny_model_dir: Path, texts_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="llm2vec_ds")
+    caplog.set_level("DEBUG", logger="llm2vec_ds")
     train(parse_recipe(recipe("mntp", tiny_model_dir, texts_file, tmp_path / "run", max_steps=2)))
     said = json.loads((tmp_path / "run" / "memory.json").read_text())
     assert said["planned_peak_mib"] > said["planned_parts_mib"]["activations"] > 0

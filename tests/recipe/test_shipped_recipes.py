@@ -39,6 +39,10 @@ def test_recipe_is_valid_and_what_it_names_is_there(path: Path) -> None:
     if path.stem.startswith("qlora_"):
         check_qlora(path)
         return
+    if path.stem == "own_data":
+        assert [stage.stage for stage in load_stages(path)] == ["mntp", "simcse", "supervised"]
+        assert all((ROOT / str(stage.data.path)).exists() for stage in load_stages(path))
+        return
     recipe = load_recipe(path)
     assert path.stem.endswith(recipe.stage)
     if recipe.deepspeed:
