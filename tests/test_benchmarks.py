@@ -16,6 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from llm2vec_ds import Encoder
+from llm2vec_ds.data.packing import pack
+from llm2vec_ds.data.prompts import TokenizedText
+from llm2vec_ds.evaluate.sts import load_graded_pairs, sts_spearman
 from tests.support.teachers import save_teacher
 
 pytest.importorskip("triton")
@@ -415,3 +419,20 @@ def test_a_rival_without_the_work_is_refused() -> None:
     outcome = run("run.py", "--work", "mntp", "--against", "sentence-transformers")
     assert outcome.returncode == 2
     assert "has no MNTP: compare with llm2vec" in outcome.stderr
+
+
+@pytest.mark.parametrize("attention", ["uni", "bi"])
+def test_the_last_layer_scores_as_the_encoder_does(
+    attention: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """And a token with a large norm is found, in its text only."""
+    layers = script("layer_scores")
+    pairs = load_graded_pairs(BENCHMARKS.parent / "recipes" / "data" / "smoke_sts.csv")
+    encoder = Encoder.from_pretrained(tiny_model_dir, causal=attention == "uni")
+    spearman, massive = layers.scores(encoder, pairs)
+    assert len(spearman) == len(massive) == 1 + len(encoder.trunk.layers)
+    assert spearman[-1] == pytest.approx(sts_spearman(encoder, pairs), abs=2e-4)
+    batch = pack([TokenizedText([1, 2, 3], 0, 3, 0), TokenizedText([4, 5, 6], 0, 3, 1)])
+    hidden = torch.ones(6, 4)
+    hidden[4] *= 6
+    assert layers.has_massive_token(hidden, batch).tolist() == [False, True]
