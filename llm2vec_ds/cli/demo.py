@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds.cli.common import check_installed, examples, expanded, quiet_libraries
+from llm2vec_ds.cli.common import check_installed, encoder_place, examples, expanded, quiet_libraries
 from llm2vec_ds.process.interrupts import kept
 
 
@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
             "demo",
             "demo --budget quick --output demo-quick",
             "demo --budget quick --qlora --output demo-qlora",
+            "demo --teacher sentence-transformers/all-MiniLM-L6-v2 --output demo-distilled",
             "demo --model Qwen/Qwen3-0.6B --text my.txt --sts my-pairs.csv",
         )
     )(demo)
@@ -59,6 +60,14 @@ def demo(
     seed: Annotated[
         int, typer.Option(help="Seed for data order, masking, dropout and the adapters' start.")
     ] = 42,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Learn from this encoder in place of SimCSE: a folder or hub id of sentence-transformers, "
+            "or an encoder of this toolkit.",
+            callback=encoder_place,
+        ),
+    ] = None,
     qlora: Annotated[bool, typer.Option(help="Keep the LLM's weights in 4 bits (NF4, QLoRA).")] = False,
     print_model_dir: Annotated[
         bool,
@@ -69,8 +78,8 @@ def demo(
 ) -> None:
     """Turn a real LLM into a text encoder, and measure it after each step.
 
-    The steps are those of LLM2Vec: causal attention, bidirectional attention, MNTP, SimCSE. Without options
-    this needs no data of yours.
+    The steps are those of LLM2Vec: causal attention, bidirectional attention, MNTP, SimCSE. With --teacher
+    the last step is distillation. Without options this needs no data of yours.
     """
     quiet_libraries()
     if print_model_dir:
@@ -81,4 +90,4 @@ def demo(
     check_installed("demo", "gguf", "scipy", "sklearn", "matplotlib")
     from llm2vec_ds.demo.run import run_demo
 
-    run_demo(output, budget=budget, sts=sts, text=text, model=model, seed=seed, qlora=qlora)
+    run_demo(output, budget=budget, sts=sts, text=text, model=model, seed=seed, qlora=qlora, teacher=teacher)

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from llm2vec_ds.demo.model import demo_model_dir
@@ -27,6 +28,7 @@ from llm2vec_ds.evaluate.retrieval import RetrievalSet, ndcg_at_10
 from llm2vec_ds.evaluate.sts import GradedPairs, load_graded_pairs, own_graded_pairs, sts_spearman
 from llm2vec_ds.model.loading import load_tokenizer
 from llm2vec_ds.model.quantization import check_bitsandbytes
+from llm2vec_ds.objectives.teacher_model import load_teacher
 from llm2vec_ds.process.child_command import run_command
 from llm2vec_ds.report.stages_plot import plot_stages
 from llm2vec_ds.storage.durable import replace_json
@@ -42,15 +44,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Budget:
-    """How many tokens each stage trains on. It counts both SimCSE passes.
+    """How many tokens each stage trains on, and its settings. Tokens count both SimCSE passes.
 
     A budget fixes tokens, not time. So a slow machine gives the same result later.
     """
 
-    mntp_tokens: int
-    simcse_tokens: int
-    mntp: dict[str, Any]
-    simcse: dict[str, Any]
+    tokens: dict[str, int]
+    settings: dict[str, dict[str, Any]]
 
 
 SMALL_MNTP = {
@@ -64,22 +64,43 @@ SMALL_SIMCSE = {
 }
 # With so few tokens, three times as many steps with a third of the sentences train better.
 QUICK_SIMCSE = SMALL_SIMCSE | {"batch": {"global_batch_size": 16, "micro_batch_tokens": 2048}}
+SMALL_DISTIL = {
+    "optimizer": {"lr": 1e-3, "warmup_steps": 5, "schedule": "linear"},
+    "batch": {"global_batch_size": 32, "micro_batch_tokens": 1024},
+}
 BUDGETS = {
-    "quick": Budget(6_000, 14_000, SMALL_MNTP, QUICK_SIMCSE),
-    "default": Budget(24_000, 76_000, SMALL_MNTP, SMALL_SIMCSE),
+    "quick": Budget(
+        {"mntp": 6_000, "simcse": 14_000, "distil": 14_000},
+        {"mntp": SMALL_MNTP, "simcse": QUICK_SIMCSE, "distil": SMALL_DISTIL},
+    ),
+    "default": Budget(
+        {"mntp": 24_000, "simcse": 76_000, "distil": 76_000},
+        {"mntp": SMALL_MNTP, "simcse": SMALL_SIMCSE, "distil": SMALL_DISTIL},
+    ),
     # Steps and batches as in the paper (32 × 512 tokens and 128 sentences, 1000 steps each), for a GPU.
     "full": Budget(
-        1000 * 32 * 128,
-        1000 * 128 * 2 * 18,
-        {"optimizer": {"lr": 5e-5}, "batch": {"global_batch_size": 32, "micro_batch_tokens": 16384}},
-        {"optimizer": {"lr": 3e-5}, "batch": {"global_batch_size": 128, "micro_batch_tokens": 16384}},
+        {"mntp": 1000 * 32 * 128, "simcse": 1000 * 128 * 2 * 18, "distil": 1000 * 256 * 18},
+        {
+            "mntp": {
+                "optimizer": {"lr": 5e-5},
+                "batch": {"global_batch_size": 32, "micro_batch_tokens": 16384},
+            },
+            "simcse": {
+                "optimizer": {"lr": 3e-5},
+                "batch": {"global_batch_size": 128, "micro_batch_tokens": 16384},
+            },
+            "distil": {
+                "optimizer": {"lr": 1e-3, "warmup_steps": 20},
+                "batch": {"global_batch_size": 256, "micro_batch_tokens": 16384},
+            },
+        },
     ),
 }
 
 
 WRITTEN = (
-    *("paragraphs.txt", "held_out.txt", "sentences.txt", "mntp.yaml", "simcse.yaml"),
-    *("simcse", "encoder", "stages.png"),
+    *("paragraphs.txt", "held_out.txt", "sentences.txt", "mntp.yaml", "simcse.yaml", "distil.yaml"),
+    *("simcse", "distil", "encoder", "stages.png"),
 )
 """What a demo writes into its folder. It also writes mntp/ at the start and metrics.json at the end."""
 
@@ -93,16 +114,17 @@ def run_demo(
     model: str | None = None,
     seed: int = 42,
     qlora: bool = False,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """Runs causal baseline → bidirectional → MNTP → SimCSE. Returns the content of metrics.json.
 
-    With `qlora` both stages train over NF4. All measurements use full-precision weights. Those of a trained
-    encoder are dequantised from NF4.
+    With a `teacher`, distillation from it comes in place of SimCSE. With `qlora` both stages train over NF4.
+    All measurements use full-precision weights. Those of a trained encoder are dequantised from NF4.
 
     Raises:
         UserError: an input is unusable, or `output` already holds a demo.
     """
-    _check(output, budget, qlora, text)
+    _check(output, budget, qlora, text, teacher)
     pairs = load_graded_pairs(sts) if sts else own_graded_pairs()
     material = training_text(text)
     retrieval = held_out_retrieval()
@@ -111,7 +133,8 @@ def run_demo(
         (output / "mntp").mkdir(exist_ok=True)
     base = model or str(demo_model_dir())
     started = time.monotonic()
-    recipes = _write_recipes(output, base, material, BUDGETS[budget], seed, "nf4" if qlora else None)
+    stages = ("mntp", "distil" if teacher is not None else "simcse")
+    recipes = _write_recipes(output, base, material, BUDGETS[budget], seed, "nf4" if qlora else None, teacher)
 
     def measure(name: str, folder: str | Path, causal: bool = False) -> dict[str, float]:
         return _measure(name, Encoder.from_pretrained(folder, causal=causal), pairs, retrieval)
@@ -120,11 +143,11 @@ def run_demo(
         "causal": measure("causal", base, causal=True),
         "bidirectional": measure("bidirectional", base),
     }
-    for stage in ("mntp", "simcse"):
+    for stage in stages:
         _train(recipes[stage])
         metrics[stage] = measure(stage, output / stage / "encoder") | _trained(output / stage)
     with replaced_folder(output / "encoder", f"--output {output}: its encoder/") as new:
-        shutil.copytree(output / "simcse" / "encoder", new, dirs_exist_ok=True)
+        shutil.copytree(output / stages[-1] / "encoder", new, dirs_exist_ok=True)
     how = ", NF4" if qlora else ""
     plot_stages(metrics, output / "stages.png", f"{Path(base).name}, {budget} budget{how}")
     metrics["run"] = {
@@ -132,6 +155,7 @@ def run_demo(
         "seed": seed,
         "quantization": "nf4" if qlora else None,
         "model": Path(base).name,
+        "teacher": Path(teacher).name if teacher else None,
         "sts": sts.name if sts else "sentence_pairs.csv",
         "text": text.name if text else "pydoc_data.topics",
         "elapsed_s": round(time.monotonic() - started, 1),
@@ -146,7 +170,7 @@ def run_demo(
     return metrics
 
 
-def _check(output: Path, budget: str, qlora: bool, text: Path | None) -> None:
+def _check(output: Path, budget: str, qlora: bool, text: Path | None, teacher: str | None) -> None:
     if budget not in BUDGETS:
         raise UserError(f"--budget {budget!r} is not one of {', '.join(BUDGETS)}")
     if (output / "metrics.json").exists():
@@ -157,6 +181,8 @@ def _check(output: Path, budget: str, qlora: bool, text: Path | None) -> None:
     check_replaceable(output / "encoder", f"{what}: its encoder/")
     if qlora:
         check_bitsandbytes("--qlora")
+    if teacher is not None:  # a mistake shows now, not after MNTP
+        load_teacher(teacher, "--teacher", None, torch.device("cpu"))
 
 
 def _measure(name: str, encoder: Encoder, pairs: GradedPairs, retrieval: RetrievalSet) -> dict[str, float]:
@@ -169,7 +195,13 @@ def _measure(name: str, encoder: Encoder, pairs: GradedPairs, retrieval: Retriev
 
 
 def _write_recipes(
-    output: Path, base: str, material: DemoText, budget: Budget, seed: int, quantization: str | None
+    output: Path,
+    base: str,
+    material: DemoText,
+    budget: Budget,
+    seed: int,
+    quantization: str | None,
+    teacher: str | None,
 ) -> dict[str, Path]:
     """Writes text files and recipes of both stages. Budget and mean length give the number of steps."""
     files = {
@@ -191,24 +223,27 @@ def _write_recipes(
                 "max_tokens": 128,
                 "long_texts": "split",
             },
-            **budget.mntp,
-        },
-        "simcse": {
-            **common,
-            "model": {"path": str(output / "mntp" / "encoder"), "quantization": quantization},
-            "data": {"path": str(output / "sentences.txt"), "max_tokens": 128},
-            **budget.simcse,
+            **budget.settings["mntp"],
         },
     }
+    last = "simcse" if teacher is None else "distil"
+    plans[last] = {
+        **common,
+        "model": {"path": str(output / "mntp" / "encoder"), "quantization": quantization},
+        "data": {"path": str(output / "sentences.txt"), "max_tokens": 128},
+        **({"distil": {"teacher": teacher}} if teacher is not None else {}),
+        **budget.settings[last],
+    }
+    sentence_tokens = _mean_tokens(tokenizer, material.sentences, 128)
     tokens_per_text = {
         "mntp": _mean_tokens(tokenizer, material.paragraphs, 128),
-        "simcse": 2 * _mean_tokens(tokenizer, material.sentences, 128),
+        "simcse": 2 * sentence_tokens,
+        "distil": sentence_tokens,
     }
-    tokens = {"mntp": budget.mntp_tokens, "simcse": budget.simcse_tokens}
     paths = {}
     for stage, plan in plans.items():
         tokens_per_step = tokens_per_text[stage] * plan["batch"]["global_batch_size"]
-        steps = max(1, round(tokens[stage] / tokens_per_step))
+        steps = max(1, round(budget.tokens[stage] / tokens_per_step))
         recipe = {"stage": stage, "output_dir": str(output / stage), "max_steps": steps, **plan}
         paths[stage] = output / f"{stage}.yaml"
         paths[stage].write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from llm2vec_ds.encoder.of_run import short_name
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.report.stages_plot import STAGES
 from llm2vec_ds.storage.reading import read_json, read_json_lines
 
 T = TypeVar("T")
@@ -152,10 +153,8 @@ def _demo(data: ReportData, folder: Path, label: str) -> bool:
     if not (folder / "metrics.json").exists():
         return False
     metrics = _json(folder / "metrics.json", dict[str, dict[str, Any]])
-    for stage in ("causal", "bidirectional", "mntp", "simcse"):
-        scores = {
-            k: v for k, v in metrics.get(stage, {}).items() if k in ("sts_spearman", "retrieval_ndcg_at_10")
-        }
+    for stage in (name for name in STAGES if name in metrics):
+        scores = {k: v for k, v in metrics[stage].items() if k in ("sts_spearman", "retrieval_ndcg_at_10")}
         data.add_scores(_prefixed(label, stage), scores)
         if (folder / stage / "encoder").is_dir():
             data.encoders[_prefixed(label, stage)] = (str(folder / stage / "encoder"), None)

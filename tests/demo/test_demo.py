@@ -16,6 +16,7 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.storage.cache_folder import cache_root
 from tests.support.runs import command, noise_in
+from tests.support.teachers import save_teacher
 
 
 def test_training_text_and_retrieval_share_no_passage() -> None:
@@ -97,6 +98,7 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--budget", "huge"], "not one of quick, default, full"),
         (["--sts", "none.csv"], "No such file"),
         (["--text", "none.txt"], "No such file"),
+        (["--teacher", "none/here"], "--teacher none/here"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -115,6 +117,19 @@ def test_a_demo_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
     check_demo_folder(tmp_path / "out")
 
 
+def test_a_demo_with_a_teacher(tmp_path: Path, tiny_model_dir: Path) -> None:
+    out, teacher = tmp_path / "out", save_teacher(tmp_path / "teacher")
+    arguments = ["--output", str(out), "--budget", "quick", "--model", str(tiny_model_dir)]
+    outcome = command(["demo", *arguments, "--teacher", str(teacher)])
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert check_demo_folder(out, "distil")["run"]["teacher"] == teacher.name  # type: ignore[comparison-overlap]
+    assert not (out / "simcse").exists()
+    assert (
+        command(["report", str(out), "--no-examples", "--output", str(tmp_path / "r.html")]).returncode == 0
+    )
+    assert "distil" in (tmp_path / "r.html").read_text()
+
+
 @pytest.mark.slow
 def test_a_demo_over_nf4_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
     out = tmp_path / "out"
@@ -126,12 +141,12 @@ def test_a_demo_over_nf4_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -
     assert len(list((out / "encoder" / "adapters").glob("*.safetensors"))) == 2
 
 
-def check_demo_folder(folder: Path) -> dict[str, dict[str, float]]:
+def check_demo_folder(folder: Path, last: str = "simcse") -> dict[str, dict[str, float]]:
     metrics = json.loads((folder / "metrics.json").read_text())
-    for stage in ("causal", "bidirectional", "mntp", "simcse"):
+    for stage in ("causal", "bidirectional", "mntp", last):
         assert -1 <= metrics[stage]["sts_spearman"] <= 1
         assert 0 <= metrics[stage]["retrieval_ndcg_at_10"] <= 1
-    trained = metrics["mntp"]["trained_tokens"] + metrics["simcse"]["trained_tokens"]
+    trained = metrics["mntp"]["trained_tokens"] + metrics[last]["trained_tokens"]
     assert trained == pytest.approx(20_000, rel=0.15)
     assert metrics["mntp"]["held_out"]["after"]["n_masked"] > 0
     assert (folder / "stages.png").read_bytes().startswith(b"\x89PNG")
