@@ -33,7 +33,9 @@ MASSIVE = 5.0
 """A massive token (massive activations, arXiv 2402.17762) has so many times the median norm of its text."""
 
 
-def layer_vectors(encoder: Encoder, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def layer_vectors(
+    encoder: Encoder, texts: list[str], instruction: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the pooled output of the embedding and of each layer, `[texts, 1 + layers, width]`.
 
     It also returns which of the texts have a massive token there, `[texts, 1 + layers]` bool.
@@ -42,7 +44,7 @@ def layer_vectors(encoder: Encoder, texts: list[str]) -> tuple[np.ndarray, np.nd
     hooks = [
         layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0])) for layer in trunk.layers
     ]
-    tokenized = tokenize(encoder.tokenizer, [Prompt(None, text) for text in texts])
+    tokenized = tokenize(encoder.tokenizer, [Prompt(instruction, text) for text in texts])
     with Progress("encode", "text", total=len(texts)) as bar, no_graph(trunk):
         for first in range(0, len(texts), TEXTS_PER_PASS):
             batch = pack(tokenized[first : first + TEXTS_PER_PASS]).to(encoder.device)
@@ -63,9 +65,11 @@ def has_massive_token(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     return torch.stack([own.max() > MASSIVE * own.median() for own in norms])
 
 
-def scores(encoder: Encoder, pairs: GradedPairs) -> tuple[list[float], list[float]]:
+def scores(
+    encoder: Encoder, pairs: GradedPairs, instruction: str | None = None
+) -> tuple[list[float], list[float]]:
     """Returns for the embedding and each layer Spearman's ρ, and the share of texts with a massive token."""
-    vectors, massive = layer_vectors(encoder, pairs.first + pairs.second)
+    vectors, massive = layer_vectors(encoder, pairs.first + pairs.second, instruction)
     vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
     first, second = np.split(vectors, 2)
     cosines = (first * second).sum(axis=2)
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="NAME:MODEL=uni|bi", help="NAME: may be left out")
     parser.add_argument("--sts", required=True, help="file of graded pairs (not a test set)")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth pair")
+    parser.add_argument("--instruction", help="goes before each text, and is not pooled")
     parser.add_argument("--output", type=Path, required=True, help="path of the files, without suffix")
     arguments = parser.parse_args()
     pairs = load_graded_pairs(arguments.sts)
@@ -108,7 +113,7 @@ def main() -> None:
         name, _, place = place.rpartition(":")
         encoder = Encoder.from_pretrained(place, causal=attention == "uni")
         name = name or f"{Path(place).name} ({attention})"
-        found[name], massive[name] = scores(encoder, pairs)
+        found[name], massive[name] = scores(encoder, pairs, arguments.instruction)
         print(json.dumps({name: found[name], "massive": massive[name]}), flush=True)
         file = arguments.output.with_suffix(".json")
         values = {"n_pairs": len(pairs.scores), "spearman": found, "share_with_massive_token": massive}

@@ -162,3 +162,18 @@ def test_encoder_needs_neither_deepspeed_nor_mteb_nor_bitsandbytes() -> None:
         "print([m for m in ('deepspeed', 'mteb', 'bitsandbytes') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_files_and_functions_stay_short() -> None:
+    """At most 400 lines in a file and 60 in a function."""
+    long = []
+    for path in sorted([*(ROOT / "llm2vec_ds").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]):
+        text = path.read_text()
+        if (n_lines := text.count("\n")) > 400:
+            long.append(f"{path.name}: {n_lines}")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None
+                if (n_lines := node.end_lineno - node.lineno + 1) > 60:
+                    long.append(f"{path.name}, {node.name}: {n_lines}")
+    assert not long

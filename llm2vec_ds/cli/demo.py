@@ -10,6 +10,39 @@ import typer
 from llm2vec_ds.cli.common import check_installed, encoder_place, examples, expanded, quiet_libraries
 from llm2vec_ds.process.interrupts import kept
 
+BudgetName = Annotated[
+    str,
+    typer.Option(
+        help="How much to train: quick (0.02 million tokens), default (0.1 million), or full (as many "
+        "steps as the paper, for a GPU)."
+    ),
+]
+GradedPairsFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Your own graded pairs for the measurement: a CSV file with sentence1, sentence2, score.",
+        callback=expanded,
+    ),
+]
+TextFile = Annotated[
+    Path | None, typer.Option(help="Your own training text: a UTF-8 text file.", callback=expanded)
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or hub id of another LLM. Default: SmolLM2-135M-Instruct, from PyPI.",
+        callback=expanded,
+    ),
+]
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        help="Learn from this encoder in place of SimCSE: a folder or hub id of sentence-transformers, "
+        "or an encoder of this toolkit.",
+        callback=encoder_place,
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
@@ -33,41 +66,14 @@ def demo(
             callback=expanded,
         ),
     ] = Path("demo-output"),
-    budget: Annotated[
-        str,
-        typer.Option(
-            help="How much to train: quick (0.02 million tokens), default (0.1 million), or full (as many "
-            "steps as the paper, for a GPU)."
-        ),
-    ] = "default",
-    sts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Your own graded pairs for the measurement: a CSV file with sentence1, sentence2, score.",
-            callback=expanded,
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Your own training text: a UTF-8 text file.", callback=expanded)
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or hub id of another LLM. Default: SmolLM2-135M-Instruct, from PyPI.",
-            callback=expanded,
-        ),
-    ] = None,
+    budget: BudgetName = "default",
+    sts: GradedPairsFile = None,
+    text: TextFile = None,
+    model: BaseModel = None,
     seed: Annotated[
         int, typer.Option(help="Seed for data order, masking, dropout and the adapters' start.")
     ] = 42,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help="Learn from this encoder in place of SimCSE: a folder or hub id of sentence-transformers, "
-            "or an encoder of this toolkit.",
-            callback=encoder_place,
-        ),
-    ] = None,
+    teacher: Teacher = None,
     qlora: Annotated[bool, typer.Option(help="Keep the LLM's weights in 4 bits (NF4, QLoRA).")] = False,
     print_model_dir: Annotated[
         bool,

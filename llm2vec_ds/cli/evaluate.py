@@ -55,6 +55,10 @@ ExcludeSelf = Annotated[
     bool,
     typer.Option(help="For retrieval:FOLDER: do not rank the document that has the query's own id."),
 ]
+Benchmark = Annotated[str | None, typer.Option(help='Name of a benchmark in mteb, such as "MTEB(eng, v1)".')]
+Subset = Annotated[
+    str | None, typer.Option(help="paper15: the 15 tasks of the paper. The list is not confirmed.")
+]
 ResultsFolder = Annotated[
     Path | None,
     typer.Option(
@@ -126,12 +130,8 @@ def evaluation_of(config: EvaluationConfig | None) -> Callable[[Any], dict[str, 
 def mteb(
     model: Model,
     task: Tasks = None,
-    benchmark: Annotated[
-        str | None, typer.Option(help='Name of a benchmark in mteb, such as "MTEB(eng, v1)".')
-    ] = None,
-    subset: Annotated[
-        str | None, typer.Option(help="paper15: the 15 tasks of the paper. The list is not confirmed.")
-    ] = None,
+    benchmark: Benchmark = None,
+    subset: Subset = None,
     output: ResultsFolder = None,
     exclude_self: ExcludeSelf = False,
     causal: Causal = None,

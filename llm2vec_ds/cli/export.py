@@ -21,6 +21,22 @@ if TYPE_CHECKING:
     from llm2vec_ds.export.export import ExportOptions
 
 
+Format = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="sentence-transformers (also for vLLM and text-embeddings-inference), transformers, onnx "
+        "(for onnxruntime and transformers.js), or gguf (for llama.cpp, Ollama, LM Studio).",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="auto (as the encoder is stored), fp32, bf16 or fp16. gguf also has q8_0. onnx has only "
+        "fp32 (its auto), fp16 and int8.",
+    ),
+]
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
@@ -79,22 +95,8 @@ def export(
             callback=expanded,
         ),
     ],
-    format: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="sentence-transformers (also for vLLM and text-embeddings-inference), transformers, onnx "
-            "(for onnxruntime and transformers.js), or gguf (for llama.cpp, Ollama, LM Studio).",
-        ),
-    ] = "sentence-transformers",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="auto (as the encoder is stored), fp32, bf16 or fp16. gguf also has q8_0. onnx has only "
-            "fp32 (its auto), fp16 and int8.",
-        ),
-    ] = "auto",
+    format: Format = "sentence-transformers",
+    dtype: Dtype = "auto",
     prompt: Prompts = None,
     licence: Annotated[
         str | None,

@@ -46,6 +46,10 @@ ShardOption = Annotated[
         help="Encode only part I of N of the texts, into a file in the folder --output. I counts from 0.",
     ),
 ]
+Store = Annotated[
+    str,
+    typer.Option(help="float32, int8 (a quarter of the bytes), or binary (only signs, a 32nd of the bytes)."),
+]
 BadTextsOption = Annotated[
     str,
     typer.Option(help="Empty or unreadable texts: raise (stop) or nan (name them, and write NaN vectors)."),
@@ -91,12 +95,7 @@ def encode(
     truncate_dim: Annotated[
         int | None, typer.Option(metavar="N", help="Keep the first N dimensions (Matryoshka).", min=1)
     ] = None,
-    store: Annotated[
-        str,
-        typer.Option(
-            help="float32, int8 (a quarter of the bytes), or binary (only signs, a 32nd of the bytes)."
-        ),
-    ] = "float32",
+    store: Store = "float32",
     bad_texts: BadTextsOption = "raise",
     attention: Attention = "auto",
     precision: Precision = "auto",

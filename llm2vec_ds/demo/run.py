@@ -159,15 +159,17 @@ def run_demo(
         "sts": sts.name if sts else "sentence_pairs.csv",
         "text": text.name if text else "pydoc_data.topics",
         "elapsed_s": round(time.monotonic() - started, 1),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")},
+        **_versions(),
     }
     replace_json(output / "metrics.json", metrics)
-    log.info(
-        "encoder: %s, scores: %s, picture: %s",
-        *(output / n for n in ("encoder", "metrics.json", "stages.png")),
-    )
+    places = (output / name for name in ("encoder", "metrics.json", "stages.png"))
+    log.info("encoder: %s, scores: %s, picture: %s", *places)
     return metrics
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "deepspeed", "peft")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def _check(output: Path, budget: str, qlora: bool, text: Path | None, teacher: str | None) -> None:

@@ -326,9 +326,8 @@ class Encoder(nn.Module):
         finite = np.isfinite(vectors).all(axis=1)
         if not finite.all():
             row = rows[~finite].min()
-            raise UserError(
-                f"text {row} (counted from 0) gets no finite vector: {why_not_finite(self.trunk)}"
-            )
+            cause = why_not_finite(self.trunk)
+            raise UserError(f"text {row} (counted from 0) gets no finite vector: {cause}")
 
     def _encode_tokenized(
         self, tokenized: dict[int, TokenizedText], micro_batch_tokens: int | None
