@@ -127,7 +127,7 @@ def mine(
 ) -> None:
     """Find hard negatives: texts that the model finds near a query, though they do not answer it.
 
-    They train the supervised stage. The log counts what was left out, and why. If it stops, run it again.
+    They train the supervised stage. The log counts what was left out. If the command stops, run it again.
 
     Every query is compared with the whole corpus (exact search). A text is a candidate if it is no positive
     of this query, and if its cosine is lower than the positive's. Ranks count candidates, from 1 (nearest).
