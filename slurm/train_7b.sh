@@ -154,6 +154,7 @@ heed_stop_file() { # only after everything is saved, or before anything has begu
 
 judge() { # decides what the step's exit code means for the job
   local silent
+  trap : USR1 USR2 TERM # nothing runs that could save, and a second ending would contradict the first
   if node_has_failed; then
     exit "$code"
   elif [ -e "$STOPPED_NOTE" ]; then
@@ -168,6 +169,7 @@ judge() { # decides what the step's exit code means for the job
   else
     [ "$(job_state)" = RUNNING ] || exit_code=$code fail "ended by SLURM before it could save (the job is $(job_state)): submit it again to resume"
     silent=$(silent_nodes | sort | tr '\n' ' ')
+    ! node_has_failed || exit "$code" # SLURM may have found it in the meantime
     [ -z "$silent" ] || { requeue "lost node ${silent% }" && return; }
     exit_code=$code fail "training failed (code $code): $(last_error || true)"
   fi

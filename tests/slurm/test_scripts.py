@@ -155,6 +155,32 @@ def test_the_cause_of_a_failed_step(log: str, said: str, tmp_path: Path) -> None
     assert outcome.stdout.startswith(said), outcome
 
 
+LOST_NODE = """
+source <(sed '$d' slurm/train_7b.sh) # without its last line, which runs it
+cd "$1" && log=log log_lines_before=0 began=1 code=1 output_dir=run STOPPED_NOTE=none SLURM_JOB_ID=7
+touch log
+job_state() { [ ! -e found ] && echo RUNNING || echo COMPLETING; }
+scontrol() { echo Restarts=1; }
+silent_nodes() { # while it asks the nodes, SLURM finds the lost one and sends TERM
+  touch found
+  echo 'srun: error: Node failure on n2' >>log
+  kill -TERM $$
+  sleep 0.1
+  echo n2
+}
+trap ask_to_stop USR1 USR2 TERM
+judge
+"""
+
+
+def test_a_lost_node_that_slurm_finds_late_ends_the_attempt_once(tmp_path: Path) -> None:
+    outcome = run("-euo", "pipefail", "-c", LOST_NODE, "bash", str(tmp_path))
+    assert outcome.returncode == 1, outcome
+    (line,) = outcome.stdout.splitlines()
+    assert line.startswith("train_7b: attempt 0 ends 20"), outcome
+    assert "node n2 has failed: SLURM puts the job back into the queue" in line, outcome
+
+
 def test_a_python_without_packages_is_one_line() -> None:
     """Without site-packages and the repository."""
     outcome = subprocess.run(

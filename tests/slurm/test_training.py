@@ -125,7 +125,7 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(
         ("0", "ends"),
         ("1", "begins"),
         ("1", "ends"),
-    ]
+    ], log
     assert losses(output) == losses(undisturbed[1])
     cluster.wait_until_idle()
 
