@@ -122,9 +122,10 @@ class SimcseConfig(ContrastiveConfig):
 
     attention_dropout: Share = 0.3
     """Dropout on attention weights. It makes the two passes differ (LLM2Vec: 0.3)."""
-    token_dropout: Share = 0.0
-    """The share of a text's tokens that each pass leaves out, at random. It makes the two passes differ more,
-    and a step cheaper (token cutoff: arXiv 2105.11741). 0: none."""
+    word_dropout: Share = 0.0
+    """The share of a text's words that each pass leaves out, at random. It makes the two passes differ more,
+    and a step cheaper (cf. token cutoff, arXiv 2105.11741). In scripts without upper and lower case it leaves
+    out tokens. 0: none."""
 
 
 class SupervisedConfig(ContrastiveConfig):

@@ -16,7 +16,7 @@ from llm2vec_ds.objectives.contrastive.objective import (
     ContrastiveStage,
     contrastive_model,
 )
-from llm2vec_ds.objectives.contrastive.token_dropout import with_tokens_left_out
+from llm2vec_ds.objectives.contrastive.word_dropout import WordDropout
 from llm2vec_ds.recipe.objectives import SimcseConfig
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,15 @@ class Simcse(ContrastiveObjective):
         assert isinstance(section, SimcseConfig)
         if parts.held_out is not None:
             log.warning("simcse has no held-out loss: it ignores data.held_out_path. Measure by `evaluation`")
-        share = section.token_dropout
+        leave_out = (
+            WordDropout(parts.encoder.tokenizer, section.word_dropout) if section.word_dropout else None
+        )
 
         def examples(rows: Sequence[int] | np.ndarray, step: int) -> list[list[TokenizedText]]:
-            if not share:
+            if leave_out is None:
                 return [[text, text] for text in texts[rows]]
             return [
-                [with_tokens_left_out(text, share, (recipe.seed, step, int(row), side)) for side in (0, 1)]
+                [leave_out(text, (recipe.seed, step, int(row), side)) for side in (0, 1)]
                 for row, text in zip(rows, texts[rows], strict=True)
             ]
 
