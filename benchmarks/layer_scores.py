@@ -5,7 +5,7 @@
 A model is an encoder or any decoder-only LLM. `=uni` runs it causally, `=bi` with bidirectional attention.
 The vector of a text is the mean over its tokens of what a layer gives. Layer 0 is the embedding, and the last
 one includes the final norm. It writes `layers.json` (by model and layer: Spearman's ρ, and the share of texts
-with a massive token) and `layers.png`.
+with a massive token) and `layers.png`. With `--whiten FILE` it also scores whitened vectors.
 """
 
 from __future__ import annotations
@@ -65,16 +65,46 @@ def has_massive_token(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     return torch.stack([own.max() > MASSIVE * own.median() for own in norms])
 
 
-def scores(
-    encoder: Encoder, pairs: GradedPairs, instruction: str | None = None
-) -> tuple[list[float], list[float]]:
-    """Returns for the embedding and each layer Spearman's ρ, and the share of texts with a massive token."""
-    vectors, massive = layer_vectors(encoder, pairs.first + pairs.second, instruction)
-    vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
-    first, second = np.split(vectors, 2)
+def whitened(vectors: np.ndarray, by: np.ndarray, power: float) -> np.ndarray:
+    """Returns `vectors [N, D]` with directions of less different variance (arXiv 2103.15316, equation 5).
+
+    It divides each principal direction of `by [M, D]` by its standard deviation to the `power`. A power of 1
+    whitens: all directions of `by` then have the same variance.
+    """
+    mean = by.mean(axis=0)
+    _, singular, directions = np.linalg.svd(by - mean, full_matrices=False)
+    deviation = np.maximum(singular, singular[0] * 1e-6) / np.sqrt(len(by))
+    return np.asarray((vectors - mean) @ (directions.T / deviation**power))
+
+
+def spearman_by_layer(vectors: np.ndarray, pairs: GradedPairs) -> list[float]:
+    """Returns Spearman's ρ for each layer. `vectors [2 · pairs, layers, D]` has all first texts first."""
+    first, second = np.split(vectors / np.linalg.norm(vectors, axis=2, keepdims=True), 2)
     cosines = (first * second).sum(axis=2)
-    spearman = [round(float(spearmanr(column, pairs.scores).statistic), 4) for column in cosines.T]
-    return spearman, massive.mean(axis=0).round(3).tolist()
+    return [round(float(spearmanr(column, pairs.scores).statistic), 4) for column in cosines.T]
+
+
+def scores(
+    encoder: Encoder,
+    pairs: GradedPairs,
+    instruction: str | None = None,
+    whiten_by: list[str] | None = None,
+    power: float = 1.0,
+) -> dict[str, list[float]]:
+    """Returns for the embedding and each layer Spearman's ρ, and the share of texts with a massive token.
+
+    With `whiten_by` it also returns ρ of vectors that are whitened by these texts.
+    """
+    vectors, massive = layer_vectors(encoder, pairs.first + pairs.second, instruction)
+    found = {
+        "spearman": spearman_by_layer(vectors, pairs),
+        "share_with_massive_token": massive.mean(axis=0).round(3).tolist(),
+    }
+    if whiten_by:
+        by, _ = layer_vectors(encoder, whiten_by, instruction)
+        layers = [whitened(vectors[:, i], by[:, i], power) for i in range(vectors.shape[1])]
+        found["spearman_whitened"] = spearman_by_layer(np.stack(layers, axis=1), pairs)
+    return found
 
 
 def draw(found: dict[str, list[float]], file: Path) -> None:
@@ -101,24 +131,31 @@ def main() -> None:
     parser.add_argument("--sts", required=True, help="file of graded pairs (not a test set)")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth pair")
     parser.add_argument("--instruction", help="goes before each text, and is not pooled")
+    parser.add_argument("--whiten", type=Path, metavar="FILE", help="texts to whiten by, one a line")
+    parser.add_argument("--power", type=float, default=1.0, help="of whitening (default 1, 0: none)")
     parser.add_argument("--output", type=Path, required=True, help="path of the files, without suffix")
     arguments = parser.parse_args()
     pairs = load_graded_pairs(arguments.sts)
     n = slice(None, None, arguments.every)
     pairs = GradedPairs(pairs.first[n], pairs.second[n], pairs.scores[n])
-    found: dict[str, list[float]] = {}
-    massive: dict[str, list[float]] = {}
+    texts = None
+    if arguments.whiten:
+        texts = [line for line in arguments.whiten.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found: dict[str, dict[str, list[float]]] = {}
     for model in arguments.models:
         place, _, attention = model.partition("=")
         name, _, place = place.rpartition(":")
         encoder = Encoder.from_pretrained(place, causal=attention == "uni")
         name = name or f"{Path(place).name} ({attention})"
-        found[name], massive[name] = scores(encoder, pairs, arguments.instruction)
-        print(json.dumps({name: found[name], "massive": massive[name]}), flush=True)
-        file = arguments.output.with_suffix(".json")
-        values = {"n_pairs": len(pairs.scores), "spearman": found, "share_with_massive_token": massive}
-        file.write_text(json.dumps(values, indent=1) + "\n")
-    draw(found, arguments.output.with_suffix(".png"))
+        found[name] = scores(encoder, pairs, arguments.instruction, texts, arguments.power)
+        print(json.dumps({name: found[name]}), flush=True)
+        measures = {measure: {m: own[measure] for m, own in found.items()} for measure in found[name]}
+        values = {"n_pairs": len(pairs.scores), **measures}
+        arguments.output.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
+    curves = {name: own["spearman"] for name, own in found.items()}
+    if texts:
+        curves |= {f"{name}, whitened": own["spearman_whitened"] for name, own in found.items()}
+    draw(curves, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

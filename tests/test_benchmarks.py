@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -429,10 +430,19 @@ def test_the_last_layer_scores_as_the_encoder_does(
     layers = script("layer_scores")
     pairs = load_graded_pairs(BENCHMARKS.parent / "recipes" / "data" / "smoke_sts.csv")
     encoder = Encoder.from_pretrained(tiny_model_dir, causal=attention == "uni")
-    spearman, massive = layers.scores(encoder, pairs)
-    assert len(spearman) == len(massive) == 1 + len(encoder.trunk.layers)
-    assert spearman[-1] == pytest.approx(sts_spearman(encoder, pairs), abs=2e-4)
+    found = layers.scores(encoder, pairs, whiten_by=pairs.first, power=0.0)
+    assert {len(values) for values in found.values()} == {1 + len(encoder.trunk.layers)}
+    assert found["spearman"][-1] == pytest.approx(sts_spearman(encoder, pairs), abs=2e-4)
+    assert found["spearman_whitened"] != found["spearman"]  # it centres
     batch = pack([TokenizedText([1, 2, 3], 0, 3, 0), TokenizedText([4, 5, 6], 0, 3, 1)])
     hidden = torch.ones(6, 4)
     hidden[4] *= 6
     assert layers.has_massive_token(hidden, batch).tolist() == [False, True]
+
+
+def test_whitening_gives_all_directions_one_variance() -> None:
+    layers, random = script("layer_scores"), np.random.default_rng(0)
+    vectors = random.normal(size=(200, 8)) @ random.normal(size=(8, 8)) + 3
+    for power, variances in ((1.0, np.ones(8)), (0.0, np.linalg.eigvalsh(np.cov(vectors.T, bias=True)))):
+        found = np.cov(layers.whitened(vectors, vectors, power).T, bias=True)
+        np.testing.assert_allclose(found, np.diag(variances[::-1]), atol=1e-9 * variances.max())
