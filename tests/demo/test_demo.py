@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from llm2vec_ds.demo import model as demo_model
+from llm2vec_ds.demo.recipes import BUDGETS, write_recipes
 from llm2vec_ds.demo.run import run_demo
 from llm2vec_ds.demo.text import held_out_retrieval, training_text
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.engine.metrics import training_totals
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.storage.cache_folder import cache_root
@@ -54,6 +57,20 @@ def test_text_of_the_user(tmp_path: Path) -> None:
         training_text(path)
     with pytest.raises(UserError, match="No such file"):
         training_text(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("budget", ["quick", "default"])
+def test_a_budget_is_in_tokens(budget: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A step's tokens are those of the run: SimCSE's two passes, each without the words left out."""
+    files = write_recipes(tmp_path, str(tiny_model_dir), training_text(None), BUDGETS[budget], 1, None, None)
+    values = yaml.safe_load(files["simcse"].read_text())
+    steps = values.pop("max_steps")
+    (tmp_path / "few.yaml").write_text(
+        yaml.safe_dump(values | {"max_steps": 12, "model": {"path": str(tiny_model_dir)}})
+    )
+    assert command(["train", str(tmp_path / "few.yaml")]).returncode == 0
+    tokens_per_step = training_totals(Path(values["output_dir"])).trained_tokens / 12
+    assert steps * tokens_per_step == pytest.approx(BUDGETS[budget].tokens["simcse"], rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["sentences.txt", "simcse.yaml", "encoder/thesis.tex", "stages.png"])
