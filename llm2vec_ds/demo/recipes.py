@@ -16,8 +16,8 @@ from llm2vec_ds.model.loading import load_tokenizer
 class Budget:
     """How many tokens each stage trains on, and its settings.
 
-    Tokens count both SimCSE passes, without the words that a pass leaves out. A budget fixes tokens, not time.
-    So a slow machine gives the same result later.
+    Tokens count both SimCSE passes, without the words that a pass leaves out. A budget fixes tokens,
+    not time. So a slow machine gives the same result later.
     """
 
     tokens: dict[str, int]
