@@ -26,6 +26,7 @@ from llm2vec_ds.encoder.inference import no_graph
 from llm2vec_ds.evaluate.sts import GradedPairs, load_graded_pairs
 from llm2vec_ds.model.hidden_states import trunk_hidden_states
 from llm2vec_ds.model.pooling import mean_pool
+from llm2vec_ds.objectives.whitening import Whitening
 from llm2vec_ds.process.progress import Progress
 
 TEXTS_PER_PASS = 64
@@ -65,18 +66,6 @@ def has_massive_token(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     return torch.stack([own.max() > MASSIVE * own.median() for own in norms])
 
 
-def whitened(vectors: np.ndarray, by: np.ndarray, power: float) -> np.ndarray:
-    """Returns `vectors [N, D]` with directions of less different variance (arXiv 2103.15316, equation 5).
-
-    It divides each principal direction of `by [M, D]` by its standard deviation to the `power`. A power of 1
-    whitens: all directions of `by` then have the same variance.
-    """
-    mean = by.mean(axis=0)
-    _, singular, directions = np.linalg.svd(by - mean, full_matrices=False)
-    deviation = np.maximum(singular, singular[0] * 1e-6) / np.sqrt(len(by))
-    return np.asarray((vectors - mean) @ (directions.T / deviation**power))
-
-
 def spearman_by_layer(vectors: np.ndarray, pairs: GradedPairs) -> list[float]:
     """Returns Spearman's ρ for each layer. `vectors [2 · pairs, layers, D]` has all first texts first."""
     first, second = np.split(vectors / np.linalg.norm(vectors, axis=2, keepdims=True), 2)
@@ -102,8 +91,10 @@ def scores(
     }
     if whiten_by:
         by, _ = layer_vectors(encoder, whiten_by, instruction)
-        layers = [whitened(vectors[:, i], by[:, i], power) for i in range(vectors.shape[1])]
-        found["spearman_whitened"] = spearman_by_layer(np.stack(layers, axis=1), pairs)
+        layers = [
+            Whitening.of([by[:, i]], power)(torch.from_numpy(vectors[:, i])) for i in range(vectors.shape[1])
+        ]
+        found["spearman_whitened"] = spearman_by_layer(torch.stack(layers, dim=1).numpy(), pairs)
     return found
 
 

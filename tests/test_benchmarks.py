@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -438,11 +437,3 @@ def test_the_last_layer_scores_as_the_encoder_does(
     hidden = torch.ones(6, 4)
     hidden[4] *= 6
     assert layers.has_massive_token(hidden, batch).tolist() == [False, True]
-
-
-def test_whitening_gives_all_directions_one_variance() -> None:
-    layers, random = script("layer_scores"), np.random.default_rng(0)
-    vectors = random.normal(size=(200, 8)) @ random.normal(size=(8, 8)) + 3
-    for power, variances in ((1.0, np.ones(8)), (0.0, np.linalg.eigvalsh(np.cov(vectors.T, bias=True)))):
-        found = np.cov(layers.whitened(vectors, vectors, power).T, bias=True)
-        np.testing.assert_allclose(found, np.diag(variances[::-1]), atol=1e-9 * variances.max())

@@ -11,6 +11,8 @@ import torch
 
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.settings import SETTINGS_FILE
+from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.first_layers import keep_first_layers
 from llm2vec_ds.model.from_sentence_transformers import load_sentence_transformer
 
 log = logging.getLogger(__name__)
@@ -21,20 +23,28 @@ Encode = Callable[[list[str]], np.ndarray]
 TEXTS_PER_PASS = 32
 
 
-def load_teacher(path: str, key: str, prompt: str | None, device: torch.device) -> Encode:
+def load_teacher(
+    path: str, key: str, prompt: str | None, device: torch.device, layer: int | None = None
+) -> Encode:
     """Loads an encoder of this toolkit, or else a sentence-transformers model.
 
     Args:
         key: the recipe key that names the model.
         prompt: text that goes before each text. An encoder of this toolkit takes it as its instruction, which
             is not pooled.
+        layer: takes the vectors after this layer. Then any decoder-only LLM is an encoder too.
 
     Raises:
-        UserError: there is no such model, or it cannot be loaded.
+        UserError: there is no such model or layer, or it cannot be loaded.
     """
-    if (Path(path) / SETTINGS_FILE).is_file():
+    if layer is not None or (Path(path) / SETTINGS_FILE).is_file():
         encoder = Encoder.from_pretrained(path, device=device)
-        log.info("%s %s: an encoder of this toolkit", key, path)
+        if layer is not None:
+            try:
+                keep_first_layers(encoder.trunk, layer)
+            except UserError as error:
+                raise UserError(f"{key}_layer: {error}") from None
+        log.info("%s %s: an encoder of this toolkit%s", key, path, f", layer {layer}" if layer else "")
         return lambda texts: encoder.encode(texts, instruction=prompt)
     model = load_sentence_transformer(path, key, device)
     log.info("%s %s: sentence-transformers, %s", key, path, ", ".join(type(m).__name__ for m in model))

@@ -54,6 +54,7 @@ class Wanted:
         identity: values that change whenever the texts change.
         root: parent of the folders of vectors.
         n_trained: how many texts the run trains on at most, if that is known.
+        layer: the layer of the model that gives the vectors. None: the model's own vectors.
     """
 
     teacher: str
@@ -63,6 +64,7 @@ class Wanted:
     identity: list[Any]
     root: Path
     n_trained: int | None = None
+    layer: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -71,6 +73,7 @@ class Wanted:
             parts: list[Any] = ["vectors", Source(tuple(vector_files(self.teacher))).identity()]
         else:
             parts = ["model", self.teacher, _files_below(self.teacher), self.prompt]
+            parts += [] if self.layer is None else [self.layer]
         return self.root / f"teacher-{key_of(*parts, self.identity, version=FORMAT_VERSION)}"
 
 
@@ -91,6 +94,11 @@ class TeacherVectors:
     def known(self, hashes: np.ndarray) -> np.ndarray:
         """Returns which of `hashes [N]` have a vector, bool."""
         return np.isin(hashes, self._hashes)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yields the vectors of all texts, `[N, width]` fp32 at a time."""
+        for first in range(0, len(self._hashes), TEXTS_PER_BLOCK):
+            yield self[self._hashes[first : first + TEXTS_PER_BLOCK]].numpy()
 
     def __getitem__(self, hashes: np.ndarray) -> torch.Tensor:
         """Returns the vectors `[N, width]` fp32 of `hashes [N]`, which must be known."""
@@ -168,6 +176,11 @@ class _Making:
             raise UserError(
                 f"{key} {teacher} holds finished vectors, which a prompt cannot change: remove the prompt"
             )
+        if self.wanted.layer is not None:
+            raise UserError(
+                f"{key} {teacher} holds finished vectors, which are of no layer: remove {key}_layer, or name "
+                "the model"
+            )
         rows = TextRows(find_source(note.input, f"the input of {teacher}"), note.text_column, 0, note.n_rows)
         bare = np.fromiter((-1 if text is None else _bare(text) for text in rows), dtype=np.int64)
         if len(bare) != note.n_rows:
@@ -202,7 +215,9 @@ class _Making:
         if n_done < len(hashes):
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
             wanted = self.wanted
-            encode = load_teacher(wanted.teacher, wanted.key, wanted.prompt, device or torch.device("cpu"))
+            encode = load_teacher(
+                wanted.teacher, wanted.key, wanted.prompt, device or torch.device("cpu"), wanted.layer
+            )
             texts = islice(self._each_once(hashes), n_done, None)
             with Progress(wanted.key, "text", total=len(hashes), initial=n_done) as bar:
                 self._encode(texts, encode, n_done, len(hashes), bar)

@@ -194,6 +194,13 @@ class DistilConfig(ObjectiveConfig):
     `llm2vec-ds encode` wrote: a .npy file, or a folder of .npy shards."""
     teacher_prompt: str | None = None
     """Goes before each text, for the teacher only. An encoder of this toolkit gets it as its instruction."""
+    teacher_layer: Annotated[int, Field(ge=1)] | None = None
+    """Takes the vectors after this layer of the teacher, which is an LLM or an encoder of this toolkit. The
+    first layer of an untrained LLM can be a good teacher (docs/results.md). null: the teacher's vectors."""
+    teacher_whitening: Share = 0.0
+    """Divides each principal direction of the teacher's vectors by its standard deviation to this power. The
+    training texts give the directions. 0: the vectors as they are. 1: whitening (arXiv 2103.15316), where all
+    directions count the same."""
     vector_loss: Literal["cosine", "mse"] = "cosine"
     """Compares a text's vector with the teacher's. `cosine`: 1 − cosine. `mse`: mean squared difference."""
     vector_weight: Weight = 0.0

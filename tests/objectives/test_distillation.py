@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llm2vec_ds.data.prompts import Prompt
+from llm2vec_ds.data.prompts import Prompt, tokenize
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.engine.run import train
@@ -26,6 +26,7 @@ from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.in_process import assert_reads, error_line, run
 from tests.support.runs import NO_DROPOUT, write_recipe
 from tests.support.teachers import save_teacher
+from tests.support.tiny import sentences
 
 LOAD = teacher_vectors.load_teacher
 
@@ -154,6 +155,54 @@ def test_an_encoder_of_this_toolkit_and_its_vectors_teach_the_same(
     torch.testing.assert_close(found[2], found[1], rtol=0, atol=0)
 
 
+def test_a_layer_teaches_what_transformers_calls_its_hidden_state(
+    values: dict[str, Any], tiny_model_dir: Path
+) -> None:
+    """The mean over a text's tokens, before the final norm, with bidirectional attention."""
+    values["distil"] = {"teacher": str(tiny_model_dir), "teacher_layer": 1}
+    texts = Path(values["data"]["path"]).read_text().splitlines()[:64:9]
+    found = vectors_of(values)[np.array([Prompt(None, text).hash() for text in texts])]
+    encoder = Encoder.from_pretrained(tiny_model_dir)
+    for text, vector in zip(texts, found, strict=True):
+        (tokens,) = tokenize(encoder.tokenizer, [Prompt(None, text)])
+        ids = torch.tensor([tokens.input_ids])
+        with torch.no_grad():
+            states = encoder.trunk(ids, output_hidden_states=True, use_cache=False).hidden_states
+        expected = states[1][0, tokens.pool_start : tokens.pool_end].double().mean(0)
+        torch.testing.assert_close(vector.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_whitened_teacher(values: dict[str, Any]) -> None:
+    """The training texts give the directions, also for held-out texts, whose loss is that of the formula."""
+    held_out = Path(values["data"]["path"]).with_name("held_out.txt")
+    held_out.write_text("\n".join(sentences(12, seed=5)) + "\n")
+    values["data"]["held_out_path"] = str(held_out)
+    values |= {"max_steps": 1, "optimizer": {"lr": 1e-9}}
+    values["distil"] |= {"teacher_whitening": 0.5, "vector_weight": 0.0}
+    folder = train(parse_recipe(values))
+    raw = {
+        key: vectors_of({**values, "data": {**values["data"], "path": str(path)}})
+        for key, path in (("train", values["data"]["path"]), ("held_out", held_out))
+    }
+    trained = np.concatenate(list(raw["train"].blocks())).astype(np.float64)
+    _, singular, directions = np.linalg.svd(trained - trained.mean(0), full_matrices=False)
+    whiten = directions.T / (singular / len(trained) ** 0.5) ** 0.5
+    texts = held_out.read_text().splitlines()
+    hashes = np.array([Prompt(None, text).hash() for text in texts])
+    teacher = (raw["held_out"][hashes].double().numpy() - trained.mean(0)) @ whiten
+    student = Encoder.from_pretrained(folder / "encoder").encode(texts).astype(np.float64)
+    expected = []
+    for cosines in (teacher, student):
+        unit = cosines / np.linalg.norm(cosines, axis=1, keepdims=True)
+        scores = unit @ unit.T / values["distil"]["temperature"]
+        np.fill_diagonal(scores, -np.inf)
+        expected.append(torch.from_numpy(scores).log_softmax(1))
+    target, found = (scores.masked_fill(torch.eye(len(texts), dtype=torch.bool), 0) for scores in expected)
+    weights = expected[0].exp()
+    loss = (weights * (target - found)).sum(1).mean()
+    assert lines(folder / "held_out.jsonl")[-1]["loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
 def test_it_learns_and_goes_on(
     values: dict[str, Any], tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +269,19 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "distil.teacher has no vector for 60 of the 64 texts of data.path (the first is text 4, counted from "
         "0): encode these texts with the teacher, or set distil.teacher to a model",
     ),
+    "too deep": (
+        {"distil": {"teacher": "MODEL", "teacher_layer": 9}},
+        "distil.teacher_layer: layer 9 was asked for, and the model has 2",
+    ),
+    "a layer of vectors": (
+        {"distil": {"teacher": "TMP/few.npy", "teacher_layer": 1}},
+        "distil.teacher TMP/few.npy holds finished vectors, which are of no layer: remove "
+        "distil.teacher_layer, or name the model",
+    ),
+    "not finite": (
+        {"distil": {"teacher": "TMP/nan.npy", "teacher_whitening": 0.5}, "data": "TMP/few.txt"},
+        "distil.teacher holds a NaN or an infinity: encode its texts again",
+    ),
     "a narrow student": (
         {
             "distil": {"teacher": "TMP/few.npy", "projection": "none", "vector_weight": 1},
@@ -259,6 +321,9 @@ def test_mistakes_cost_one_line(
         "k", "m", str(tmp_path / "few.txt"), "text", None, False, 0, 4, 4, 40, "0.2"
     )
     note.write(tmp_path / "few.npy")
+    few[2, 3] = np.nan
+    np.save(tmp_path / "nan.npy", few)
+    note.write(tmp_path / "nan.npy")
     shutil.copytree(teacher, tmp_path / "code")
     modules = json.loads((tmp_path / "code" / "modules.json").read_text())
     modules[1]["type"] = "planted.Pooling"

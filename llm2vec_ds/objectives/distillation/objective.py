@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,7 @@ from llm2vec_ds.objectives.distillation.teacher import prepare_teacher, section_
 from llm2vec_ds.objectives.embedding_cache import vectors_loss_backward
 from llm2vec_ds.objectives.spread import are_alike, spread
 from llm2vec_ds.objectives.teacher_vectors import TeacherVectors
+from llm2vec_ds.objectives.whitening import Whitening
 from llm2vec_ds.recipe.objectives import DistilConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -63,11 +64,13 @@ class Distillation(Objective):
         recipe, data = parts.recipe, parts.recipe.data
         assert isinstance(parts.training, PreparedTexts)
         assert not isinstance(parts.held_out, PreparedPairs)
-        training = TaughtTexts(parts.training, TeacherVectors(teacher_folder(recipe, data.path)), "data.path")
-        held_out = None
+        teacher = TeacherVectors(teacher_folder(recipe, data.path))
+        power = section_of(recipe).teacher_whitening
+        whitening = Whitening.of(finite(teacher.blocks()), power) if power else None
+        training, held_out = TaughtTexts(parts.training, teacher, whitening, "data.path"), None
         if parts.held_out is not None and data.held_out_path is not None:
             teacher = TeacherVectors(teacher_folder(recipe, data.held_out_path))
-            held_out = TaughtTexts(parts.held_out, teacher, "data.held_out_path")
+            held_out = TaughtTexts(parts.held_out, teacher, whitening, "data.held_out_path")
         model = DistillationModel(parts.encoder, section_of(recipe), training.teacher.width, recipe.seed)
         return DistillationStage(
             model, training, held_out, recipe, self.data_fingerprint(recipe, parts.training)
@@ -119,6 +122,7 @@ class TaughtTexts:
 
     texts: PreparedTexts
     teacher: TeacherVectors
+    whitening: Whitening | None
     key: str
 
     def __post_init__(self) -> None:
@@ -134,6 +138,20 @@ class TaughtTexts:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def vectors(self, hashes: np.ndarray) -> torch.Tensor:
+        """Returns what is learnt from the teacher for these texts, `[N, T]` fp32."""
+        (found,) = finite([self.teacher[hashes].numpy()])
+        vectors = torch.from_numpy(found)
+        return vectors if self.whitening is None else self.whitening(vectors)
+
+
+def finite(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields the blocks of the teacher's vectors. Raises UserError at one with a NaN or an infinity."""
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise UserError("distil.teacher holds a NaN or an infinity: encode its texts again")
+        yield block
 
 
 class PackedTexts:
@@ -156,10 +174,8 @@ class PackedTexts:
         self.batches = [pack([texts[i] for i in group]).ready_for(device) for group in self.groups]
         self._place = torch.from_numpy(np.argsort(np.concatenate(self.groups)))
         hashes = np.array([text.text_hash for text in own], dtype=np.int64)
-        self.ids, self.teacher = torch.from_numpy(hashes), source.teacher[hashes]
+        self.ids, self.teacher = torch.from_numpy(hashes), source.vectors(hashes)
         self.n_distinct = len(np.unique(hashes))
-        if not bool(self.teacher.isfinite().all()):
-            raise UserError("distil.teacher holds a NaN or an infinity: encode its texts again")
 
     def copies(self, found: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns `[texts, …]` for each copy, from `found`: the rows of all micro-batches in order."""

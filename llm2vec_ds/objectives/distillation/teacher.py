@@ -52,4 +52,5 @@ def _wanted(recipe: Recipe, path: str | list[str]) -> Wanted:
         [find_source(path).identity(), data.text_column, data.instruction, *limit_of(data)],
         vectors_root(data),
         n_trained=None if recipe.epochs else recipe.max_steps * recipe.batch.global_batch_size,
+        layer=config.teacher_layer,
     )
