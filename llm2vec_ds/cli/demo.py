@@ -13,7 +13,7 @@ from llm2vec_ds.process.interrupts import kept
 BudgetName = Annotated[
     str,
     typer.Option(
-        help="How much to train: quick (0.02 million tokens), default (0.1 million), or full (as many "
+        help="How much to train: quick (0.03 million tokens), default (0.15 million), or full (as many "
         "steps as the paper, for a GPU)."
     ),
 ]
@@ -84,8 +84,9 @@ def demo(
 ) -> None:
     """Turn a real LLM into a text encoder, and measure it after each step.
 
-    The steps are those of LLM2Vec: causal attention, bidirectional attention, MNTP, SimCSE. With --teacher
-    the last step is distillation. Without options this needs no data of yours.
+    The steps are those of LLM2Vec: causal attention, bidirectional attention, MNTP, SimCSE. Then the encoder
+    learns from the first layer of the untrained model, or with --teacher from another encoder instead of
+    SimCSE. Without options this needs no data of yours.
     """
     quiet_libraries()
     if print_model_dir:

@@ -1,6 +1,6 @@
 """`llm2vec-ds demo`: takes a real LLM through LLM2Vec and measures it after every step.
 
-It prepares text, writes two ordinary recipes and runs them with the ordinary command. So you can repeat and
+It prepares text, writes ordinary recipes and runs them with the ordinary command. So you can repeat and
 change by hand what it does.
 """
 
@@ -25,6 +25,7 @@ from llm2vec_ds.engine.metrics import training_totals
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.retrieval import RetrievalSet, ndcg_at_10
 from llm2vec_ds.evaluate.sts import GradedPairs, load_graded_pairs, own_graded_pairs, sts_spearman
+from llm2vec_ds.model.first_layers import check_can_be_cut
 from llm2vec_ds.model.quantization import check_bitsandbytes
 from llm2vec_ds.objectives.teacher_model import load_teacher
 from llm2vec_ds.process.child_command import run_command
@@ -58,10 +59,13 @@ def run_demo(
     qlora: bool = False,
     teacher: str | None = None,
 ) -> dict[str, Any]:
-    """Runs causal baseline → bidirectional → MNTP → SimCSE. Returns the content of metrics.json.
+    """Runs causal baseline → bidirectional → MNTP → SimCSE → distillation from the model's own first layer.
 
-    With a `teacher`, distillation from it comes in place of SimCSE. With `qlora` both stages train over NF4.
-    All measurements use full-precision weights. Those of a trained encoder are dequantised from NF4.
+    With a `teacher`, distillation from it comes in place of the last two. With `qlora` all stages train over
+    NF4. All measurements use full-precision weights. Those of a trained encoder are dequantised from NF4.
+
+    Returns:
+        The content of metrics.json.
 
     Raises:
         UserError: an input is unusable, or `output` already holds a demo.
@@ -75,21 +79,23 @@ def run_demo(
         (output / "mntp").mkdir(exist_ok=True)
     base = model or str(demo_model_dir())
     started = time.monotonic()
-    stages = ("mntp", "distil" if teacher is not None else "simcse")
     recipes = write_recipes(output, base, material, BUDGETS[budget], seed, "nf4" if qlora else None, teacher)
 
     def measure(name: str, folder: str | Path, causal: bool = False) -> dict[str, float]:
-        return _measure(name, Encoder.from_pretrained(folder, causal=causal), pairs, retrieval)
+        encoder = Encoder.from_pretrained(folder, causal=causal)
+        if teacher is None:
+            check_can_be_cut(encoder.trunk)  # now, not after SimCSE
+        return _measure(name, encoder, pairs, retrieval)
 
     metrics: dict[str, Any] = {
         "causal": measure("causal", base, causal=True),
         "bidirectional": measure("bidirectional", base),
     }
-    for stage in stages:
-        _train(recipes[stage])
+    for stage, recipe in recipes.items():
+        _train(recipe)
         metrics[stage] = measure(stage, output / stage / "encoder") | _trained(output / stage)
     with replaced_folder(output / "encoder", f"--output {output}: its encoder/") as new:
-        shutil.copytree(output / stages[-1] / "encoder", new, dirs_exist_ok=True)
+        shutil.copytree(output / "distil" / "encoder", new, dirs_exist_ok=True)
     how = ", NF4" if qlora else ""
     plot_stages(metrics, output / "stages.png", f"{Path(base).name}, {budget} budget{how}")
     metrics["run"] = {

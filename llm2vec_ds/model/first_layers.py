@@ -17,11 +17,16 @@ def keep_first_layers(trunk: Any, n_layers: int) -> None:
     Raises:
         UserError: the trunk has fewer layers, or they have other names than `layers` and `norm`.
     """
+    check_can_be_cut(trunk)
+    if n_layers > len(trunk.layers):
+        raise UserError(f"layer {n_layers} was asked for, and the model has {len(trunk.layers)}")
+    trunk.layers, trunk.norm = trunk.layers[:n_layers], nn.Identity()
+
+
+def check_can_be_cut(trunk: Any) -> None:
+    """Raises UserError if the trunk's layers and final norm have other names than `layers` and `norm`."""
     layers, norm = getattr(trunk, "layers", None), getattr(trunk, "norm", None)
     if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module):
         raise UserError(
             f"{type(trunk).__name__} has no `layers` and `norm`, so it cannot be cut: take one that has them"
         )
-    if n_layers > len(layers):
-        raise UserError(f"layer {n_layers} was asked for, and the model has {len(layers)}")
-    trunk.layers, trunk.norm = layers[:n_layers], nn.Identity()

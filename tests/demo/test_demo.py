@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from llm2vec_ds.demo import model as demo_model
-from llm2vec_ds.demo.recipes import BUDGETS, write_recipes
+from llm2vec_ds.demo.recipes import BUDGETS
 from llm2vec_ds.demo.run import run_demo
 from llm2vec_ds.demo.text import held_out_retrieval, training_text
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.engine.metrics import training_totals
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.storage.cache_folder import cache_root
 from tests.support.runs import command, noise_in
 from tests.support.teachers import save_teacher
+
+STAGES = ("mntp", "simcse", "distil")
 
 
 def test_training_text_and_retrieval_share_no_passage() -> None:
@@ -57,20 +57,6 @@ def test_text_of_the_user(tmp_path: Path) -> None:
         training_text(path)
     with pytest.raises(UserError, match="No such file"):
         training_text(tmp_path / "none.txt")
-
-
-def test_a_budget_is_in_tokens(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """A step's tokens are those of the run: SimCSE's two passes, each without the words left out."""
-    budget = BUDGETS["default"]
-    files = write_recipes(tmp_path, str(tiny_model_dir), training_text(None), budget, 1, None, None)
-    values = yaml.safe_load(files["simcse"].read_text())
-    steps = values.pop("max_steps")
-    (tmp_path / "few.yaml").write_text(
-        yaml.safe_dump(values | {"max_steps": 12, "model": {"path": str(tiny_model_dir)}})
-    )
-    assert command(["train", str(tmp_path / "few.yaml")]).returncode == 0
-    tokens_per_step = training_totals(Path(values["output_dir"])).trained_tokens / 12
-    assert steps * tokens_per_step == pytest.approx(budget.tokens["simcse"], rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["sentences.txt", "simcse.yaml", "encoder/thesis.tex", "stages.png"])
@@ -131,7 +117,7 @@ def test_a_demo_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert not noise_in(outcome.stderr)
-    check_demo_folder(tmp_path / "out")
+    check_demo_folder(tmp_path / "out", *STAGES)
 
 
 def test_a_demo_with_a_teacher(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -139,7 +125,8 @@ def test_a_demo_with_a_teacher(tmp_path: Path, tiny_model_dir: Path) -> None:
     arguments = ["--output", str(out), "--budget", "quick", "--model", str(tiny_model_dir)]
     outcome = command(["demo", *arguments, "--teacher", str(teacher)])
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    assert check_demo_folder(out, "distil")["run"]["teacher"] == teacher.name  # type: ignore[comparison-overlap]
+    metrics = check_demo_folder(out, "mntp", "distil")
+    assert metrics["run"]["teacher"] == teacher.name  # type: ignore[comparison-overlap]
     assert not (out / "simcse").exists()
     report = ["report", str(out), "--no-examples", "--output", str(tmp_path / "r.html")]
     assert command(report).returncode == 0
@@ -153,17 +140,18 @@ def test_a_demo_over_nf4_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -
         ["demo", "--output", str(out), "--budget", "quick", "--model", str(tiny_model_dir), "--qlora"]
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    assert check_demo_folder(out)["run"]["quantization"] == "nf4"  # type: ignore[comparison-overlap]
-    assert len(list((out / "encoder" / "adapters").glob("*.safetensors"))) == 2
+    assert check_demo_folder(out, *STAGES)["run"]["quantization"] == "nf4"  # type: ignore[comparison-overlap]
+    assert len(list((out / "encoder" / "adapters").glob("*.safetensors"))) == 3
 
 
-def check_demo_folder(folder: Path, last: str = "simcse") -> dict[str, dict[str, float]]:
+def check_demo_folder(folder: Path, *trained: str) -> dict[str, dict[str, float]]:
     metrics = json.loads((folder / "metrics.json").read_text())
-    for stage in ("causal", "bidirectional", "mntp", last):
+    assert list(metrics) == ["causal", "bidirectional", *trained, "run"]
+    for stage in ("causal", "bidirectional", *trained):
         assert -1 <= metrics[stage]["sts_spearman"] <= 1
         assert 0 <= metrics[stage]["retrieval_ndcg_at_10"] <= 1
-    trained = metrics["mntp"]["trained_tokens"] + metrics[last]["trained_tokens"]
-    assert trained == pytest.approx(20_000, rel=0.15)
+    for stage in trained:
+        assert metrics[stage]["trained_tokens"] == pytest.approx(BUDGETS["quick"].tokens[stage], rel=0.15)
     assert metrics["mntp"]["held_out"]["after"]["n_masked"] > 0
     assert (folder / "stages.png").read_bytes().startswith(b"\x89PNG")
     assert Encoder.from_pretrained(folder / "encoder").encode(["bread"]).shape[0] == 1
@@ -177,15 +165,16 @@ def test_the_demo_on_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LLM2VEC_DS_CACHE", str(Path.home() / ".cache" / "llm2vec-ds"))
     outcome = command(["demo", "--output", str(tmp_path / "out"), "--budget", "quick"], timeout_s=1800)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    metrics = check_demo_folder(tmp_path / "out")
+    metrics = check_demo_folder(tmp_path / "out", *STAGES)
     held_out = metrics["mntp"]["held_out"]
     assert held_out["after"]["loss"] < held_out["before"]["loss"] - 0.3  # type: ignore[index]
-    assert metrics["simcse"]["sts_spearman"] > metrics["bidirectional"]["sts_spearman"] + 0.05
+    for stage in ("simcse", "distil"):
+        assert metrics[stage]["sts_spearman"] > metrics["bidirectional"]["sts_spearman"] + 0.05
 
     texts = own_graded_pairs().first[:20]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     files = ["--input", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "v.npy")]
     outcome = command(["encode", "--model", str(tmp_path / "out" / "encoder"), *files])
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    expected = Encoder.from_pretrained(tmp_path / "out" / "simcse" / "encoder").encode(texts)
+    expected = Encoder.from_pretrained(tmp_path / "out" / "distil" / "encoder").encode(texts)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
