@@ -13,7 +13,7 @@ from llm2vec_ds.process.interrupts import kept
 BudgetName = Annotated[
     str,
     typer.Option(
-        help="How much to train: quick (0.03 million tokens), default (0.15 million), or full (as many "
+        help="How much to train: quick (0.02 million tokens), default (0.15 million), or full (as many "
         "steps as the paper, for a GPU)."
     ),
 ]
@@ -37,8 +37,8 @@ BaseModel = Annotated[
 Teacher = Annotated[
     str | None,
     typer.Option(
-        help="Learn from this encoder in place of SimCSE: a folder or hub id of sentence-transformers, "
-        "or an encoder of this toolkit.",
+        help="Learn from this encoder: a folder or hub id of sentence-transformers, or an encoder of this "
+        "toolkit. Default: the model's own first layer.",
         callback=encoder_place,
     ),
 ]
@@ -51,6 +51,7 @@ def register(app: typer.Typer) -> None:
             "demo",
             "demo --budget quick --output demo-quick",
             "demo --budget quick --qlora --output demo-qlora",
+            "demo --simcse --output demo-simcse",
             "demo --teacher sentence-transformers/all-MiniLM-L6-v2 --output demo-distilled",
             "demo --model Qwen/Qwen3-0.6B --text my.txt --sts my-pairs.csv",
         )
@@ -74,6 +75,7 @@ def demo(
         int, typer.Option(help="Seed for data order, masking, dropout and the adapters' start.")
     ] = 42,
     teacher: Teacher = None,
+    simcse: Annotated[bool, typer.Option("--simcse", help="SimCSE in place of distillation.")] = False,
     qlora: Annotated[bool, typer.Option(help="Keep the LLM's weights in 4 bits (NF4, QLoRA).")] = False,
     print_model_dir: Annotated[
         bool,
@@ -84,9 +86,9 @@ def demo(
 ) -> None:
     """Turn a real LLM into a text encoder, and measure it after each step.
 
-    The steps are those of LLM2Vec: causal attention, bidirectional attention, MNTP, SimCSE. Then the encoder
-    learns from the first layer of the untrained model, or with --teacher from another encoder instead of
-    SimCSE. Without options this needs no data of yours.
+    The steps are causal attention, bidirectional attention, MNTP, and distillation from the first layer of
+    the untrained model. With --simcse the last step is that of the LLM2Vec paper. With --teacher it learns
+    from another encoder. Without options this needs no data of yours.
     """
     quiet_libraries()
     if print_model_dir:
@@ -97,4 +99,14 @@ def demo(
     check_installed("demo", "gguf", "scipy", "sklearn", "matplotlib")
     from llm2vec_ds.demo.run import run_demo
 
-    run_demo(output, budget=budget, sts=sts, text=text, model=model, seed=seed, qlora=qlora, teacher=teacher)
+    run_demo(
+        output,
+        budget=budget,
+        sts=sts,
+        text=text,
+        model=model,
+        seed=seed,
+        qlora=qlora,
+        teacher=teacher,
+        simcse=simcse,
+    )

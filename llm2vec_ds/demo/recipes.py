@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from llm2vec_ds.demo.text import DemoText
+from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.loading import load_tokenizer
 
 
@@ -35,8 +36,6 @@ SMALL_SIMCSE = {
 }
 # With so few tokens, small batches train better: there are more steps.
 QUICK_SIMCSE = SMALL_SIMCSE | {"batch": {"global_batch_size": 16, "micro_batch_tokens": 2048}}
-# Measured on STS-B dev (docs/log.md).
-FIRST_LAYER = {"teacher_layer": 1, "teacher_whitening": 0.5}
 SMALL_DISTIL = {
     "optimizer": {"lr": 1e-3, "warmup_steps": 5, "schedule": "linear"},
     "batch": {"global_batch_size": 32, "micro_batch_tokens": 1024},
@@ -47,7 +46,7 @@ BUDGETS = {
         {"mntp": SMALL_MNTP, "simcse": QUICK_SIMCSE, "distil": SMALL_DISTIL},
     ),
     "default": Budget(
-        {"mntp": 24_000, "simcse": 76_000, "distil": 76_000},
+        {"mntp": 24_000, "simcse": 76_000, "distil": 126_000},
         {"mntp": SMALL_MNTP, "simcse": SMALL_SIMCSE, "distil": SMALL_DISTIL},
     ),
     # Steps and batches as in the paper (32 × 512 tokens and 128 sentences, 1000 steps each), for a GPU.
@@ -71,6 +70,28 @@ BUDGETS = {
 }
 
 
+class LastStage(NamedTuple):
+    """What comes after MNTP: the stage, and its section of the recipe."""
+
+    stage: str
+    section: dict[str, Any]
+
+
+def last_stage(base: str, teacher: str | None, simcse: bool) -> LastStage:
+    """Returns SimCSE, distillation from a teacher, or from the base's own first layer (docs/results.md).
+
+    Raises:
+        UserError: both were asked for.
+    """
+    if simcse and teacher is not None:
+        raise UserError("--simcse and --teacher exclude each other: give one of them")
+    if simcse:
+        return LastStage("simcse", {})
+    if teacher is not None:
+        return LastStage("distil", {"distil": {"teacher": teacher}})
+    return LastStage("distil", {"distil": {"teacher": base, "teacher_layer": 1, "teacher_whitening": 0.5}})
+
+
 def write_recipes(
     output: Path,
     base: str,
@@ -78,13 +99,9 @@ def write_recipes(
     budget: Budget,
     seed: int,
     quantization: str | None,
-    teacher: str | None,
+    last: LastStage,
 ) -> dict[str, Path]:
-    """Writes text files, and the recipes of all stages in their order.
-
-    Budget and mean length give the number of steps. Without a `teacher`, the base's own first layer is the
-    teacher, and SimCSE comes before.
-    """
+    """Writes text files and the recipes of both stages. Budget and mean length give the number of steps."""
     files = {
         "paragraphs": material.paragraphs,
         "held_out": material.held_out_paragraphs,
@@ -107,20 +124,12 @@ def write_recipes(
             **budget.settings["mntp"],
         },
     }
-    sentences = {"path": str(output / "sentences.txt"), "max_tokens": 128}
-    if teacher is None:
-        plans["simcse"] = {
-            **common,
-            "model": {"path": str(output / "mntp" / "encoder"), "quantization": quantization},
-            "data": sentences,
-            **budget.settings["simcse"],
-        }
-    plans["distil"] = {
+    plans[last.stage] = {
         **common,
-        "model": {"path": str(output / list(plans)[-1] / "encoder"), "quantization": quantization},
-        "data": sentences,
-        "distil": {"teacher": teacher} if teacher is not None else {"teacher": base, **FIRST_LAYER},
-        **budget.settings["distil"],
+        "model": {"path": str(output / "mntp" / "encoder"), "quantization": quantization},
+        "data": {"path": str(output / "sentences.txt"), "max_tokens": 128},
+        **last.section,
+        **budget.settings[last.stage],
     }
     sentence_tokens = _mean_tokens(tokenizer, material.sentences, 128)
     tokens_per_text = {

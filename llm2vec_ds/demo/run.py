@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llm2vec_ds.demo.model import demo_model_dir
-from llm2vec_ds.demo.recipes import BUDGETS, write_recipes
+from llm2vec_ds.demo.recipes import BUDGETS, last_stage, write_recipes
 from llm2vec_ds.demo.text import held_out_retrieval, training_text
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.engine.metrics import training_totals
@@ -58,10 +58,11 @@ def run_demo(
     seed: int = 42,
     qlora: bool = False,
     teacher: str | None = None,
+    simcse: bool = False,
 ) -> dict[str, Any]:
-    """Runs causal baseline → bidirectional → MNTP → SimCSE → distillation from the model's own first layer.
+    """Runs causal baseline → bidirectional → MNTP → distillation from the model's own first layer.
 
-    With a `teacher`, distillation from it comes in place of the last two. With `qlora` all stages train over
+    Another `teacher` or `simcse` may take the place of the first layer. With `qlora` both stages train over
     NF4. All measurements use full-precision weights. Those of a trained encoder are dequantised from NF4.
 
     Returns:
@@ -70,6 +71,7 @@ def run_demo(
     Raises:
         UserError: an input is unusable, or `output` already holds a demo.
     """
+    last_stage("", teacher, simcse)
     _check(output, budget, qlora, text, teacher)
     pairs = load_graded_pairs(sts) if sts else own_graded_pairs()
     material = training_text(text)
@@ -79,12 +81,13 @@ def run_demo(
         (output / "mntp").mkdir(exist_ok=True)
     base = model or str(demo_model_dir())
     started = time.monotonic()
-    recipes = write_recipes(output, base, material, BUDGETS[budget], seed, "nf4" if qlora else None, teacher)
+    last = last_stage(base, teacher, simcse)
+    recipes = write_recipes(output, base, material, BUDGETS[budget], seed, "nf4" if qlora else None, last)
 
     def measure(name: str, folder: str | Path, causal: bool = False) -> dict[str, float]:
         encoder = Encoder.from_pretrained(folder, causal=causal)
-        if teacher is None:
-            check_can_be_cut(encoder.trunk)  # now, not after SimCSE
+        if teacher is None and not simcse:
+            check_can_be_cut(encoder.trunk)  # now, not after MNTP
         return _measure(name, encoder, pairs, retrieval)
 
     metrics: dict[str, Any] = {
@@ -95,7 +98,7 @@ def run_demo(
         _train(recipe)
         metrics[stage] = measure(stage, output / stage / "encoder") | _trained(output / stage)
     with replaced_folder(output / "encoder", f"--output {output}: its encoder/") as new:
-        shutil.copytree(output / "distil" / "encoder", new, dirs_exist_ok=True)
+        shutil.copytree(output / last.stage / "encoder", new, dirs_exist_ok=True)
     how = ", NF4" if qlora else ""
     plot_stages(metrics, output / "stages.png", f"{Path(base).name}, {budget} budget{how}")
     metrics["run"] = {

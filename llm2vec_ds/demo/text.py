@@ -19,7 +19,7 @@ SENTENCE_CHARACTERS = (25, 90)
 
 @dataclass(frozen=True)
 class DemoText:
-    """Paragraphs for MNTP, held-out paragraphs, and short sentences for SimCSE."""
+    """Paragraphs for MNTP, held-out paragraphs, and short sentences and clauses for what follows."""
 
     paragraphs: list[str]
     held_out_paragraphs: list[str]
@@ -95,12 +95,21 @@ def _paragraphs(document: str) -> list[str]:
 
 
 def _sentences(paragraph: str) -> list[str]:
-    """Returns sentences that are words rather than code and are about as long as a caption or headline."""
+    """Returns sentences that are words rather than code and are about as long as a caption or headline.
+
+    A longer sentence is cut into its clauses.
+    """
     shortest, longest = SENTENCE_CHARACTERS
+    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z\"'])", paragraph)
+    pieces = (
+        piece
+        for sentence in sentences
+        for piece in ([sentence] if len(sentence) <= longest else re.split(r"\s*[,;:]\s+", sentence))
+    )
     return [
-        sentence
-        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z\"'])", paragraph)
-        if shortest <= len(sentence) <= longest
-        and "<unk>" not in sentence
-        and sum(c.isalpha() or c == " " for c in sentence) >= 0.85 * len(sentence)
+        piece
+        for piece in pieces
+        if shortest <= len(piece) <= longest
+        and "<unk>" not in piece
+        and sum(c.isalpha() or c == " " for c in piece) >= 0.85 * len(piece)
     ]

@@ -25,7 +25,7 @@ def plot_stages(metrics: dict[str, dict[str, float]], path: Path, title: str) ->
     stages = [stage for stage in STAGES if stage in metrics]
     for axes, (metric, label) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
         values = [metrics[stage][metric] for stage in stages]
-        colours = ["#9aa5b1", "#9aa5b1", "#5b8db8", "#3a76a9", "#1f5f99"]
+        colours = ["#9aa5b1", "#9aa5b1", "#5b8db8", "#1f5f99"]
         bars = axes.bar([STAGES[stage] for stage in stages], values, color=colours)
         axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=9)
         axes.set_title(label, fontsize=10)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from llm2vec_ds.demo import model as demo_model
 from llm2vec_ds.demo.recipes import BUDGETS
@@ -18,8 +19,6 @@ from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.storage.cache_folder import cache_root
 from tests.support.runs import command, noise_in
 from tests.support.teachers import save_teacher
-
-STAGES = ("mntp", "simcse", "distil")
 
 
 def test_training_text_and_retrieval_share_no_passage() -> None:
@@ -102,6 +101,7 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--sts", "none.csv"], "No such file"),
         (["--text", "none.txt"], "No such file"),
         (["--teacher", "none/here"], "model 'none/here' cannot be loaded"),
+        (["--teacher", "none/here", "--simcse"], "--simcse and --teacher exclude each other: give one"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -117,7 +117,16 @@ def test_a_demo_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert not noise_in(outcome.stderr)
-    check_demo_folder(tmp_path / "out", *STAGES)
+    assert yaml.safe_load((tmp_path / "out" / "distil.yaml").read_text())["distil"]["teacher_layer"] == 1
+    check_demo_folder(tmp_path / "out")
+
+
+def test_a_demo_with_simcse(tmp_path: Path, tiny_model_dir: Path) -> None:
+    arguments = ["--output", str(tmp_path / "out"), "--budget", "quick", "--model", str(tiny_model_dir)]
+    outcome = command(["demo", *arguments, "--simcse"])
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    check_demo_folder(tmp_path / "out", "simcse")
+    assert not (tmp_path / "out" / "distil").exists()
 
 
 def test_a_demo_with_a_teacher(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -125,7 +134,7 @@ def test_a_demo_with_a_teacher(tmp_path: Path, tiny_model_dir: Path) -> None:
     arguments = ["--output", str(out), "--budget", "quick", "--model", str(tiny_model_dir)]
     outcome = command(["demo", *arguments, "--teacher", str(teacher)])
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    metrics = check_demo_folder(out, "mntp", "distil")
+    metrics = check_demo_folder(out)
     assert metrics["run"]["teacher"] == teacher.name  # type: ignore[comparison-overlap]
     assert not (out / "simcse").exists()
     report = ["report", str(out), "--no-examples", "--output", str(tmp_path / "r.html")]
@@ -140,12 +149,12 @@ def test_a_demo_over_nf4_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -
         ["demo", "--output", str(out), "--budget", "quick", "--model", str(tiny_model_dir), "--qlora"]
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    assert check_demo_folder(out, *STAGES)["run"]["quantization"] == "nf4"  # type: ignore[comparison-overlap]
-    assert len(list((out / "encoder" / "adapters").glob("*.safetensors"))) == 3
+    assert check_demo_folder(out)["run"]["quantization"] == "nf4"  # type: ignore[comparison-overlap]
+    assert len(list((out / "encoder" / "adapters").glob("*.safetensors"))) == 2
 
 
-def check_demo_folder(folder: Path, *trained: str) -> dict[str, dict[str, float]]:
-    metrics = json.loads((folder / "metrics.json").read_text())
+def check_demo_folder(folder: Path, last: str = "distil") -> dict[str, dict[str, float]]:
+    metrics, trained = json.loads((folder / "metrics.json").read_text()), ("mntp", last)
     assert list(metrics) == ["causal", "bidirectional", *trained, "run"]
     for stage in ("causal", "bidirectional", *trained):
         assert -1 <= metrics[stage]["sts_spearman"] <= 1
@@ -165,11 +174,10 @@ def test_the_demo_on_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LLM2VEC_DS_CACHE", str(Path.home() / ".cache" / "llm2vec-ds"))
     outcome = command(["demo", "--output", str(tmp_path / "out"), "--budget", "quick"], timeout_s=1800)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    metrics = check_demo_folder(tmp_path / "out", *STAGES)
+    metrics = check_demo_folder(tmp_path / "out")
     held_out = metrics["mntp"]["held_out"]
     assert held_out["after"]["loss"] < held_out["before"]["loss"] - 0.3  # type: ignore[index]
-    for stage in ("simcse", "distil"):
-        assert metrics[stage]["sts_spearman"] > metrics["bidirectional"]["sts_spearman"] + 0.05
+    assert metrics["distil"]["sts_spearman"] > metrics["bidirectional"]["sts_spearman"] + 0.05
 
     texts = own_graded_pairs().first[:20]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
