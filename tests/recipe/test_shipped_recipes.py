@@ -48,7 +48,7 @@ def test_recipe_is_valid_and_what_it_names_is_there(path: Path) -> None:
     if recipe.deepspeed:
         assert (ROOT / recipe.deepspeed).is_file()
     if recipe.stage == "distil":
-        assert recipe.output_dir == f"runs/{path.parent.name}/{recipe.stage}"
+        assert recipe.output_dir == f"runs/{path.parent.name}/{path.stem}"
     elif path.parent.name != "recipes":
         assert recipe.max_steps == 1000
         if path.stem.startswith("full_"):
