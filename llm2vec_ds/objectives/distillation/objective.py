@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ from llm2vec_ds.objectives.whitening import Whitening
 from llm2vec_ds.recipe.objectives import DistilConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
+log = logging.getLogger(__name__)
+
 
 class Distillation(Objective):
     """Trains the encoder on a teacher's vectors of the same texts."""
@@ -65,8 +68,10 @@ class Distillation(Objective):
         assert isinstance(parts.training, PreparedTexts)
         assert not isinstance(parts.held_out, PreparedPairs)
         teacher = TeacherVectors(teacher_folder(recipe, data.path))
-        power = section_of(recipe).teacher_whitening
-        whitening = Whitening.of(finite(teacher.blocks()), power) if power else None
+        whitening = None
+        if power := section_of(recipe).teacher_whitening:
+            whitening = Whitening.of(finite(teacher.blocks()), power)
+            log.info("distil.teacher: vectors whitened to the power %g, by the training texts", power)
         training, held_out = TaughtTexts(parts.training, teacher, whitening, "data.path"), None
         if parts.held_out is not None and data.held_out_path is not None:
             teacher = TeacherVectors(teacher_folder(recipe, data.held_out_path))
