@@ -142,11 +142,11 @@ def main() -> None:
         print(json.dumps({name: found[name]}), flush=True)
         measures = {measure: {m: own[measure] for m, own in found.items()} for measure in found[name]}
         values = {"n_pairs": len(pairs.scores), **measures}
-        arguments.output.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
+        Path(f"{arguments.output}.json").write_text(json.dumps(values, indent=1) + "\n")
     curves = {name: own["spearman"] for name, own in found.items()}
     if texts:
         curves |= {f"{name}, whitened": own["spearman_whitened"] for name, own in found.items()}
-    draw(curves, arguments.output.with_suffix(".png"))
+    draw(curves, Path(f"{arguments.output}.png"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from llm2vec_ds.demo.text import DemoText
-from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.loading import load_tokenizer
 
 
@@ -78,13 +77,7 @@ class LastStage(NamedTuple):
 
 
 def last_stage(base: str, teacher: str | None, simcse: bool) -> LastStage:
-    """Returns SimCSE, distillation from a teacher, or from the base's own first layer (docs/results.md).
-
-    Raises:
-        UserError: both were asked for.
-    """
-    if simcse and teacher is not None:
-        raise UserError("--simcse and --teacher exclude each other: give one of them")
+    """Returns SimCSE, distillation from a teacher, or from the base's own first layer (docs/results.md)."""
     if simcse:
         return LastStage("simcse", {})
     if teacher is not None:

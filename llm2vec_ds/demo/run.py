@@ -71,7 +71,8 @@ def run_demo(
     Raises:
         UserError: an input is unusable, or `output` already holds a demo.
     """
-    last_stage("", teacher, simcse)
+    if simcse and teacher is not None:
+        raise UserError("--simcse and --teacher exclude each other: give one of them")
     _check(output, budget, qlora, text, teacher)
     pairs = load_graded_pairs(sts) if sts else own_graded_pairs()
     material = training_text(text)
