@@ -82,8 +82,8 @@ def run_demo(
         (output / "mntp").mkdir(exist_ok=True)
     base = model or str(demo_model_dir())
     started = time.monotonic()
-    last = last_stage(base, teacher, simcse)
-    recipes = write_recipes(output, base, material, BUDGETS[budget], seed, "nf4" if qlora else None, last)
+    last, quantization = last_stage(base, teacher, simcse), "nf4" if qlora else None
+    recipes = write_recipes(output, base, material, BUDGETS[budget], seed, quantization, last)
 
     def measure(name: str, folder: str | Path, causal: bool = False) -> dict[str, float]:
         encoder = Encoder.from_pretrained(folder, causal=causal)
@@ -98,25 +98,36 @@ def run_demo(
     for stage, recipe in recipes.items():
         _train(recipe)
         metrics[stage] = measure(stage, output / stage / "encoder") | _trained(output / stage)
-    with replaced_folder(output / "encoder", f"--output {output}: its encoder/") as new:
-        shutil.copytree(output / last.stage / "encoder", new, dirs_exist_ok=True)
-    how = ", NF4" if qlora else ""
-    plot_stages(metrics, output / "stages.png", f"{Path(base).name}, {budget} budget{how}")
     metrics["run"] = {
         "budget": budget,
         "seed": seed,
-        "quantization": "nf4" if qlora else None,
+        "quantization": quantization,
+        **_names(base, teacher, sts, text),
+        "elapsed_s": round(time.monotonic() - started, 1),
+        **_versions(),
+    }
+    _publish(output, last.stage, metrics, f"{Path(base).name}, {budget} budget{', NF4' if qlora else ''}")
+    return metrics
+
+
+def _publish(output: Path, last: str, metrics: dict[str, Any], title: str) -> None:
+    """Writes the last stage's encoder, the picture and metrics.json, which comes last."""
+    with replaced_folder(output / "encoder", f"--output {output}: its encoder/") as new:
+        shutil.copytree(output / last / "encoder", new, dirs_exist_ok=True)
+    plot_stages(metrics, output / "stages.png", title)
+    replace_json(output / "metrics.json", metrics)
+    places = (output / name for name in ("encoder", "metrics.json", "stages.png"))
+    log.info("encoder: %s, scores: %s, picture: %s", *places)
+
+
+def _names(base: str, teacher: str | None, sts: Path | None, text: Path | None) -> dict[str, str | None]:
+    """Returns what the demo used, by the last part of each path."""
+    return {
         "model": Path(base).name,
         "teacher": Path(teacher).name if teacher else None,
         "sts": sts.name if sts else "sentence_pairs.csv",
         "text": text.name if text else "pydoc_data.topics",
-        "elapsed_s": round(time.monotonic() - started, 1),
-        **_versions(),
     }
-    replace_json(output / "metrics.json", metrics)
-    places = (output / name for name in ("encoder", "metrics.json", "stages.png"))
-    log.info("encoder: %s, scores: %s, picture: %s", *places)
-    return metrics
 
 
 def _versions() -> dict[str, str]:
