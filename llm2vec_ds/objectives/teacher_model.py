@@ -44,7 +44,7 @@ def load_teacher(
                 keep_first_layers(encoder.trunk, layer)
             except UserError as error:
                 raise UserError(f"{key}_layer: {error}") from None
-        log.info("%s %s: an encoder of this toolkit%s", key, path, f", layer {layer}" if layer else "")
+        log.info("%s %s: %s", key, path, f"layer {layer}" if layer else "an encoder of this toolkit")
         return lambda texts: encoder.encode(texts, instruction=prompt)
     model = load_sentence_transformer(path, key, device)
     log.info("%s %s: sentence-transformers, %s", key, path, ", ".join(type(m).__name__ for m in model))
