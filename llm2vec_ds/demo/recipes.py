@@ -75,6 +75,17 @@ class LastStage(NamedTuple):
     stage: str
     section: dict[str, Any]
 
+    @property
+    def teacher(self) -> str | None:
+        """Names the teacher, by the last part of its path. None: SimCSE has none."""
+        if self.stage == "simcse":
+            return None
+        name, layer = (
+            Path(self.section["distil"]["teacher"]).name,
+            self.section["distil"].get("teacher_layer"),
+        )
+        return name if layer is None else f"{name}, layer {layer}"
+
 
 def last_stage(base: str, teacher: str | None, simcse: bool) -> LastStage:
     """Returns SimCSE, distillation from a teacher, or from the base's own first layer (docs/results.md)."""

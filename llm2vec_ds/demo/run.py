@@ -71,9 +71,7 @@ def run_demo(
     Raises:
         UserError: an input is unusable, or `output` already holds a demo.
     """
-    if simcse and teacher is not None:
-        raise UserError("--simcse and --teacher exclude each other: give one of them")
-    _check(output, budget, qlora, text, teacher)
+    _check(output, budget, qlora, text, teacher, simcse)
     pairs = load_graded_pairs(sts) if sts else own_graded_pairs()
     material = training_text(text)
     retrieval = held_out_retrieval()
@@ -102,7 +100,9 @@ def run_demo(
         "budget": budget,
         "seed": seed,
         "quantization": quantization,
-        **_names(base, teacher, sts, text),
+        "model": Path(base).name,
+        "teacher": last.teacher,
+        **_files(sts, text),
         "elapsed_s": round(time.monotonic() - started, 1),
         **_versions(),
     }
@@ -120,11 +120,8 @@ def _publish(output: Path, last: str, metrics: dict[str, Any], title: str) -> No
     log.info("encoder: %s, scores: %s, picture: %s", *places)
 
 
-def _names(base: str, teacher: str | None, sts: Path | None, text: Path | None) -> dict[str, str | None]:
-    """Returns what the demo used, by the last part of each path."""
+def _files(sts: Path | None, text: Path | None) -> dict[str, str]:
     return {
-        "model": Path(base).name,
-        "teacher": Path(teacher).name if teacher else None,
         "sts": sts.name if sts else "sentence_pairs.csv",
         "text": text.name if text else "pydoc_data.topics",
     }
@@ -135,7 +132,11 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def _check(output: Path, budget: str, qlora: bool, text: Path | None, teacher: str | None) -> None:
+def _check(
+    output: Path, budget: str, qlora: bool, text: Path | None, teacher: str | None, simcse: bool
+) -> None:
+    if simcse and teacher is not None:
+        raise UserError("--simcse and --teacher exclude each other: give one of them")
     if budget not in BUDGETS:
         raise UserError(f"--budget {budget!r} is not one of {', '.join(BUDGETS)}")
     if (output / "metrics.json").exists():

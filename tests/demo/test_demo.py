@@ -118,7 +118,8 @@ def test_a_demo_on_a_tiny_model(tmp_path: Path, tiny_model_dir: Path) -> None:
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert not noise_in(outcome.stderr)
     assert yaml.safe_load((tmp_path / "out" / "distil.yaml").read_text())["distil"]["teacher_layer"] == 1
-    check_demo_folder(tmp_path / "out")
+    metrics = check_demo_folder(tmp_path / "out")
+    assert metrics["run"]["teacher"] == f"{tiny_model_dir.name}, layer 1"  # type: ignore[comparison-overlap]
 
 
 def test_a_demo_with_simcse(tmp_path: Path, tiny_model_dir: Path) -> None:
