@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.files import apply_override
@@ -37,40 +38,55 @@ class AblationRecipe(Section):
     seeds: list[int] = Field(default_factory=lambda: [42], min_length=1)
     """Each variant is trained once with each seed."""
     stages: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """The recipe of each stage, without model, output and seed."""
+    """The recipe of each stage, without model, output and seed. A stage is named after what it trains. With
+    the key `stage` it takes another name, such as `simcse_slow: {stage: simcse, max_steps: 500}`."""
     budgets: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     """The changes that each budget makes to the stages, by the budget's name."""
     evaluate: EvaluateConfig
     """What every variant is measured on."""
 
-    @field_validator("stages")
-    @classmethod
-    def _stages_are_known(cls, stages: dict[str, Any]) -> dict[str, Any]:
-        if unknown := [stage for stage in stages if stage not in SECTIONS]:
-            raise ValueError(f"stage {unknown[0]!r} is unknown: choose one of {', '.join(SECTIONS)}")
-        return stages
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        for name, values in self.stages.items():
+            self._check_stage(name, values)
+        known = {*SECTIONS, *self.stages}
+        for budget, changes in self.budgets.items():
+            if unknown := [name for name in changes if name not in known]:
+                raise ValueError(f"budget {budget!r} changes stage {unknown[0]!r}, which is not in `stages`")
+            if fixed := [name for name, values in changes.items() if "stage" in values]:
+                raise ValueError(f"budget {budget!r} cannot change `stage` of {fixed[0]!r}: use `stages`")
+        for variant in self.variants:
+            attention, *stages = variant.split("+")
+            if attention not in ("uni", "bi") or not set(stages) <= known:
+                raise ValueError(f"variant {variant!r}: write uni or bi, then stages, such as bi+mntp+simcse")
+        return self
 
-    @field_validator("budgets")
-    @classmethod
-    def _budgets_change_stages(cls, budgets: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        for changes in budgets.values():
-            cls._stages_are_known(changes)
-        return budgets
+    @staticmethod
+    def _check_stage(name: str, values: dict[str, Any]) -> None:
+        trains = str(values.get("stage", name))
+        if trains not in SECTIONS:
+            raise ValueError(
+                f"stage {name!r} is unknown: choose one of {', '.join(SECTIONS)}, or name one as its `stage`"
+            )
+        if name in SECTIONS and trains != name:
+            raise ValueError(f"stage {name!r} cannot have `stage: {trains}`: give it another name")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ValueError(f"stage {name!r}: a name has letters, digits, _ and -")
 
     @field_validator("variants")
     @classmethod
-    def _variants_are_known(cls, variants: list[str]) -> list[str]:
-        for variant in variants:
-            attention, *stages = variant.split("+")
-            if attention not in ("uni", "bi") or not set(stages) <= set(SECTIONS):
-                raise ValueError(f"variant {variant!r}: write uni or bi, then stages, such as bi+mntp+simcse")
+    def _variants_are_distinct(cls, variants: list[str]) -> list[str]:
         if len(set(variants)) < len(variants) or not variants:
             raise ValueError("give at least one variant, and each only once")
         return variants
 
+    def trains(self, stage: str) -> str:
+        """Returns what a stage trains, such as simcse for `simcse_slow`."""
+        return str(self.stages.get(stage, {}).get("stage", stage))
+
     def stage_values(self, stage: str, budget: str | None) -> dict[str, Any]:
-        """Returns the stage's recipe with the changes of the budget."""
-        values = self.stages.get(stage, {})
+        """Returns the stage's recipe with the changes of the budget, without the key `stage`."""
+        values = {key: value for key, value in self.stages.get(stage, {}).items() if key != "stage"}
         changes = self.budgets[budget].get(stage, {}) if budget else {}
         return _merged(values, changes)
 

@@ -97,6 +97,10 @@ class Ablation:
         """Returns where the variant's encoder is. A variant without training is the model itself."""
         return self.model if "+" not in variant else str(self._run_folder(variant, seed) / "encoder")
 
+    def has_mntp(self, variant: str) -> bool:
+        """Returns whether one of the variant's stages is MNTP."""
+        return "mntp" in map(self.recipe.trains, variant.split("+")[1:])
+
     def _run_folder(self, run: str, seed: int) -> Path:
         return self.output / "runs" / f"seed-{seed}" / run
 
@@ -128,18 +132,21 @@ class Ablation:
     def _stage_recipe(
         self, run: str, stage: str, start: str, seed: int, texts: dict[str, str]
     ) -> dict[str, Any]:
-        values = self.recipe.stage_values(stage, self.budget)
+        trains, values = self.recipe.trains(stage), self.recipe.stage_values(stage, self.budget)
         data = dict(values.pop("data", {}))
         own = {
             "mntp": {"path": texts["paragraphs"], "held_out_path": texts["held_out"], "long_texts": "split"},
             "simcse": {"path": texts["sentences"]},
             "distil": {"path": texts["sentences"]},
-        }.get(stage)
+        }.get(trains)
         if "path" not in data and own is None:
             raise UserError(f"stages.{stage}.data.path is missing: set it, this stage needs its own data")
+        if values.get("distil", {}).get("teacher_layer"):
+            # The teacher that needs no other model: a layer of the untrained one.
+            values["distil"] = {"teacher": self.model, **values["distil"]}
         causal = run.startswith("uni")
         return {
-            "stage": stage,
+            "stage": trains,
             "model": {"path": start, "causal": causal, **values.pop("model", {})},
             "data": {**({} if "path" in data else own or {}), **data},
             "output_dir": str(self._run_folder(run, seed)),
@@ -185,7 +192,9 @@ class Ablation:
         of entities are added.
         """
         scores: dict[str, float] = {}
-        shift, other = ("next_token", "same_token") if "mntp" in variant else ("same_token", "next_token")
+        shift, other = ("same_token", "next_token")
+        if self.has_mntp(variant):
+            shift, other = other, shift
         for name, words in self.recipe.evaluate.words.items():
             task = WordTask(words.train, words.test, words.column, words.max_sentences)
             probes = [ProbeOptions(max_steps=words.max_steps, seed=seed)]

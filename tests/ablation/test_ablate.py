@@ -69,9 +69,33 @@ def test_the_shipped_recipe_gives_valid_stages() -> None:
         for run in runs_of(recipe.variants):
             values = ablation._stage_recipe(run, run.rpartition("+")[2], "model", 42, texts)
             assert parse_recipe(values).max_steps == {"full": 1000}.get(budget or "", values["max_steps"])
+    taught = parse_recipe(ablation._stage_recipe("bi+mntp+self_distil", "self_distil", "trained", 42, texts))
+    assert (taught.stage, taught.distil.teacher, taught.distil.teacher_layer) == ("distil", "model", 1)
     assert recipe.variants[:5] == ["uni", "bi", "bi+mntp", "bi+simcse", "bi+mntp+simcse"]
     changed = load_ablation(SHIPPED, None, ["seeds=[1,2]", "evaluate.words.pos.train=a.conllu"])
     assert (changed.seeds, changed.evaluate.words["pos"].train) == ([1, 2], "a.conllu")
+
+
+def test_two_settings_of_one_stage_have_two_names(tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = ablation_recipe(
+        tmp_path,
+        tiny_model_dir,
+        variants=["bi+simcse", "bi+simcse_slow", "bi+no_mask", "uni+no_mask+simcse"],
+        stages={
+            "simcse": {"max_steps": 2},
+            "simcse_slow": {"stage": "simcse", "max_steps": 9},
+            "no_mask": {"stage": "mntp", "max_steps": 1},
+        },
+        budgets={"quick": {"simcse_slow": {"max_steps": 5}}},
+    )
+    ablation = Ablation(recipe, "quick", tmp_path / "out", str(tiny_model_dir))
+    texts = {name: f"{name}.txt" for name in ("paragraphs", "held_out", "sentences")}
+    slow = parse_recipe(ablation._stage_recipe("bi+simcse_slow", "simcse_slow", "model", 1, texts))
+    assert (slow.stage, slow.max_steps, slow.data.path) == ("simcse", 5, "sentences.txt")
+    assert slow.output_dir.endswith("bi+simcse_slow")
+    plain = parse_recipe(ablation._stage_recipe("bi+simcse", "simcse", "model", 1, texts))
+    assert (plain.stage, plain.max_steps) == ("simcse", 2)
+    assert [ablation.has_mntp(variant) for variant in recipe.variants] == [False, False, True, True]
 
 
 @pytest.mark.slow
@@ -132,7 +156,12 @@ def test_means_and_spread_over_seeds() -> None:
         ("variants: [uni]\nevaluate: {}\nseeds: []", None, "`seeds`"),
         ("variants: [uni]\nevaluate: {}\nsteps: 3", None, "`steps`"),
         ("variants: [uni]\nevaluate: {}\nstages: {nli: {}}", None, "stage 'nli' is unknown"),
-        ("variants: [uni]\nevaluate: {}\nbudgets: {x: {nli: {}}}", None, "stage 'nli' is unknown"),
+        ("variants: [uni]\nevaluate: {}\nstages: {nli: {stage: nlp}}", None, "stage 'nli' is unknown"),
+        ("variants: [uni]\nevaluate: {}\nstages: {nli: {stage: [mntp]}}", None, "stage 'nli' is unknown"),
+        ("variants: [uni]\nevaluate: {}\nstages: {mntp: {stage: simcse}}", None, "give it another name"),
+        ("variants: [uni]\nevaluate: {}\nstages: {a/b: {stage: simcse}}", None, "a name has letters"),
+        ("variants: [uni]\nevaluate: {}\nbudgets: {x: {nli: {}}}", None, "not in `stages`"),
+        ("variants: [uni]\nevaluate: {}\nbudgets: {x: {mntp: {stage: x}}}", None, "cannot change `stage`"),
         ("- uni", None, "must be a YAML mapping"),
         ("a: [", None, "not valid YAML"),
     ],
