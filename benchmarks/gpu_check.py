@@ -139,7 +139,10 @@ def problems(name: str, row: dict[str, Any]) -> Iterable[str]:
     """Returns a row's problems. A row that hit its time limit is no problem if it has figures."""
     if row["exit_status"] and not row["cut"]:
         yield f"{name}: exit status {row['exit_status']}"
-    if not row["lines"] and name != "tests":
+    if name == "tests":
+        if row["cut"]:
+            yield f"{name}: not finished within the limit"
+    elif not row["lines"]:
         yield f"{name}: no figures" + (" within its limit" if row["cut"] else "")
     for line in row["lines"]:
         if line.get("ok") is False:

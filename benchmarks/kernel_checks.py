@@ -76,7 +76,7 @@ def errors_against_reference(
     def results(function: Any, dtype: Any) -> list[Any]:
         *leaves, weight = [x.detach().to(dtype).requires_grad_() for x in tensors]
         out = function(*leaves)
-        return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
+        return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
     exact = results(plain, torch.float64)
 

@@ -188,6 +188,14 @@ def test_gpu_check_fails_where_a_row_does(
     assert failure in capsys.readouterr().out
 
 
+def test_tests_that_their_limit_ends_are_a_failure() -> None:
+    cut = {"exit_status": -9, "cut": True, "lines": []}
+    problems = script("gpu_check").problems
+    assert list(problems("tests", cut)) == ["tests: not finished within the limit"]
+    assert list(problems("tests", {**cut, "exit_status": 0, "cut": False})) == []
+    assert list(problems("row", {**cut, "lines": [{"ms": 1}]})) == []
+
+
 def test_gpu_check_leaves_out_what_its_part_has_no_time_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,9 +5,11 @@ By CUDA graphs where there is a GPU, else by a stand-in.
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from itertools import pairwise, product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -271,15 +273,24 @@ def test_what_cannot_be_recorded_says_what_to_do(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_full_memory_ends_recording_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eager pass needs the memory of the recordings. So they go, though an old loss is still alive."""
     trunk = trained_trunk()
     own, recorder = graphed(trunk)
     expected = step(trunk, own.filled)
-    step(trunk, own, BATCHES[:1])
+    loss = own(BATCHES[0]).sum()
+    loss.backward()
+    recording = weakref.ref(next(iter(own._recordings.values())))
+    forgotten = mock.Mock(side_effect=recorder.forget)
+    monkeypatch.setattr(recorder, "forget", forgotten)
     monkeypatch.setattr(recorder, "record", raising(torch.OutOfMemoryError("CUDA out of memory")))
-    n_before = recorder.n_replays
     found = step(trunk, own)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert recorder.n_replays - n_before == 6  # three batches of the length that was recorded
+    assert loss.isfinite()
+    assert recording() is None
+    assert forgotten.call_count == 1
+    n_replays = recorder.n_replays
+    step(trunk, own)
+    assert recorder.n_replays == n_replays
 
 
 def raising(error: Exception) -> Any:

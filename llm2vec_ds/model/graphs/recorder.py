@@ -29,7 +29,7 @@ class Recorder(Protocol):
         """
 
     def forget(self) -> None:
-        """Takes note that all recordings are gone. None of them may be replayed afterwards."""
+        """Frees the memory of recordings that are gone. None of them may be replayed afterwards."""
 
 
 class CudaRecorder:
@@ -38,10 +38,11 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self.forget()
+        self._pool = torch.cuda.graph_pool_handle()
 
     def forget(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
 
     def warm_up(self, run: Callable[[], Any]) -> None:
         with self._aside():
@@ -70,6 +71,11 @@ class CudaRecorder:
             torch.cuda.set_stream(stream)
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            # Before 2.12 its generator stays in the recording too (pytorch#176752). A copy of the generator's
+            # state does not.
+            generator = torch.cuda.default_generators[self._device.index]
+            with suppress(RuntimeError):
+                generator.graphsafe_set_state(generator.clone_state())
             raise
         finally:
             if collects:
@@ -80,6 +86,8 @@ class CudaRecorder:
     def _aside(self) -> Iterator[None]:
         """Runs the block on the stream of the recordings, ordered after earlier and before later work."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), torch.autograd.set_multithreading_enabled(False):
-            yield
-        torch.cuda.current_stream().wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream), torch.autograd.set_multithreading_enabled(False):
+                yield
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)

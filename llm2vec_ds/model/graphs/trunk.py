@@ -70,7 +70,7 @@ class GraphedTrunk:
 
     Attributes:
         n_tokens, n_filled: real tokens and filler tokens of the passes since the last `fill_share`.
-        is_full: memory holds no more recordings. Passes without a recording run eagerly.
+        is_full: memory was too small for recordings. All passes run eagerly.
         while_recording: makes a context for each recording, in which nothing else may use the device.
     """
 
@@ -167,8 +167,7 @@ class GraphedTrunk:
         """
         if (places := self._places()) != self._recorded_at:
             log.info("weights have moved: %s recordings are made again", len(self._recordings))
-            self._recordings.clear()
-            self._recorder.forget()
+            self._forget()
             self._recorded_at = places
         if kind in self._recordings:
             return self._recordings[kind]
@@ -184,14 +183,23 @@ class GraphedTrunk:
                 recording = record(inputs)
         except RuntimeError as error:
             self._explain(error, kind.length)
+        if self.is_full:  # outside of `except`, because the error holds tensors of the failed pass
+            self._forget()
             return None
         self._recordings[kind] = recording
         what = "forward and backward" if kind.with_gradient else "forward"
         log.info("recorded %s of %s tokens, %.1f s", what, kind.length, time.perf_counter() - started)
         return recording
 
+    def _forget(self) -> None:
+        """Gives up all recordings, and their memory."""
+        self._recordings.clear()
+        self._recorder.forget()
+
     def _explain(self, error: BaseException, length: int) -> None:
-        """Handles a failed recording. If memory is full, only recording ends: the pass itself may fit.
+        """Handles a failed recording. If memory is full, only recording ends.
+
+        An eager pass needs the memory that the recordings hold. So they go.
 
         Raises:
             UserError: it failed for another reason.
@@ -200,7 +208,7 @@ class GraphedTrunk:
         while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
             chain.append(before)  # the last error is the one that CUDA raised; the first is a consequence
         if any(full_memory(link) for link in chain):
-            log.warning("memory is full: passes of %s tokens, and all new lengths, are not recorded", length)
+            log.warning("memory is full at %s tokens: from here on passes are not recorded", length)
             self.is_full = True
             return
         words = " ".join(str(chain[-1]).split())[:200]
@@ -270,9 +278,11 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, d_hidden_TD: torch.Tensor) -> tuple[None, ...]:
         if ctx.turn != ctx.graphed.turn:
             raise RuntimeError("another pass ran before this one's backward, and overwrote what it had saved")
-        n_tokens, length = len(d_hidden_TD), ctx.recording.inputs.batch.n_tokens
-        d_hidden_LD = ctx.recording.outcome.d_hidden_LD
+        # A loss that is still alive must not keep the recording's memory.
+        recording, ctx.recording = ctx.recording, None
+        n_tokens, length = len(d_hidden_TD), recording.inputs.batch.n_tokens
+        d_hidden_LD = recording.outcome.d_hidden_LD
         d_hidden_LD[:n_tokens].copy_(d_hidden_TD)
         d_hidden_LD[n_tokens:length].zero_()  # filler has no gradient
-        ctx.recording.backward()
+        recording.backward()
         return None, None, None, None
