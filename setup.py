@@ -11,6 +11,7 @@ SHIPPED = {
     "recipes": ["**/*.yaml", "**/*.json", "**/*.jsonl", "**/*.txt", "**/*.csv"],
     "ds_configs": ["*.json"],
     "slurm": ["*.sh", "*.py", "*.env"],
+    "docs": ["recipe_keys.md"],
 }
 
 setup(

@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             "ablate recipes/smollm2_ablation.yaml --budget quick",
-            "ablate recipes/smollm2_ablation.yaml --output my-ablation seeds=[1,2,3] model=my/llm",
+            "ablate recipes/smollm2_ablation.yaml --output my-ablation 'seeds=[1,2,3]' model=my/llm",
         )
     )(ablate)
     app.command(
@@ -37,7 +37,8 @@ def ablate(
         typer.Argument(help="recipes/smollm2_ablation.yaml, or your own ablation file.", callback=expanded),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change, e.g. seeds=[1,2].")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change, e.g. model=my/llm."),
     ] = None,
     output: Annotated[
         Path,
@@ -47,12 +48,17 @@ def ablate(
         ),
     ] = Path("ablation"),
     budget: Annotated[
-        str | None, typer.Option(help="One of the budgets in the recipe, such as quick or full.")
+        str | None,
+        typer.Option(
+            help="One of the budgets in the recipe, such as quick, cpu or full. Without it, the stages "
+            "train as they stand in the recipe."
+        ),
     ] = None,
 ) -> None:
     """Train and measure variants, such as the paper's: uni, bi, bi+mntp, bi+simcse, bi+mntp+simcse.
 
-    Use it to see what each step adds. It prints a table, and writes table.md and report.html.
+    Use it to see what each step adds. The recipe names the data, which you bring. The command prints a table,
+    and writes table.md, results.json and report.html.
     """
     from llm2vec_ds.ablation.recipe import load_ablation
 
@@ -72,7 +78,9 @@ def ablate(
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(help="Folders of training runs, ablations, demos or evaluations.", callback=expanded),
+        typer.Argument(
+            help="Folders of training runs, ablations, demos, evaluations or merges.", callback=expanded
+        ),
     ],
     output: Annotated[
         Path,
@@ -86,7 +94,10 @@ def report(
         typer.Option(help="Also load the encoders, to draw a map and similarities of example sentences."),
     ] = True,
 ) -> None:
-    """Draw the measurements of runs into one HTML file, which needs no network."""
+    """Draw the measurements of runs into one HTML file, which needs no network.
+
+    It shows scores, loss, speed and memory over the steps, and how each encoder places example sentences.
+    """
     if output.suffix != ".html":
         raise UserError(f"--output {output} must end in .html")
     check_installed("report", "matplotlib")

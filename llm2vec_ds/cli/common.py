@@ -86,6 +86,9 @@ def _recipe_keys(incomplete: str) -> list[str]:
     return [f"{key}=" for key, _, _ in documented_keys() if key.startswith(incomplete)]
 
 
+ROW_FILES = ".jsonl, .json, .csv, .tsv (also as .gz, .bz2 or .xz), .parquet"
+"""For the help of options: the formats that hold rows with columns."""
+
 RecipeFile = Annotated[
     Path, typer.Argument(help="A recipe: a YAML file such as those in recipes/.", callback=expanded)
 ]

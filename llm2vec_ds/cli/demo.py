@@ -25,7 +25,12 @@ GradedPairsFile = Annotated[
     ),
 ]
 TextFile = Annotated[
-    Path | None, typer.Option(help="Your own training text: a UTF-8 text file.", callback=expanded)
+    Path | None,
+    typer.Option(
+        help="Your own training text, UTF-8. Blank lines stand between paragraphs. It needs 20 paragraphs of "
+        "80 characters or more, and 64 sentences of 25 to 90.",
+        callback=expanded,
+    ),
 ]
 BaseModel = Annotated[
     str | None,
@@ -38,7 +43,8 @@ Teacher = Annotated[
     str | None,
     typer.Option(
         help="Learn from this encoder: a folder or hub id of sentence-transformers, or an encoder of this "
-        "toolkit. Default: the model's own first layer.",
+        "toolkit. Default: the model's own first layer. A model of sentence-transformers needs "
+        "pip install 'llm2vec-ds[distil]'.",
         callback=encoder_place,
     ),
 ]

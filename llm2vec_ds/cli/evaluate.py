@@ -47,8 +47,9 @@ Tasks = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TASK",
-        help="Your own data as sts:FILE, retrieval:FOLDER, clustering:FILE or classification:FILE. Or the "
-        "name of an mteb task, with a subset if you like (STS17:en-en). Repeat it for more tasks.",
+        help="Your own data: sts:FILE; retrieval:FILE (pairs) or retrieval:FOLDER (as BEIR); clustering: or "
+        "classification: with a FILE (text, label) or a FOLDER whose file names are the labels. Or the name "
+        "of an mteb task, with a subset if you like (STS17:en-en). Repeat it for more tasks.",
     ),
 ]
 ExcludeSelf = Annotated[

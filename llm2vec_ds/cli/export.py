@@ -25,8 +25,8 @@ Format = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="sentence-transformers (also for vLLM and text-embeddings-inference), transformers, onnx "
-        "(for onnxruntime and transformers.js), or gguf (for llama.cpp, Ollama, LM Studio).",
+        help="sentence-transformers (also for vLLM, infinity and text-embeddings-inference), transformers, "
+        "onnx (for onnxruntime and transformers.js), or gguf (for llama.cpp, Ollama, LM Studio).",
     ),
 ]
 Dtype = Annotated[
@@ -76,10 +76,10 @@ def register(app: typer.Typer) -> None:
     )(export)
     app.command(
         epilog=examples(
-            "merge runs/qlora_7b_24gb/mntp/encoder --output merged",
             "merge runs/distil runs/supervised --output merged --weights 0.6,0.4",
             "merge runs/distil my/llm --output merged --evaluate sts:dev.csv",
             "merge runs/distil --last 3 --output soup",
+            "merge runs/qlora_7b_24gb/mntp/encoder --output merged",
         )
     )(merge)
 

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds.cli.common import MicroBatchTokens, Model, examples, expanded, quiet_libraries
+from llm2vec_ds.cli.common import ROW_FILES, MicroBatchTokens, Model, examples, expanded, quiet_libraries
 from llm2vec_ds.process.interrupts import kept
 
 Pairs = Annotated[
     str,
     typer.Option(
-        help="Queries with their positives: .jsonl, .csv or .parquet, a folder of them, or hub:name.",
+        help=f"Queries with their positives: {ROW_FILES}, a folder of them, or hub:name.",
         callback=expanded,
     ),
 ]

@@ -57,8 +57,8 @@ def plan(
 ) -> None:
     """Show whether a recipe fits a machine: memory by part, the largest batch, bytes sent.
 
-    It needs no weights, no data and no network. The options describe the machine; without them the recipe's
-    `machine` section does.
+    It needs the model's config.json: from the model's folder, model.config_file or the hub's cache. It needs
+    no weights, no data and no GPU. The options describe the machine. Without them the recipe does.
     """
     from llm2vec_ds.recipe.files import load_stages
 

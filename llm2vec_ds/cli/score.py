@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llm2vec_ds.cli.common import examples, expanded, quiet_libraries
+from llm2vec_ds.cli.common import ROW_FILES, examples, expanded, quiet_libraries
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.process.interrupts import kept
 
@@ -27,7 +27,7 @@ def score(
     pairs: Annotated[
         str,
         typer.Argument(
-            help="Queries with a positive and negatives: .jsonl, .csv, .parquet or hub:name.",
+            help=f"Queries with a positive and negatives: {ROW_FILES}, a folder of them, or hub:name.",
             callback=expanded,
         ),
     ],

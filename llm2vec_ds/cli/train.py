@@ -66,8 +66,9 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenise a recipe's texts ahead of training.
 
-    Training then starts at once, and its nodes need no network. With the same keys, it finds the prepared
-    texts by itself. If the command is stopped, run it again. It continues where it stopped.
+    Training then starts at once, and its nodes need no network. The texts go to data.prepared_dir, or to your
+    cache folder. Training with the same keys finds them there. If the command is stopped, run it again. It
+    continues where it stopped.
     """
     from llm2vec_ds.recipe.files import load_stages
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from llm2vec_ds.cli.common import (
+    ROW_FILES,
     Attention,
     MicroBatchTokens,
     Model,
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 Input = Annotated[
     str,
     typer.Option(
-        help="The texts: .txt (one per line), .jsonl, .csv, .parquet, hub:name, or - for standard input.",
+        help=f"The texts: .txt (one per line), {ROW_FILES}, a folder of them, hub:name, or - for standard "
+        "input.",
         callback=expanded,
     ),
 ]

@@ -109,7 +109,7 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
-            f"recipe {path} not found: give the path of a YAML file, e.g. recipes/smoke_mntp.yaml"
+            f"recipe {path} not found: give the path of a YAML file. `llm2vec-ds init` writes recipes/"
         )
     try:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"))

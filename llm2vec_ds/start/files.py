@@ -1,4 +1,6 @@
-"""Copies recipes, DeepSpeed configs and SLURM scripts, for users who have the package but no checkout.
+"""Copies recipes, DeepSpeed configs, SLURM scripts and the page of recipe keys.
+
+They are for users who have the package but no checkout.
 
 A checkout has them at its top level. For the wheel, setup.py puts the same files beside this module.
 """
@@ -13,6 +15,7 @@ from llm2vec_ds.storage.durable import replace_file
 FOLDERS = ("recipes", "ds_configs", "slurm")
 SUFFIXES = (".yaml", ".json", ".jsonl", ".txt", ".csv", ".sh", ".py", ".env")
 README = "README.md"
+KEYS = "docs/recipe_keys.md"
 
 
 def shipped() -> dict[str, Path]:
@@ -26,7 +29,7 @@ def shipped() -> dict[str, Path]:
         if all((root / name).is_dir() for name in FOLDERS):
             files = (file for name in FOLDERS for file in sorted((root / name).rglob("*")))
             known = {str(f.relative_to(root)): f for f in files if f.suffix in SUFFIXES and f.is_file()}
-            return {README: here / README, **known}
+            return {README: here / README, KEYS: root / KEYS, **known}
     raise UserError("this installation lacks its recipes and scripts: install llm2vec-ds again")
 
 

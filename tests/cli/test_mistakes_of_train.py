@@ -23,7 +23,7 @@ DEEPSPEED = {"deepspeed": "TMP/ds.json"}
 MISTAKES = {
     # The recipe.
     "no recipe": Mistake(
-        "recipe TMP/none.yaml not found: give the path of a YAML file, e.g. recipes/smoke_mntp.yaml",
+        "recipe TMP/none.yaml not found: give the path of a YAML file. `llm2vec-ds init` writes recipes/",
         ("train", "TMP/none.yaml"),
     ),
     "not YAML": Mistake(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from llm2vec_ds.planner.plan import Planner
 from llm2vec_ds.recipe.files import load_recipe, load_stages
 
 ROOT = Path(__file__).resolve().parents[2]
+QLORA_PAGE = ROOT / "docs" / "qlora.md"
 RECIPES = sorted(
     path
     for path in (ROOT / "recipes").rglob("*.yaml")
@@ -76,14 +78,19 @@ def check_qlora(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_recipe_fits_on_the_machine_that_it_names(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    peaks_gib = []
     for recipe in load_stages(path):
         assert "machine" in recipe.model_fields_set
         planner = Planner(recipe, path)
         memory = planner.memory(recipe.deepspeed)
         assert 0.05 * planner.limit() < memory.peak <= planner.limit()
+        peaks_gib.append(memory.peak / 2**30)
         # A rank's batch may be less than its token budget has room for.
         n_tokens = planner.load.texts_per_pass * recipe.data.max_tokens
         assert planner.largest_token_budget() >= min(n_tokens, recipe.batch.micro_batch_tokens)
+    if path.stem.startswith("qlora_"):
+        (row,) = re.findall(rf"^\| `recipes/{path.name}` .*$", QLORA_PAGE.read_text(), re.MULTILINE)
+        assert row.endswith(f"| {max(peaks_gib):.1f} GiB |")
 
 
 def test_paper_settings() -> None:

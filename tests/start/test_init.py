@@ -9,7 +9,7 @@ import pytest
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.files import load_stages
-from llm2vec_ds.start.files import FOLDERS, README, shipped, write_to
+from llm2vec_ds.start.files import FOLDERS, KEYS, README, shipped, write_to
 from tests.support.in_process import error_line, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def in_repository() -> list[str]:
     listed = subprocess.run(
-        ["git", "ls-files", *FOLDERS], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "ls-files", *FOLDERS, KEYS], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if listed.returncode:
         pytest.skip("no git here")
