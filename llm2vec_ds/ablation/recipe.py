@@ -5,9 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.files import apply_override
@@ -25,6 +32,28 @@ class EvaluateConfig(Section):
     """Word-level tasks by name."""
 
 
+OF_THE_ABLATION = ("output_dir", "seed", "overwrite", "resume")
+"""Keys of a run that the ablation sets itself."""
+
+
+def _stage(values: Any) -> Any:
+    """Makes a mapping of a stage and of its sections that have none. Refuses what no stage can have."""
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError("write the keys of its recipe below it")
+    if own := [key for key in OF_THE_ABLATION if key in values]:
+        raise ValueError(f"the ablation itself sets `{own[0]}`: leave it out")
+    for key in ("data", "model", *SECTIONS):
+        if not isinstance(values.get(key, {}), dict | None):
+            raise ValueError(f"`{key}` has keys of its own: write `{key}: {{…}}`")
+    return {key: {} if value is None and key in ("data", "model") else value for key, value in values.items()}
+
+
+Stage = Annotated[dict[str, Any], BeforeValidator(_stage)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class AblationRecipe(Section):
     """The paper's comparison of its steps, on any model and data."""
 
@@ -35,12 +64,12 @@ class AblationRecipe(Section):
     own `data.path` uses that instead."""
     variants: list[str]
     """`uni` (causal) or `bi`, followed by stages, such as `bi+mntp+simcse`."""
-    seeds: list[int] = Field(default_factory=lambda: [42], min_length=1)
+    seeds: list[Seed] = Field(default_factory=lambda: [42], min_length=1)
     """Each variant is trained once with each seed."""
-    stages: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    stages: dict[str, Stage] = Field(default_factory=dict)
     """The recipe of each stage, without model, output and seed. A stage is named after what it trains. With
     the key `stage` it takes another name, such as `simcse_slow: {stage: simcse, max_steps: 500}`."""
-    budgets: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    budgets: dict[str, dict[str, Stage]] = Field(default_factory=dict)
     """The changes that each budget makes to the stages, by the budget's name."""
     evaluate: EvaluateConfig
     """What every variant is measured on."""
@@ -55,6 +84,8 @@ class AblationRecipe(Section):
                 raise ValueError(f"budget {budget!r} changes stage {unknown[0]!r}, which is not in `stages`")
             if fixed := [name for name, values in changes.items() if "stage" in values]:
                 raise ValueError(f"budget {budget!r} cannot change `stage` of {fixed[0]!r}: use `stages`")
+        if not self.evaluate.sentences and not self.evaluate.words:
+            raise ValueError("`evaluate` measures nothing: name `sentences` or `words`")
         for variant in self.variants:
             attention, *stages = variant.split("+")
             if attention not in ("uni", "bi") or not set(stages) <= known:
@@ -73,12 +104,12 @@ class AblationRecipe(Section):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ValueError(f"stage {name!r}: a name has letters, digits, _ and -")
 
-    @field_validator("variants")
+    @field_validator("variants", "seeds")
     @classmethod
-    def _variants_are_distinct(cls, variants: list[str]) -> list[str]:
-        if len(set(variants)) < len(variants) or not variants:
-            raise ValueError("give at least one variant, and each only once")
-        return variants
+    def _are_distinct(cls, given: list[Any], info: ValidationInfo) -> list[Any]:
+        if len(set(given)) < len(given) or not given:
+            raise ValueError(f"give at least one of the {info.field_name}, and each only once")
+        return given
 
     def trains(self, stage: str) -> str:
         """Returns what a stage trains, such as simcse for `simcse_slow`."""
@@ -121,15 +152,16 @@ def load_ablation(path: Path, budget: str | None, overrides: list[str] | None = 
     try:
         recipe = AblationRecipe.model_validate(values)
     except ValidationError as error:
-        mistakes = "; ".join(
-            f"`{'.'.join(map(str, e['loc']))}`: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        )
-        raise UserError(f"{path}: {mistakes}") from None
+        raise UserError(f"{path}: {'; '.join(map(_in_words, error.errors()))}") from None
     if budget is not None and budget not in recipe.budgets:
         known = ", ".join(recipe.budgets) or "none"
         raise UserError(f"--budget {budget!r} is not in {path}: it has {known}")
     return recipe
+
+
+def _in_words(mistake: Any) -> str:
+    key, message = ".".join(map(str, mistake["loc"])), mistake["msg"].removeprefix("Value error, ")
+    return f"`{key}`: {message}" if key else message
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import logging
 import platform
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,19 @@ from typing import Any
 import numpy as np
 import yaml
 
+from llm2vec_ds.ablation.keys import evaluation_key, score_key, training_key
 from llm2vec_ds.ablation.recipe import AblationRecipe, runs_of
+from llm2vec_ds.data.sources import find_source
 from llm2vec_ds.demo.model import demo_model_dir
 from llm2vec_ds.demo.text import training_text
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.of_run import encoder_of
 from llm2vec_ds.engine.metrics import training_totals
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.evaluate.identity import result_key, weights_key
 from llm2vec_ds.evaluate.word_level import ProbeOptions
 from llm2vec_ds.evaluate.word_task import WordTask, run_word_task
 from llm2vec_ds.process.child_command import run_command
+from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 from llm2vec_ds.storage.durable import replace_json, replace_text
 from llm2vec_ds.storage.output_folder import check_no_foreign, check_reads_no_output
 from llm2vec_ds.storage.reading import checked_json
@@ -54,32 +58,42 @@ class Ablation:
             UserError: a mistake that the user can fix.
         """
         self._check()
-        texts = self._texts()
+        self._write_texts()
         results: dict[str, dict[str, Any]] = {}
         for seed in self.recipe.seeds:
             for run in runs_of(self.recipe.variants):
-                self._train(run, seed, texts)
+                self._train(run, seed)
             for variant in self.recipe.variants:
                 results.setdefault(variant, {})[str(seed)] = self._measure(variant, seed)
                 self._write(results)
         return self._write(results)
 
     def _check(self) -> None:
-        from llm2vec_ds.evaluate.mteb_tasks import tasks_for
-
-        if self.recipe.evaluate.sentences:
-            tasks_for(self.recipe.evaluate.sentences)
+        """Refuses a mistake of any stage before the first one is trained."""
+        for run in runs_of(self.recipe.variants):
+            data = self._recipe(run, self.recipe.seeds[0]).data
+            if data.path not in self._texts.values():
+                find_source(data.path, f"stages.{run.rpartition('+')[2]}.data.path")
         for words in self.recipe.evaluate.words.values():
             WordTask(words.train, words.test, words.column).check()
+        _ = self._evaluation_key  # it reads the data of all tasks
         what = f"--output {self.output}"
         text = [Path(self.recipe.text)] if self.recipe.text else []
-        check_reads_no_output([self.output / f"{name}.txt" for name in TEXTS], text, what)
+        check_reads_no_output([*map(Path, self._texts.values())], text, what)
         check_no_foreign(self.output, what, WRITTEN, marks=["runs", "results.json"])
         with writing(what):
             (self.output / "runs").mkdir(parents=True, exist_ok=True)
 
+    @property
     def _texts(self) -> dict[str, str]:
-        """Writes the paragraphs, held-out paragraphs and sentences. Returns their files."""
+        """Files of the paragraphs, held-out paragraphs and sentences."""
+        return {name: str(self.output / f"{name}.txt") for name in TEXTS}
+
+    @cached_property
+    def _evaluation_key(self) -> str:
+        return evaluation_key(self.recipe.evaluate)
+
+    def _write_texts(self) -> None:
         material = training_text(Path(self.recipe.text) if self.recipe.text else None)
         lines = {
             "paragraphs": material.paragraphs,
@@ -87,11 +101,10 @@ class Ablation:
             "sentences": material.sentences,
         }
         for name, texts in lines.items():
-            file, text = self.output / f"{name}.txt", "\n".join(texts) + "\n"
+            file, text = Path(self._texts[name]), "\n".join(texts) + "\n"
             if not file.exists() or file.read_bytes() != text.encode():
                 with writing(file):
                     file.write_text(text, encoding="utf-8")
-        return {name: str(self.output / f"{name}.txt") for name in lines}
 
     def folder(self, variant: str, seed: int) -> str:
         """Returns where the variant's encoder is. A variant without training is the model itself."""
@@ -104,35 +117,38 @@ class Ablation:
     def _run_folder(self, run: str, seed: int) -> Path:
         return self.output / "runs" / f"seed-{seed}" / run
 
-    def _train(self, run: str, seed: int, texts: dict[str, str]) -> None:
-        before, _, stage = run.rpartition("+")
+    def _train(self, run: str, seed: int) -> None:
         folder = self._run_folder(run, seed)
-        recipe = self._stage_recipe(run, stage, self.folder(before, seed), seed, texts)
-        file, text = folder.with_name(f"{run}.yaml"), yaml.safe_dump(recipe, sort_keys=False)
-        key = result_key(text, weights_key(recipe["model"]["path"]))
-        done = folder.with_name(f"{run}.done")
-        if done.exists() and done.read_text(encoding="utf-8", errors="replace") == key:
+        key = training_key(self._recipe(run, seed))
+        begun, done, file = (folder.with_name(f"{run}.{end}") for end in ("begun", "done", "yaml"))
+        if _holds(done, key):
             log.info("%s, seed %s: already trained", run, seed)
             return
-        begun = folder.with_name(f"{run}.begun")
-        going_on = (
-            ["resume=true"]
-            if begun.exists() and begun.read_text(encoding="utf-8", errors="replace") == key
-            else []
-        )
+        going_on = ["resume=true"] if _holds(begun, key) else []
         with writing(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
+            if not going_on:  # what is there belongs to another recipe, data or model
+                done.unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+            values = self._stage_recipe(run, seed)
+            file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
             replace_text(begun, key)
         log.info("llm2vec-ds train %s", " ".join([str(file), *going_on]))
         if run_command("train", str(file), *going_on):
             raise UserError(f"training stopped (see above): repeat it with llm2vec-ds train {file}")
         replace_text(done, key)
 
-    def _stage_recipe(
-        self, run: str, stage: str, start: str, seed: int, texts: dict[str, str]
-    ) -> dict[str, Any]:
-        trains, values = self.recipe.trains(stage), self.recipe.stage_values(stage, self.budget)
+    def _recipe(self, run: str, seed: int) -> Recipe:
+        return parse_recipe(self._stage_recipe(run, seed), source=f"stages.{run.rpartition('+')[2]}")
+
+    def _stage_recipe(self, run: str, seed: int) -> dict[str, Any]:
+        """Returns the recipe of a run, which starts from the run before it."""
+        before, _, stage = run.rpartition("+")
+        texts, trains, values = (
+            self._texts,
+            self.recipe.trains(stage),
+            self.recipe.stage_values(stage, self.budget),
+        )
         data = dict(values.pop("data", {}))
         own = {
             "mntp": {"path": texts["paragraphs"], "held_out_path": texts["held_out"], "long_texts": "split"},
@@ -141,13 +157,13 @@ class Ablation:
         }.get(trains)
         if "path" not in data and own is None:
             raise UserError(f"stages.{stage}.data.path is missing: set it, this stage needs its own data")
-        if values.get("distil", {}).get("teacher_layer"):
+        if (values.get("distil") or {}).get("teacher_layer"):
             # The teacher that needs no other model: a layer of the untrained one.
             values["distil"] = {"teacher": self.model, **values["distil"]}
         causal = run.startswith("uni")
         return {
             "stage": trains,
-            "model": {"path": start, "causal": causal, **values.pop("model", {})},
+            "model": {"path": self.folder(before, seed), "causal": causal, **values.pop("model", {})},
             "data": {**({} if "path" in data else own or {}), **data},
             "output_dir": str(self._run_folder(run, seed)),
             "overwrite": True,
@@ -158,8 +174,7 @@ class Ablation:
     def _measure(self, variant: str, seed: int) -> dict[str, Any]:
         model = self.folder(variant, seed)
         file = self.output / "scores" / f"{variant}.seed-{seed}.json"
-        evaluate = self.recipe.evaluate
-        key = result_key(weights_key(model), model, variant, evaluate.model_dump())
+        key = score_key(model, variant, self._evaluation_key)
         stored = _stored(file)
         if stored is not None and stored.key == key:
             log.info("%s, seed %s: already measured", variant, seed)
@@ -235,6 +250,10 @@ class Ablation:
         return totals
 
 
+def _holds(file: Path, key: str) -> bool:
+    return file.exists() and file.read_text(encoding="utf-8", errors="replace") == key
+
+
 @dataclass(frozen=True)
 class _Measured:
     """A variant's scores with one seed, and what they were measured on."""
@@ -256,7 +275,8 @@ def _stored(file: Path) -> _Measured | None:
 
 def run_ablation(recipe: AblationRecipe, budget: str | None, output: Path) -> dict[str, Any]:
     """Runs an ablation. See `Ablation.run`."""
-    return Ablation(recipe, budget, output, recipe.model or str(demo_model_dir())).run()
+    model = str(demo_model_dir()) if recipe.model is None else encoder_of(recipe.model)
+    return Ablation(recipe, budget, output, model).run()
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:

@@ -110,7 +110,7 @@ def model_meta(model: str, encoder: RankEncoder, instructions: Mapping[str, str]
     parts = [
         weights_key(model),
         getattr(trunk.config, "_commit_hash", None),
-        bool(getattr(trunk.config, "is_causal", True)),
+        encoder.encoder.causal,
         str(trunk.dtype),
         vars(settings),
         None if instructions is None else dict(instructions),

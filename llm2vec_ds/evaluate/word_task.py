@@ -95,9 +95,8 @@ def _over_seeds(
 def _key(encoder: Encoder, model: str, task: WordTask, source: str) -> str:
     trunk, settings = encoder.trunk, encoder.settings
     data = source if source.startswith(HUB) else file_sha256(Path(source))
-    causal = bool(getattr(trunk.config, "is_causal", True))
     weights = weights_key(model)
-    return result_key(weights, causal, str(trunk.dtype), vars(settings), data, task.max_sentences)
+    return result_key(weights, encoder.causal, str(trunk.dtype), vars(settings), data, task.max_sentences)
 
 
 def table(result: Mapping[str, Any]) -> str:

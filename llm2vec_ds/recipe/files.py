@@ -53,6 +53,8 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Re
     stages = values.pop("stages")
     if not isinstance(stages, dict) or not stages or set(stages) - set(SECTIONS):
         raise UserError(f"recipe {path}: the keys of `stages` must be among {', '.join(SECTIONS)}")
+    if strange := [name for name, own in stages.items() if own is not None and not isinstance(own, dict)]:
+        raise UserError(f"recipe {path}: stage `{strange[0]}` has keys of its own: write them below it")
     chosen = next((o.partition("=")[2] for o in reversed(given) if o.startswith("stage=")), None)
     if chosen is not None and chosen not in stages:
         raise UserError(f"recipe {path} has no stage {chosen!r}: it has {', '.join(stages)}")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from llm2vec_ds.ablation.keys import evaluation_key, score_key
 from llm2vec_ds.ablation.recipe import AblationRecipe, load_ablation, runs_of
 from llm2vec_ds.ablation.run import Ablation, run_ablation, table
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.evaluation_files import conllu, pairs_file
 from tests.support.tiny import text_file
 
@@ -47,29 +48,27 @@ def test_each_run_comes_after_the_one_it_starts_from_and_once() -> None:
 def test_stage_recipes_are_valid_and_chained(tiny_model_dir: Path, tmp_path: Path) -> None:
     recipe = ablation_recipe(tmp_path, tiny_model_dir)
     ablation = Ablation(recipe, "quick", tmp_path / "out", str(tiny_model_dir))
-    texts = {name: f"{name}.txt" for name in ("paragraphs", "held_out", "sentences")}
-    first = parse_recipe(ablation._stage_recipe("bi+mntp", "mntp", ablation.folder("bi", 1), 1, texts))
+    first = ablation._recipe("bi+mntp", 1)
     assert first.model.path == str(tiny_model_dir)
-    assert (first.data.path, first.data.max_tokens, first.max_steps) == ("paragraphs.txt", 64, 2)
-    start = ablation.folder("bi+mntp", 1)
-    second = parse_recipe(ablation._stage_recipe("bi+mntp+simcse", "simcse", start, 1, texts))
+    assert (Path(str(first.data.path)).name, first.data.max_tokens) == ("paragraphs.txt", 64)
+    assert first.max_steps == 2
+    second = ablation._recipe("bi+mntp+simcse", 1)
     assert second.model.path == f"{first.output_dir}/encoder"
-    assert (second.data.path, second.max_steps, second.batch.global_batch_size) == ("sentences.txt", 1, 4)
-    causal = ablation._stage_recipe("uni+simcse", "simcse", ablation.folder("uni", 1), 1, texts)
-    assert parse_recipe(causal).model.causal
+    assert (Path(str(second.data.path)).name, second.max_steps) == ("sentences.txt", 1)
+    assert second.batch.global_batch_size == 4
+    assert ablation._recipe("uni+simcse", 1).model.causal
     with pytest.raises(UserError, match=r"stages\.supervised\.data\.path is missing"):
-        ablation._stage_recipe("bi+supervised", "supervised", "x", 1, texts)
+        ablation._recipe("bi+supervised", 1)
 
 
 def test_the_shipped_recipe_gives_valid_stages() -> None:
     for budget in ("quick", "cpu", "full", None):
         recipe = load_ablation(SHIPPED, budget)
         ablation = Ablation(recipe, budget, Path("out"), "model")
-        texts = dict.fromkeys(("paragraphs", "held_out", "sentences"), "x.txt")
         for run in runs_of(recipe.variants):
-            values = ablation._stage_recipe(run, run.rpartition("+")[2], "model", 42, texts)
-            assert parse_recipe(values).max_steps == {"full": 1000}.get(budget or "", values["max_steps"])
-    taught = parse_recipe(ablation._stage_recipe("bi+mntp+self_distil", "self_distil", "trained", 42, texts))
+            steps = ablation._stage_recipe(run, 42)["max_steps"]
+            assert ablation._recipe(run, 42).max_steps == {"full": 1000}.get(budget or "", steps)
+    taught = ablation._recipe("bi+mntp+self_distil", 42)
     assert (taught.stage, taught.distil.teacher, taught.distil.teacher_layer) == ("distil", "model", 1)
     assert recipe.variants[:5] == ["uni", "bi", "bi+mntp", "bi+simcse", "bi+mntp+simcse"]
     changed = load_ablation(SHIPPED, None, ["seeds=[1,2]", "evaluate.words.pos.train=a.conllu"])
@@ -89,13 +88,99 @@ def test_two_settings_of_one_stage_have_two_names(tiny_model_dir: Path, tmp_path
         budgets={"quick": {"simcse_slow": {"max_steps": 5}}},
     )
     ablation = Ablation(recipe, "quick", tmp_path / "out", str(tiny_model_dir))
-    texts = {name: f"{name}.txt" for name in ("paragraphs", "held_out", "sentences")}
-    slow = parse_recipe(ablation._stage_recipe("bi+simcse_slow", "simcse_slow", "model", 1, texts))
-    assert (slow.stage, slow.max_steps, slow.data.path) == ("simcse", 5, "sentences.txt")
+    slow = ablation._recipe("bi+simcse_slow", 1)
+    assert (slow.stage, slow.max_steps, Path(str(slow.data.path)).name) == ("simcse", 5, "sentences.txt")
     assert slow.output_dir.endswith("bi+simcse_slow")
-    plain = parse_recipe(ablation._stage_recipe("bi+simcse", "simcse", "model", 1, texts))
+    plain = ablation._recipe("bi+simcse", 1)
     assert (plain.stage, plain.max_steps) == ("simcse", 2)
     assert [ablation.has_mntp(variant) for variant in recipe.variants] == [False, False, True, True]
+
+
+def test_a_run_is_trained_again_if_anything_it_depends_on_has_changed(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[str, ...]] = []
+    monkeypatch.setattr("llm2vec_ds.ablation.run.run_command", lambda *a: trained.append(a[2:]))
+    text = tmp_path / "own.txt"
+    text.write_text("one text\n")
+
+    def train(**changes: Any) -> int:
+        stage = {"data": {"path": str(text)}, **changes}
+        recipe = ablation_recipe(tmp_path, tiny_model_dir, variants=["bi+simcse"], stages={"simcse": stage})
+        Ablation(recipe, None, tmp_path / "out", str(tiny_model_dir))._train("bi+simcse", 1)
+        return len(trained)
+
+    (tmp_path / "out").mkdir()
+    assert (train(), train()) == (1, 1)
+    text.write_text("another text, in the same place\n")
+    assert (train(), train()) == (2, 2)
+    assert (train(max_steps=7), train(max_steps=7)) == (3, 3)
+    assert train() == 4, "the folder holds the run of the recipe in between"
+    assert set(trained) == {()}, "none of these goes on with another run"
+
+
+def test_a_stopped_run_goes_on_and_a_changed_one_starts_in_an_empty_folder(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = ablation_recipe(tmp_path, tiny_model_dir, variants=["bi+simcse"])
+    folder = tmp_path / "out" / "runs" / "seed-1" / "bi+simcse"
+    calls: list[tuple[tuple[str, ...], bool]] = []
+
+    def stopped(*arguments: str) -> int:
+        calls.append((arguments[2:], folder.exists()))
+        folder.mkdir(exist_ok=True)
+        return 3
+
+    monkeypatch.setattr("llm2vec_ds.ablation.run.run_command", stopped)
+    for budget in (None, None, "quick", "quick"):
+        ablation = Ablation(recipe, budget, tmp_path / "out", str(tiny_model_dir))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        ablation._write_texts()
+        with pytest.raises(UserError, match="training stopped"):
+            ablation._train("bi+simcse", 1)
+    assert calls == [((), False), (("resume=true",), True), ((), False), (("resume=true",), True)]
+
+
+def test_scores_are_measured_again_if_data_or_settings_have_changed(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    evaluate = ablation_recipe(tmp_path, tiny_model_dir).evaluate
+    model = tmp_path / "encoder"
+    shutil.copytree(tiny_model_dir, model)
+
+    def key() -> str:
+        return score_key(str(model), "bi", evaluation_key(evaluate))
+
+    keys = [key()]
+    assert key() == keys[0]
+    pairs = Path(evaluate.sentences[0].removeprefix("sts:"))
+    pairs.write_text(pairs.read_text().replace("the", "a", 1))
+    keys.append(key())
+    words = Path(evaluate.words["pos"].train)
+    words.write_text(words.read_text().replace("NOUN", "VERB", 1))
+    keys.append(key())
+    (model / "llm2vec_ds.json").write_text('{"pooling": "last"}')
+    keys.append(key())
+    assert len(set(keys)) == 4
+
+
+def test_a_mistake_in_a_later_stage_is_found_before_the_first_is_trained(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm2vec_ds.ablation.run.run_command", lambda *a: pytest.fail("trained"))
+    for supervised, message in (
+        ({"max_steps": 2}, "stages.supervised.data.path is missing"),
+        ({"data": {"path": "none.jsonl"}}, "none.jsonl not found"),
+        ({"data": {"path": str(tmp_path / "text.txt")}, "max_step": 2}, "max_step"),
+    ):
+        recipe = ablation_recipe(
+            tmp_path,
+            tiny_model_dir,
+            variants=["bi+simcse", "bi+supervised"],
+            stages={"supervised": supervised},
+        )
+        with pytest.raises(UserError, match=message):
+            run_ablation(recipe, None, tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -147,21 +232,37 @@ def test_means_and_spread_over_seeds() -> None:
     assert table(scores).splitlines()[2:] == ["| uni | 0.300 ± 0.071 |  |", "| bi | 0.500 | 0.750 |"]
 
 
+START = "variants: [uni]\nevaluate: {sentences: [sts:x.csv]}"
+
+
 @pytest.mark.parametrize(
     ("values", "budget", "message"),
     [
-        ("variants: [uni]\nevaluate: {}", "quick", "it has none"),
-        ("variants: [uni+nli]\nevaluate: {}", None, "write uni or bi, then stages"),
-        ("variants: [uni, uni]\nevaluate: {}", None, "give at least one variant, and each only once"),
-        ("variants: [uni]\nevaluate: {}\nseeds: []", None, "`seeds`"),
-        ("variants: [uni]\nevaluate: {}\nsteps: 3", None, "`steps`"),
-        ("variants: [uni]\nevaluate: {}\nstages: {nli: {}}", None, "stage 'nli' is unknown"),
-        ("variants: [uni]\nevaluate: {}\nstages: {nli: {stage: nlp}}", None, "stage 'nli' is unknown"),
-        ("variants: [uni]\nevaluate: {}\nstages: {nli: {stage: [mntp]}}", None, "stage 'nli' is unknown"),
-        ("variants: [uni]\nevaluate: {}\nstages: {mntp: {stage: simcse}}", None, "give it another name"),
-        ("variants: [uni]\nevaluate: {}\nstages: {a/b: {stage: simcse}}", None, "a name has letters"),
-        ("variants: [uni]\nevaluate: {}\nbudgets: {x: {nli: {}}}", None, "not in `stages`"),
-        ("variants: [uni]\nevaluate: {}\nbudgets: {x: {mntp: {stage: x}}}", None, "cannot change `stage`"),
+        (f"{START}", "quick", "it has none"),
+        ("variants: [uni+nli]\nevaluate: {sentences: [a]}", None, "write uni or bi, then stages"),
+        ("variants: [uni, uni]\nevaluate: {}", None, "give at least one of the variants, and each only once"),
+        (f"{START}\nseeds: []", None, "`seeds`"),
+        (f"{START}\nsteps: 3", None, "`steps`"),
+        (f"{START}\nstages: {{nli: {{}}}}", None, "stage 'nli' is unknown"),
+        (f"{START}\nstages: {{nli: {{stage: nlp}}}}", None, "stage 'nli' is unknown"),
+        (f"{START}\nstages: {{nli: {{stage: [mntp]}}}}", None, "stage 'nli' is unknown"),
+        (f"{START}\nstages: {{mntp: {{stage: simcse}}}}", None, "give it another name"),
+        (f"{START}\nstages: {{a/b: {{stage: simcse}}}}", None, "a name has letters"),
+        (f"{START}\nbudgets: {{x: {{nli: {{}}}}}}", None, "not in `stages`"),
+        (f"{START}\nbudgets: {{x: {{mntp: {{stage: x}}}}}}", None, "cannot change `stage`"),
+        ("variants: [uni]\nevaluate: {}", None, "`evaluate` measures nothing"),
+        (f"{START}\nstages: {{mntp: 5}}", None, "`stages.mntp`: write the keys of its recipe below it"),
+        (f"{START}\nstages: {{mntp: {{seed: 7}}}}", None, "the ablation itself sets `seed`"),
+        (
+            f"{START}\nbudgets: {{x: {{mntp: {{output_dir: y}}}}}}",
+            None,
+            "the ablation itself sets `output_dir`",
+        ),
+        (f"{START}\nstages: {{mntp: {{data: my.txt}}}}", None, "`data` has keys of its own"),
+        (f"{START}\nstages: {{distil: {{distil: minilm}}}}", None, "`distil` has keys of its own"),
+        (f"{START}\nbudgets: {{x: {{mntp: {{model: [a]}}}}}}", None, "`model` has keys of its own"),
+        (f"{START}\nseeds: [1, 1]", None, "give at least one of the seeds, and each only once"),
+        (f"{START}\nseeds: [-1]", None, "greater than or equal to 0"),
         ("- uni", None, "must be a YAML mapping"),
         ("a: [", None, "not valid YAML"),
     ],
