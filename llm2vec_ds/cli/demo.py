@@ -36,7 +36,7 @@ BaseModel = Annotated[
     str | None,
     typer.Option(
         help="Folder or hub id of another LLM. Default: SmolLM2-135M-Instruct, from PyPI.",
-        callback=expanded,
+        callback=encoder_place,
     ),
 ]
 Teacher = Annotated[
@@ -78,7 +78,7 @@ def demo(
     text: TextFile = None,
     model: BaseModel = None,
     seed: Annotated[
-        int, typer.Option(help="Seed for data order, masking, dropout and the adapters' start.")
+        int, typer.Option(help="Seed for data order, masking, dropout and the adapters' start.", min=0)
     ] = 42,
     teacher: Teacher = None,
     simcse: Annotated[bool, typer.Option("--simcse", help="SimCSE in place of distillation.")] = False,

@@ -163,10 +163,12 @@ def mteb(
         write_summary,
     )
     from llm2vec_ds.evaluate.mteb_tasks import tasks_for
+    from llm2vec_ds.evaluate.scores_file import OF_MTEB, read_scores
     from llm2vec_ds.evaluate.shards import ShardedEncoder, process_group
     from llm2vec_ds.process.full_memory import enough_memory
 
     output = output or Path("mteb-results") / short_name(model)
+    read_scores(output, OF_MTEB)
     given = read_instructions(instructions)
     tasks = tasks_for(task or [], benchmark, subset, exclude_self=exclude_self)
     with process_group() as device:
@@ -212,7 +214,7 @@ def words(
     ] = 4000,
     seed: Annotated[
         list[int] | None,
-        typer.Option(help="Seed of the linear layer. Repeat it for several runs. [default: 42]"),
+        typer.Option(help="Seed of the linear layer. Repeat it for several runs. [default: 42]", min=0),
     ] = None,
     as_json: AsJson = False,
     attention: Attention = "auto",
@@ -231,15 +233,17 @@ def words(
     from llm2vec_ds.encoder.encoder import Encoder
     from llm2vec_ds.encoder.of_run import short_name
     from llm2vec_ds.encoder.passes import lower_pass
+    from llm2vec_ds.evaluate.scores_file import OF_WORDS, read_scores
     from llm2vec_ds.evaluate.word_level import ProbeOptions
     from llm2vec_ds.evaluate.word_task import WordTask, run_word_task, table, write_scores
     from llm2vec_ds.process.full_memory import enough_memory
 
     task = WordTask(train, test, column, max_sentences)
     task.check()
+    output = output or Path("word-results") / short_name(model)
+    read_scores(output, OF_WORDS)
     encoder = Encoder.from_pretrained(model, causal=causal, attention=attention, precision=precision)
     probes = [ProbeOptions(max_steps=max_steps, seed=s) for s in seed or [42]]
-    output = output or Path("word-results") / short_name(model)
     with enough_memory(lower_pass(micro_batch_tokens)):
         result = run_word_task(
             encoder, model, task, probes, output / "features", micro_batch_tokens=micro_batch_tokens

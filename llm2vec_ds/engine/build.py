@@ -14,9 +14,10 @@ from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_al
 from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
 from llm2vec_ds.data.prepared_folder import largest_id_in
 from llm2vec_ds.data.prompts import template_for
-from llm2vec_ds.distributed import agreed, all_gather_object, rank
+from llm2vec_ds.distributed import agreed, all_gather_object, rank, world_size
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.settings import EncoderSettings
+from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.damage import check_ids, check_vocabulary
@@ -52,6 +53,11 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     tokenizer = tokenizer_of(recipe)
     prepared = prepared_groups(recipe, tokenizer)
     training, *held_out = (rows_of(recipe, groups) for groups in prepared)
+    if held_out and len(held_out[0]) < world_size():
+        raise UserError(
+            f"data.held_out_path has {len(held_out[0])} texts or pairs for {world_size()} ranks: give at "
+            "least one for each rank"
+        )
     stack = agreed(lambda: read_stack(recipe.model.path, recipe.model.quantization, recipe.adapter))
     # Adapters can only be merged into whole weights. ZeRO-3 splits those afterwards.
     options = _trunk_options(recipe, device, nullcontext if stack.merged else partition)

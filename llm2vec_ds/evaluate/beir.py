@@ -88,7 +88,7 @@ def _relevant(file: Path, queries: Any, corpus: Any) -> dict[str, dict[str, int]
             if relevance != float(score):
                 raise ValueError
         except (ValueError, OverflowError):
-            if number == 0:
+            if number == 0 and len(fields) == 3 and not _is_number(fields[2]):
                 continue  # the header
             raise UserError(f"{place}: expected query-id, corpus-id, score, separated by tabs") from None
         if query not in queries or document not in corpus:
@@ -96,6 +96,14 @@ def _relevant(file: Path, queries: Any, corpus: Any) -> dict[str, dict[str, int]
         own = relevant.setdefault(query, {})
         if own.setdefault(document, relevance) != relevance:
             raise UserError(f"{place}: {query} and {document} already have another score")
-    if not relevant:
-        raise UserError(f"{file} names no relevant document")
+    if not any(score > 0 for own in relevant.values() for score in own.values()):
+        raise UserError(f"{file} names no relevant document: one needs a score above 0")
     return relevant
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -20,9 +20,10 @@ from mteb.types import PromptType
 
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.identity import model_name, result_key, weights_key
+from llm2vec_ds.evaluate.scores_file import OF_MTEB, SCORES_FILE, read_scores
 from llm2vec_ds.evaluate.shards import RankEncoder
 from llm2vec_ds.storage.durable import replace_json, replace_text
-from llm2vec_ds.storage.reading import parse_yaml, read_json
+from llm2vec_ds.storage.reading import parse_yaml
 
 log = logging.getLogger(__name__)
 
@@ -233,11 +234,9 @@ def write_summary(result: Mapping[str, Any], output: Path) -> None:
     Raises:
         UserError: an earlier `scores.json` is damaged, or the files cannot be written.
     """
-    file = output / "scores.json"
-    if file.exists():
-        earlier = read_json(file, dict[str, Any], "remove it, and run the same command again")
-        if all(earlier.get(name) == result[name] for name in ("model", "revision", "mteb")):
-            result = {**result, **_with_means({**earlier["tasks"], **result["tasks"]})}
+    earlier = read_scores(output, OF_MTEB) or {}
+    if all(earlier.get(name) == result[name] for name in ("model", "revision", "mteb")):
+        result = {**result, **_with_means({**earlier["tasks"], **result["tasks"]})}
     with writing(f"--output {output}"):
-        replace_json(file, result)
+        replace_json(output / SCORES_FILE, result)
         replace_text(output / "scores.md", f"{result['model']}\n\n{table(result)}\n")

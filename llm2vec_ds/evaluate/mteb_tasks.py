@@ -21,13 +21,13 @@ from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from llm2vec_ds.data.prompts import is_text
-from llm2vec_ds.data.row_files import BadRows, format_or_none, rows_of
+from llm2vec_ds.data.row_files import COMPRESSIONS, FORMATS, BadRows, format_or_none, rows_of
 from llm2vec_ds.data.sources import find_source
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.beir import FILES, read_beir
 from llm2vec_ds.evaluate.pair_corpus import corpus_of_pairs
 from llm2vec_ds.evaluate.sts import load_graded_pairs
-from llm2vec_ds.storage.fingerprint import files_sha256
+from llm2vec_ds.storage.fingerprint import files_sha256, json_sha256
 
 SUBSETS = {
     "paper15": [
@@ -51,6 +51,8 @@ SUBSETS = {
 """`paper15`: 15 tasks of MTEB (eng, v1) on which the paper compares its variants. The list is not confirmed,
 because no public source of it was found."""
 
+LEAST_ROWS = 5
+"""Cross-validation of a classifier cuts the rows into this many parts."""
 TEXTS_OF_A_FILE = 500
 LOCAL = ("sts", "retrieval", "clustering", "classification")
 
@@ -141,12 +143,18 @@ def _metadata(path: Path, task_type: str, main_score: str, files: Sequence[Path]
     return TaskMetadata(
         name=f"{task_type}-{path.stem}",
         description=f"{task_type} on local data.",
-        dataset={"path": str(path), "revision": files_sha256(files)},
+        dataset={"path": str(path), "revision": _revision(path, files)},
         type=task_type,
         eval_splits=[split],
         eval_langs=["eng-Latn"],
         main_score=main_score,
     )
+
+
+def _revision(path: Path, files: Sequence[Path]) -> str:
+    """Returns a key of the files' content, and of their names in a folder, which are labels."""
+    content = files_sha256(files)
+    return json_sha256([content, [file.name for file in files]]) if path.is_dir() else content
 
 
 def _made(base: type, metadata: TaskMetadata, dataset: Any, **settings: Any) -> Any:
@@ -191,6 +199,8 @@ def _classification(path: Path) -> Any:
         return Dataset.from_dict({"text": [row["text"] for row in chosen], "label": labels})
 
     if not any("split" in row for row in rows):
+        if len(rows) < LEAST_ROWS:
+            raise UserError(f"{path}: without a column `split`, a task needs at least {LEAST_ROWS} rows")
         metadata = _metadata(path, "Classification", "accuracy", _files_of(path), "train")
         return _made(AbsTaskClassification, metadata, DatasetDict(train=part(rows)), is_cross_validation=True)
     parts = {name: [row for row in rows if row.get("split") == name] for name in ("train", "test")}
@@ -218,7 +228,7 @@ def _labelled(path: Path) -> list[dict[str, str]]:
     if path.is_dir():
         files = _files_of(path)
         rows = [row for file in files for row in islice(_texts_of(file), TEXTS_OF_A_FILE)]
-        if len(files) < 2:
+        if len({row["label"] for row in rows}) < 2:
             raise UserError(f"{path}: a task needs at least two files, whose names are the labels")
         return rows
     rows = []
@@ -237,7 +247,7 @@ def _files_of(path: Path) -> Sequence[Path]:
 
 def _texts_of(file: Path) -> Iterator[dict[str, str]]:
     """Yields each text once, with the file's name (without endings) as its label."""
-    label, seen = file.name.partition(".")[0], set()
+    label, seen = _without_endings(file), set()
     for row, place in rows_of(file, ["text"], BadRows(), ["query"]):
         text = row.get("text") or row.get("query")
         if not isinstance(text, str) or not is_text(text):
@@ -245,6 +255,14 @@ def _texts_of(file: Path) -> Iterator[dict[str, str]]:
         if text not in seen:
             seen.add(text)
             yield {"text": text, "label": label}
+
+
+def _without_endings(file: Path) -> str:
+    """Returns a file's name without the endings of its compression and format."""
+    name = file.name
+    for endings in (COMPRESSIONS, FORMATS):
+        name = next((name.removesuffix(end) for end in endings if name.lower().endswith(end)), name)
+    return name
 
 
 def _is_given(value: Any) -> bool:

@@ -13,6 +13,7 @@ from llm2vec_ds.data.tagged import HUB, TaggedSentence, load_tagged
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.identity import result_key, weights_key
+from llm2vec_ds.evaluate.scores_file import OF_WORDS, SCORES_FILE, read_scores
 from llm2vec_ds.evaluate.word_features import SHIFTS, WordFeatures, word_features
 from llm2vec_ds.evaluate.word_level import ProbeOptions, probe
 from llm2vec_ds.storage.durable import replace_json
@@ -110,7 +111,12 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def write_scores(result: Mapping[str, Any], output: Path) -> None:
-    """Writes `scores.json` into `output`."""
+    """Writes `scores.json` into `output`.
+
+    Raises:
+        UserError: a `scores.json` there is of `evaluate mteb`, or the file cannot be written.
+    """
+    read_scores(output, OF_WORDS)
     with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
-        replace_json(output / "scores.json", result)
+        replace_json(output / SCORES_FILE, result)

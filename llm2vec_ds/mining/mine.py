@@ -246,8 +246,9 @@ class _Mining:
                     *(torch.from_numpy(found).to(device) for found in (place, document)),
                 )
                 candidates_ND = documents[: corpus.n_candidates]
+                last_rank = min(self.options.last_rank, corpus.n_candidates)
                 ranked = best_rows(
-                    query_BD, candidates_ND, self.options.last_rank, limits, rows_per_tile=DOCUMENTS_PER_TILE
+                    query_BD, candidates_ND, last_rank, limits, rows_per_tile=DOCUMENTS_PER_TILE
                 )
                 others = (document < corpus.n_candidates) & (document != positive[place])
                 skipped = {OTHERS: int(np.count_nonzero(others)), NEAR: int(ranked.n_near_B.sum())}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -99,6 +100,8 @@ class _Scoring:
         if self.note.exists() and self.rows.exists():
             self.progress = read_json(self.note, _Progress, f"remove {folder} to start again")
         self.rows.touch()
+        if self.rows.stat().st_size < self.progress.n_bytes:
+            raise UserError(f"{self.rows} is damaged (it is cut off): remove {folder} to start again")
 
     def run(self, shard: Shard) -> int:
         n_all = sum(1 for _ in self._stream())
@@ -150,6 +153,7 @@ class _Scoring:
             texts = {options.query_column: row.query, options.positive_column: row.positive}
             values = {**texts, options.negative_column: row.negatives, SCORES: own}
             lines.append(json.dumps(values, ensure_ascii=False) + "\n")
+        os.truncate(self.rows, self.progress.n_bytes)  # a killed run may have written more than it noted
         end = write_at(self.rows, "".join(lines).encode(), self.progress.n_bytes)
         self.progress = _Progress(self.progress.n_rows + len(block), end)
         replace_json(self.note, asdict(self.progress))

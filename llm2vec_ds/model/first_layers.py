@@ -12,7 +12,8 @@ from llm2vec_ds.errors import UserError
 def keep_first_layers(trunk: Any, n_layers: int) -> None:
     """Lets the trunk end after `n_layers` layers, and without its final norm. What comes later is dropped.
 
-    Its output is then what transformers calls `hidden_states[n_layers]`.
+    Its output is then what transformers calls `hidden_states[n_layers]`, except after the last layer: there
+    transformers applies the final norm, and this does not.
 
     Raises:
         UserError: the trunk has fewer layers, or they have other names than `layers` and `norm`.

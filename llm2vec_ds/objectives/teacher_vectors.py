@@ -30,7 +30,7 @@ from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.recipe.sections import DataConfig
 from llm2vec_ds.storage.cache_folder import cache_root
 from llm2vec_ds.storage.durable import replace_json, write_at
-from llm2vec_ds.storage.fingerprint import key_of
+from llm2vec_ds.storage.fingerprint import json_sha256, key_of
 from llm2vec_ds.storage.kept_folder import keep, read_kept
 from llm2vec_ds.storage.reading import read_json
 from llm2vec_ds.vectors.files import VECTOR_FORMATS, VectorNote, load_vectors, vector_files
@@ -181,7 +181,12 @@ class _Making:
                 f"{key} {teacher} holds finished vectors, which are of no layer: remove {key}_layer, or name "
                 "the model"
             )
-        rows = TextRows(find_source(note.input, f"the input of {teacher}"), note.text_column, 0, note.n_rows)
+        source = find_source(note.input, f"the input of {teacher}")
+        if note.input_key not in (None, json_sha256(source.identity())):
+            raise UserError(
+                f"{key} {teacher}: {note.input} has changed since it was encoded: encode it again"
+            )
+        rows = TextRows(source, note.text_column, 0, note.n_rows)
         bare = np.fromiter((-1 if text is None else _bare(text) for text in rows), dtype=np.int64)
         if len(bare) != note.n_rows:
             raise UserError(

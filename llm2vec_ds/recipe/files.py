@@ -87,7 +87,8 @@ def _stage_values(
     for override in [o for o in overrides if o.startswith("output_dir=")]:
         apply_override(values, override)
     root = values.get("output_dir")
-    values = _laid_over(values, {"output_dir": f"{root}/{name}"} if root else {})
+    if root and isinstance(root, str):  # validation reports anything else
+        values = _laid_over(values, {"output_dir": f"{root}/{name}"})
     if before:
         values = _laid_over(values, {"model": {"path": f"{root}/{before[-1]}/encoder"}})
     values = _laid_over(values, own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,10 +69,9 @@ def read_folders(folders: Sequence[Path]) -> ReportData:
         UserError: a folder is missing, holds nothing that can be shown, or a file in it is damaged.
     """
     data = ReportData()
-    for folder in folders:
+    for folder, label in _labelled(folders).items():
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder")
-        label = folder.name if len(folders) > 1 else ""
         found = [read(data, folder, label) for read in (_ablation, _demo, _evaluation, _merge, _run)]
         if not any(found):
             raise UserError(
@@ -79,6 +79,17 @@ def read_folders(folders: Sequence[Path]) -> ReportData:
                 "give the folder of a training run, an ablation, a demo, an evaluation or a merge"
             )
     return data
+
+
+def _labelled(folders: Sequence[Path]) -> dict[Path, str]:
+    """Returns a label for each folder: the end of its path that no other folder shares. "" if it is alone."""
+    parts = {folder: folder.absolute().parts for folder in folders}
+    if len(parts) == 1:
+        return dict.fromkeys(parts, "")
+    n_parts = next(
+        n for n in count(1) if len({own[-n:] for own in parts.values()}) == len(set(parts.values()))
+    )
+    return {folder: "/".join(own[-n_parts:]) for folder, own in parts.items()}
 
 
 def _json(file: Path, shape: type[T]) -> T:
@@ -105,7 +116,7 @@ def _run(data: ReportData, folder: Path, label: str, name: str = "") -> bool:
         return False
     recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else ""
-    stage = next((line.split(": ")[1] for line in text.splitlines() if line.startswith("stage: ")), "")
+    stage = next((line.split(": ")[1] for line in text.splitlines() if line.startswith("stage: ")), "run")
     shown = _prefixed(label, name or folder.name) if name else label or folder.name
     data.runs.append(Run(shown, stage, steps, _lines(folder / "held_out.jsonl"), text))
     if not name and (folder / "encoder").is_dir():

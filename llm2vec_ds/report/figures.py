@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,16 @@ def figures_of(data: ReportData, examples: Mapping[str, Examples]) -> list[Figur
     figures += [_merged(what, data) for what in dict.fromkeys(curve.measured for curve in data.curves)]
     for name, found in examples.items():
         figures += [_map(name, found), _similarities(name, found)]
-    return figures
+    return list(_with_distinct_names(figures))
+
+
+def _with_distinct_names(figures: Sequence[Figure]) -> Iterator[Figure]:
+    """Numbers figures of one name. Names that differ in signs alone, such as `F1-a` and `F1 a`, give one."""
+    seen: Counter[str] = Counter()
+    for figure in figures:
+        seen[figure.name] += 1
+        again = seen[figure.name]
+        yield figure if again == 1 else replace(figure, name=f"{figure.name}_{again}")
 
 
 def _overview(data: ReportData) -> list[Figure]:
@@ -89,6 +99,7 @@ def _drawn_on(name: str, caption: str, draw: Callable[[Any], int], size: tuple[f
         "axes.spines.right": False,
         "font.size": 10,
         "legend.frameon": False,
+        "text.parse_math": False,  # names may hold a dollar sign
     }
     with matplotlib.rc_context(style):
         figure = Canvas(figsize=size, layout="constrained")

@@ -11,6 +11,7 @@ import numpy as np
 
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.settings import stored_settings
 from llm2vec_ds.errors import writing
 from llm2vec_ds.evaluate.identity import result_key, weights_key
 from llm2vec_ds.report.data import ReportData, read_folders
@@ -73,7 +74,7 @@ def _examples(data: ReportData, cache: Path) -> dict[str, Examples]:
     kept = _kept(cache)
     found = {}
     for name, (path, causal) in data.encoders.items():
-        key = result_key(path, weights_key(path), causal, SENTENCES)
+        key = result_key(path, weights_key(path), stored_settings(Path(path)), causal, SENTENCES)
         if key not in kept:
             log.info("%s: example sentences", name)
             made = examples_of(Encoder.from_pretrained(path, causal=causal))

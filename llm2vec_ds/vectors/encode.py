@@ -29,7 +29,7 @@ from llm2vec_ds.encoder.passes import CPU_TOKENS, lower_pass
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.process.full_memory import enough_memory
 from llm2vec_ds.storage.durable import move_file, replace_json, write_at
-from llm2vec_ds.storage.fingerprint import files_in, key_of
+from llm2vec_ds.storage.fingerprint import files_in, json_sha256, key_of
 from llm2vec_ds.storage.output_folder import check_reads_no_output
 from llm2vec_ds.storage.reading import read_json
 from llm2vec_ds.storage.work_folder import work_folder
@@ -217,6 +217,7 @@ class _Encoding:
     ) -> None:
         self.options, self.source, self.target, self.key = options, source, target, key
         self.folder = folder
+        self.input_key = json_sha256(source.identity())
         self.vectors = folder / "vectors.npy"
         self.rows = folder / f"rows{target.suffix}"
         self.progress = folder / "progress.json"
@@ -306,6 +307,7 @@ class _Encoding:
             dimensions=dimensions,
             llm2vec_ds_version=__version__,
             stored=options.stored,
+            input_key=self.input_key,
         )
         # An old note goes first, so that it never describes the new file.
         note_of(file).unlink(missing_ok=True)

@@ -70,6 +70,7 @@ class VectorNote:
         first_row: the input's row of the file's first vector.
         n_rows: rows of the input.
         n_rows_here: rows of this file.
+        input_key: changes if the input may have changed. None: an earlier version wrote the note.
     """
 
     key: str
@@ -84,6 +85,7 @@ class VectorNote:
     dimensions: Count
     llm2vec_ds_version: str
     stored: Stored = "float32"
+    input_key: str | None = None
 
     def write(self, file: Path) -> None:
         replace_json(note_of(file), asdict(self))

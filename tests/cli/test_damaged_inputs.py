@@ -16,6 +16,7 @@ from llm2vec_ds.demo.model import demo_model_dir
 from llm2vec_ds.evaluate.sts import load_graded_pairs
 from llm2vec_ds.recipe.sections import DataConfig
 from tests.support.damage import DEEP, JSON_DAMAGE, RANDOM, Damage, damage, save_nan_llama
+from tests.support.evaluation_files import pairs_file
 from tests.support.in_process import assert_reads, error_line, run
 from tests.support.runs import recipe, write_recipe
 from tests.support.tiny import save_tiny_llama, tiny_tokenizer
@@ -239,7 +240,10 @@ def test_a_file_in_place_of_a_folder(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     (tmp_path / "p.jsonl").write_text('{"query": "fish", "positive": "trout"}\n')
-    (tmp_path / "a.yaml").write_text(f"model: {tiny_model_dir}\nvariants: [bi]\nevaluate: {{}}\n")
+    task = f"sts:{pairs_file(tmp_path)}"
+    (tmp_path / "a.yaml").write_text(
+        f"model: {tiny_model_dir}\nvariants: [bi]\nevaluate: {{sentences: ['{task}']}}\n"
+    )
     path = write_recipe(recipe("simcse", tiny_model_dir, texts_file, tmp_path / "r"), tmp_path / "r.yaml")
     monkeypatch.setenv("LLM2VEC_DS_CACHE", str(file / "c"))
     words = {

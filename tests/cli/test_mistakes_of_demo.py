@@ -43,6 +43,11 @@ MISTAKES = {
         ("demo", "--output", "TMP/demo"),
         files={"demo/metrics.json": b"{}"},
     ),
+    "a run without an encoder": Mistake(
+        "TMP/run is a run that has not finished, so it has no encoder: continue it with resume=true",
+        ("demo", "--output", "TMP/demo", "--model", "TMP/run"),
+        files={"run/recipe.yaml": b"", "run/metrics.jsonl": b""},
+    ),
     "demo output is a file": Mistake(
         "--output TMP/texts.txt cannot be written: File exists: choose a path that you can write to",
         ("demo", "--output", "TMP/texts.txt", "--model", "MODEL"),

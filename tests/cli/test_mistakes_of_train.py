@@ -108,6 +108,16 @@ MISTAKES = {
             b'{"query": "d", "positive": "e", "negative": []}\n'
         },
     ),
+    "a stage without keys": Mistake(
+        "recipe TMP/s.yaml: stage `mntp` has keys of its own: write them below it",
+        ("train", "TMP/s.yaml"),
+        files={"s.yaml": b"stages: {mntp: foo}\n"},
+    ),
+    "a list of folders": Mistake(
+        "TMP/s.yaml, stage mntp: `output_dir`: must be a valid string…",
+        ("train", "TMP/s.yaml"),
+        files={"s.yaml": b"output_dir: [a]\nmodel: {path: m}\ndata: {path: d.txt}\nstages: {mntp: null}\n"},
+    ),
     # Its batch and its engine.
     "batch larger than data": Mistake(
         "64 texts do not fill one batch of 1000: lower batch.global_batch_size, or give more data",

@@ -48,6 +48,9 @@ def test_forms_of_relevance(qrels: str, ids: tuple[Any, Any], tmp_path: Path) ->
         (QRELS + "0\t1\tnan\n", ("0", "1"), "line 4: expected query-id"),
         (QRELS + "0\t7\t1\n", ("0", "1"), "line 4: no such query or document"),
         (QRELS, ("0", None), "line 2: every line needs _id and text"),
+        ("0\t1\t0.5\n1\t0\t1\n", ("0", "1"), "line 1: expected query-id"),
+        ("0,1,1\n1\t0\t1\n", ("0", "1"), "line 1: expected query-id"),
+        ("0\t1\t0\n1\t0\t0\n", ("0", "1"), "names no relevant document: one needs a score above 0"),
     ],
 )
 def test_what_is_ambiguous_is_refused(qrels: str, ids: tuple[Any, Any], said: str, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_pairs_are_a_corpus_and_its_queries(tmp_path: Path) -> None:
 def test_files_of_a_folder_are_labels(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many different texts of each, of the column `text` or `query`."""
     monkeypatch.setattr(mteb_tasks, "TEXTS_OF_A_FILE", 2)
+    monkeypatch.setattr(mteb_tasks, "LEAST_ROWS", 4)
     folder = tmp_path / "sources"
     folder.mkdir()
     write(folder / "web.jsonl", [{"query": text, "positive": "x"} for text in ("a", "b", "a", "c")])
@@ -50,6 +51,26 @@ def test_files_of_a_folder_are_labels(kind: str, tmp_path: Path, monkeypatch: py
     labels = split["labels" if kind == "clustering" else "label"]
     assert len(set(labels)) == 2
     assert labels[texts.index("a")] == labels[texts.index("b")]
+
+
+def test_names_of_files_are_whole_labels_and_part_of_the_revision(tmp_path: Path) -> None:
+    """A year in a name is no ending. Other names are other labels, so stored results are of another task."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    for year in (2020, 2021):
+        write(folder / f"news.{year}.jsonl", [{"text": f"{year} text {i}"} for i in range(5)])
+    (task,) = tasks_for([f"clustering:{folder}"])
+    task.load_data()
+    assert set(task.dataset["test"]["labels"]) == {"news.2020", "news.2021"}
+    (folder / "news.2021.jsonl").rename(folder / "web.jsonl")
+    (renamed,) = tasks_for([f"clustering:{folder}"])
+    assert renamed.metadata.revision != task.metadata.revision
+
+
+def test_a_classifier_needs_a_row_for_each_part(tmp_path: Path) -> None:
+    write(tmp_path / "few.jsonl", [{"text": str(i), "label": i % 2} for i in range(4)])
+    with pytest.raises(UserError, match="without a column `split`, a task needs at least 5 rows"):
+        tasks_for([f"classification:{tmp_path / 'few.jsonl'}"])
 
 
 @pytest.mark.parametrize(

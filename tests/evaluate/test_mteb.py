@@ -26,7 +26,12 @@ from llm2vec_ds.evaluate.mteb import (
     write_summary,
 )
 from llm2vec_ds.evaluate.mteb_tasks import SUBSETS, tasks_for
+from llm2vec_ds.evaluate.scores_file import OF_MTEB, OF_WORDS
 from llm2vec_ds.evaluate.shards import RankEncoder, ShardedEncoder
+from llm2vec_ds.evaluate.word_task import WordTask, _key
+from tests.support.evaluation_files import conllu
+from tests.support.in_process import error_line, run
+from tests.support.model_types import build
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_tiny_llama, sentences, tiny_llama, tiny_tokenizer
 
@@ -156,6 +161,36 @@ def test_another_model_or_instruction_is_another_revision(folder: Path, tmp_path
     assert model_meta(str(folder), RankEncoder(causal), None).revision != plain
     other = save_tiny_llama(tmp_path / "other")
     assert wrapped(other).mteb_model_meta.revision != plain
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_attention_is_part_of_a_result_whatever_switch_the_model_has(model_type: str, tmp_path: Path) -> None:
+    """Gemma 3 has a switch of its own, and no `is_causal`."""
+    data = conllu(tmp_path / "words.conllu", 5)
+    task, keys = WordTask(str(data), str(data)), set()
+    for causal in (False, True):
+        encoder = Encoder(build(model_type, causal=causal).base_model, tiny_tokenizer())
+        assert encoder.causal == causal
+        keys.add(model_meta("model", RankEncoder(encoder), None).revision)
+        keys.add(_key(encoder, "model", task, str(data)))
+    assert len(keys) == 4
+
+
+def test_scores_of_the_other_command_are_refused(
+    folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before anything is measured."""
+    file, words = tmp_path / "scores.json", str(conllu(tmp_path / "words.conllu", 5))
+    mteb = ["mteb", "--task", f"sts:{data / 'pairs.csv'}"]
+    of_words = ["words", "--train", words, "--test", words]
+    for written, asked, other in ((OF_WORDS, mteb, "words"), (OF_MTEB, of_words, "mteb")):
+        file.write_text(json.dumps({"model": "x", written: {}}))
+        assert run(monkeypatch, "evaluate", *asked, "--model", folder, "--output", tmp_path) == 2
+        assert error_line(capsys) == f"{file} is of `evaluate {other}`: choose another --output"
 
 
 def test_queries_get_the_instruction_and_documents_stay_bare(folder: Path) -> None:

@@ -106,6 +106,11 @@ def test_equals_brute_force_in_double_precision(changes: dict[str, Any], make: M
     assert sum(map(len, expected)) > len(expected)  # there is something to find
 
 
+def test_ranks_beyond_the_corpus_cost_no_memory(make: Make, tmp_path: Path) -> None:
+    all_ranks = mined(make(last_rank=10**9), tmp_path / "all.jsonl")
+    assert all_ranks == mined(make(last_rank=1000), tmp_path / "some.jsonl")
+
+
 def test_the_corpus_is_all_positives_where_none_is_named(make: Make, tmp_path: Path) -> None:
     options = make(corpus=None, negatives=50)
     rows = mined(options, tmp_path / "out.jsonl")

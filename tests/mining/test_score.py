@@ -76,7 +76,7 @@ def test_killed_it_goes_on(
 
     def failing(self: Any, block: Any, scores: Any) -> None:
         if len(appended) == 2:
-            self.rows.open("ab").write(b'{"query": "half a ')
+            self.rows.open("ab").write(b'{"query": "half a ' + 10_000 * b"long ")
             raise KeyboardInterrupt
         append(self, block, scores)
         appended.append(len(block))

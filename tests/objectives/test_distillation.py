@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "distil.teacher TMP/few.npy holds finished vectors, which are of no layer: remove "
         "distil.teacher_layer, or name the model",
     ),
+    "changed texts": (
+        {"distil": {"teacher": "TMP/changed.npy"}, "data": "TMP/few.txt"},
+        "distil.teacher TMP/changed.npy: TMP/few.txt has changed since it was encoded: encode it again",
+    ),
+    "one held-out text": (
+        {"distil": {"teacher": "TMP/few.npy"}, "data": "TMP/few.txt", "held_out": "TMP/one.txt"},
+        "data.held_out_path has one text, and no other to compare it with: add some",
+    ),
     "not finite": (
         {"distil": {"teacher": "TMP/nan.npy", "teacher_whitening": 0.5}, "data": "TMP/few.txt"},
         "distil.teacher holds a NaN or an infinity: encode its texts again",
@@ -321,6 +330,9 @@ def test_mistakes_cost_one_line(
         "k", "m", str(tmp_path / "few.txt"), "text", None, False, 0, 4, 4, 40, "0.2"
     )
     note.write(tmp_path / "few.npy")
+    np.save(tmp_path / "changed.npy", few)
+    replace(note, input_key="another").write(tmp_path / "changed.npy")
+    (tmp_path / "one.txt").write_text(texts[0] + "\n")
     few[2, 3] = np.nan
     np.save(tmp_path / "nan.npy", few)
     note.write(tmp_path / "nan.npy")
@@ -336,7 +348,7 @@ def test_mistakes_cost_one_line(
     changes = json.loads(filled(json.dumps(changes)))
     if "data" in changes:
         values["batch"]["global_batch_size"] = 4
-        changes["data"] = {"path": changes["data"]}
+        changes["data"] = {"path": changes["data"], "held_out_path": changes.pop("held_out", None)}
     else:
         values["data"].pop("held_out_path")
     file = write_recipe({**values, **changes}, tmp_path / "r.yaml")

@@ -156,6 +156,33 @@ def test_a_report_without_a_model_does_not_load_one(ablation: Path, tmp_path: Pa
     assert write_report([ablation], tmp_path / "a.html", with_examples=False)
 
 
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """Else two models would be taken for two seeds of one."""
+    for name, score in (("x", 0.2), ("y", 0.8)):
+        (tmp_path / name / "scores").mkdir(parents=True)
+        task = {"type": "STS", "metric": "spearman", "main_score": score}
+        scores = {"model": "m", "tasks": {"STSB": task}}
+        (tmp_path / name / "scores" / "scores.json").write_text(json.dumps(scores))
+        run_folder(tmp_path / name / "run", "mntp")
+    folders = [tmp_path / name / part for name in "xy" for part in ("scores", "run")]
+    data = read_folders(folders)
+    assert data.scores == {"STSB": {"x/scores": [0.2], "y/scores": [0.8]}}
+    assert [run.name for run in data.runs] == ["x/run", "y/run"]
+
+
+def test_any_name_can_be_drawn(ablation: Path, tmp_path: Path) -> None:
+    """Dollar signs, names that differ in signs alone, and a run whose recipe is gone."""
+    results = json.loads((ablation / "results.json").read_text())
+    results["scores"] = {"cost $a_{$": {"1": {"F1-a": 0.5, "F1 a": 0.6}}}
+    (ablation / "results.json").write_text(json.dumps(results))
+    (run_folder(tmp_path / "bare", "mntp") / "recipe.yaml").unlink()
+    output = tmp_path / "report.html"
+    names = [f.name for f in write_report([ablation, tmp_path / "bare"], output, with_examples=False)]
+    assert {"score_f1_a", "score_f1_a_2", "run_loss"} <= set(names)
+    assert 'id="run_loss"' in output.read_text()
+    assert "cost $a_{$" in output.read_text()
+
+
 def test_folders_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         read_folders([tmp_path / "missing"])

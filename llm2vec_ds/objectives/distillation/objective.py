@@ -74,6 +74,8 @@ class Distillation(Objective):
             log.info("distil.teacher: vectors whitened to the power %g, by the training texts", power)
         training, held_out = TaughtTexts(parts.training, teacher, whitening, "data.path"), None
         if parts.held_out is not None and data.held_out_path is not None:
+            if section_of(recipe).similarity_weight and len(parts.held_out) < 2:
+                raise UserError("data.held_out_path has one text, and no other to compare it with: add some")
             teacher = TeacherVectors(teacher_folder(recipe, data.held_out_path))
             held_out = TaughtTexts(parts.held_out, teacher, whitening, "data.held_out_path")
         model = DistillationModel(parts.encoder, section_of(recipe), training.teacher.width, recipe.seed)
