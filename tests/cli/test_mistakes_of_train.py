@@ -197,6 +197,22 @@ def test_a_mistake_costs_one_line(name: str, costs_one_line: Callable[[Mistake],
     costs_one_line(MISTAKES[name])
 
 
+def test_fewer_held_out_texts_than_ranks(
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    texts_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "two.txt").write_text("one\nother\n")
+    values = recipe("mntp", tiny_model_dir, texts_file, tmp_path / "run")
+    values["data"]["held_out_path"] = str(tmp_path / "two.txt")
+    monkeypatch.setattr("llm2vec_ds.engine.build.world_size", lambda: 3)
+    assert run(monkeypatch, "train", write_recipe(values, tmp_path / "r.yaml")) == 2
+    said = "data.held_out_path has 2 texts or pairs for 3 ranks: give at least one for each rank"
+    assert error_line(capsys) == said
+
+
 def test_a_monitor_without_its_package(
     tmp_path: Path,
     tiny_model_dir: Path,
