@@ -144,11 +144,8 @@ class Ablation:
     def _stage_recipe(self, run: str, seed: int) -> dict[str, Any]:
         """Returns the recipe of a run, which starts from the run before it."""
         before, _, stage = run.rpartition("+")
-        texts, trains, values = (
-            self._texts,
-            self.recipe.trains(stage),
-            self.recipe.stage_values(stage, self.budget),
-        )
+        texts, trains = self._texts, self.recipe.trains(stage)
+        values = self.recipe.stage_values(stage, self.budget)
         data = dict(values.pop("data", {}))
         own = {
             "mntp": {"path": texts["paragraphs"], "held_out_path": texts["held_out"], "long_texts": "split"},
