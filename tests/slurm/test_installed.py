@@ -35,11 +35,9 @@ def run(*line: object, cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy: a build leaves folders beside its sources, and takes what an earlier one left."""
     folder = tmp_path_factory.mktemp("wheel")
-    parts = [ROOT / name for name in ("llm2vec_ds", "kernels", "recipes", "ds_configs", "slurm")]
-    for part in parts:
-        shutil.copytree(
-            part, folder / "source" / part.name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
-        )
+    for name in ("llm2vec_ds", "kernels", "recipes", "ds_configs", "slurm", "docs"):
+        left_out = shutil.ignore_patterns("__pycache__", "*.egg-info", "results")
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=left_out)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
     build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
