@@ -167,9 +167,12 @@ judge() { # decides what the step's exit code means for the job
     heed_stop_file
     requeue "$too_early"
   else
-    [ "$(job_state)" = RUNNING ] || exit_code=$code fail "ended by SLURM before it could save (the job is $(job_state)): submit it again to resume"
+    if [ "$(job_state)" != RUNNING ]; then
+      ! node_has_failed || exit "$code" # SLURM has found it in the meantime
+      exit_code=$code fail "ended by SLURM before it could save (the job is $(job_state)): submit it again to resume"
+    fi
     silent=$(silent_nodes | sort | tr '\n' ' ')
-    ! node_has_failed || exit "$code" # SLURM may have found it in the meantime
+    ! node_has_failed || exit "$code" # or now
     [ -z "$silent" ] || { requeue "lost node ${silent% }" && return; }
     exit_code=$code fail "training failed (code $code): $(last_error || true)"
   fi

@@ -159,8 +159,11 @@ LOST_NODE = """
 source <(sed '$d' slurm/train_7b.sh) # without its last line, which runs it
 cd "$1" && log=log log_lines_before=0 began=1 code=1 output_dir=run STOPPED_NOTE=none SLURM_JOB_ID=7
 touch log
-job_state() { [ ! -e found ] && echo RUNNING || echo COMPLETING; }
 scontrol() { echo Restarts=1; }
+trap ask_to_stop USR1 USR2 TERM
+"""
+FOUND_WHILE_IT_ASKS_THE_NODES = """
+job_state() { [ ! -e found ] && echo RUNNING || echo COMPLETING; }
 silent_nodes() { # while it asks the nodes, SLURM finds the lost one and sends TERM
   touch found
   echo 'srun: error: Node failure on n2' >>log
@@ -168,13 +171,18 @@ silent_nodes() { # while it asks the nodes, SLURM finds the lost one and sends T
   sleep 0.1
   echo n2
 }
-trap ask_to_stop USR1 USR2 TERM
-judge
+"""
+FOUND_AT_ONCE = """
+echo 'srun: error: Node failure on n2' >>log
+job_state() { [ -e asked ] && echo COMPLETING || { touch asked && echo RUNNING; }; }
 """
 
 
-def test_a_lost_node_that_slurm_finds_late_ends_the_attempt_once(tmp_path: Path) -> None:
-    outcome = run("-euo", "pipefail", "-c", LOST_NODE, "bash", str(tmp_path))
+@pytest.mark.parametrize("found", [FOUND_AT_ONCE, FOUND_WHILE_IT_ASKS_THE_NODES], ids=["at once", "later"])
+def test_a_lost_node_that_slurm_finds_late_ends_the_attempt_once(found: str, tmp_path: Path) -> None:
+    """After the script has first asked SLURM."""
+    script = f"{LOST_NODE}{found}judge\n"
+    outcome = run("-euo", "pipefail", "-c", script, "bash", str(tmp_path))
     assert outcome.returncode == 1, outcome
     (line,) = outcome.stdout.splitlines()
     assert line.startswith("train_7b: attempt 0 ends 20"), outcome
