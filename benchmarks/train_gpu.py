@@ -12,8 +12,8 @@
 The shape is that of SmolLM2-135M. Weights are random and texts are generated, because speed depends on
 neither. There is one JSON line a case: wall clock, processor and GPU time a step, real tokens a second,
 launches and waits for the device (torch's profiler counts both), and the first losses. If nothing is random
-in the first loss, ours and the plain one must agree: `ok` says so, and the exit code is else 1. `--cpu` runs
-in fp32, to check that the script works.
+in the first loss, ours and the plain one must agree: `ok` says whether they do. If not, the exit code is 1.
+`--cpu` runs in fp32, to check that the script works.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ judge() { # decides what the step's exit code means for the job
       exit_code=$code fail "ended by SLURM before it could save (the job is $(job_state)): submit it again to resume"
     fi
     silent=$(silent_nodes | sort | tr '\n' ' ')
-    ! node_has_failed || exit "$code" # or now
+    ! node_has_failed || exit "$code" # or while the script asked the nodes
     [ -z "$silent" ] || { requeue "lost node ${silent% }" && return; }
     exit_code=$code fail "training failed (code $code): $(last_error || true)"
   fi

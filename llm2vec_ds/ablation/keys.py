@@ -8,8 +8,7 @@ from typing import Any
 from llm2vec_ds.ablation.recipe import EvaluateConfig
 from llm2vec_ds.data.sources import HUB_PREFIX, find_source
 from llm2vec_ds.encoder.of_run import CONFIG, encoder_of
-from llm2vec_ds.encoder.settings import stored_settings
-from llm2vec_ds.evaluate.identity import result_key, weights_key
+from llm2vec_ds.evaluate.identity import encoder_key, result_key, weights_key
 from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.storage.fingerprint import file_sha256
 
@@ -45,13 +44,13 @@ def evaluation_key(evaluate: EvaluateConfig) -> str:
 
 def score_key(model: str, variant: str, evaluation: str) -> str:
     """Returns a key of a variant's scores: weights and settings of its encoder, and `evaluation_key`."""
-    return result_key(weights_key(model), stored_settings(Path(model)), model, variant, evaluation)
+    return result_key(encoder_key(model), model, variant, evaluation)
 
 
 def _other_model(place: str) -> Any:
     """Returns the content of a model, or the identity of a folder or file of vectors."""
     model = Path(encoder_of(place))
     if not model.exists() or (model / CONFIG).is_file():
-        return weights_key(str(model)), stored_settings(model)
+        return encoder_key(str(model))
     files = sorted(model.rglob("*")) if model.is_dir() else [model]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -80,10 +80,8 @@ class LastStage(NamedTuple):
         """Names the teacher, by the last part of its path. None: SimCSE has none."""
         if self.stage == "simcse":
             return None
-        name, layer = (
-            Path(self.section["distil"]["teacher"]).name,
-            self.section["distil"].get("teacher_layer"),
-        )
+        section = self.section["distil"]
+        name, layer = Path(section["teacher"]).name, section.get("teacher_layer")
         return name if layer is None else f"{name}, layer {layer}"
 
 

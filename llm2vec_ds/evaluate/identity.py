@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec_ds import __version__
+from llm2vec_ds.encoder.settings import stored_settings
 from llm2vec_ds.model.fingerprint import model_fingerprint
 from llm2vec_ds.storage.fingerprint import key_of
 
@@ -16,6 +17,11 @@ FORMAT_VERSION = 2
 def weights_key(model: str) -> str:
     """Returns a key of a folder's weights. A hub id is its own key."""
     return str(model_fingerprint(model)) if Path(model).is_dir() else model
+
+
+def encoder_key(model: str) -> str:
+    """Returns a key of all that an encoder's vectors depend on: its weights, and settings such as pooling."""
+    return result_key(weights_key(model), stored_settings(Path(model)))
 
 
 def result_key(*parts: Any) -> str:

@@ -25,5 +25,5 @@ def read_scores(output: Path, kind: str) -> dict[str, Any] | None:
     scores = read_json(file, dict[str, Any], "remove it, and run the same command again")
     if kind not in scores:
         other = "words" if kind == OF_MTEB else "mteb"
-        raise UserError(f"{file} is of `evaluate {other}`: choose another --output")
+        raise UserError(f"{file} was written by `evaluate {other}`: choose another --output")
     return scores

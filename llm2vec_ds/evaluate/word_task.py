@@ -114,7 +114,7 @@ def write_scores(result: Mapping[str, Any], output: Path) -> None:
     """Writes `scores.json` into `output`.
 
     Raises:
-        UserError: a `scores.json` there is of `evaluate mteb`, or the file cannot be written.
+        UserError: `evaluate mteb` wrote a `scores.json` there, or the file cannot be written.
     """
     read_scores(output, OF_WORDS)
     with writing(f"--output {output}"):

@@ -11,9 +11,8 @@ import numpy as np
 
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.encoder.settings import stored_settings
 from llm2vec_ds.errors import writing
-from llm2vec_ds.evaluate.identity import result_key, weights_key
+from llm2vec_ds.evaluate.identity import encoder_key, result_key
 from llm2vec_ds.report.data import ReportData, read_folders
 from llm2vec_ds.report.example_sentences import SENTENCES, TOPIC_OF, Examples, examples_of
 from llm2vec_ds.report.figures import Figure, figures_of
@@ -74,7 +73,7 @@ def _examples(data: ReportData, cache: Path) -> dict[str, Examples]:
     kept = _kept(cache)
     found = {}
     for name, (path, causal) in data.encoders.items():
-        key = result_key(path, weights_key(path), stored_settings(Path(path)), causal, SENTENCES)
+        key = result_key(path, encoder_key(path), causal, SENTENCES)
         if key not in kept:
             log.info("%s: example sentences", name)
             made = examples_of(Encoder.from_pretrained(path, causal=causal))

@@ -190,7 +190,7 @@ def test_scores_of_the_other_command_are_refused(
     for written, asked, other in ((OF_WORDS, mteb, "words"), (OF_MTEB, of_words, "mteb")):
         file.write_text(json.dumps({"model": "x", written: {}}))
         assert run(monkeypatch, "evaluate", *asked, "--model", folder, "--output", tmp_path) == 2
-        assert error_line(capsys) == f"{file} is of `evaluate {other}`: choose another --output"
+        assert error_line(capsys) == f"{file} was written by `evaluate {other}`: choose another --output"
 
 
 def test_queries_get_the_instruction_and_documents_stay_bare(folder: Path) -> None:
