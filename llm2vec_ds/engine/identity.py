@@ -38,7 +38,6 @@ FREE_KEYS = (
     "model.fused_layers",
     "model.cuda_graphs",
     "deepspeed",
-    "evaluation",
     "machine",
     "batch.micro_batch_tokens",
     "batch.halve_if_out_of_memory",

@@ -35,6 +35,11 @@ PART_BYTES = 2**30
 Tensors = dict[str, torch.Tensor]
 
 
+def weight_files(files: Iterable[str]) -> list[str]:
+    """Returns those files of a checkpoint that `TrainableState.write` wrote."""
+    return [file for file in files if file.startswith(f"{STEM}-")]
+
+
 class TrainableState:
     """Reads and sets the state of a model under a DeepSpeed engine. All ranks call each method together."""
 
@@ -96,7 +101,7 @@ class TrainableState:
         Raises:
             ValueError: the parameters are not those of this model.
         """
-        own = [file for file in files if file.startswith(f"{STEM}-")]
+        own = weight_files(files)
         self._load_files(folder, own, ("value", "step", *self._moments), self._read, self._write)
         if not self._moments:
             self._base_optimizer.state.clear()

@@ -11,6 +11,7 @@ import yaml
 
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.of_run import METRICS, RECIPE
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.export.scores import (
     Score,
@@ -82,14 +83,12 @@ def origin(source: Path) -> Origin:
     base: str | None = None
     folder: Path | None = _run_folder(source)
     while folder is not None:
-        recipe = _recipe(folder / "recipe.yaml")
+        recipe = _recipe(folder / RECIPE)
         stages.insert(0, (recipe, folder))
         base = _found(recipe.model.path, folder)
         before = _run_folder(Path(base)) if Path(base).is_dir() else None
         folder = before if before not in [seen for _, seen in stages] else None
-    scores_file = source / "metrics.json"
-    scores = read_json(scores_file, dict[str, dict[str, Any]], ELSEWHERE) if scores_file.is_file() else {}
-    return Origin(base, tuple(stages), scores)
+    return Origin(base, tuple(stages), _scores_of_demo(source))
 
 
 def _recipe(file: Path) -> Recipe:
@@ -109,9 +108,24 @@ def _found(path: str, run: Path) -> str:
 
 
 def _run_folder(folder: Path) -> Path | None:
-    """Returns the run folder for a run, its encoder/, or a demo's output."""
-    candidates = [folder, folder.parent, folder / "simcse", folder.parent / "simcse"]
-    return next((c for c in candidates if (c / "recipe.yaml").is_file()), None)
+    """Returns the run that an encoder comes from. For a demo it is that of its last stage.
+
+    Args:
+        folder: of a run, of a demo, or the encoder/ of one of them.
+    """
+    for place in (folder, folder.parent):
+        if (place / RECIPE).is_file():
+            return place
+        if (place / "mntp" / RECIPE).is_file():  # a demo
+            stages = [place / name for name in _scores_of_demo(place) if (place / name / RECIPE).is_file()]
+            return stages[-1] if stages else None
+    return None
+
+
+def _scores_of_demo(folder: Path) -> dict[str, Any]:
+    """Returns a demo's metrics.json: scores by stage, from first to last. Empty for another folder."""
+    file = folder / "metrics.json"
+    return read_json(file, dict[str, dict[str, Any]], ELSEWHERE) if file.is_file() else {}
 
 
 def licence(base: str | None, given: str | None) -> str | None:
@@ -252,7 +266,7 @@ def _data_name(path: str | list[str]) -> str:
 
 def _measured(folder: Path) -> tuple[str, str]:
     """Returns the number of trained tokens and the speed in tokens a second, from the run's metrics."""
-    file = folder / "metrics.jsonl"
+    file = folder / METRICS
     if not file.is_file():
         return "–", "–"
     steps = list(read_json_lines(file, _Step, ELSEWHERE))

@@ -13,6 +13,7 @@ from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.engine.build import encoder_before_training
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore
 from llm2vec_ds.engine.run_folder import CHECKPOINTS
+from llm2vec_ds.engine.trainable_state import weight_files
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.recipe.files import load_recipe
@@ -68,10 +69,13 @@ def _newest(run: Path, n_last: int) -> list[Checkpoint]:
 
 
 def _set(trunk: nn.Module, checkpoint: Checkpoint) -> None:
-    """Sets the trunk's trainable parameters from a checkpoint, which was checked before."""
+    """Sets the trunk's trainable parameters from a checkpoint, which was checked before.
+
+    Takes the weights themselves, not their moving average, which `optimizer.ema` saves beside them.
+    """
     parameters = {name: p for name, p in trunk.named_parameters() if p.requires_grad}
     missing = set(parameters)
-    for file in checkpoint.manifest.files:
+    for file in weight_files(checkpoint.manifest.files):
         with safe_open(checkpoint.folder / file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 name, _, part = key.rpartition("/")

@@ -299,29 +299,33 @@ def write_run(folder: Path, stage: str, model: str) -> None:
     recipe = {"stage": stage, "model": {"path": model}, "data": {"path": "private/texts.txt"}, "max_steps": 5}
     recipe |= {"batch": {"global_batch_size": 8}, "optimizer": {"lr": 1e-4}, "seed": 1}
     recipe |= {"adapter": {"rank": 4, "alpha": 8}, "output_dir": str(folder)}
+    recipe |= {"distil": {"teacher": model}} if stage == "distil" else {}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     (folder / "metrics.jsonl").write_text(json.dumps({"n_tokens": 1000, "step_ms": 500.0}) + "\n")
 
 
-def test_the_card_tells_stages_scores_and_licence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", ["simcse", "distil"])
+def test_the_card_tells_stages_scores_and_licence(tmp_path: Path, last: str) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "README.md").write_text("---\nlicense: llama2\n---\nA model.\n")
     (base / "LICENSE.txt").write_text("terms")
     write_run(tmp_path / "demo" / "mntp", "mntp", str(base))
-    write_run(tmp_path / "demo" / "simcse", "simcse", "demo/mntp/encoder")  # relative to where it was started
+    for stage in ("simcse", "distil"):  # one of them is left from an earlier, stopped demo
+        write_run(tmp_path / "demo" / stage, stage, "demo/mntp/encoder")  # relative to where it was started
     make(tmp_path / "demo" / "mntp" / "encoder")
     make(tmp_path / "demo" / "encoder")
-    scores = {"causal": {"sts_spearman": 0.25}, "simcse": {"sts_spearman": 0.5}, "run": {"sts": "pairs.csv"}}
+    scores = {name: {"sts_spearman": 0.25} for name in ("causal", "mntp")} | {last: {"sts_spearman": 0.5}}
+    scores["run"] = {"sts": "pairs.csv"}
     (tmp_path / "demo" / "metrics.json").write_text(json.dumps(scores))
-    found = origin(tmp_path / "demo")
-    assert [recipe.stage for recipe, _ in found.stages] == ["mntp", "simcse"]
+    for source in ("demo", "demo/encoder"):
+        assert [recipe.stage for recipe, _ in origin(tmp_path / source).stages] == ["mntp", last]
     export(tmp_path / "demo", tmp_path / "out", ExportOptions())
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: sentence-transformers\n")
     assert "license: llama2\n" in card
     assert "| mntp | texts.txt | 5 × 8 | 0.0001 | LoRA r=4, α=8 | 1,000 | 2,000 |" in card
-    assert "| simcse | 0.5000 |" in card
+    assert f"| {last} | 0.5000 |" in card
     assert "private" not in card
     assert str(tmp_path) not in card
     assert (tmp_path / "out" / "LICENSE.txt").read_text() == "terms"

@@ -104,11 +104,11 @@ def test_a_curve_over_a_task(
 def test_mean_of_the_last_checkpoints(
     trains: str, tiny_model_dir: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the tensors of each checkpoint: W, or W + α / r · B·A."""
+    """From the tensors of each checkpoint: W, or W + α / r · B·A. Their moving averages take no part."""
     adapter = {"rank": 4, "alpha": 8} if trains == "lora" else None
     values = recipe("simcse", tiny_model_dir, texts_file, tmp_path / "run", adapter=adapter)
     values |= {"checkpoint": {"every_steps": 1, "keep_last": 9}, "max_steps": 4}
-    values["optimizer"] = {"lr": 1e-2, "schedule": "constant"}
+    values["optimizer"] = {"lr": 1e-2, "schedule": "constant", "ema": 0.9}
     train(parse_recipe(values))
     assert run(monkeypatch, "merge", tmp_path / "run", "--last", 3, "--output", tmp_path / "soup") == 0
     found, start = weights_of(tmp_path / "soup"), weights_of(tiny_model_dir)
