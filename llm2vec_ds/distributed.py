@@ -235,7 +235,26 @@ def agreed(work: Callable[[], T]) -> T:
     return result
 
 
-def broadcast_object(value: Any) -> Any:
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 and returns its result on every rank. It is pickled.
+
+    Raises:
+        UserError: `work` raised it on rank 0. Every rank raises it.
+    """
+    outcome: tuple[Any, str] = (None, "")
+    if rank() == 0:
+        try:
+            outcome = (work(), "")
+        except UserError as error:
+            outcome = (None, str(error))
+    result, mistake = broadcast_object(outcome)
+    if mistake:
+        raise UserError(mistake)
+    first: T = result
+    return first
+
+
+def broadcast_object(value: T) -> T:
     """Returns rank 0's Python value on every rank. It is pickled."""
     if world_size() == 1:
         return value

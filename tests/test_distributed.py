@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,10 +11,12 @@ import torch.distributed as dist
 from llm2vec_ds import distributed
 from llm2vec_ds.distributed import (
     Ranks,
+    agreed,
     contact,
     export_ranks,
     gather_rows,
     meeting,
+    on_first_rank,
     ranks_from_environment,
 )
 from llm2vec_ds.errors import UserError
@@ -71,6 +75,31 @@ def test_gather_rows_of_unequal_ranks_with_the_gradient_of_all() -> None:
         assert rows[:, 0].tolist() == [0, 1, 1, 2, 2, 2]
     # Row n is weighted n by rank 0, 2n by rank 1 and 3n by rank 2.
     assert torch.cat([gradient for _, gradient in results])[:, 0].tolist() == [6, 12, 18, 24, 30, 36]
+
+
+def _said(run: Callable[[Callable[[], str]], str], rank: int, wrong: int) -> str:
+    """Runs work that fails on the rank `wrong`. Returns its result, or the mistake."""
+
+    def work() -> str:
+        if rank == wrong:
+            raise UserError(f"rank {rank} has no file")
+        return f"of rank {rank}"
+
+    try:
+        return run(work)
+    except UserError as error:
+        return str(error)
+
+
+def _shared(rank: int, world: int) -> list[str]:
+    return [_said(run, rank, wrong) for run in (on_first_rank, agreed) for wrong in range(-1, world)]
+
+
+def test_work_of_one_rank_and_of_all_fails_on_all() -> None:
+    one, other = run_ranks(_shared, 2)
+    first, failed, alone = "of rank 0", "rank 0 has no file", "rank 1 has no file"
+    assert one == [first, failed, first, first, failed, alone]
+    assert other == [first, failed, first, "of rank 1", failed, alone]
 
 
 @pytest.mark.parametrize(

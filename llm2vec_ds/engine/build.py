@@ -14,7 +14,7 @@ from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_al
 from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
 from llm2vec_ds.data.prepared_folder import largest_id_in
 from llm2vec_ds.data.prompts import template_for
-from llm2vec_ds.distributed import agreed, all_gather_object, rank, world_size
+from llm2vec_ds.distributed import agreed, on_first_rank, world_size
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.errors import UserError
@@ -93,14 +93,11 @@ def prepared_groups(recipe: Recipe, tokenizer: Any) -> list[Groups]:
     """
 
     def prepare() -> list[Groups]:
-        if rank() > 0:
-            return []
         folders = prepare_all(recipe, tokenizer)
         objective_of(recipe).prepare(recipe)
         return folders
 
-    folders = agreed(prepare)
-    return all_gather_object(folders)[0]
+    return on_first_rank(prepare)
 
 
 def rows_of(recipe: Recipe, groups: Groups) -> PreparedTexts | PreparedPairs:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm2vec_ds.distributed import agreed, rank
+from llm2vec_ds.distributed import on_first_rank, rank
 from llm2vec_ds.engine.run_folder import MONITOR, WANDB_RUN_ID
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.process.environment import set_variables
@@ -57,7 +57,7 @@ def wandb_run(recipe: Recipe, folder: Path) -> Iterator[None]:
     if "wandb" not in recipe.monitor:
         yield
         return
-    run_id = agreed(lambda: _stored_id(folder) if rank() == 0 else "")
+    run_id = on_first_rank(lambda: _stored_id(folder))
     values = {
         "WANDB_NAME": folder.resolve().name,
         "WANDB_DIR": str(folder / MONITOR),

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from llm2vec_ds.distributed import agreed, all_gather_object, rank
+from llm2vec_ds.distributed import on_first_rank
 from llm2vec_ds.encoder.of_run import is_finished
 from llm2vec_ds.engine.build import prepared_groups, rows_of, tokenizer_of
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore
@@ -25,18 +25,16 @@ def is_done(recipe: Recipe, folder: Path) -> bool:
     Raises:
         UserError: the recipe asks to resume, but the finished run is another one.
     """
-    if not all_gather_object(bool(recipe.resume) and is_finished(folder))[0]:
+    if not on_first_rank(lambda: bool(recipe.resume) and is_finished(folder)):
         return False
     objective = objective_of(recipe)
     data = rows_of(recipe, prepared_groups(recipe, tokenizer_of(recipe))[0])
 
     def differences() -> list[str]:
-        if rank() > 0:
-            return []
         fingerprint = objective.data_fingerprint(recipe, data)
         return changes_of_run(folder, identity_of(recipe, fingerprint))
 
-    changed = all_gather_object(agreed(differences))[0]
+    changed = on_first_rank(differences)
     if changed and recipe.resume != "force":
         raise another_run(folder, changed)
     return not changed

@@ -11,11 +11,9 @@ import torch
 
 from llm2vec_ds.distributed import (
     Ranks,
-    agreed,
-    all_gather_object,
     contact,
     export_ranks,
-    rank,
+    on_first_rank,
     ranks_from_environment,
 )
 from llm2vec_ds.encoder.of_run import with_encoders_of_runs
@@ -90,7 +88,7 @@ def _locked(recipe: Recipe, folder: Path) -> Iterator[None]:
             check_run_folder(recipe, folder)
             clear_unfinished(folder)
 
-        agreed(lambda: lock() if rank() == 0 else None)
+        on_first_rank(lock)
         yield
 
 
@@ -107,16 +105,14 @@ def _train(
     config = deepspeed_config(recipe, ranks.world_size, dtype)
     stage = build_stage(recipe, device, partition_for(config))
     recipe = _with_steps(recipe, stage.global_batch.steps_per_epoch)
-    identity = agreed(lambda: identity_of(recipe, stage.data_fingerprint) if rank() == 0 else {})
+    identity = on_first_rank(lambda: identity_of(recipe, stage.data_fingerprint))
     store = CheckpointStore(
         folder / CHECKPOINTS,
         keep_last=recipe.checkpoint.keep_last,
         lowest_is_best=recipe.checkpoint.lowest_is_best,
     )
-    found = agreed(lambda: checkpoint_to_resume(recipe, folder, store, identity) if rank() == 0 else None)
-    checkpoint = all_gather_object(found)[0]
-    fresh = checkpoint is None
-    agreed(lambda: begin(recipe, folder, identity, fresh=fresh) if rank() == 0 else None)
+    checkpoint = on_first_rank(lambda: checkpoint_to_resume(recipe, folder, store, identity))
+    on_first_rank(lambda: begin(recipe, folder, identity, fresh=checkpoint is None))
     log.info(
         "%s: %s a step, %s steps, %s process(es)",
         recipe.stage,

@@ -17,10 +17,10 @@ from llm2vec_ds.data.batches import rank_slice
 from llm2vec_ds.data.prefetch import Prefetch
 from llm2vec_ds.distributed import (
     TRAFFIC,
-    all_gather_object,
     all_reduce_sum,
     barrier,
     contact,
+    on_first_rank,
     rank,
     world_size,
 )
@@ -108,7 +108,7 @@ class Trainer:
         self.graphed = use_graphs(recipe, stage, engine)
         if self.graphed is not None:
             self.graphed.while_recording = self.prefetch.paused
-        self._best_score: float | None = all_gather_object(store.best_score())[0]
+        self._best_score: float | None = on_first_rank(store.best_score)
 
     def run(self, checkpoint: Checkpoint | None = None) -> bool:
         """Runs all steps, or those that are left after `checkpoint`.
@@ -298,7 +298,7 @@ class Trainer:
         Under ZeRO-3 each rank holds a part of the weights, so every rank takes part in gathering them. Rank 0
         writes.
         """
-        best = all_gather_object(self.store.best() if rank() == 0 else None)[0]
+        best = on_first_rank(self.store.best)
         if self.recipe.checkpoint.best_by and best is not None:
             log.info("the encoder is that of step %s, %s", best.step, self.recipe.checkpoint.best_by)
             self._load(best)  # loads the average of that step too

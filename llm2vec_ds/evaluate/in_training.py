@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-from llm2vec_ds.distributed import all_gather_object
+from llm2vec_ds.distributed import broadcast_object
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.mteb import MtebEncoder, measure
@@ -43,8 +43,7 @@ def in_training_evaluation(config: EvaluationConfig) -> Callable[[Encoder], dict
             scores[task.metadata.name] = measure(wrapped, task, None).value
         if words is not None:
             scores |= words(encoder)
-        first: dict[str, float] = all_gather_object(scores)[0]
-        return first
+        return broadcast_object(scores)
 
     return measured
 
