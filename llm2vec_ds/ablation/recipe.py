@@ -17,10 +17,10 @@ from pydantic import (
 )
 
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.recipe.files import apply_override
+from llm2vec_ds.recipe.files import apply_override, laid_over, read_recipe_file
 from llm2vec_ds.recipe.objectives import SECTIONS
 from llm2vec_ds.recipe.sections import Place, Section, WordsConfig
-from llm2vec_ds.storage.reading import parse_yaml
+from llm2vec_ds.storage.reading import explain
 
 
 class EvaluateConfig(Section):
@@ -119,7 +119,7 @@ class AblationRecipe(Section):
         """Returns the stage's recipe with the changes of the budget, without the key `stage`."""
         values = {key: value for key, value in self.stages.get(stage, {}).items() if key != "stage"}
         changes = self.budgets[budget].get(stage, {}) if budget else {}
-        return _merged(values, changes)
+        return laid_over(values, changes)
 
 
 def runs_of(variants: list[str]) -> Iterator[str]:
@@ -137,37 +137,14 @@ def load_ablation(path: Path, budget: str | None, overrides: list[str] | None = 
     Raises:
         UserError: there is no such file, it is no mapping, a key or budget is unknown, or a value is invalid.
     """
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(
-            f"recipe {path}: {error.strerror}: give a file such as recipes/smollm2_ablation.yaml"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
+    values = read_recipe_file(path)
     for override in overrides or []:
         apply_override(values, override)
     try:
         recipe = AblationRecipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {'; '.join(map(_in_words, error.errors()))}") from None
+        raise UserError(f"{path}: {'; '.join(map(explain, error.errors()))}") from None
     if budget is not None and budget not in recipe.budgets:
         known = ", ".join(recipe.budgets) or "none"
         raise UserError(f"--budget {budget!r} is not in {path}: it has {known}")
     return recipe
-
-
-def _in_words(mistake: Any) -> str:
-    key, message = ".".join(map(str, mistake["loc"])), mistake["msg"].removeprefix("Value error, ")
-    return f"`{key}`: {message}" if key else message
-
-
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(values)
-    for key, change in changes.items():
-        old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(change, dict)
-        merged[key] = _merged(old, change) if both else change  # type: ignore[arg-type]
-    return merged

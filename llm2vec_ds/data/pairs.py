@@ -21,7 +21,7 @@ from llm2vec_ds.data.sources import find_source
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.recipe import Recipe
 from llm2vec_ds.recipe.sections import DataConfig
-from llm2vec_ds.storage.reading import parse_yaml
+from llm2vec_ds.storage.reading import read_yaml_mapping
 
 log = logging.getLogger(__name__)
 
@@ -215,15 +215,9 @@ def _name(file: Path) -> str:
 
 def _read_instructions(path: Path) -> dict[str, Given]:
     """Reads the file of instructions. Returns its entries by source."""
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"data.pairs.instructions {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must be a YAML mapping of sources to instructions")
-    return {str(name): _given(path, str(name), value) for name, value in values.items()}
+    what, remedy = f"data.pairs.instructions {path}", "give a YAML file of instructions by source"
+    values = read_yaml_mapping(path, what, "sources to instructions", remedy)
+    return {name: _given(path, name, value) for name, value in values.items()}
 
 
 def _given(path: Path, name: str, value: Any) -> Given:

@@ -23,7 +23,7 @@ from llm2vec_ds.evaluate.identity import model_name, result_key, weights_key
 from llm2vec_ds.evaluate.scores_file import OF_MTEB, SCORES_FILE, read_scores
 from llm2vec_ds.evaluate.shards import RankEncoder
 from llm2vec_ds.storage.durable import replace_json, replace_text
-from llm2vec_ds.storage.reading import parse_yaml
+from llm2vec_ds.storage.reading import read_yaml_mapping
 
 log = logging.getLogger(__name__)
 
@@ -91,15 +91,11 @@ def read_instructions(file: str | None) -> dict[str, str] | None:
         return {}
     if file == "none":
         return None
-    try:
-        values = parse_yaml(Path(file).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"--instructions {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"--instructions {file}: {str(error)[:200]}") from None
-    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
-        raise UserError(f"--instructions {file} must map task names to instructions")
-    return {str(name): value for name, value in values.items()}
+    what, remedy = f"--instructions {file}", "give a JSON or YAML file of instructions by task"
+    values = read_yaml_mapping(Path(file), what, "task names to instructions", remedy)
+    if wrong := [name for name, value in values.items() if not isinstance(value, str)]:
+        raise UserError(f"{what}: the instruction of {wrong[0]!r} is no text")
+    return values
 
 
 def model_meta(model: str, encoder: RankEncoder, instructions: Mapping[str, str] | None) -> ModelMeta:

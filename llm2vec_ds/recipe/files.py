@@ -15,7 +15,7 @@ from llm2vec_ds.recipe.habits import answer_to
 from llm2vec_ds.recipe.objectives import SECTIONS
 from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 from llm2vec_ds.storage.durable import replace_file
-from llm2vec_ds.storage.reading import parse_yaml
+from llm2vec_ds.storage.reading import parse_yaml, read_yaml_mapping
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -45,7 +45,7 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Re
     Raises:
         UserError: as `load_recipe`.
     """
-    values, given = _read_yaml(Path(path)), overrides or []
+    values, given = read_recipe_file(Path(path)), overrides or []
     if "stages" not in values:
         for override in given:
             apply_override(values, override)
@@ -82,16 +82,16 @@ def _is_for(override: str, stage: str, *, is_first: bool, stages: list[str]) -> 
 def _stage_values(
     common: dict[str, Any], name: str, own: dict[str, Any], before: list[str], overrides: list[str]
 ) -> dict[str, Any]:
-    values = _laid_over(common, {"stage": name})
+    values = laid_over(common, {"stage": name})
     written_root = values.get("output_dir")
     for override in [o for o in overrides if o.startswith("output_dir=")]:
         apply_override(values, override)
     root = values.get("output_dir")
     if root and isinstance(root, str):  # validation reports anything else
-        values = _laid_over(values, {"output_dir": f"{root}/{name}"})
+        values = laid_over(values, {"output_dir": f"{root}/{name}"})
     if before:
-        values = _laid_over(values, {"model": {"path": f"{root}/{before[-1]}/encoder"}})
-    values = _laid_over(values, own)
+        values = laid_over(values, {"model": {"path": f"{root}/{before[-1]}/encoder"}})
+    values = laid_over(values, own)
     moved = {f"{written_root}/{stage}/encoder": f"{root}/{stage}/encoder" for stage in before}
     if isinstance(model := values.get("model"), dict):
         model["path"] = moved.get(str(model.get("path")), model.get("path"))
@@ -100,27 +100,23 @@ def _stage_values(
     return values
 
 
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Returns a new mapping with the keys of both. `above` wins, section by section."""
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in below.items()}
     for key, value in above.items():
         old = result.get(key)
-        result[key] = _laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        result[key] = laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(
-            f"recipe {path} not found: give the path of a YAML file. `llm2vec-ds init` writes recipes/"
-        )
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {path} must be a YAML mapping of keys to values")
-    return values
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """Returns the keys and values of a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, or is no YAML mapping.
+    """
+    remedy = "give the path of a YAML file. `llm2vec-ds init` writes recipes/"
+    return read_yaml_mapping(path, f"recipe {path}", "keys to values", remedy)
 
 
 def dump_recipe(recipe: Recipe, path: Path) -> None:

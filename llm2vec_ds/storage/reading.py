@@ -47,6 +47,28 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(TOO_DEEP) from None
 
 
+def read_yaml_mapping(file: Path, what: str, of: str, remedy: str) -> dict[str, Any]:
+    """Reads a YAML file that maps texts to values.
+
+    Args:
+        what: what the messages call the file, such as `recipe my.yaml`.
+        of: what it maps, such as `keys to values`.
+        remedy: what the user can do if the file cannot be read.
+
+    Raises:
+        UserError: the file cannot be read, is no YAML, or holds something else.
+    """
+    try:
+        values = parse_yaml(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror or error}): {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{what} is not valid YAML: {str(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{what} must be a YAML mapping of {of}")
+    return {str(key): value for key, value in values.items()}
+
+
 @cache
 def _unique_keys() -> Any:
     """Returns a safe loader that rejects a repeated key. PyYAML's own silently takes the last one."""

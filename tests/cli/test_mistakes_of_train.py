@@ -23,7 +23,8 @@ DEEPSPEED = {"deepspeed": "TMP/ds.json"}
 MISTAKES = {
     # The recipe.
     "no recipe": Mistake(
-        "recipe TMP/none.yaml not found: give the path of a YAML file. `llm2vec-ds init` writes recipes/",
+        "recipe TMP/none.yaml cannot be read (No such file or directory): give the path of a YAML file. "
+        "`llm2vec-ds init` writes recipes/",
         ("train", "TMP/none.yaml"),
     ),
     "not YAML": Mistake(

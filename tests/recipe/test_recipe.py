@@ -144,7 +144,7 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, content: str) -> None:
 
 
 def test_missing_file_and_missing_keys(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not found"):
+    with pytest.raises(UserError, match="cannot be read .No such file"):
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="`model` is missing; `data` is missing"):
         load_recipe(write(tmp_path, {"stage": "mntp", "output_dir": "o"}))
