@@ -219,6 +219,9 @@ def merge(
             callback=expanded,
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier encoder. Other files in its folder stay.")
+    ] = False,
 ) -> None:
     """Merge several encoders of one shape, or a run's last checkpoints, into one encoder.
 
@@ -233,27 +236,34 @@ def merge(
     if wrong := [name for name, value in given.items() if value is not None and name not in allowed]:
         raise UserError(f"{wrong[0]} has no effect here: leave it out, or see llm2vec-ds merge --help")
     if several:
-        _mix(encoders, output, weights, method, evaluate)
+        _mix(encoders, output, weights, method, evaluate, overwrite)
     elif last:
         from llm2vec_ds.export.soup import soup
 
-        steps = ", ".join(map(str, soup(Path(encoders[0]), last, output)))
+        steps = ", ".join(map(str, soup(Path(encoders[0]), last, output, overwrite=overwrite)))
         print(f"{output}: the mean of the checkpoints of steps {steps}")
     else:
-        _into_original(encoders[0], output, original)
+        _into_original(encoders[0], output, original, overwrite)
 
 
-def _into_original(encoder: str, output: Path, original: str | None) -> None:
+def _into_original(encoder: str, output: Path, original: str | None, overwrite: bool) -> None:
     from llm2vec_ds.export.merge import merge_into_original
 
-    difference = merge_into_original(Path(encoder), output, original)
+    difference = merge_into_original(Path(encoder), output, original, overwrite=overwrite)
     print(
         f"{output}: cosine with the vectors of {encoder}: mean {difference.mean_cosine:.4f}, "
         f"lowest {difference.least_cosine:.4f} ({difference.n_texts} texts)"
     )
 
 
-def _mix(sources: list[str], output: Path, weights: str | None, method: str, evaluate: str | None) -> None:
+def _mix(
+    sources: list[str],
+    output: Path,
+    weights: str | None,
+    method: str,
+    evaluate: str | None,
+    overwrite: bool,
+) -> None:
     from llm2vec_ds.export.mix import mix
 
     try:
@@ -267,7 +277,14 @@ def _mix(sources: list[str], output: Path, weights: str | None, method: str, eva
         (found,) = measured(encoder).items()
         return found
 
-    points = mix(sources, output, weights=parsed, method=method, measure=measure if measured else None)
+    points = mix(
+        sources,
+        output,
+        weights=parsed,
+        method=method,
+        measure=measure if measured else None,
+        overwrite=overwrite,
+    )
     for point in points:
         print(f"{'  '.join(f'{weight:.2f}' for weight in point.weights)}  {point.score:.4f}")
     picture = f". To draw the curve: llm2vec-ds report {output}" if len(points) > 1 else ""

@@ -45,7 +45,7 @@ from llm2vec_ds.export.sentence_transformers import (
 )
 from llm2vec_ds.export.vllm import vllm_notes
 from llm2vec_ds.model.pooling import POOLINGS
-from llm2vec_ds.storage.output_folder import check_replaceable, replaced_folder
+from llm2vec_ds.storage.output_folder import check_new_folder, replaced_folder
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def export(source: Path, output: Path, options: ExportOptions) -> list[str]:
     folder = find_encoder(source)
     what = f"--output {output}"
     _check(options)
-    check_output(output, what, [source, folder], options.overwrite)
+    check_new_folder(output, what, [source, folder], options.overwrite)
     encoder = load_for_export(folder, options)
     as_modules = plan(encoder) if options.format == "sentence-transformers" else None
     found = origin(source)
@@ -179,17 +179,6 @@ def _check(options: ExportOptions) -> None:
         raise UserError(f"--format {options.format!r} is unknown: choose {', '.join(FORMATS)}, onnx or gguf")
     if options.dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {options.dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
-
-
-def check_output(output: Path, what: str, sources: list[Path], overwrite: bool) -> None:
-    """Checks that the output folder may be written or replaced.
-
-    Raises:
-        UserError: it holds files of others, or it exists and `overwrite` is not given.
-    """
-    place = check_replaceable(output, what, sources)
-    if place.exists() and not overwrite:
-        raise UserError(f"{what} exists: choose another, or give --overwrite")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

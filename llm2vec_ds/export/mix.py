@@ -12,7 +12,7 @@ import torch
 
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.storage.durable import replace_json
+from llm2vec_ds.export.merged_folder import check_merged_folder, save_merged
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ def mix(
     method: str = "linear",
     measure: Measure | None = None,
     n_points: int = 11,
+    overwrite: bool = False,
 ) -> list[Point]:
     """Writes the mixed encoder to `output`, in fp32. The first source gives pooling, template and tokenizer.
 
@@ -55,9 +56,11 @@ def mix(
         The curve, or the one point that was measured; [] without `measure`. `output/merge.json` has it, too.
 
     Raises:
-        UserError: an option is wrong, the sources have different shapes, or `output` exists.
+        UserError: an option is wrong, the sources have different shapes, or `output` exists and `overwrite`
+            is false.
     """
-    _check(sources, output, weights, method, measure)
+    _check(sources, weights, method, measure)
+    check_merged_folder(output, sources, overwrite)
     encoder = _load(sources[0], None)
     states = [_state(encoder), *(_state(_load(source, encoder)) for source in sources[1:])]
     for source, state in zip(sources[1:], states[1:], strict=True):
@@ -76,15 +79,14 @@ def mix(
     best = max(points, key=lambda point: point.score).weights if points else None
     final = best or (chosen[0] if chosen else [1 / len(sources)] * len(sources))
     encoder.trunk.load_state_dict(mixed(states, final, method))
-    encoder.save(output)
-    values = {
+    note = {
         "sources": list(sources),
         "method": method,
         "weights": final,
         "measured": measured,
         "curve": [*map(asdict, points)],
     }
-    replace_json(output / "merge.json", values)
+    save_merged(encoder, output, note=note)
     return points
 
 
@@ -114,11 +116,7 @@ def _mixed(tensors: Sequence[torch.Tensor], weights: Sequence[float], method: st
 
 
 def _check(
-    sources: Sequence[str],
-    output: Path,
-    weights: Sequence[float] | None,
-    method: str,
-    measure: Measure | None,
+    sources: Sequence[str], weights: Sequence[float] | None, method: str, measure: Measure | None
 ) -> None:
     if method not in METHODS:
         raise UserError(f"--method {method!r} is unknown: choose {' or '.join(METHODS)}")
@@ -132,8 +130,6 @@ def _check(
         )
     if weights is not None and not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
         raise UserError(f"--weights add up to {sum(weights):g}: make them add up to 1")
-    if output.exists():
-        raise UserError(f"{output} exists: choose another --output")
 
 
 def _load(source: str, like: Encoder | None) -> Encoder:

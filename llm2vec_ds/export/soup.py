@@ -10,11 +10,12 @@ from safetensors import safe_open
 from torch import nn
 
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.of_run import CHECKPOINTS, RECIPE
 from llm2vec_ds.engine.build import encoder_before_training
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore
-from llm2vec_ds.engine.run_folder import CHECKPOINTS
 from llm2vec_ds.engine.trainable_state import weight_files
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.export.merged_folder import check_merged_folder, save_merged
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.recipe.files import load_recipe
 from llm2vec_ds.recipe.recipe import Recipe
@@ -25,7 +26,7 @@ ENCODER_PREFIX = "encoder.trunk."
 """Prefix of the trunk's parameter names in the model of every objective."""
 
 
-def soup(run: Path, n_last: int, output: Path) -> list[int]:
+def soup(run: Path, n_last: int, output: Path, *, overwrite: bool = False) -> list[int]:
     """Writes the mean of the newest `n_last` valid checkpoints to `output`.
 
     Adapters are merged before averaging. The mean of products B·A is not the product of the means.
@@ -34,13 +35,13 @@ def soup(run: Path, n_last: int, output: Path) -> list[int]:
         The steps of these checkpoints, newest first.
 
     Raises:
-        UserError: `run` is not a run, has too few valid checkpoints, or trains over NF4; or `output` exists.
+        UserError: `run` is not a run, has too few valid checkpoints, or trains over NF4. Or `output` exists
+            and `overwrite` is false.
     """
-    if output.exists():
-        raise UserError(f"{output} exists: choose another --output")
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} is not a run, it has no recipe.yaml: give the folder of a run")
-    recipe = load_recipe(run / "recipe.yaml")
+    check_merged_folder(output, [run], overwrite)
+    if not (run / RECIPE).is_file():
+        raise UserError(f"{run} is not a run, it has no {RECIPE}: give the folder of a run")
+    recipe = load_recipe(run / RECIPE)
     if recipe.model.quantization is not None:
         raise UserError(
             f"{run} trains over NF4, so --last cannot average its checkpoints: merge its adapters without "
@@ -92,5 +93,5 @@ def _set(trunk: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _save(recipe: Recipe, encoder: Encoder, state: dict[str, torch.Tensor], output: Path) -> None:
     like = merged_state_dict(encoder.trunk)
-    encoder.save(output, {name: tensor.to(like[name].dtype) for name, tensor in state.items()})
+    save_merged(encoder, output, {name: tensor.to(like[name].dtype) for name, tensor in state.items()})
     log.info("%s: the mean of the last checkpoints of stage %s", output, recipe.stage)

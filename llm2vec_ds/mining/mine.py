@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -34,8 +33,9 @@ from llm2vec_ds.mining.reranker import Reranker
 from llm2vec_ds.process.full_memory import enough_memory
 from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.recipe.sections import PairsConfig
-from llm2vec_ds.storage.durable import move_file, replace_text, write_at
-from llm2vec_ds.storage.output_folder import check_reads_no_output
+from llm2vec_ds.storage.durable import move_file, replace_text
+from llm2vec_ds.storage.growing_files import append_at, create_array, fill_rows
+from llm2vec_ds.storage.output_folder import check_new_file, check_reads_no_output
 from llm2vec_ds.storage.reading import read_json
 from llm2vec_ds.storage.work_folder import work_folder
 
@@ -72,8 +72,7 @@ def mine(options: MiningOptions, output: Path, *, overwrite: bool = False) -> Co
     options.check()
     if output.suffix != ".jsonl":
         raise UserError(f"--output {output} must end in .jsonl")
-    if output.is_dir() or (output.exists() and not overwrite):
-        raise UserError(f"--output {output} exists: choose another, or give --overwrite")
+    check_new_file(output, f"--output {output}", overwrite)
     sources = [find_source(options.pairs, "--pairs")]
     if options.corpus is not None:
         sources.append(find_source(options.corpus, "--corpus"))
@@ -200,15 +199,11 @@ class _Mining:
         """Encodes the texts that are left. Returns normalised vectors, `[texts, D]` fp32, memory-mapped."""
         path, n_done = self.folder / f"{kind}.npy", self.progress.n_encoded[kind]
         if not n_done:
-            shape = (len(texts), self.encoder.trunk.config.hidden_size)
-            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+            create_array(path, (len(texts), self.encoder.trunk.config.hidden_size), np.float32)
         self._mapped(path, len(texts))  # checks that blocks of an earlier run are not damaged
         with Progress(f"encode {kind}", "text", total=len(texts), initial=n_done) as bar:
             for block in _blocks(n_done, len(texts), TEXTS_PER_BLOCK):
-                vectors = self._vectors(texts[block], instruction)
-                n_after = len(texts) - block[0]
-                # Written to the file, not assigned to the map. With a map, a full disk is a bus error.
-                write_at(path, vectors.tobytes(), -n_after * vectors[0].nbytes, os.SEEK_END)
+                fill_rows(path, len(texts), block[0], self._vectors(texts[block], instruction))
                 self.progress.n_encoded[kind] = int(block[-1]) + 1
                 self._write_note()
                 bar.update(len(block))
@@ -299,7 +294,7 @@ class _Mining:
     def _write_found(
         self, corpus: Corpus, block: np.ndarray, in_range: list[np.ndarray], skipped: dict[str, int]
     ) -> None:
-        """Writes the lines of a block of pairs. First removes what a killed run wrote after its last note."""
+        """Writes the lines of a block of pairs."""
         chosen = [self._choose(int(pair), rows) for pair, rows in zip(block, in_range, strict=True)]
         query, positive = corpus.pairs[block].T
         negatives = iter(corpus.documents[np.concatenate(chosen)])
@@ -308,8 +303,7 @@ class _Mining:
             for q, p, rows in zip(corpus.queries[query], corpus.documents[positive], chosen, strict=True)
         ]
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        os.truncate(self.found, self.progress.n_bytes)
-        self.progress.n_bytes = write_at(self.found, content, self.progress.n_bytes)
+        self.progress.n_bytes = append_at(self.found, self.progress.n_bytes, content)
         n_found = np.array([len(rows) for rows in chosen])
         self.progress.n_few += int(np.count_nonzero(n_found < self.options.negatives))
         self.progress.n_none += int(np.count_nonzero(n_found == 0))

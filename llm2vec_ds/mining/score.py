@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,9 +21,10 @@ from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.mining.reranker import MAX_TOKENS, Reranker
 from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.recipe.sections import PairsConfig
-from llm2vec_ds.storage.durable import move_file, replace_json, write_at
+from llm2vec_ds.storage.durable import move_file, replace_json
 from llm2vec_ds.storage.fingerprint import files_in, key_of
-from llm2vec_ds.storage.output_folder import check_reads_no_output
+from llm2vec_ds.storage.growing_files import append_at
+from llm2vec_ds.storage.output_folder import check_new_file, check_reads_no_output
 from llm2vec_ds.storage.reading import read_json
 from llm2vec_ds.storage.work_folder import work_folder
 from llm2vec_ds.vectors.files import Shard
@@ -77,8 +77,7 @@ def score(options: ScoreOptions, output: Path, shard: Shard | None = None, *, ov
     shard = shard or Shard()
     if output.suffix != ".jsonl":
         raise UserError(f"--output {output} must end in .jsonl")
-    if output.is_dir() or (output.exists() and not overwrite):
-        raise UserError(f"--output {output} exists: choose another, or give --overwrite")
+    check_new_file(output, f"--output {output}", overwrite)
     source = find_source(options.pairs, "PAIRS")
     check_reads_no_output([output], source.files, f"--output {output}")
     folder = output.with_name(f".{output.name}.scoring")
@@ -153,7 +152,6 @@ class _Scoring:
             texts = {options.query_column: row.query, options.positive_column: row.positive}
             values = {**texts, options.negative_column: row.negatives, SCORES: own}
             lines.append(json.dumps(values, ensure_ascii=False) + "\n")
-        os.truncate(self.rows, self.progress.n_bytes)  # a killed run may have written more than it noted
-        end = write_at(self.rows, "".join(lines).encode(), self.progress.n_bytes)
+        end = append_at(self.rows, self.progress.n_bytes, "".join(lines).encode())
         self.progress = _Progress(self.progress.n_rows + len(block), end)
         replace_json(self.note, asdict(self.progress))

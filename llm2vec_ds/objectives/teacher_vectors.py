@@ -11,7 +11,6 @@ The folder's name depends on the model, the prompt, and the texts with their ins
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -29,8 +28,9 @@ from llm2vec_ds.objectives.teacher_model import Encode, load_teacher
 from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.recipe.sections import DataConfig
 from llm2vec_ds.storage.cache_folder import cache_root
-from llm2vec_ds.storage.durable import replace_json, write_at
+from llm2vec_ds.storage.durable import replace_json
 from llm2vec_ds.storage.fingerprint import json_sha256, key_of
+from llm2vec_ds.storage.growing_files import create_array, fill_rows
 from llm2vec_ds.storage.kept_folder import keep, read_kept
 from llm2vec_ds.storage.reading import read_json
 from llm2vec_ds.vectors.files import VECTOR_FORMATS, VectorNote, load_vectors, vector_files
@@ -241,17 +241,13 @@ class _Making:
         for text in texts:
             vectors = encode([text, *islice(texts, TEXTS_PER_BLOCK - 1)])
             if not n_done:
-                shape = (n_texts, vectors.shape[1])
-                np.lib.format.open_memmap(self.vectors, mode="w+", dtype=np.float32, shape=shape)
+                create_array(self.vectors, (n_texts, vectors.shape[1]), np.float32)
             if not np.isfinite(vectors).all():
                 raise UserError(
                     f"{self.wanted.key} {self.wanted.teacher} gives vectors with a NaN or an infinity: "
                     "choose another model"
                 )
-            # A plain write raises an error if the disk is full. Assigning through the memory map would end
-            # the process with a bus error.
-            place = -(n_texts - n_done) * vectors.shape[1] * vectors.itemsize
-            write_at(self.vectors, vectors.tobytes(), place, os.SEEK_END)
+            fill_rows(self.vectors, n_texts, n_done, vectors)
             n_done += len(vectors)
             replace_json(self.progress, n_done)
             bar.update(len(vectors))

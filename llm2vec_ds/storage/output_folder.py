@@ -123,6 +123,28 @@ def check_replaceable(folder: Path, what: str, sources: Iterable[Path] = ()) -> 
     return place
 
 
+def check_new_folder(folder: Path, what: str, sources: Iterable[Path], overwrite: bool) -> None:
+    """Checks that a folder is new, or may be replaced.
+
+    Raises:
+        UserError: as `check_replaceable`. Or it exists, and `overwrite` is false.
+    """
+    if check_replaceable(folder, what, sources).exists() and not overwrite:
+        raise UserError(f"{what} exists: choose another, or give --overwrite")
+
+
+def check_new_file(file: Path, what: str, overwrite: bool) -> None:
+    """Checks that a file is new, or may be replaced.
+
+    Raises:
+        UserError: it is a folder. Or it exists, and `overwrite` is false.
+    """
+    if file.is_dir():
+        raise UserError(f"{what} is a folder: name a file in it, such as {file / ('new' + file.suffix)}")
+    if file.exists() and not overwrite:
+        raise UserError(f"{what} exists: choose another, or give --overwrite")
+
+
 def check_no_foreign(folder: Path, what: str, names: Iterable[str], marks: Iterable[str]) -> None:
     """Checks that files of others in a folder are not overwritten. The folder itself is not replaced.
 

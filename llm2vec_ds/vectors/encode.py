@@ -28,9 +28,10 @@ from llm2vec_ds.encoder.encoder import BadTexts, Encoder
 from llm2vec_ds.encoder.passes import CPU_TOKENS, lower_pass
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.process.full_memory import enough_memory
-from llm2vec_ds.storage.durable import move_file, replace_json, write_at
+from llm2vec_ds.storage.durable import move_file, replace_json
 from llm2vec_ds.storage.fingerprint import files_in, json_sha256, key_of
-from llm2vec_ds.storage.output_folder import check_reads_no_output
+from llm2vec_ds.storage.growing_files import create_array, fill_rows
+from llm2vec_ds.storage.output_folder import check_new_file, check_reads_no_output
 from llm2vec_ds.storage.reading import read_json
 from llm2vec_ds.storage.work_folder import work_folder
 from llm2vec_ds.vectors.files import (
@@ -143,7 +144,7 @@ def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = Fal
             if note is not None and note.key == key:
                 log.info("%s: already done, nothing to do", file)
                 return file
-            raise UserError(f"--output {file} exists: choose another, or give --overwrite")
+        check_new_file(file, f"--output {file}", overwrite)
         with work_folder(folder, f"{key} {target.shard}"):
             _run(_Encoding(options, source, target, folder, key))
     return file
@@ -173,8 +174,7 @@ def _encode_stdin(options: EncodeOptions, target: Target, folder: Path, overwrit
     """Encodes standard input. It cannot be read twice, so it goes to the disk first and cannot be resumed."""
     if target.shard.count > 1:
         raise UserError("--shard needs a file as --input: standard input is read once")
-    if target.path.exists() and not overwrite:
-        raise UserError(f"--output {target.path} exists: choose another, or give --overwrite")
+    check_new_file(target.path, f"--output {target.path}", overwrite)
     _check_note(target.path)
     check_reads_no_output([target.path], [Path("/dev/stdin")], f"--output {target.path}")
     with work_folder(folder, f"stdin {os.getpid()}"):
@@ -247,7 +247,7 @@ class _Encoding:
         n_done, shape = self._n_done(), (stop - start, width)
         if not n_done or not self.vectors.exists():  # it was moved to the output, which must be made again
             n_done = 0
-            np.lib.format.open_memmap(self.vectors, mode="w+", dtype=DTYPES[stored], shape=shape)
+            create_array(self.vectors, shape, DTYPES[stored])
         if self._stored_shape() != (shape, np.dtype(DTYPES[stored])) or not 0 <= n_done <= stop - start:
             raise UserError(f"{self.vectors} is damaged: remove {self.folder} to start again")
         rows = self._rows(start + n_done, stop)
@@ -262,11 +262,7 @@ class _Encoding:
             first_row=start + n_done,
             show_progress=True,
         ):
-            n_after = stop - start - n_done
-            rows_in_bytes = quantize(block, stored)
-            place = -n_after * width * rows_in_bytes.itemsize
-            # Written to the file, not assigned to the map. With a map, a full disk is a bus error.
-            write_at(self.vectors, rows_in_bytes.tobytes(), place, os.SEEK_END)
+            fill_rows(self.vectors, stop - start, n_done, quantize(block, stored))
             n_done += len(block)
             replace_json(self.progress, n_done)
         if n_done != stop - start:

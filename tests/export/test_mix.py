@@ -110,7 +110,11 @@ def test_mean_of_the_last_checkpoints(
     values |= {"checkpoint": {"every_steps": 1, "keep_last": 9}, "max_steps": 4}
     values["optimizer"] = {"lr": 1e-2, "schedule": "constant", "ema": 0.9}
     train(parse_recipe(values))
-    assert run(monkeypatch, "merge", tmp_path / "run", "--last", 3, "--output", tmp_path / "soup") == 0
+    Encoder.from_pretrained(tiny_model_dir).save(tmp_path / "soup")
+    (tmp_path / "soup" / "merge.json").write_text("{}")  # of another mixture
+    arguments = ("merge", tmp_path / "run", "--last", 3, "--output", tmp_path / "soup", "--overwrite")
+    assert run(monkeypatch, *arguments) == 0
+    assert not (tmp_path / "soup" / "merge.json").exists()
     found, start = weights_of(tmp_path / "soup"), weights_of(tiny_model_dir)
     for name in ("layers.0.mlp.up_proj", "layers.1.self_attn.q_proj"):
         parts = []
@@ -124,6 +128,24 @@ def test_mean_of_the_last_checkpoints(
             parts.append(start[f"{name}.weight"] + 2 * b @ a)
         torch.testing.assert_close(found[f"{name}.weight"], sum(parts) / 3, rtol=1e-5, atol=1e-7)
         assert (parts[0] - parts[2]).abs().max() > 1e-3
+
+
+def test_overwrite_replaces_an_earlier_mixture_and_its_note(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(monkeypatch, "merge", *models[:2], "--output", out) == 0
+    again = ("merge", *models[1:3], "--output", out)
+    assert run(monkeypatch, *again) == 2
+    assert f"--output {out} exists: choose another, or give --overwrite" in error_line(capsys)
+    (out / "notes.txt").write_text("mine")
+    assert run(monkeypatch, *again, "--overwrite") == 0
+    assert json.loads((out / "merge.json").read_text())["sources"] == [str(model) for model in models[1:3]]
+    assert (out / "notes.txt").read_text() == "mine"
+    before = weights_of(out)
+    assert run(monkeypatch, "merge", out, models[1], "--output", out, "--overwrite") == 2
+    assert f"--output {out} holds {out}, which is an input" in error_line(capsys)
+    assert all(tensor.equal(before[name]) for name, tensor in weights_of(out).items())
 
 
 MISTAKES = {

@@ -23,7 +23,7 @@ from llm2vec_ds.export.gguf.llama_cpp import ask, is_installed
 from llm2vec_ds.export.gguf.tensors import STORAGES
 from llm2vec_ds.storage.durable import move_file, unfinished_file
 from llm2vec_ds.storage.lock import held
-from llm2vec_ds.storage.output_folder import resolved
+from llm2vec_ds.storage.output_folder import check_new_file, resolved
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +92,7 @@ def _place(output: Path, what: str, options: ExportOptions) -> Path:
     place = resolved(output, what)
     if place.suffix != ".gguf":
         raise UserError(f"{what}: a GGUF is one file: name it {place.name}.gguf")
-    if place.is_dir():
-        raise UserError(f"{what} is a folder: name a file in it, such as {place.name}/encoder.gguf")
-    if place.exists() and not options.overwrite:
-        raise UserError(f"{what} exists: choose another, or give --overwrite")
+    check_new_file(place, what, options.overwrite)
     if place.exists():
         with place.open("rb") as file:
             if file.read(len(MAGIC)) != MAGIC:

@@ -21,7 +21,6 @@ from llm2vec_ds.export.card import copy_licence_files, licence, origin, write_ca
 from llm2vec_ds.export.checked import ask_reader, compare
 from llm2vec_ds.export.export import (
     ExportOptions,
-    check_output,
     find_encoder,
     load_for_export,
     say,
@@ -29,7 +28,7 @@ from llm2vec_ds.export.export import (
 )
 from llm2vec_ds.export.onnx.file import NAMES, write_file
 from llm2vec_ds.export.onnx.rules import checked_batches, plan_onnx
-from llm2vec_ds.storage.output_folder import replaced_folder
+from llm2vec_ds.storage.output_folder import check_new_folder, replaced_folder
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def export_onnx(source: Path, output: Path, options: ExportOptions) -> list[str]
             f"--dtype {dtype!r} is not supported by --format onnx: choose auto, {', '.join(NAMES)}"
         )
     folder, what = find_encoder(source), f"--output {output}"
-    check_output(output, what, [source, folder], options.overwrite)
+    check_new_folder(output, what, [source, folder], options.overwrite)
     encoder = load_for_export(folder, options)
     settings = encoder.settings
     template, length = Template(settings.template, settings.special_tokens), settings.max_tokens
