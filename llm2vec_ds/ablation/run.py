@@ -10,11 +10,9 @@ import platform
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from llm2vec_ds.ablation.keys import evaluation_key, score_key, training_key
@@ -23,16 +21,18 @@ from llm2vec_ds.data.sources import find_source
 from llm2vec_ds.demo.model import demo_model_dir
 from llm2vec_ds.demo.text import training_text
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.encoder.of_run import encoder_of
+from llm2vec_ds.encoder.of_run import ENCODER, encoder_of
 from llm2vec_ds.engine.metrics import training_totals
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.word_level import ProbeOptions
 from llm2vec_ds.evaluate.word_task import WordTask, run_word_task
-from llm2vec_ds.process.child_command import run_command
+from llm2vec_ds.process.child_command import train_in_child
+from llm2vec_ds.process.versions import versions_of
 from llm2vec_ds.recipe.recipe import Recipe, parse_recipe
 from llm2vec_ds.storage.durable import replace_json, replace_text
 from llm2vec_ds.storage.output_folder import check_no_foreign, check_reads_no_output
 from llm2vec_ds.storage.reading import checked_json
+from llm2vec_ds.storage.tables import markdown_table, mean_and_spread
 
 log = logging.getLogger(__name__)
 
@@ -95,20 +95,12 @@ class Ablation:
 
     def _write_texts(self) -> None:
         material = training_text(Path(self.recipe.text) if self.recipe.text else None)
-        lines = {
-            "paragraphs": material.paragraphs,
-            "held_out": material.held_out_paragraphs,
-            "sentences": material.sentences,
-        }
-        for name, texts in lines.items():
-            file, text = Path(self._texts[name]), "\n".join(texts) + "\n"
-            if not file.exists() or file.read_bytes() != text.encode():
-                with writing(file):
-                    file.write_text(text, encoding="utf-8")
+        with writing(f"--output {self.output}"):
+            material.write(self.output)
 
     def folder(self, variant: str, seed: int) -> str:
         """Returns where the variant's encoder is. A variant without training is the model itself."""
-        return self.model if "+" not in variant else str(self._run_folder(variant, seed) / "encoder")
+        return self.model if "+" not in variant else str(self._run_folder(variant, seed) / ENCODER)
 
     def has_mntp(self, variant: str) -> bool:
         """Returns whether one of the variant's stages is MNTP."""
@@ -133,9 +125,7 @@ class Ablation:
             values = self._stage_recipe(run, seed)
             file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
             replace_text(begun, key)
-        log.info("llm2vec-ds train %s", " ".join([str(file), *going_on]))
-        if run_command("train", str(file), *going_on):
-            raise UserError(f"training stopped (see above): repeat it with llm2vec-ds train {file}")
+        train_in_child(file, *going_on)
         replace_text(done, key)
 
     def _recipe(self, run: str, seed: int) -> Recipe:
@@ -279,24 +269,17 @@ def run_ablation(recipe: AblationRecipe, budget: str | None, output: Path) -> di
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Returns a Markdown table: one row per variant, the mean over seeds ± their standard deviation."""
     metrics = list(dict.fromkeys(m for by_seed in results.values() for s in by_seed.values() for m in s))
-    lines = [f"| variant | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
-    for variant, by_seed in results.items():
-        cells = [_cell([scores[m] for scores in by_seed.values() if m in scores]) for m in metrics]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+    rows = [
+        [variant, *(mean_and_spread([s[m] for s in by_seed.values() if m in s]) for m in metrics)]
+        for variant, by_seed in results.items()
+    ]
+    return markdown_table(["variant", *metrics], rows)
 
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that the scores depend on."""
-    names = ("llm2vec-ds", "torch", "transformers", "deepspeed", "peft", "mteb")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    packages = ("llm2vec-ds", "torch", "transformers", "deepspeed", "peft", "mteb")
+    return {"python": platform.python_version(), **versions_of(packages)}
 
 
 def hardware() -> str:

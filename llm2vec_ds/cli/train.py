@@ -50,6 +50,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     resolved = load_stages(recipe, overrides)
     quiet_libraries()
     from llm2vec_ds.distributed import leave
+    from llm2vec_ds.encoder.of_run import ENCODER
     from llm2vec_ds.engine.run_stages import train_stages
 
     with kept("checkpoints and prepared texts are kept; run the same command with resume=true to go on"):
@@ -59,7 +60,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
             leave()
             raise
     leave()
-    logging.getLogger("llm2vec_ds").info("done: %s", folder / "encoder")
+    logging.getLogger("llm2vec_ds").info("done: %s", folder / ENCODER)
 
 
 @kept("finished parts are kept; run the same command to go on")

@@ -88,7 +88,9 @@ class PreparedPairs:
         self._first_example = np.cumsum([0, *(len(starts) for starts in self._starts)])
         counts = iter(len(starts) for starts in self._starts)
         self.group_sizes = {name: sum(next(counts) for _ in group) for name, group in groups.items()}
-        self.fingerprint = "-".join(texts.fingerprint[:16] for texts in self._texts)
+        # Groups decide which examples share a batch. If each source is its own group, they add nothing.
+        of_groups = ["-".join(texts.fingerprint[:16] for texts in group) for group in groups.values()]
+        self.fingerprint = ("-" if len(groups) == len(self._texts) else "_").join(of_groups)
 
     def __len__(self) -> int:
         return int(self._first_example[-1])
@@ -189,7 +191,8 @@ def prepare_all(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[Path]]]:
     data, end_with_eos = recipe.data, recipe.pooling == "eos"
     made = []
     if data.held_out_path is not None:
-        both = set(find_source(data.path).files) & set(find_source(data.held_out_path).files)
+        held_out = find_source(data.held_out_path, "data.held_out_path")
+        both = set(find_source(data.path).files) & set(held_out.files)
         if both:
             names = ", ".join(map(str, sorted(both)))
             log.warning("data.held_out_path names files that also train: %s", names)

@@ -122,6 +122,7 @@ def prepare(
     root = Path(data.prepared_dir) if data.prepared_dir else cache_root() / "prepared"
     folder = root / _key(data, source, tokenizer, end_with_eos, instructions)
     if folder.is_dir() and not damage_of(folder):
+        _check_bad_rows(data, source, folder)
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -135,6 +136,16 @@ def prepare(
     except OSError as error:
         raise UserError(f"prepared texts in {root} cannot be written: {reason(error)}") from None
     return folder
+
+
+def _check_bad_rows(data: DataConfig, source: Source, folder: Path) -> None:
+    """Refuses texts whose bad rows an earlier run has skipped, if this one shall not skip them."""
+    n_bad = read_manifest(folder).counts.get("bad rows", 0)
+    if n_bad and data.bad_rows == "raise":
+        raise UserError(
+            f"{source} has {n_bad} row(s) that cannot be read, which an earlier run left out: correct them, "
+            "or leave them out with data.bad_rows=skip"
+        )
 
 
 def load_prepared(folder: Path) -> PreparedTexts:

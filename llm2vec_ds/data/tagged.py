@@ -44,7 +44,7 @@ def load_tagged(source: str, column: str) -> list[TaggedSentence]:
         word = CONLLU_COLUMNS["form"] if _is_conllu(path) else 0
         sentences = [_sentence(block, word, number, source) for block in blocks]
     if not sentences:
-        raise UserError(f"{source} holds no sentence")
+        raise UserError(f"{source} holds no sentence: give a file with one word a line")
     return sentences
 
 
@@ -77,7 +77,10 @@ def _blocks(lines: Any, source: str, *, conllu: bool) -> Iterator[list[Line]]:
             block = []
         elif conllu and (line.startswith("#") or not columns[0].isdigit()):
             if not line.startswith("#") and not set("-.") & set(columns[0]):
-                raise UserError(f"{source}, line {number}: expected a line of CoNLL-U")
+                raise UserError(
+                    f"{source}, line {number} is no line of CoNLL-U (ten columns separated by tabs): correct "
+                    "it, or give the file another ending than .conllu"
+                )
         else:
             block.append((number, columns))
     if block:
@@ -106,7 +109,10 @@ def _from_hub(source: str, column: str) -> list[TaggedSentence]:
         raise UserError(
             f"{source} needs the columns tokens and {column}: it has {', '.join(data.column_names)}"
         )
-    names = getattr(data.features[column].feature, "names", None)
+    label = getattr(data.features[column], "feature", None)
+    if label is None:
+        raise UserError(f"{source}: the column {column} holds no lists of labels: choose another")
+    names = getattr(label, "names", None)
     return [
         TaggedSentence(
             row["tokens"], [names[i] for i in row[column]] if names else list(map(str, row[column]))

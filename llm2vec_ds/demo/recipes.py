@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from llm2vec_ds.demo.text import DemoText
+from llm2vec_ds.encoder.of_run import ENCODER
 from llm2vec_ds.model.loading import load_tokenizer
 
 
@@ -104,13 +105,7 @@ def write_recipes(
     last: LastStage,
 ) -> dict[str, Path]:
     """Writes text files and the recipes of both stages. Budget and mean length give the number of steps."""
-    files = {
-        "paragraphs": material.paragraphs,
-        "held_out": material.held_out_paragraphs,
-        "sentences": material.sentences,
-    }
-    for name, lines in files.items():
-        (output / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    material.write(output)
     tokenizer = load_tokenizer(base)
     common = {"seed": seed, "overwrite": True}
     plans = {
@@ -128,7 +123,7 @@ def write_recipes(
     }
     plans[last.stage] = {
         **common,
-        "model": {"path": str(output / "mntp" / "encoder"), "quantization": quantization},
+        "model": {"path": str(output / "mntp" / ENCODER), "quantization": quantization},
         "data": {"path": str(output / "sentences.txt"), "max_tokens": 128},
         **last.section,
         **budget.settings[last.stage],

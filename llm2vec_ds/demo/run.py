@@ -6,12 +6,10 @@ change by hand what it does.
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import shutil
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from llm2vec_ds.demo.model import demo_model_dir
 from llm2vec_ds.demo.recipes import BUDGETS, last_stage, write_recipes
 from llm2vec_ds.demo.text import held_out_retrieval, training_text
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.of_run import ENCODER, HELD_OUT
 from llm2vec_ds.engine.metrics import training_totals
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.evaluate.retrieval import RetrievalSet, ndcg_at_10
@@ -28,7 +27,8 @@ from llm2vec_ds.evaluate.sts import GradedPairs, load_graded_pairs, own_graded_p
 from llm2vec_ds.model.first_layers import check_can_be_cut
 from llm2vec_ds.model.quantization import check_bitsandbytes
 from llm2vec_ds.objectives.teacher_model import load_teacher
-from llm2vec_ds.process.child_command import run_command
+from llm2vec_ds.process.child_command import train_in_child
+from llm2vec_ds.process.versions import versions_of
 from llm2vec_ds.report.stages_plot import plot_stages
 from llm2vec_ds.storage.durable import replace_json
 from llm2vec_ds.storage.output_folder import (
@@ -37,6 +37,7 @@ from llm2vec_ds.storage.output_folder import (
     check_replaceable,
     replaced_folder,
 )
+from llm2vec_ds.storage.reading import read_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ def run_demo(
         "bidirectional": measure("bidirectional", base),
     }
     for stage, recipe in recipes.items():
-        _train(recipe)
-        metrics[stage] = measure(stage, output / stage / "encoder") | _trained(output / stage)
+        train_in_child(recipe)
+        metrics[stage] = measure(stage, output / stage / ENCODER) | _trained(output / stage)
     metrics["run"] = {
         "budget": budget,
         "seed": seed,
@@ -104,7 +105,8 @@ def run_demo(
         "teacher": last.teacher,
         **_files(sts, text),
         "elapsed_s": round(time.monotonic() - started, 1),
-        **_versions(),
+        "python": platform.python_version(),
+        **versions_of(("torch", "transformers", "deepspeed", "peft")),
     }
     _publish(output, last.stage, metrics, f"{Path(base).name}, {budget} budget{', NF4' if qlora else ''}")
     return metrics
@@ -112,8 +114,8 @@ def run_demo(
 
 def _publish(output: Path, last: str, metrics: dict[str, Any], title: str) -> None:
     """Writes the last stage's encoder, the picture and metrics.json, which comes last."""
-    with replaced_folder(output / "encoder", f"--output {output}: its encoder/") as new:
-        shutil.copytree(output / last / "encoder", new, dirs_exist_ok=True)
+    with replaced_folder(output / ENCODER, f"--output {output}: its encoder/") as new:
+        shutil.copytree(output / last / ENCODER, new, dirs_exist_ok=True)
     plot_stages(metrics, output / "stages.png", title)
     replace_json(output / "metrics.json", metrics)
     places = (output / name for name in ("encoder", "metrics.json", "stages.png"))
@@ -125,11 +127,6 @@ def _files(sts: Path | None, text: Path | None) -> dict[str, str]:
         "sts": sts.name if sts else "sentence_pairs.csv",
         "text": text.name if text else "pydoc_data.topics",
     }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "deepspeed", "peft")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def _check(
@@ -144,7 +141,7 @@ def _check(
     what = f"--output {output}"
     check_reads_no_output([output / name for name in WRITTEN], [text] if text else [], what)
     check_no_foreign(output, what, WRITTEN, marks=["mntp"])
-    check_replaceable(output / "encoder", f"{what}: its encoder/")
+    check_replaceable(output / ENCODER, f"{what}: its encoder/")
     if qlora:
         check_bitsandbytes("--qlora")
     if teacher is not None:  # a mistake shows now, not after MNTP
@@ -160,13 +157,6 @@ def _measure(name: str, encoder: Encoder, pairs: GradedPairs, retrieval: Retriev
     return scores
 
 
-def _train(recipe: Path) -> None:
-    """Runs the ordinary command in a separate process, so that its memory is free before the next step."""
-    log.info("llm2vec-ds train %s", recipe)
-    if run_command("train", str(recipe)):
-        raise UserError(f"training stopped (see above): repeat it with llm2vec-ds train {recipe}")
-
-
 def _trained(folder: Path) -> dict[str, Any]:
     """Returns what the run itself logged: tokens, speed, and held-out measurements at its start and end."""
     totals = training_totals(folder)
@@ -175,8 +165,8 @@ def _trained(folder: Path) -> dict[str, Any]:
         "trained_tokens": totals.trained_tokens,
         "tokens_per_s": round(totals.trained_tokens / totals.training_s, 1),
     }
-    held_out = folder / "held_out.jsonl"
+    held_out = folder / HELD_OUT
     if held_out.exists():
-        rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
+        rows = list(read_json_lines(held_out, dict[str, Any], "train again"))
         result["held_out"] = {"before": rows[0], "after": rows[-1]}
     return result

@@ -25,6 +25,21 @@ class DemoText:
     held_out_paragraphs: list[str]
     sentences: list[str]
 
+    def write(self, folder: Path) -> None:
+        """Writes `paragraphs.txt`, `held_out.txt` and `sentences.txt`, one text a line.
+
+        A file that holds this already stays as it is. So what was prepared from it stays valid.
+        """
+        texts = {
+            "paragraphs": self.paragraphs,
+            "held_out": self.held_out_paragraphs,
+            "sentences": self.sentences,
+        }
+        for name, lines in texts.items():
+            file, content = folder / f"{name}.txt", ("\n".join(lines) + "\n").encode()
+            if not file.exists() or file.read_bytes() != content:
+                file.write_bytes(content)
+
 
 def training_text(file: Path | None) -> DemoText:
     """Reads the text of `file`, or of the help topics that the retrieval test does not use.

@@ -17,7 +17,8 @@ from llm2vec_ds.storage.reading import parse_json, read_json
 
 log = logging.getLogger(__name__)
 
-RUN, RECIPE, METRICS, FINISHED = "run.json", "recipe.yaml", "metrics.jsonl", "finished"
+RUN, RECIPE, FINISHED = "run.json", "recipe.yaml", "finished"
+METRICS, HELD_OUT = "metrics.jsonl", "held_out.jsonl"
 CHECKPOINTS, ENCODER = "checkpoints", "encoder"
 CONFIG = "config.json"
 

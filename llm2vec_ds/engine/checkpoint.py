@@ -15,7 +15,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Manifest:
         identity: what the run is made of (engine/identity.py).
         made_by: versions, commit, ranks and threads. People read them, and warnings compare them.
         score: the metric that decides which checkpoint is best. None if it was not measured.
+        score_of: the name of that metric. None: there is no score, or an earlier version wrote it.
         files: size in bytes and SHA-256 of every file.
     """
 
@@ -51,6 +52,7 @@ class Manifest:
     identity: dict[str, Any]
     made_by: dict[str, Any]
     score: float | None = None
+    score_of: str | None = None
     files: Hashes = field(default_factory=dict)
 
     def dump(self) -> bytes:
@@ -83,9 +85,16 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run. All ranks call `save` together. Any rank may call the other methods."""
 
-    def __init__(self, folder: Path, *, keep_last: int, lowest_is_best: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, keep_last: int, best_by: str | None = None, lowest_is_best: bool = True
+    ) -> None:
+        """
+        Args:
+            best_by: the metric that decides which checkpoint is best. Scores of another metric do not count.
+        """
         self.folder = folder
         self.keep_last = keep_last
+        self._best_by = best_by
         self._sign = 1 if lowest_is_best else -1
         self._known_valid: set[Path] = set()
 
@@ -104,7 +113,7 @@ class CheckpointStore:
         self._together(lambda: _empty(unfinished), unfinished, manifest.step, only_rank_0=True)
         written = self._together(lambda: write_parts(unfinished), unfinished, manifest.step)
         files = {name: entry for part in written for name, entry in (part or {}).items()}
-        whole = Manifest(manifest.step, manifest.identity, manifest.made_by, manifest.score, files)
+        whole = replace(manifest, files=files)
 
         def finish() -> Hashes:
             write_file(unfinished / MANIFEST, whole.dump())
@@ -194,7 +203,7 @@ class CheckpointStore:
 
         Among equal scores the earliest step wins.
         """
-        for _, folder in sorted(self._scored()):
+        for _, folder in self._scored():
             try:
                 return self.check(folder)
             except ValueError as error:
@@ -203,7 +212,7 @@ class CheckpointStore:
 
     def best_score(self) -> float | None:
         """Returns the best score in the manifests. Other files are not checked."""
-        return min(((key * self._sign) for key, _ in self._scored()), key=self.order, default=None)
+        return next((order * self._sign for order, _ in self._scored()), None)
 
     def order(self, score: float) -> float:
         """Returns a number that is smaller for a better score."""
@@ -245,16 +254,19 @@ class CheckpointStore:
         return sorted(named, reverse=True)
 
     def _scored(self) -> list[tuple[float, Path]]:
-        """Order (smaller is better) and folder of each checkpoint with a score and a readable manifest."""
+        """Order (smaller is better) and folder of each checkpoint with a score and a readable manifest.
+
+        The best comes first. Among equal scores it is the earliest step.
+        """
         scored = []
         for _, folder in self._folders():
             try:
-                score = _manifest(folder).score
+                manifest = _manifest(folder)
             except ValueError:
                 continue
-            if score is not None:
-                scored.append((self.order(score), folder))
-        return scored
+            if manifest.score is not None and manifest.score_of in (None, self._best_by):
+                scored.append((self.order(manifest.score), folder))
+        return sorted(scored)
 
     def _delete_old(self) -> None:
         """Keeps the last `keep_last` checkpoints and the best, and deletes older ones.
@@ -265,16 +277,29 @@ class CheckpointStore:
         # folders filled the `keep_last` places, every valid checkpoint could be deleted.
         valid = [folder for _, folder in self._folders() if folder in self._known_valid]
         kept = set(valid[: self.keep_last])
-        if scored := [pair for pair in self._scored() if pair[1] in self._known_valid]:
-            kept.add(min(scored)[1])
+        # An earlier process may have written the best one.
+        best = next((folder for _, folder in self._scored() if self._is_valid(folder)), None)
+        if best is not None:
+            kept.add(best)
         for folder in valid:
             if folder not in kept:
                 remove_folder(folder)
         # An unchecked folder may also be valid. So it goes only when every kept checkpoint is newer.
-        oldest_kept = min(int(_NAME.fullmatch(folder.name)[1]) for folder in kept)  # type: ignore[index]
+        newest = kept - {best} or kept
+        oldest_kept = min(int(_NAME.fullmatch(folder.name)[1]) for folder in newest)  # type: ignore[index]
         for step, folder in self._folders():
             if folder not in self._known_valid and step < oldest_kept:
                 remove_folder(folder)
+
+    def _is_valid(self, folder: Path) -> bool:
+        if folder in self._known_valid:
+            return True
+        try:
+            self.check(folder)
+        except ValueError as error:
+            log.warning("%s", error)
+            return False
+        return True
 
 
 def _empty(folder: Path) -> Hashes:

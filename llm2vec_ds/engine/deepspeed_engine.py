@@ -90,6 +90,7 @@ def deepspeed_config(recipe: Recipe, world_size: int, dtype: torch.dtype) -> dic
         )
     if overruled := [key for key in OWNED_BY_RECIPE if key in config]:
         log.warning("%s: the recipe sets %s; these keys are not used", recipe.deepspeed, ", ".join(overruled))
+        config = {key: value for key, value in config.items() if key not in overruled}
     optimizer = recipe.optimizer
     return {
         **config,

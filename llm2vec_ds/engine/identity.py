@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from llm2vec_kernels.products import cpu_products
 
 from llm2vec_ds.distributed import world_size
 from llm2vec_ds.model.fingerprint import model_fingerprint
+from llm2vec_ds.process.versions import versions_of
 from llm2vec_ds.recipe.keys import default_of
 from llm2vec_ds.recipe.recipe import Recipe, recipe_class
 
@@ -104,7 +104,7 @@ def made_by(recipe: Recipe) -> dict[str, Any]:
         "micro_batch_tokens": recipe.batch.micro_batch_tokens,
         "fused_layers": recipe.model.fused_layers,
         "deepspeed": recipe.deepspeed,
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": versions_of(PACKAGES),
         "python": platform.python_version(),
         "git_commit": _git_commit(),
         "world_size": world_size(),
@@ -117,13 +117,6 @@ def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"cpu, products by {cpu_products().name}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 from llm2vec_ds.distributed import rank
+from llm2vec_ds.encoder.of_run import HELD_OUT, METRICS
 from llm2vec_ds.errors import say, writing
 from llm2vec_ds.objectives.base import StepResult
 from llm2vec_ds.storage.durable import replace_file
-from llm2vec_ds.storage.reading import parse_json
+from llm2vec_ds.storage.reading import parse_json, read_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +74,23 @@ class TrainingTotals(NamedTuple):
     training_s: float
 
 
+@dataclass(frozen=True)
+class _Step:
+    """The part of a row of metrics.jsonl that the totals need."""
+
+    n_tokens: int
+    step_ms: float
+
+
 def training_totals(folder: Path) -> TrainingTotals:
-    """Sums the metrics.jsonl of a run's folder, which must be finished."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
-    return TrainingTotals(
-        len(steps), sum(step["n_tokens"] for step in steps), sum(step["step_ms"] for step in steps) / 1e3
-    )
+    """Sums the metrics.jsonl of a run's folder.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    steps = list(read_json_lines(folder / METRICS, _Step, "train again, or restore the file"))
+    ms = sum(step.step_ms for step in steps)
+    return TrainingTotals(len(steps), sum(step.n_tokens for step in steps), ms / 1e3)
 
 
 class MetricsLog:
@@ -91,7 +103,8 @@ class MetricsLog:
                 written them after its last checkpoint.
         """
         self._writes = rank() == 0
-        self._files = (folder / "metrics.jsonl", folder / "held_out.jsonl")
+        self._metrics, self._held_out = folder / METRICS, folder / HELD_OUT
+        self._files = (self._metrics, self._held_out)
         self._stage = stage
         self._max_steps = max_steps
         # A terminal shows a bar. A file (the log of a batch job) gets a line now and then.
@@ -105,8 +118,8 @@ class MetricsLog:
         )
         self._said_at = -math.inf
         if self._writes:
-            with writing(self._files[0]):
-                self._files[0].touch()
+            with writing(self._metrics):
+                self._metrics.touch()
             for path in filter(Path.exists, self._files):
                 with writing(path):
                     _cut_after(path, first_step)
@@ -124,7 +137,7 @@ class MetricsLog:
     def step(self, values: dict[str, Any]) -> None:
         if not self._writes:
             return
-        self._append(self._files[0], values)
+        self._append(self._metrics, values)
         shown = "loss {loss:.4f}, {tokens_per_s:.0f} tokens/s, peak {peak_mib:.0f} MiB".format(**values)
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
@@ -146,7 +159,7 @@ class MetricsLog:
         self._bar.unpause()  # the time of a step is without that of measurements
         if not self._writes:
             return
-        self._append(self._files[1], values)
+        self._append(self._held_out, values)
         measured = {k: v for k, v in values.items() if isinstance(v, float) and not k.startswith("n_")}
         shown = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
         with tqdm.external_write_mode(file=sys.stderr):

@@ -16,7 +16,7 @@ from llm2vec_ds.distributed import (
     on_first_rank,
     ranks_from_environment,
 )
-from llm2vec_ds.encoder.of_run import with_encoders_of_runs
+from llm2vec_ds.encoder.of_run import CHECKPOINTS, with_encoders_of_runs
 from llm2vec_ds.engine.build import build_stage
 from llm2vec_ds.engine.checkpoint import CheckpointStore
 from llm2vec_ds.engine.deepspeed_engine import (
@@ -29,7 +29,7 @@ from llm2vec_ds.engine.identity import identity_of
 from llm2vec_ds.engine.memory import explains_full_memory, watched
 from llm2vec_ds.engine.monitors import wandb_run
 from llm2vec_ds.engine.resume import checkpoint_to_resume, is_done
-from llm2vec_ds.engine.run_folder import CHECKPOINTS, LOCK, begin, check_run_folder, clear_unfinished
+from llm2vec_ds.engine.run_folder import LOCK, begin, check_run_folder, clear_unfinished
 from llm2vec_ds.engine.trainer import Evaluation, Trainer
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import n_fused
@@ -109,6 +109,7 @@ def _train(
     store = CheckpointStore(
         folder / CHECKPOINTS,
         keep_last=recipe.checkpoint.keep_last,
+        best_by=recipe.checkpoint.best_by,
         lowest_is_best=recipe.checkpoint.lowest_is_best,
     )
     checkpoint = on_first_rank(lambda: checkpoint_to_resume(recipe, folder, store, identity))

@@ -24,6 +24,7 @@ from llm2vec_ds.encoder.of_run import (
     CHECKPOINTS,
     ENCODER,
     FINISHED,
+    HELD_OUT,
     METRICS,
     RECIPE,
     RUN,
@@ -42,7 +43,7 @@ from llm2vec_ds.storage.durable import replace_json, sync_folder, unfinished_fil
 from llm2vec_ds.storage.fingerprint import json_sha256
 from llm2vec_ds.storage.output_folder import check_replaceable, resolved
 
-HELD_OUT, MONITOR, LOCK = "held_out.jsonl", "monitor", "lock"
+MONITOR, LOCK = "monitor", "lock"
 WANDB_RUN_ID = "wandb_run_id"
 FORMAT_VERSION = 1
 WRITTEN = (RUN, RECIPE, METRICS, HELD_OUT, "memory.json", FINISHED, CHECKPOINTS, MONITOR, ENCODER)

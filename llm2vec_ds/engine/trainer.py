@@ -25,6 +25,7 @@ from llm2vec_ds.distributed import (
     world_size,
 )
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.of_run import ENCODER
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore, Hashes, Manifest
 from llm2vec_ds.engine.deepspeed_engine import Engine
 from llm2vec_ds.engine.finite_check import FiniteCheck
@@ -33,7 +34,7 @@ from llm2vec_ds.engine.identity import made_by
 from llm2vec_ds.engine.metrics import MetricsLog, step_metrics
 from llm2vec_ds.engine.moving_average import MovingAverage
 from llm2vec_ds.engine.progress_check import ProgressCheck
-from llm2vec_ds.engine.run_folder import ENCODER, mark_finished
+from llm2vec_ds.engine.run_folder import mark_finished
 from llm2vec_ds.engine.watchdog import Watchdog
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapter_stack import adapter_state
@@ -245,10 +246,15 @@ class Trainer:
             log_rows.held_out({"step": step, **metrics})
             self.engine.write_metrics({f"held_out/{k}": v for k, v in metrics.items()}, step)
         name = self.recipe.checkpoint.best_by
-        if name is not None and name not in metrics and step in (0, self.recipe.max_steps):
+        everything_due = held_out_due and (evaluation is None or evaluation_due)
+        if name is not None and name not in metrics and everything_due:
             known = f"one of {', '.join(metrics)}" if metrics else "nothing without data.held_out_path"
             raise UserError(f"checkpoint.best_by={name} is no held-out metric of this run: choose {known}")
-        return metrics.get(name) if name else None
+        score = metrics.get(name) if name else None
+        if score is not None and not math.isfinite(score):
+            log.warning("step %s: %s is %s, so this step cannot be the best", step, name, score)
+            return None
+        return score
 
     def _describe(self, row: int) -> str:
         words = self.stage.encoder.tokenizer.decode(self.stage.text(row).input_ids, skip_special_tokens=True)
@@ -256,7 +262,8 @@ class Trainer:
 
     def _save_checkpoint(self, step: int, score: float | None) -> None:
         self.watchdog.begin(f"the checkpoint of step {step}")
-        manifest = Manifest(step, self.identity, self.made_by, score)
+        score_of = None if score is None else self.recipe.checkpoint.best_by
+        manifest = Manifest(step, self.identity, self.made_by, score, score_of)
         started = time.perf_counter()
         with contact(f"the checkpoint of step {step}"):
             folder = self.store.save(manifest, self._write_state)

@@ -24,6 +24,7 @@ from llm2vec_ds.evaluate.scores_file import OF_MTEB, SCORES_FILE, read_scores
 from llm2vec_ds.evaluate.shards import RankEncoder
 from llm2vec_ds.storage.durable import replace_json, replace_text
 from llm2vec_ds.storage.reading import read_yaml_mapping
+from llm2vec_ds.storage.tables import markdown_table
 
 log = logging.getLogger(__name__)
 
@@ -211,15 +212,14 @@ def _with_means(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Returns the summary as a Markdown table."""
-    lines = ["| task | type | metric | score |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {task['type']} | {task['metric']} | {task['main_score']:.4f} |"
+    rows = [
+        [name, task["type"], task["metric"], f"{task['main_score']:.4f}"]
         for name, task in result["tasks"].items()
     ]
-    if len(result["tasks"]) > 1:
-        lines += [f"| mean | {kind} | | {value:.4f} |" for kind, value in result["mean_by_type"].items()]
-        lines.append(f"| mean | all tasks | | {result['mean']:.4f} |")
-    return "\n".join(lines)
+    if len(rows) > 1:
+        means = {**result["mean_by_type"], "all tasks": result["mean"]}
+        rows += [["mean", kind, "", f"{value:.4f}"] for kind, value in means.items()]
+    return markdown_table(["task", "type", "metric", "score"], rows)
 
 
 def write_summary(result: Mapping[str, Any], output: Path) -> None:

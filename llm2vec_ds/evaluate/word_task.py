@@ -18,6 +18,7 @@ from llm2vec_ds.evaluate.word_features import SHIFTS, WordFeatures, word_feature
 from llm2vec_ds.evaluate.word_level import ProbeOptions, probe
 from llm2vec_ds.storage.durable import replace_json
 from llm2vec_ds.storage.fingerprint import file_sha256
+from llm2vec_ds.storage.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,12 @@ def _key(encoder: Encoder, model: str, task: WordTask, source: str) -> str:
 
 def table(result: Mapping[str, Any]) -> str:
     """Returns the scores as a Markdown table."""
-    lines = ["| vectors from | accuracy | entity F1 | majority | words |", "|---|---|---|---|---|"]
+    rows = []
     for shift in SHIFTS:
         s = result[shift]
         f1 = "" if s["entity_f1"] is None else f"{s['entity_f1']:.4f}"
-        lines.append(f"| {shift} | {s['accuracy']:.4f} | {f1} | {s['majority']:.4f} | {s['n_words']} |")
-    return "\n".join(lines)
+        rows.append([shift, f"{s['accuracy']:.4f}", f1, f"{s['majority']:.4f}", str(s["n_words"])])
+    return markdown_table(["vectors from", "accuracy", "entity F1", "majority", "words"], rows)
 
 
 def write_scores(result: Mapping[str, Any], output: Path) -> None:

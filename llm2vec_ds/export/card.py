@@ -12,6 +12,7 @@ import yaml
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.of_run import METRICS, RECIPE
+from llm2vec_ds.engine.metrics import training_totals
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.export.scores import (
     Score,
@@ -23,7 +24,8 @@ from llm2vec_ds.export.scores import (
 from llm2vec_ds.export.usage import how_to_load
 from llm2vec_ds.recipe.files import load_recipe
 from llm2vec_ds.recipe.recipe import Recipe
-from llm2vec_ds.storage.reading import parse_yaml, read_json, read_json_lines
+from llm2vec_ds.storage.reading import parse_yaml, read_json
+from llm2vec_ds.storage.tables import markdown_table
 
 ELSEWHERE = "export the encoder folder from another place, without it"
 LIBRARIES = {".onnx": "transformers.js", ".gguf": "llama.cpp"}
@@ -40,14 +42,6 @@ class CardOptions:
 
 
 NOTHING_MORE = CardOptions()
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The part of a line of metrics.jsonl that the card needs."""
-
-    n_tokens: int
-    step_ms: float
 
 
 @dataclass(frozen=True)
@@ -242,21 +236,23 @@ def _bidirectional(encoder: Encoder) -> bool:
 def _stages(origin: Origin) -> str:
     if not origin.stages:
         return f"Made from {origin.base_name}. No recipe was found with the encoder."
-    rows = [
-        "| stage | data | steps × batch | learning rate | adapter | tokens trained | tokens a second |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for recipe, folder in origin.stages:
         adapter = recipe.adapter
-        lora = f"LoRA r={adapter.rank}, α={adapter.alpha:g}" if adapter else "none: all weights"
-        n_tokens, tokens_per_s = _measured(folder)
         rows.append(
-            f"| {recipe.stage} | {_data_name(recipe.data.path)} "
-            f"| {recipe.max_steps} × {recipe.batch.global_batch_size} | {recipe.optimizer.lr:g} "
-            f"| {lora} | {n_tokens} | {tokens_per_s} |"
+            [
+                recipe.stage,
+                _data_name(recipe.data.path),
+                f"{recipe.max_steps} × {recipe.batch.global_batch_size}",
+                f"{recipe.optimizer.lr:g}",
+                f"LoRA r={adapter.rank}, α={adapter.alpha:g}" if adapter else "none: all weights",
+                *_measured(folder),
+            ]
         )
+    header = "stage, data, steps × batch, learning rate, adapter, tokens trained, tokens a second".split(", ")
     seeds = ", ".join(str(recipe.seed) for recipe, _ in origin.stages)
-    return "\n".join([*rows, "", f"Seed(s): {seeds}. Tokens a second are those of all processes together."])
+    said = f"Seed(s): {seeds}. Tokens a second are those of all processes together."
+    return f"{markdown_table(header, rows)}\n\n{said}"
 
 
 def _data_name(path: str | list[str]) -> str:
@@ -266,12 +262,11 @@ def _data_name(path: str | list[str]) -> str:
 
 def _measured(folder: Path) -> tuple[str, str]:
     """Returns the number of trained tokens and the speed in tokens a second, from the run's metrics."""
-    file = folder / METRICS
-    if not file.is_file():
+    if not (folder / METRICS).is_file():
         return "–", "–"
-    steps = list(read_json_lines(file, _Step, ELSEWHERE))
-    n_tokens, ms = sum(step.n_tokens for step in steps), sum(step.step_ms for step in steps)
-    return f"{n_tokens:,}", f"{n_tokens / ms * 1e3:,.0f}" if ms else "–"
+    totals = training_totals(folder)
+    tokens_per_s = totals.trained_tokens / totals.training_s if totals.training_s else None
+    return f"{totals.trained_tokens:,}", "–" if tokens_per_s is None else f"{tokens_per_s:,.0f}"
 
 
 def _licence_words(origin: Origin, licence: str | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.storage.reading import read_json
+from llm2vec_ds.storage.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,15 @@ def stage_table(metrics: dict[str, Any]) -> str:
     names = list(
         dict.fromkeys(name for found in figures.values() for name in found if name != "tokens_per_s")
     )
-    rows = [f"| after | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for stage, found in figures.items():
-        rows.append(f"| {stage} | {' | '.join(f'{found[n]:.4f}' if n in found else '–' for n in names)} |")
+    rows = [
+        [stage, *(f"{found[name]:.4f}" if name in found else "–" for name in names)]
+        for stage, found in figures.items()
+    ]
     versions = ", ".join(f"{n} {run[n]}" for n in ("python", "torch", "transformers") if n in run)
-    return "\n".join([*rows, "", f"Measured on {run.get('sts', '?')}; {versions}."])
+    return f"{markdown_table(['after', *names], rows)}\n\nMeasured on {run.get('sts', '?')}; {versions}."
 
 
 def score_table(scores: Iterable[Score]) -> str:
     """Returns the scores as a Markdown table."""
-    rows = ["| task | data | metric | score |", "|---|---|---|---|"]
-    return "\n".join([*rows, *(f"| {s.type} | {s.data} | {s.metric} | {s.value:.4f} |" for s in scores)])
+    rows = [[s.type, s.data, s.metric, f"{s.value:.4f}"] for s in scores]
+    return markdown_table(["task", "data", "metric", "score"], rows)

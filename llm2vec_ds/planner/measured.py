@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from llm2vec_ds.encoder.of_run import METRICS, RECIPE
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.planner.plan import Planner
 from llm2vec_ds.planner.step_time import Fit, Work, fit_speed
@@ -49,7 +50,7 @@ def measured_speed(folders: Sequence[Path], device: torch.device) -> Fit:
 
 
 def _steps(folder: Path, device: torch.device) -> list[tuple[Work, float]]:
-    for name in ("recipe.yaml", "metrics.jsonl", "memory.json"):
+    for name in (RECIPE, METRICS, "memory.json"):
         if not (folder / name).is_file():
             raise UserError(f"--measured {folder} has no {name}: give the folder of a finished run")
     n_ranks = read_json(folder / "memory.json", _Memory, "run it again").n_ranks
@@ -57,8 +58,8 @@ def _steps(folder: Path, device: torch.device) -> list[tuple[Work, float]]:
         raise UserError(f"--measured {folder}: memory.json has no n_ranks: run it again")
     gpus = n_ranks if device.type == "cuda" else 0
     machine = MachineConfig(nodes=1 if gpus else n_ranks, gpus_per_node=gpus)
-    planner = Planner(load_recipe(folder / "recipe.yaml"), folder / "recipe.yaml", machine)
-    steps = list(read_json_lines(folder / "metrics.jsonl", _Step, "run it again"))[WARM_UP_STEPS:]
+    planner = Planner(load_recipe(folder / RECIPE), folder / RECIPE, machine)
+    steps = list(read_json_lines(folder / METRICS, _Step, "run it again"))[WARM_UP_STEPS:]
     if not steps:
         raise UserError(
             f"--measured {folder} has no step after the first, which is a warm-up: give a longer run"

@@ -42,7 +42,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _check_sections(path: str | Path, config: dict[str, Any]) -> None:
-    """Checks that the sections which this module reads are objects."""
+    """Checks that the sections which this package reads are objects, and that the ZeRO stage is known."""
     zero = config.get("zero_optimization", {})
     offloads = ("offload_optimizer", "offload_param")
     inner = (
@@ -53,6 +53,10 @@ def _check_sections(path: str | Path, config: dict[str, Any]) -> None:
     for key, section in {"zero_optimization": zero, **inner}.items():
         if not isinstance(section, dict):
             raise UserError(f"DeepSpeed config {path}: `{key}` must be an object, not {section!r}")
+    if (stage := zero.get("stage", 0)) not in (0, 1, 2, 3) or not isinstance(stage, int):
+        raise UserError(
+            f"DeepSpeed config {path}: `zero_optimization.stage` is {stage!r}: write 0, 1, 2 or 3"
+        )
 
 
 def _auto_key(value: Any, prefix: str = "") -> str | None:

@@ -36,7 +36,8 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Re
     """Reads the recipes of a file, in order: one, or one for each key of its `stages`.
 
     The keys of a stage override the keys beside `stages`. Each stage writes to a folder of its name in
-    `output_dir`. It starts from the `encoder/` of the stage before, unless it sets `model.path`.
+    `output_dir`, unless it sets its own. It starts from the `encoder/` of the stage before, unless it sets
+    `model.path`.
 
     The override `stage=NAME` picks one stage. `output_dir=` also changes a `model.path` that names an earlier
     stage's folder. `model.path=` applies to the first stage that runs, `data.pairs…=` to the stages that read
@@ -62,7 +63,7 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Re
     recipes: list[Recipe] = []
     for name, own in stages.items():
         applied = [o for o in given if _is_for(o, name, is_first=name == first, stages=list(stages))]
-        merged = _stage_values(values, name, own or {}, [recipe.stage for recipe in recipes], applied)
+        merged = _stage_values(values, name, own or {}, recipes, applied)
         recipes.append(parse_recipe(merged, source=f"{path}, stage {name}"))
     return [recipe for recipe in recipes if chosen is None or recipe.stage == chosen]
 
@@ -80,7 +81,7 @@ def _is_for(override: str, stage: str, *, is_first: bool, stages: list[str]) -> 
 
 
 def _stage_values(
-    common: dict[str, Any], name: str, own: dict[str, Any], before: list[str], overrides: list[str]
+    common: dict[str, Any], name: str, own: dict[str, Any], before: list[Recipe], overrides: list[str]
 ) -> dict[str, Any]:
     values = laid_over(common, {"stage": name})
     written_root = values.get("output_dir")
@@ -90,9 +91,9 @@ def _stage_values(
     if root and isinstance(root, str):  # validation reports anything else
         values = laid_over(values, {"output_dir": f"{root}/{name}"})
     if before:
-        values = laid_over(values, {"model": {"path": f"{root}/{before[-1]}/encoder"}})
+        values = laid_over(values, {"model": {"path": f"{before[-1].output_dir}/encoder"}})
     values = laid_over(values, own)
-    moved = {f"{written_root}/{stage}/encoder": f"{root}/{stage}/encoder" for stage in before}
+    moved = {f"{written_root}/{run.stage}/encoder": f"{root}/{run.stage}/encoder" for run in before}
     if isinstance(model := values.get("model"), dict):
         model["path"] = moved.get(str(model.get("path")), model.get("path"))
     for override in [o for o in overrides if not o.startswith("output_dir=")]:

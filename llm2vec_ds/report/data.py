@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm2vec_ds.encoder.of_run import short_name
+from llm2vec_ds.encoder.of_run import ENCODER, HELD_OUT, METRICS, RECIPE, short_name
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.report.stages_plot import STAGES
 from llm2vec_ds.storage.reading import read_json, read_json_lines
@@ -111,16 +111,16 @@ def _prefixed(label: str, name: str) -> str:
 
 
 def _run(data: ReportData, folder: Path, label: str, name: str = "") -> bool:
-    steps = _lines(folder / "metrics.jsonl")
+    steps = _lines(folder / METRICS)
     if not steps:
         return False
-    recipe = folder / "recipe.yaml"
+    recipe = folder / RECIPE
     text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else ""
     stage = next((line.split(": ")[1] for line in text.splitlines() if line.startswith("stage: ")), "run")
     shown = _prefixed(label, name or folder.name) if name else label or folder.name
-    data.runs.append(Run(shown, stage, steps, _lines(folder / "held_out.jsonl"), text))
-    if not name and (folder / "encoder").is_dir():
-        data.encoders[shown] = (str(folder / "encoder"), None)
+    data.runs.append(Run(shown, stage, steps, _lines(folder / HELD_OUT), text))
+    if not name and (folder / ENCODER).is_dir():
+        data.encoders[shown] = (str(folder / ENCODER), None)
     return True
 
 
@@ -143,7 +143,7 @@ def _ablation(data: ReportData, folder: Path, label: str) -> bool:
         for scores in by_seed.values():
             data.add_scores(_prefixed(label, variant), scores)
         seed = next(iter(by_seed), "")
-        encoder = folder / "runs" / f"seed-{seed}" / variant / "encoder"
+        encoder = folder / "runs" / f"seed-{seed}" / variant / ENCODER
         path = str(encoder) if "+" in variant else results.model
         if "+" not in variant or encoder.is_dir():
             data.encoders[_prefixed(label, variant)] = (path, variant.startswith("uni"))
@@ -167,8 +167,8 @@ def _demo(data: ReportData, folder: Path, label: str) -> bool:
     for stage in (name for name in STAGES if name in metrics):
         scores = {k: v for k, v in metrics[stage].items() if k in ("sts_spearman", "retrieval_ndcg_at_10")}
         data.add_scores(_prefixed(label, stage), scores)
-        if (folder / stage / "encoder").is_dir():
-            data.encoders[_prefixed(label, stage)] = (str(folder / stage / "encoder"), None)
+        if (folder / stage / ENCODER).is_dir():
+            data.encoders[_prefixed(label, stage)] = (str(folder / stage / ENCODER), None)
         if (folder / stage).is_dir():
             _run(data, folder / stage, label, stage)
     data.facts |= {_prefixed(label, k): str(v) for k, v in metrics.get("run", {}).items()}

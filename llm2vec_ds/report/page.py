@@ -18,6 +18,7 @@ from llm2vec_ds.report.example_sentences import SENTENCES, TOPIC_OF, Examples, e
 from llm2vec_ds.report.figures import Figure, figures_of
 from llm2vec_ds.storage.durable import replace_json, replace_text
 from llm2vec_ds.storage.reading import checked_json
+from llm2vec_ds.storage.tables import mean_and_spread
 
 log = logging.getLogger(__name__)
 
@@ -139,15 +140,10 @@ def _grid(figures: Sequence[Figure], beginnings: tuple[str, ...]) -> str:
 def _score_table(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     variants = list(dict.fromkeys(variant for by_variant in scores.values() for variant in by_variant))
     rows = [("", *scores)]
-    rows += [(v, *(_mean(by_variant.get(v, [])) for by_variant in scores.values())) for v in variants]
+    rows += [
+        (v, *(mean_and_spread(by_variant.get(v, [])) for by_variant in scores.values())) for v in variants
+    ]
     return _table(rows)
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

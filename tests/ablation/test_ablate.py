@@ -100,7 +100,7 @@ def test_a_run_is_trained_again_if_anything_it_depends_on_has_changed(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[tuple[str, ...]] = []
-    monkeypatch.setattr("llm2vec_ds.ablation.run.run_command", lambda *a: trained.append(a[2:]))
+    monkeypatch.setattr("llm2vec_ds.process.child_command.run_command", lambda *a: trained.append(a[2:]))
     text = tmp_path / "own.txt"
     text.write_text("one text\n")
 
@@ -131,7 +131,7 @@ def test_a_stopped_run_goes_on_and_a_changed_one_starts_in_an_empty_folder(
         folder.mkdir(exist_ok=True)
         return 3
 
-    monkeypatch.setattr("llm2vec_ds.ablation.run.run_command", stopped)
+    monkeypatch.setattr("llm2vec_ds.process.child_command.run_command", stopped)
     for budget in (None, None, "quick", "quick"):
         ablation = Ablation(recipe, budget, tmp_path / "out", str(tiny_model_dir))
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def test_scores_are_measured_again_if_data_or_settings_have_changed(
 def test_a_mistake_in_a_later_stage_is_found_before_the_first_is_trained(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2vec_ds.ablation.run.run_command", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr("llm2vec_ds.process.child_command.run_command", lambda *a: pytest.fail("trained"))
     for supervised, message in (
         ({"max_steps": 2}, "stages.supervised.data.path is missing"),
         ({"data": {"path": "none.jsonl"}}, "none.jsonl not found"),
@@ -208,7 +208,9 @@ def test_an_ablation_goes_on_where_it_stopped(
     assert {run: values["steps"] for run, values in totals.items()} == {"bi+mntp": 2, "bi+mntp+simcse": 1}
     assert all(values["trained_tokens"] > 0 < values["training_s"] for values in totals.values())
     assert (output / "table.md").read_text().count("\n") == 2 + len(recipe.variants)
-    monkeypatch.setattr("llm2vec_ds.ablation.run.run_command", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        "llm2vec_ds.process.child_command.run_command", lambda *a: pytest.fail("trained again")
+    )
     monkeypatch.setattr("llm2vec_ds.evaluate.mteb.measure", lambda *a: pytest.fail("measured again"))
     assert run_ablation(recipe, "quick", output)["scores"] == result["scores"]
     assert json.loads((output / "results.json").read_text())["scores"] == result["scores"]

@@ -123,6 +123,15 @@ def test_bad_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     assert TOKENIZER.decode(texts[[0]][0].input_ids, skip_special_tokens=True) == good
 
 
+def test_rows_that_an_earlier_run_left_out_are_not_forgotten(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "the river"}\n{"text": \n{"text": "bread"}\n')
+    assert len(prepared(file, bad_rows="skip")) == 2
+    with pytest.raises(UserError, match="1 row.s. that cannot be read, which an earlier run left out"):
+        prepared(file)
+    assert len(prepared(file, bad_rows="skip")) == 2
+
+
 @pytest.mark.parametrize("long_texts", ["truncate", "split"])
 def test_an_enormous_line_is_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_texts: str

@@ -6,6 +6,7 @@ import gzip
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from llm2vec_ds.data.tagged import TaggedSentence, load_tagged
 from llm2vec_ds.errors import UserError
@@ -77,7 +78,7 @@ def test_other_encodings_endings_and_compressed_files(tmp_path: Path) -> None:
     [
         ("a.conllu", "", "upos", "holds no sentence"),
         ("a.conllu", CONLLU, "ner", "choose form, lemma, upos"),
-        ("a.conllu", "just a text\n", "upos", "line 1: expected a line of CoNLL-U"),
+        ("a.conllu", "just a text\n", "upos", "line 1 is no line of CoNLL-U"),
         ("a.conllu", "1\tYes\n", "upos", "line 1: no column 3, it has 2"),
         ("a.txt", COLUMNS, "upos", "choose a number"),
         ("a.txt", "a b\n", "2", "line 1: no column 2"),
@@ -98,3 +99,11 @@ def test_sources_that_are_not_there() -> None:
         load_tagged("hub:owner/name", "ner_tags")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_tagged("hub:owner/name@test", "ner_tags")
+
+
+def test_a_column_of_the_hub_without_lists_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Dataset.from_dict({"id": ["a"], "tokens": [["He", "stops"]], "tags": [["N", "V"]]})
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+    assert load_tagged("hub:owner/name@test", "tags") == [TaggedSentence(["He", "stops"], ["N", "V"])]
+    with pytest.raises(UserError, match="the column id holds no lists of labels"):
+        load_tagged("hub:owner/name@test", "id")

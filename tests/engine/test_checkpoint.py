@@ -100,6 +100,36 @@ def test_the_last_are_kept_and_the_best(keep_last: int, tmp_path: Path) -> None:
     assert store.best_score() == 0.9
 
 
+def test_a_process_that_goes_on_keeps_the_best_of_the_one_before(tmp_path: Path) -> None:
+    """It has read only the newest checkpoint. If the best is damaged, the next best is kept."""
+    before = CheckpointStore(tmp_path, keep_last=1)
+    for step, score in enumerate([0.9, 0.5, 0.8], start=1):
+        save(before, step, score)
+    assert names(before) == ["step-00000002", "step-00000003"]
+    after = CheckpointStore(tmp_path, keep_last=1)
+    assert after.newest_valid() is not None
+    for step in (4, 5):
+        save(after, step, 0.7)
+        assert names(after) == ["step-00000002", f"step-{step:08d}"]
+    flip_a_byte(tmp_path / "step-00000002" / PART)
+    last = CheckpointStore(tmp_path, keep_last=1)
+    assert last.newest_valid() is not None
+    save(last, 6, 0.8)
+    assert names(last) == ["step-00000005", "step-00000006"]
+
+
+def test_scores_of_another_metric_do_not_count(tmp_path: Path) -> None:
+    by_loss = CheckpointStore(tmp_path, keep_last=9, best_by="loss")
+    by_loss.save(Manifest(1, {}, {}, 6.5, "loss"), write_parts)
+    by_sts = CheckpointStore(tmp_path, keep_last=9, best_by="sts", lowest_is_best=False)
+    assert by_sts.best() is None
+    assert by_sts.best_score() is None
+    by_sts.save(Manifest(2, {}, {}, 0.8, "sts"), write_parts)
+    best = by_sts.best()
+    assert best is not None
+    assert best.step == 2
+
+
 def test_the_earliest_of_equals_is_the_best(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=1, lowest_is_best=False)
     for step, score in enumerate([0.1, 0.9, 0.9, 0.3, 0.9], start=1):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2vec_ds.engine import trainable_state
+from llm2vec_ds.engine.checkpoint import CheckpointStore
 from llm2vec_ds.engine.run import train
 from llm2vec_ds.engine.trainable_state import TrainableState
 from llm2vec_ds.errors import UserError
@@ -202,6 +203,21 @@ def test_finished_is_left_alone_and_an_empty_folder_begins(
         train(parse_recipe(values))
     assert "finished already" in caplog.text
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_score_that_is_no_number_is_never_the_best(
+    tmp_path: Path, tiny_model_dir: Path, texts_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = recipe_of("mntp", 0, tiny_model_dir, texts_file, tmp_path / "run", **NO_DROPOUT)
+    values["data"]["held_out_path"] = str(texts_file)
+    values |= {"held_out_every_steps": 1, "max_steps": 3}
+    values["checkpoint"] = {"best_by": "loss"}
+    scores, measured = iter([float("nan"), float("nan"), 0.5, 0.6]), MntpStage.held_out
+    monkeypatch.setattr(MntpStage, "held_out", lambda *of: {**measured(*of), "loss": next(scores)})
+    train(parse_recipe(values))
+    best = CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=1, best_by="loss").best()
+    assert best is not None
+    assert (best.step, best.manifest.score, best.manifest.score_of) == (2, 0.5, "loss")
 
 
 def test_the_best_checkpoint_is_kept_and_becomes_the_encoder(

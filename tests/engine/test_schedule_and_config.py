@@ -58,6 +58,19 @@ def test_the_recipe_beats_the_json_and_says_so(tmp_path: Path, caplog: pytest.Lo
     assert "train_micro_batch_size_per_gpu, gradient_clipping" in caplog.text
 
 
+def test_keys_that_the_recipe_sets_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in the JSON that most people have from the Hugging Face Trainer."""
+    path = tmp_path / "ds.json"
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}
+    given = {"fp16": {"enabled": True}, "scheduler": scheduler, "optimizer": {"type": "Lamb"}}
+    path.write_text(json.dumps({**given, "zero_optimization": {"stage": 2}}))
+    config = deepspeed_config(parse_recipe({**MINIMAL, "deepspeed": str(path)}), 1, torch.float32)
+    assert not {"fp16", "scheduler"} & set(config)
+    assert config["optimizer"]["type"] == "AdamW"
+    assert config["zero_optimization"] == {"stage": 2}
+    assert "the recipe sets optimizer, scheduler, fp16; these keys are not used" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -67,6 +80,8 @@ def test_the_recipe_beats_the_json_and_says_so(tmp_path: Path, caplog: pytest.Lo
             '{"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}',
             'prefetch_bucket_size` is "auto"',
         ),
+        ('{"zero_optimization": {"stage": "2"}}', "stage` is '2': write 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 5}}', "stage` is 5: write 0, 1, 2 or 3"),
     ],
 )
 def test_unusable_configs(tmp_path: Path, content: str, message: str) -> None:

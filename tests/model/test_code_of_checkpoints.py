@@ -56,7 +56,7 @@ def test_no_command_runs_it_or_asks_whether_to(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What a demo trains is left out: `train` has its own case."""
-    monkeypatch.setattr("llm2vec_ds.demo.run.run_command", lambda *_: 1)
+    monkeypatch.setattr("llm2vec_ds.process.child_command.run_command", lambda *_: 1)
     monkeypatch.chdir(tmp_path)  # some outputs have a place of their own
     case = Case(PLANTS[name](plant), tiny_model_dir, tmp_path)
     for line in CASES[command](case):

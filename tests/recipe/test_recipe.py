@@ -63,6 +63,14 @@ def test_a_new_output_dir_moves_the_stages_that_a_file_names(tmp_path: Path) -> 
     assert load_stages(path, ["output_dir=runs/y"])[2].model.path == "runs/z/mntp/encoder"
 
 
+def test_a_stage_starts_where_the_one_before_writes(tmp_path: Path) -> None:
+    mntp = {**STAGED["stages"]["mntp"], "output_dir": "runs/special"}
+    path = write(tmp_path, {**STAGED, "stages": {**STAGED["stages"], "mntp": mntp}})
+    first, second = load_stages(path)
+    assert (first.output_dir, second.model.path) == ("runs/special", "runs/special/encoder")
+    assert second.output_dir == "runs/x/simcse"
+
+
 def test_pairs_are_for_the_stages_that_read_them(tmp_path: Path) -> None:
     path = write(tmp_path, {**STAGED, "stages": {**STAGED["stages"], "supervised": SUPERVISED}})
     mntp, _, supervised = load_stages(path, ["data.pairs.max_negatives=3"])
