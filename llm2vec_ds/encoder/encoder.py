@@ -37,14 +37,14 @@ from llm2vec_ds.encoder.of_run import encoder_of
 from llm2vec_ds.encoder.passes import HalvedWhereFull, made_ahead, one_ahead, tokens_of_a_pass
 from llm2vec_ds.encoder.replicas import Replicas, devices, text_blocks
 from llm2vec_ds.encoder.saving import save_trunk
-from llm2vec_ds.encoder.settings import EncoderSettings, stored_settings
+from llm2vec_ds.encoder.settings import EncoderSettings, settings_at
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.model.adapter_stack import AdapterStack, adapter_state, write_stack
 from llm2vec_ds.model.attention import register_for
 from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.damage import check_ids, check_vocabulary, why_not_finite
 from llm2vec_ds.model.hidden_states import trunk_hidden_states
-from llm2vec_ds.model.imported import merge_adapters, resolve, tokenizer_place, upstream_settings
+from llm2vec_ds.model.imported import merge_adapters, resolve, tokenizer_place
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.network import give_up_on_unreachable_hub
@@ -124,10 +124,8 @@ class Encoder(nn.Module):
             TrunkOptions(causal=causal, attention=attention, precision=precision, device=chosen[0]),
         )
         merge_adapters(trunk, stack.adapters)
-        last_source = stack.adapters[-1] if stack.adapters else Path(path)
-        stored = {**upstream_settings(last_source), **stored_settings(Path(path)), **(settings or {})}
         tokenizer = load_tokenizer(tokenizer_place(path))
-        encoder = cls(trunk, tokenizer, EncoderSettings.of(stored))
+        encoder = cls(trunk, tokenizer, settings_at(path, stack.adapters, settings or {}))
         encoder.devices = chosen
         return encoder.eval()
 

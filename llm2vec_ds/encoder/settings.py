@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +14,14 @@ from pydantic import Field, StrictBool, TypeAdapter, ValidationError
 from llm2vec_ds import __version__
 from llm2vec_ds.data.prompts import PLAIN, TEXT_SPANS, check_form
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.imported import file_of, upstream_settings
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.storage.reading import explain, read_json
 
+log = logging.getLogger(__name__)
+
 SETTINGS_FILE = "llm2vec_ds.json"
+SENTENCE_TRANSFORMERS_FILE = "modules.json"
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,37 @@ class EncoderSettings:
         (folder / SETTINGS_FILE).write_text(said, encoding="utf-8")
 
 
-def stored_settings(folder: Path) -> dict[str, Any]:
-    """Reads a folder's settings file. Ignores unknown names, which a later version may have written.
+def settings_at(path: str, adapters: Sequence[Path], changes: Mapping[str, Any]) -> EncoderSettings:
+    """Returns the settings that a model comes with, with some changes.
+
+    Args:
+        path: a folder or a hub id.
+        adapters: the folders of the adapters on it. The last one may hold upstream's settings.
+
+    Raises:
+        UserError: a settings file is damaged, or a change has an unknown name or value.
+    """
+    upstream = upstream_settings(adapters[-1] if adapters else Path(path))
+    own = stored_settings(path)
+    if not own and not upstream and file_of(path, SENTENCE_TRANSFORMERS_FILE) is not None:
+        log.warning(
+            "%s is a model of sentence-transformers. It is read as an LLM here: its pooling, prompts and "
+            "attention are not used",
+            path,
+        )
+    return EncoderSettings.of({**upstream, **own, **changes})
+
+
+def stored_settings(place: str) -> dict[str, Any]:
+    """Reads the settings file of a folder or hub id. Empty if there is none.
+
+    Ignores unknown names, which a later version may have written.
 
     Raises:
         UserError: the file is damaged.
     """
-    file = folder / SETTINGS_FILE
-    if not file.is_file():
+    file = file_of(place, SETTINGS_FILE)
+    if file is None:
         return {}
     remedy = "copy the encoder folder from its run again"
     stored = read_json(file, dict[str, Any], remedy)

@@ -21,7 +21,7 @@ def weights_key(model: str) -> str:
 
 def encoder_key(model: str) -> str:
     """Returns a key of all that an encoder's vectors depend on: its weights, and settings such as pooling."""
-    return result_key(weights_key(model), stored_settings(Path(model)))
+    return result_key(weights_key(model), stored_settings(model))
 
 
 def result_key(*parts: Any) -> str:

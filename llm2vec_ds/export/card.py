@@ -11,7 +11,7 @@ import yaml
 
 from llm2vec_ds import __version__
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.encoder.of_run import METRICS, RECIPE
+from llm2vec_ds.encoder.of_run import ENCODER, METRICS, RECIPE
 from llm2vec_ds.engine.metrics import training_totals
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.export.scores import (
@@ -107,7 +107,7 @@ def _run_folder(folder: Path) -> Path | None:
     Args:
         folder: of a run, of a demo, or the encoder/ of one of them.
     """
-    for place in (folder, folder.parent):
+    for place in (folder, *([folder.parent] if folder.name == ENCODER else [])):
         if (place / RECIPE).is_file():
             return place
         if (place / "mntp" / RECIPE).is_file():  # a demo

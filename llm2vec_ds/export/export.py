@@ -45,6 +45,7 @@ from llm2vec_ds.export.sentence_transformers import (
 )
 from llm2vec_ds.export.vllm import vllm_notes
 from llm2vec_ds.model.pooling import POOLINGS
+from llm2vec_ds.model.rope import length_of_change
 from llm2vec_ds.storage.output_folder import check_new_folder, replaced_folder
 
 log = logging.getLogger(__name__)
@@ -169,6 +170,12 @@ def limits(encoder: Encoder, as_modules: Plan | None) -> list[str]:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type == "llama" and rope != "default":
         notes.append(f"text-embeddings-inference does not support RoPE of type {rope} for Llama.")
+    longest = length_of_change(config)
+    if longest is not None and settings.max_tokens > longest:
+        notes.append(
+            f"RoPE changes beyond {longest} tokens. Other tools choose it by the longest text of a batch: "
+            "keep texts to this length, or give longer ones one at a time."
+        )
     if settings.pooling == "weighted_mean":
         notes.append("vLLM and text-embeddings-inference do not support weighted_mean pooling.")
     return notes + vllm_notes(config, settings.max_tokens)
@@ -201,7 +208,7 @@ def write_folder(
     encoder.trunk.config.dtype = dtype
     encoder.save_weights(folder, state)
     prompts = as_modules.prompts if as_modules else {}
-    tokenizer = tokenizer_for(encoder, prompts) if as_modules else padded_tokenizer(encoder.tokenizer)
+    tokenizer = tokenizer_for(encoder, prompts) if as_modules else padded_tokenizer(encoder)
     save_tokenizer(tokenizer, folder)
     write_config(folder, tokenizer, matryoshka_dims)
     if as_modules is not None:
@@ -264,7 +271,7 @@ def _same_span(tokenizer: Any, settings: EncoderSettings, as_modules: Plan, prom
     if prompt is None or as_modules.include_prompt:
         return np.ones(len(texts), dtype=bool)
     alone = tokenizer(as_modules.prompts[prompt])["input_ids"]
-    length = len(alone) - (alone[-1] in tokenizer.all_special_ids)
+    length = len(alone) - (bool(alone) and alone[-1] in tokenizer.all_special_ids)
     template = Template(settings.template, settings.special_tokens)
     prompts = [Prompt(settings.prompts.get(prompt), text) for text in texts]
     return np.array([text.pool_start == length for text in tokenize(tokenizer, prompts, template)])

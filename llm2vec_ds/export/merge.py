@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.of_run import encoder_of
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.evaluate.sts import own_graded_pairs
 from llm2vec_ds.export.merged_folder import check_merged_folder, save_merged
@@ -33,11 +34,13 @@ def merge_into_original(
     """Writes the encoder of `folder` to `output`. Its adapters go into weights that were never in 4 bits.
 
     Args:
+        folder: a run over NF4, or its `encoder/`.
         original: the base model. None: the one that the folder names.
 
     Raises:
         UserError: the folder has no adapters of its own, or `output` exists and `overwrite` is false.
     """
+    folder = Path(encoder_of(str(folder)))
     stack = read_stack(str(folder), "nf4", None)
     if not stack.earlier:
         raise UserError(

@@ -41,7 +41,8 @@ LEGACY_POOLING_KEYS = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
-DEFAULT_PROMPT = "document"
+DEFAULT_PROMPTS = ("document", "text", "default")
+"""Names for the prompt of the template's beginning. The first one that no other prompt has is taken."""
 INPUT_NAMES = ["input_ids", "attention_mask"]
 """Inputs that the tokenizer returns. Decoders take no token types, but some readers pass on all of them."""
 
@@ -78,8 +79,14 @@ def plan(encoder: Encoder) -> Plan:
     prompts = {name: _head(template, instruction) for name, instruction in settings.prompts.items()}
     default = None
     if head := _head(template, None):
-        default = DEFAULT_PROMPT
-        prompts.setdefault(default, head)
+        free = (name for name in DEFAULT_PROMPTS if prompts.get(name, head) == head)
+        default = next(free, None)
+        if default is None:
+            raise UserError(
+                f"prompts have the names {', '.join(DEFAULT_PROMPTS)}, so none is left for the template's "
+                f"beginning {head!r}: rename one of them"
+            )
+        prompts[default] = head
     pools_all = settings.pooled_tokens == "all" or settings.pooling in OF_ONE_TOKEN
     silent = () if pools_all else tuple(dict.fromkeys(before + after))
     return Plan(prompts, default, POOLING_MODES[settings.pooling], pools_all or not prompts, silent)
@@ -124,11 +131,12 @@ def write_config(folder: Path, tokenizer: Any, matryoshka_dims: list[int] | None
 
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    own_flag = has_own_flag(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    stored = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    own_flag = has_own_flag(stored)
     # If the model type has its own flag, a second one would shift its sliding window.
     if "is_causal" in config and not own_flag:
         config["use_bidirectional_attention"] = not config["is_causal"]
-    if config.get("pad_token_id") is None:
+    if config.get("pad_token_id") is None or config["pad_token_id"] >= stored.get_text_config().vocab_size:
         config["pad_token_id"] = tokenizer.pad_token_id
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -138,12 +146,16 @@ def write_config(folder: Path, tokenizer: Any, matryoshka_dims: list[int] | None
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def padded_tokenizer(tokenizer: Any) -> Any:
-    """Returns a copy that can pad. Without a padding token, it pads with the end-of-sequence token."""
+def padded_tokenizer(encoder: Encoder) -> Any:
+    """Returns a copy of the tokenizer that can pad.
+
+    If it has no padding token, or the model has no embedding for it, it pads with the end-of-sequence token.
+    """
     import copy
 
-    padded = copy.deepcopy(tokenizer)
-    if padded.pad_token_id is None:
+    padded = copy.deepcopy(encoder.tokenizer)
+    n_ids = encoder.trunk.config.get_text_config().vocab_size
+    if padded.pad_token_id is None or padded.pad_token_id >= n_ids:
         if padded.eos_token is None:
             raise UserError("the tokenizer has no padding token and no end-of-sequence token: add one")
         padded.pad_token = padded.eos_token
@@ -162,7 +174,7 @@ def tokenizer_for(encoder: Encoder, prompts: dict[str, str]) -> Any:
     from tokenizers import Regex, Tokenizer, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    original = padded_tokenizer(encoder.tokenizer)
+    original = padded_tokenizer(encoder)
     alone = [re.escape(prompt[:-1]) for prompt in dict.fromkeys(prompts.values()) if prompt.endswith(" ")]
     adds_eos = encoder.settings.pooling == "eos" and added_ids(original)[1][-1:] != [original.eos_token_id]
     if not alone and not adds_eos:

@@ -10,13 +10,14 @@ from safetensors import safe_open
 from torch import nn
 
 from llm2vec_ds.encoder.encoder import Encoder
-from llm2vec_ds.encoder.of_run import CHECKPOINTS, RECIPE
+from llm2vec_ds.encoder.of_run import CHECKPOINTS, RECIPE, identity_stored_in
 from llm2vec_ds.engine.build import encoder_before_training
 from llm2vec_ds.engine.checkpoint import Checkpoint, CheckpointStore
 from llm2vec_ds.engine.trainable_state import weight_files
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.export.merged_folder import check_merged_folder, save_merged
 from llm2vec_ds.model.adapters import merged_state_dict
+from llm2vec_ds.model.fingerprint import model_fingerprint
 from llm2vec_ds.recipe.files import load_recipe
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -35,8 +36,8 @@ def soup(run: Path, n_last: int, output: Path, *, overwrite: bool = False) -> li
         The steps of these checkpoints, newest first.
 
     Raises:
-        UserError: `run` is not a run, has too few valid checkpoints, or trains over NF4. Or `output` exists
-            and `overwrite` is false.
+        UserError: `run` is not a run, has too few valid checkpoints, or trains over NF4. Or its model has
+            changed. Or `output` exists and `overwrite` is false.
     """
     check_merged_folder(output, [run], overwrite)
     if not (run / RECIPE).is_file():
@@ -47,6 +48,7 @@ def soup(run: Path, n_last: int, output: Path, *, overwrite: bool = False) -> li
             f"{run} trains over NF4, so --last cannot average its checkpoints: merge its adapters without "
             "--last"
         )
+    _check_base(run, recipe)
     checkpoints = _newest(run, n_last)
     encoder, total = encoder_before_training(recipe, torch.device("cpu")), None
     for checkpoint in checkpoints:
@@ -56,6 +58,15 @@ def soup(run: Path, n_last: int, output: Path, *, overwrite: bool = False) -> li
     assert total is not None
     _save(recipe, encoder, {name: tensor / n_last for name, tensor in total.items()}, output)
     return [checkpoint.step for checkpoint in checkpoints]
+
+
+def _check_base(run: Path, recipe: Recipe) -> None:
+    """Checks that the run's model is still the one that its checkpoints were trained on."""
+    stored, now = identity_stored_in(run), model_fingerprint(recipe.model.path)
+    if stored is not None and None not in (stored["model"], now) and stored["model"] != now:
+        raise UserError(
+            f"{recipe.model.path}, from which {run} started, has changed since: restore it, or train again"
+        )
 
 
 def _newest(run: Path, n_last: int) -> list[Checkpoint]:

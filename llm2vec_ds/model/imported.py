@@ -36,7 +36,8 @@ KNOWN_SETTINGS = {
 }
 """Keys that an adapter's settings may hold. With them the update is scale · B·A, or only training reads them.
 Those in the last line belong to `init_lora_weights`."""
-STARTS = (True, False, "gaussian", "orthogonal", "eva", "pissa", "olora")
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+STARTS = (*PLAIN_STARTS, "pissa", "olora")
 """Values of `init_lora_weights` for which the update is known. `pissa` and `olora` change the base weights.
 peft repeats that change when it puts the adapter on. It writes True if it has converted another start."""
 UPSTREAM_SETTINGS = "llm2vec_config.json"
@@ -81,8 +82,8 @@ def resolve(path: str, adapters: Sequence[str | Path] = ()) -> Stack:
             adapter.
     """
     stack, base = [_local(str(adapter)) for adapter in adapters], path
-    while (config := _file(base, CONFIG)) is not None:
-        if own := next((name for name in OWN_WEIGHTS if _file(base, name)), None):
+    while (config := file_of(base, CONFIG)) is not None:
+        if own := next((name for name in OWN_WEIGHTS if file_of(base, name)), None):
             raise UserError(
                 f"model {base} holds a whole model ({own}) and an adapter ({CONFIG}), so it is unclear "
                 "which is meant: give a folder that holds only one of them"
@@ -104,12 +105,12 @@ def tokenizer_place(path: str) -> str:
     Raises:
         UserError: as `resolve`.
     """
-    if _file(path, CONFIG) is None or _file(path, "tokenizer_config.json") is not None:
+    if file_of(path, CONFIG) is None or file_of(path, "tokenizer_config.json") is not None:
         return path
     return resolve(path).base
 
 
-def _file(place: str, name: str) -> Path | None:
+def file_of(place: str, name: str) -> Path | None:
     """Returns a file of a folder or of a model on the hub.
 
     None if there is no such file, or if the hub cannot be reached and the file is not in the cache.
@@ -272,14 +273,18 @@ def lora_settings(folder: Path) -> AdapterConfig:
     """Returns the settings of a folder's adapter. The targets are the full names of layers with weights.
 
     Raises:
-        UserError: the adapter cannot be merged, or its layers differ in rank or scale.
+        UserError: the adapter cannot be merged, its layers differ in rank or scale, or it changes the base.
     """
     _check(folder)
-    config = _config(folder)
+    config, obstacle = _config(folder), ""
     if config.get("rank_pattern") or config.get("alpha_pattern"):
+        obstacle = "has layers of several ranks or scales"
+    elif (start := config.get("init_lora_weights", True)) not in PLAIN_STARTS:
+        obstacle = f"has init_lora_weights={start!r}, which changes the base weights"
+    if obstacle:
         raise UserError(
-            f"adapter {folder} has layers of several ranks or scales, which cannot be stacked over nf4: "
-            "merge it first, with Encoder.from_pretrained(…).save(…), or set model.quantization=null"
+            f"adapter {folder} {obstacle}, so it cannot be stacked over nf4: merge it first, with "
+            "Encoder.from_pretrained(…).save(…), or set model.quantization=null"
         )
     return AdapterConfig(
         variant="rslora" if config.get("use_rslora") else "lora",

@@ -19,8 +19,28 @@ from torch import nn
 
 log = logging.getLogger(__name__)
 
+BY_LENGTH = {"longrope", "dynamic"}
+"""Types of RoPE whose factors depend on the length of a text."""
 Angles = Any
 """The result of a rotary embedding: one tensor `[B, L, …]`, or cosines and sines."""
+
+
+def length_of_change(config: Any, parameters: dict[str, Any] | None = None) -> int | None:
+    """Returns the length in tokens beyond which RoPE's factors change. None: they never do.
+
+    Args:
+        config: the trunk's.
+        parameters: RoPE's parameters of one type of layer. None: those of all types. Then the smallest length
+            counts.
+    """
+    if parameters is None:
+        parameters = getattr(config, "rope_parameters", None) or {}
+        by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+        lengths = [length_of_change(config, one) for one in by_layer_type or [parameters]]
+        return min((length for length in lengths if length is not None), default=None)
+    if parameters.get("rope_type", "default") not in BY_LENGTH:
+        return None
+    return int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 def choose_rope_by_text(trunk: nn.Module) -> None:
@@ -29,7 +49,7 @@ def choose_rope_by_text(trunk: nn.Module) -> None:
     found = [
         (name, part)
         for name, part in trunk.named_modules()
-        if _kinds(part) & {"longrope", "dynamic"} and id(part) not in chosen
+        if _kinds(part) & BY_LENGTH and id(part) not in chosen
     ]
     for name, rope in found:
         parent, _, child = name.rpartition(".")

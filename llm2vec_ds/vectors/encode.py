@@ -25,6 +25,7 @@ from llm2vec_ds import __version__
 from llm2vec_ds.data.sources import Source, find_source
 from llm2vec_ds.data.text_rows import TextRows, count_rows
 from llm2vec_ds.encoder.encoder import BadTexts, Encoder
+from llm2vec_ds.encoder.fingerprint import encoder_fingerprint
 from llm2vec_ds.encoder.passes import CPU_TOKENS, lower_pass
 from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.process.full_memory import enough_memory
@@ -218,6 +219,7 @@ class _Encoding:
         self.options, self.source, self.target, self.key = options, source, target, key
         self.folder = folder
         self.input_key = json_sha256(source.identity())
+        self.model_key = encoder_fingerprint(options.model)
         self.vectors = folder / "vectors.npy"
         self.rows = folder / f"rows{target.suffix}"
         self.progress = folder / "progress.json"
@@ -304,6 +306,7 @@ class _Encoding:
             llm2vec_ds_version=__version__,
             stored=options.stored,
             input_key=self.input_key,
+            model_key=self.model_key,
         )
         # An old note goes first, so that it never describes the new file.
         note_of(file).unlink(missing_ok=True)

@@ -71,6 +71,8 @@ class VectorNote:
         n_rows: rows of the input.
         n_rows_here: rows of this file.
         input_key: changes if the input may have changed. None: an earlier version wrote the note.
+        model_key: changes with the encoder's weights and settings. None: they were not on this machine, or an
+            earlier version wrote the note.
     """
 
     key: str
@@ -86,6 +88,7 @@ class VectorNote:
     llm2vec_ds_version: str
     stored: Stored = "float32"
     input_key: str | None = None
+    model_key: str | None = None
 
     def write(self, file: Path) -> None:
         replace_json(note_of(file), asdict(self))

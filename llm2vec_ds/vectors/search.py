@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import numpy as np
 from llm2vec_ds.data.sources import find_source
 from llm2vec_ds.data.text_rows import TextRows
 from llm2vec_ds.encoder.encoder import Encoder
+from llm2vec_ds.encoder.fingerprint import encoder_fingerprint
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.storage.fingerprint import json_sha256
 from llm2vec_ds.vectors.encode import STDIN
 from llm2vec_ds.vectors.files import (
     ROWS_PER_BLOCK,
@@ -22,6 +25,8 @@ from llm2vec_ds.vectors.files import (
     vector_files,
 )
 from llm2vec_ds.vectors.quantized import dequantize, hamming, quantize
+
+log = logging.getLogger(__name__)
 
 RESCORED = 16
 """For binary vectors, the RESCORED · `top` rows with the nearest signs are compared with the query itself."""
@@ -64,6 +69,7 @@ def search(
         raise UserError(f"{files[0]} has no note {note_of(files[0]).name}: encode it again")
     if model is None and Path(note.model).is_absolute() and not Path(note.model).exists():
         raise UserError(f"{index} was made by {note.model}, which is gone: give its encoder with --model")
+    _check_model(index, note, model)
     encoder = Encoder.from_pretrained(model or note.model)
     if encoder.dimensions < note.dimensions:
         raise UserError(
@@ -80,9 +86,22 @@ def search(
     rows, cosines = (_nearest_by_signs if note.stored == "binary" else _nearest)(index, vector, top)
     found = _texts(files, note, texts, {note.first_row + int(row) for row in rows})
     return [
-        Hit(note.first_row + int(row), float(cosine), found.get(note.first_row + int(row)) or "")
+        Hit(note.first_row + int(row), float(cosine), found[note.first_row + int(row)] or "")
         for row, cosine in zip(rows, cosines, strict=True)
     ]
+
+
+def _check_model(index: str | Path, note: VectorNote, given: str | None) -> None:
+    """Refuses the index's own model if it has changed. Warns if another one was given."""
+    found = encoder_fingerprint(given or note.model)
+    if note.model_key is None or found in (None, note.model_key):
+        return
+    if given is None:
+        raise UserError(
+            f"{note.model} has changed since it made {index}: encode the texts again, or give the encoder "
+            "that made it with --model"
+        )
+    log.warning("%s is not the encoder that made %s: cosines may mean nothing", given, index)
 
 
 def _nearest(index: str | Path, vector_D: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
@@ -135,5 +154,17 @@ def _texts(files: list[Path], note: VectorNote, given: str | None, wanted: set[i
     if given is None and note.input == STDIN:
         raise UserError(f"{files[0]} was made from standard input: give the file of its texts with --texts")
     source = find_source(given or note.input, "--texts")
+    changed = note.input_key not in (None, json_sha256(source.identity()))
+    if given is None and changed:
+        raise UserError(
+            f"{note.input} has changed since it was encoded, so its rows may be other texts now: encode it "
+            "again, or give the texts that were encoded with --texts"
+        )
     texts = TextRows(source, note.text_column, 0, max(wanted) + 1, bad_rows="skip")
-    return {row: text for row, text in enumerate(texts) if row in wanted}
+    found = {row: text for row, text in enumerate(texts) if row in wanted}
+    if missing := wanted - set(found):
+        raise UserError(
+            f"{source} has no row {min(missing)}, so these are not the texts that were encoded: give those "
+            "with --texts"
+        )
+    return found

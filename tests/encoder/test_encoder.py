@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from llm2vec_ds import Encoder, EncoderSettings
 from llm2vec_ds.data.packing import pack
 from llm2vec_ds.encoder.arguments import KNOWN, check_arguments
+from llm2vec_ds.encoder.fingerprint import encoder_fingerprint
 from llm2vec_ds.encoder.replicas import text_blocks
 from llm2vec_ds.errors import UserError
 from tests.support.tiny import sentences
@@ -211,6 +212,37 @@ def test_home_is_a_tilde(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.M
     encoder.save("~/encoder")
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
     Encoder.from_pretrained("~/encoder")
+
+
+def test_an_encoder_of_the_hub_has_its_settings(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache on this machine stands in for the hub."""
+    settings = {"pooling": "last", "max_tokens": 7, "prompts": {"query": "Find bread:"}}
+    own = Encoder(encoder.trunk, encoder.tokenizer, EncoderSettings(**settings))
+    repository = tmp_path / "models--team--small"
+    own.save(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = Encoder.from_pretrained("team/small")
+    assert found.settings == own.settings
+    texts = sentences(4)
+    expected = own.encode(texts, prompt_name="query")
+    np.testing.assert_allclose(found.encode(texts, prompt_name="query"), expected, atol=1e-6)
+    assert encoder_fingerprint("team/small") == encoder_fingerprint(str(repository / "snapshots" / "abc"))
+
+
+def test_settings_of_sentence_transformers_are_not_passed_over_in_silence(
+    encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder.save(tmp_path / "model")
+    (tmp_path / "model" / "modules.json").write_text("[]")
+    Encoder.from_pretrained(tmp_path / "model")
+    assert not caplog.text
+    (tmp_path / "model" / "llm2vec_ds.json").unlink()
+    Encoder.from_pretrained(tmp_path / "model")
+    assert "is a model of sentence-transformers. It is read as an LLM here" in caplog.text
 
 
 def test_stock_transformers_gives_the_same_vectors(encoder: Encoder, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm2vec_ds import Encoder, UserError
+from llm2vec_ds import Encoder, EncoderSettings, UserError
 from llm2vec_ds.demo import model as demo_model
 from llm2vec_ds.export.card import licence, origin
 from llm2vec_ds.export.export import ExportOptions, export
@@ -23,7 +23,7 @@ from llm2vec_ds.export.onnx.export import export_onnx
 from llm2vec_ds.model.pooling import POOLINGS
 from tests.support.encoder_folders import TEXTS, cosines, make
 from tests.support.model_types import build
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 INSTRUCTION = "Given rain, find bread:"
 
@@ -78,6 +78,47 @@ def test_prompts_have_names_there_too(settings: dict[str, Any], template: str, t
     assert cosines(model.encode(TEXTS, prompt_name="query"), expected)[words].min() > 0.9999
     assert set(model.prompts) >= {"query", "other"}
     assert cosines(model.encode(TEXTS), expected).min() < 0.999
+
+
+def test_a_prompt_may_be_empty_or_have_the_name_of_the_default(tmp_path: Path) -> None:
+    """The template's beginning then gets another name."""
+    empty = make(tmp_path / "empty", prompts={"query": INSTRUCTION, "document": ""})
+    export(empty, tmp_path / "out", ExportOptions())
+    expected = Encoder.from_pretrained(empty).encode(TEXTS)
+    model = sentence_transformer(tmp_path / "out")
+    assert cosines(model.encode(TEXTS, prompt_name="document"), expected).min() > 0.9999
+    headed = make(tmp_path / "headed", template="Text: {instruction} {text}", prompts={"document": "fish"})
+    export(headed, tmp_path / "headed_out", ExportOptions())
+    model, encoder = sentence_transformer(tmp_path / "headed_out"), Encoder.from_pretrained(headed)
+    assert model.default_prompt_name == "text"
+    words = np.array([not text[0].isdigit() for text in TEXTS])
+    for name, own in ((None, {}), ("document", {"prompt_name": "document"})):
+        found, expected = model.encode(TEXTS, prompt_name=name), encoder.encode(TEXTS, **own)
+        assert cosines(found, expected)[words].min() > 0.9999
+
+
+def test_a_padding_token_without_embedding_is_replaced(tmp_path: Path) -> None:
+    source = make(tmp_path / "encoder")
+    encoder = Encoder.from_pretrained(source)
+    encoder.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert encoder.tokenizer.pad_token_id == encoder.trunk.config.vocab_size
+    encoder.save(tmp_path / "padded")
+    for format in ("sentence-transformers", "transformers"):
+        export(tmp_path / "padded", tmp_path / format, ExportOptions(format=format))
+    expected = Encoder.from_pretrained(source).encode(TEXTS)
+    found = sentence_transformer(tmp_path / "sentence-transformers").encode(TEXTS)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_texts_that_change_rope_are_a_limit(tmp_path: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    trunk = tiny_llama(max_position_embeddings=1500, rope_parameters=dynamic).model
+    trunk.config.is_causal = False
+    for n_tokens, limits in ((4096, 1), (1500, 0)):
+        folder = tmp_path / f"encoder{n_tokens}"
+        Encoder(trunk, tiny_tokenizer(False), EncoderSettings(max_tokens=n_tokens)).save(folder)
+        notes = export(folder, tmp_path / f"out{n_tokens}", ExportOptions())
+        assert sum("RoPE changes beyond 1500 tokens" in note for note in notes) == limits
 
 
 def test_matryoshka_lengths_come_through(tmp_path: Path) -> None:
@@ -318,6 +359,8 @@ def test_the_card_tells_stages_scores_and_licence(tmp_path: Path, last: str) -> 
     scores = {name: {"sts_spearman": 0.25} for name in ("causal", "mntp")} | {last: {"sts_spearman": 0.5}}
     scores["run"] = {"sts": "pairs.csv"}
     (tmp_path / "demo" / "metrics.json").write_text(json.dumps(scores))
+    make(tmp_path / "demo" / "mine")
+    assert origin(tmp_path / "demo" / "mine").stages == ()  # of others, beside the runs
     for source in ("demo", "demo/encoder"):
         assert [recipe.stage for recipe, _ in origin(tmp_path / source).stages] == ["mntp", last]
     export(tmp_path / "demo", tmp_path / "out", ExportOptions())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,23 @@ def test_mean_of_the_last_checkpoints(
             parts.append(start[f"{name}.weight"] + 2 * b @ a)
         torch.testing.assert_close(found[f"{name}.weight"], sum(parts) / 3, rtol=1e-5, atol=1e-7)
         assert (parts[0] - parts[2]).abs().max() > 1e-3
+
+
+def test_checkpoints_of_a_model_that_has_changed_are_refused(
+    tiny_model_dir: Path,
+    texts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    values = recipe("simcse", model, texts_file, tmp_path / "run", adapter={"rank": 4}, max_steps=2)
+    train(parse_recipe({**values, "checkpoint": {"every_steps": 1, "keep_last": 2}}))
+    save_tiny_llama(model, seed=5)
+    out = tmp_path / "soup"
+    assert run(monkeypatch, "merge", tmp_path / "run", "--last", 2, "--output", out) == 2
+    assert f"{model}, from which {tmp_path / 'run'} started, has changed since" in error_line(capsys)
+    assert not out.exists()
 
 
 def test_overwrite_replaces_an_earlier_mixture_and_its_note(

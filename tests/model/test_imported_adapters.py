@@ -167,6 +167,9 @@ def test_over_nf4_it_is_stacked(tiny_model_dir: Path, tmp_path: Path) -> None:
     patterned = adapter(tmp_path / "b", tiny_model_dir, rank_pattern={"q_proj": 8})
     with pytest.raises(UserError, match="several ranks or scales"):
         read_stack(str(patterned), "nf4", None)
+    changing = adapter(tmp_path / "c", tiny_model_dir, init_lora_weights="pissa")
+    with pytest.raises(UserError, match="init_lora_weights='pissa', which changes the base weights"):
+        read_stack(str(changing), "nf4", None)
 
 
 def test_places(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_merge_into_the_original_weights_tells_the_difference(
     merged = Encoder.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(vectors(merged.trunk), vectors(trunk), rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="exists: choose another"):
-        merge_into_original(folder, tmp_path / "merged")
+        merge_into_original(folder.parent, tmp_path / "merged")  # the run's folder stands for its encoder
     with pytest.raises(UserError, match="is a single encoder, and not of a run over NF4"):
         merge_into_original(tiny_model_dir, tmp_path / "other")
 

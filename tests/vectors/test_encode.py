@@ -216,6 +216,37 @@ def test_search_passes_over_rows_without_a_vector(options: EncodeOptions, tmp_pa
         search(tmp_path / "v.npy", TEXTS[0])
 
 
+def test_search_does_not_show_texts_of_another_input(options: EncodeOptions, tmp_path: Path) -> None:
+    file = encode(options, tmp_path / "v.npy")
+    old, source = tmp_path / "old.txt", Path(options.input)
+    source.rename(old)
+    source.write_text("a new first line\n" + old.read_text())
+    with pytest.raises(UserError, match="has changed since it was encoded, so its rows may be other texts"):
+        search(file, TEXTS[7])
+    assert search(file, TEXTS[7], top=1, texts=str(old))[0].text == TEXTS[7]
+    old.write_text("\n".join(TEXTS[:7]) + "\n")
+    with pytest.raises(UserError, match="has no row 7, so these are not the texts that were encoded"):
+        search(file, TEXTS[7], top=1, texts=str(old))
+
+
+def test_search_does_not_compare_with_another_encoder(
+    options: EncodeOptions, tmp_path: Path, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tmp_path / "encoder"
+    Encoder.from_pretrained(tiny_model_dir).save(model)
+    file = encode(replace(options, model=str(model)), tmp_path / "v.npy")
+    found = search(file, TEXTS[7], top=1)
+    same = tmp_path / "moved"
+    model.rename(same)
+    assert search(file, TEXTS[7], top=1, model=str(same)) == found
+    assert "is not the encoder that made" not in caplog.text
+    Encoder.from_pretrained(tiny_model_dir, settings={"pooling": "last"}).save(model)
+    with pytest.raises(UserError, match="has changed since it made"):
+        search(file, TEXTS[7])
+    search(file, TEXTS[7], model=str(model))
+    assert "is not the encoder that made" in caplog.text
+
+
 def test_standard_input_is_a_file_too(
     options: EncodeOptions, tmp_path: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:

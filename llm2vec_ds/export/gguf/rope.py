@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.model.rope import length_of_change
 
 SAME = 1e-5
 """Two fp32 frequencies count as equal if their relative difference is below this."""
@@ -55,23 +56,8 @@ def rope_of(trunk: Any, layer_type: str | None = None) -> Rope:
         scale=scale if is_one_number else 1.0,
         factors=None if is_one_number else factors.astype(np.float32),
         attention=float(getattr(embedding, f"{prefix}attention_scaling")),
-        longest=_longest(parameters, trunk.config),
+        longest=length_of_change(trunk.config, parameters),
     )
-
-
-def length_of_change(config: Any) -> int | None:
-    """Returns the length in tokens beyond which a layer's frequencies change, or None if they never do."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
-    found = [_longest(one, config) for one in by_layer_type or [parameters]]
-    return min((longest for longest in found if longest is not None), default=None)
-
-
-def _longest(parameters: dict[str, Any], config: Any) -> int | None:
-    kind = parameters.get("rope_type", "default")
-    if kind not in ("dynamic", "longrope"):
-        return None
-    return int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 def check_can_hold(rope: Rope, tensors: tuple[str, ...], kind: str) -> None:

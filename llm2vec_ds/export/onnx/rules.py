@@ -12,11 +12,11 @@ from llm2vec_ds.data.prompts import Template, added_ids
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.export.checked import checked_texts
-from llm2vec_ds.export.gguf.rope import length_of_change
 from llm2vec_ds.export.onnx.graph import POOLINGS_OF_GRAPH, Pooled
-from llm2vec_ds.export.sentence_transformers import DEFAULT_PROMPT, Plan, plan
+from llm2vec_ds.export.sentence_transformers import Plan, plan
 from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.pooling import OF_ONE_TOKEN
+from llm2vec_ds.model.rope import length_of_change
 
 ELSEWHERE = "use --format sentence-transformers"
 TEXTS_A_BATCH = 8
@@ -84,7 +84,7 @@ def _notes(as_modules: Plan, pools_all: bool, max_tokens: int) -> list[str]:
         f"The graph does not cut texts: let the tokenizer cut them at {max_tokens} tokens.",
     ]
     for name, head in as_modules.prompts.items():
-        if name == as_modules.default_prompt == DEFAULT_PROMPT:
+        if name == as_modules.default_prompt:
             notes.append(f"The graph does not add the template: give {head!r} + text.")
         elif pools_all:
             notes.append(f"The graph does not know prompts: for {name!r} give {head!r} + text.")
