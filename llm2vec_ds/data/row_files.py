@@ -46,10 +46,15 @@ Row = tuple[dict[str, Any], str]
 
 @dataclass
 class BadRows:
-    """Handles bad rows: `raise` raises an error, `skip` leaves them out and counts them."""
+    """Handles bad rows: `raise` raises an error, `skip` leaves them out and counts them.
+
+    Attributes:
+        quiet: the log does not name them.
+    """
 
     policy: str = "raise"
     counts: Counter[str] = field(default_factory=Counter)
+    quiet: bool = False
 
     def found(self, message: str) -> None:
         """Handles one bad row.
@@ -60,7 +65,7 @@ class BadRows:
         if self.policy == "raise":
             raise UserError(message)
         self.counts["bad rows"] += 1
-        if self.counts["bad rows"] <= SHOWN:
+        if self.counts["bad rows"] <= SHOWN and not self.quiet:
             log.warning("left out: %s", message)
 
 
@@ -234,14 +239,20 @@ def _json_file(file: Path, columns: Sequence[str], bad: BadRows, optional: Seque
 def _table(file: Path, columns: Sequence[str], bad: BadRows, _: Sequence[str]) -> Iterator[Row]:
     rows = table_rows(file, bad)
     header, _line = next(rows, ([], 0))
+    if twice := [name for name in columns if header.count(name) > 1]:
+        raise UserError(f"{file} has the column {twice[0]!r} twice: rename one of them")
     for fields, line in rows:
         if len(fields) == len(header):
             yield dict(zip(header, fields, strict=True)), f"{file}, line {line}"
             continue
-        remedy = (
-            "does a text contain a tab?" if format_of(file) == ".tsv" else "put texts with commas in quotes"
-        )
-        bad.found(f"{file}, line {line}: {len(fields)} fields, but the header has {len(header)}: {remedy}")
+        if len(fields) < len(header):
+            remedy = "is the row cut, or does a text hold a line break without quotes?"
+        elif format_of(file) == ".tsv":
+            remedy = "does a text contain a tab?"
+        else:
+            remedy = "put texts with commas in quotes"
+        n_fields = f"{len(fields)} field{'s' * (len(fields) != 1)}"
+        bad.found(f"{file}, line {line}: {n_fields}, but the header has {len(header)}: {remedy}")
 
 
 def table_rows(file: Path, bad: BadRows) -> Iterator[tuple[list[str], int]]:

@@ -97,6 +97,13 @@ def stream_texts(
         UserError: the column is missing or a row cannot be read.
     """
     bad = BadRows(bad_rows, counts)
+    return (text for text, _ in placed_texts(source, text_column, bad, whole=whole, key=key))
+
+
+def placed_texts(
+    source: Source, text_column: str, bad: BadRows, *, whole: bool, key: str
+) -> Iterator[tuple[str, str]]:
+    """Yields what `stream_texts` yields, each text with its place for messages."""
     for row, place in _rows(source, [text_column], bad):
         try:
             text = _text(_value(row, text_column, place, key), text_column, place)
@@ -104,13 +111,14 @@ def stream_texts(
             bad.found(str(error))
             continue
         if not is_text(text):
-            counts["not UTF-8"] += 1
+            bad.counts["not UTF-8"] += 1
             continue
         if len(text) <= LONGEST_TEXT_CHARACTERS:
-            yield text
+            yield text, place
             continue
-        counts["oversized"] += 1
-        yield from _pieces(text) if whole else [next(_pieces(text))]
+        bad.counts["oversized"] += 1
+        for piece in _pieces(text) if whole else [next(_pieces(text))]:
+            yield piece, place
 
 
 def stream_pairs(
@@ -127,7 +135,8 @@ def stream_pairs(
     `[text, 0.9]`. Blank texts in lists are left out. A row without a negative column has no hard negatives.
 
     Args:
-        keys: where the user sets the columns of query, positive and negative. Empty: nowhere.
+        keys: where the user sets the columns of query, positive and negative. Empty: nowhere. Without a key
+            for negatives, the log does not say that there are none.
 
     Raises:
         UserError: as `stream_texts`. Or the source is plain text, which has no columns. Or the recipe names a
@@ -166,7 +175,8 @@ def stream_pairs(
             f"{source}: no row has the column {pairs.negative_column!r}: change data.pairs.negative_column, "
             "or set data.pairs.max_negatives=0"
         )
-    log.info("%s: no column %r, so there are no hard negatives", source, pairs.negative_column)
+    if any(keys[2:]):
+        log.info("%s: no column %r, so there are no hard negatives", source, pairs.negative_column)
 
 
 def _negative_columns(row: dict[str, Any], column: str) -> list[str]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from llm2vec_ds.data.sources import Source, stream_texts
+from llm2vec_ds.data.row_files import BadRows
+from llm2vec_ds.data.sources import Source, placed_texts
 
 UNREADABLE = ("binary", "not UTF-8", "bad rows")
 
@@ -15,6 +16,7 @@ UNREADABLE = ("binary", "not UTF-8", "bad rows")
 @dataclass(frozen=True)
 class TextRows:
     """Rows `start:stop` of a source. Each iteration reads them again. None stands for an unreadable line.
+    The log does not name such lines. `count_rows` has done it.
 
     Attributes:
         key: where the user sets the column, for messages.
@@ -32,7 +34,14 @@ class TextRows:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[str | None]:
-        return islice(_rows(self.source, self.column, self.key, self.bad_rows), self.start, self.stop)
+        return (text for text, _ in islice(self._placed(), self.start, self.stop))
+
+    def place(self) -> str | None:
+        """Returns file and line of the first row. None: it is unreadable, or there is none."""
+        return next(islice((place for _, place in self._placed()), self.start, self.stop), None)
+
+    def _placed(self) -> Iterator[tuple[str | None, str | None]]:
+        return _rows(self.source, self.column, self.key, self.bad_rows, quiet=True)
 
 
 def count_rows(source: Source, column: str, key: str = "--text-column", bad_rows: str = "raise") -> int:
@@ -41,20 +50,24 @@ def count_rows(source: Source, column: str, key: str = "--text-column", bad_rows
     Raises:
         UserError: as `stream_texts`.
     """
-    return sum(1 for _ in _rows(source, column, key, bad_rows))
+    return sum(1 for _ in _rows(source, column, key, bad_rows, quiet=False))
 
 
-def _rows(source: Source, column: str, key: str, bad_rows: str) -> Iterator[str | None]:
+def _rows(
+    source: Source, column: str, key: str, bad_rows: str, *, quiet: bool
+) -> Iterator[tuple[str | None, str | None]]:
+    """Yields each row's text and place. Both are None for an unreadable one."""
     counts: Counter[str] = Counter()
     n_yielded = 0
 
-    def unreadable() -> Iterator[None]:
+    def unreadable() -> Iterator[tuple[None, None]]:
         nonlocal n_yielded
         n_found = sum(counts[reason] for reason in UNREADABLE)
-        yield from [None] * (n_found - n_yielded)
+        yield from [(None, None)] * (n_found - n_yielded)
         n_yielded = n_found
 
-    for text in stream_texts(source, column, counts, whole=False, key=key, bad_rows=bad_rows):
+    bad = BadRows(bad_rows, counts, quiet)
+    for placed in placed_texts(source, column, bad, whole=False, key=key):
         yield from unreadable()
-        yield text
+        yield placed
     yield from unreadable()

@@ -26,6 +26,7 @@ from llm2vec_ds.data.prompts import (
     truncate,
 )
 from llm2vec_ds.encoder.arguments import check_arguments
+from llm2vec_ds.encoder.bad_texts import BadText, BadTexts
 from llm2vec_ds.encoder.inference import (
     device_of,
     has_part_in_training,
@@ -52,8 +53,6 @@ from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.storage.output_folder import replaced_folder
 
 log = logging.getLogger(__name__)
-
-BadTexts = Literal["raise", "nan"]
 
 
 class Encoder(nn.Module):
@@ -313,10 +312,9 @@ class Encoder(nn.Module):
         for row, text in enumerate(texts):
             if row not in good:
                 what = "is empty" if is_text(text) else "is not text"
-                name = f"text {first_row + row} (counted from 0) {what}"
                 if bad_texts == "raise":
-                    raise UserError(f"{name}: remove it, or pass bad_texts=nan (--bad-texts nan)")
-                log.warning("%s: NaN in its place", name)
+                    raise BadText(first_row + row, what)
+                log.warning("text %s (counted from 0) %s: NaN in its place", first_row + row, what)
         return good
 
     def _check_finite(self, vectors: np.ndarray, rows: np.ndarray) -> None:

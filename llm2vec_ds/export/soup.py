@@ -72,6 +72,10 @@ def _check_base(run: Path, recipe: Recipe) -> None:
 def _newest(run: Path, n_last: int) -> list[Checkpoint]:
     store = CheckpointStore(run / CHECKPOINTS, keep_last=n_last)
     found = store.newest(n_last)
+    if not found:
+        raise UserError(
+            f"{run} has no valid checkpoint: train with a checkpoint.every_steps below the number of steps"
+        )
     if len(found) < n_last:
         raise UserError(
             f"{run} has only {len(found)} valid checkpoint(s) of {n_last}: lower --last, or train with a "

@@ -24,6 +24,7 @@ from llm2vec_ds.storage.durable import move_file
 TEXTS_PER_BLOCK = 1000
 CHARACTERS_PER_BLOCK = 2**22
 INDEX_FILE = "index.npz"
+OWN_NEGATIVES = "pairs whose own negatives are left out"
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def write_corpus(
     """Writes the texts of pairs and corpus, and an index.
 
     It reads both once, and keeps 8 bytes per text in memory. The index is written last, so it shows that the
-    rest is complete. Spaces around texts are removed. Blank texts, and pairs with a blank part, are left out
-    and counted.
+    rest is complete. Spaces around texts are removed. Blank texts, pairs with a blank part, and the hard
+    negatives of pairs are left out. `counts` tells how many.
 
     Args:
         corpus: its texts. None: the positives are the corpus.
@@ -81,7 +82,8 @@ def write_corpus(
         n_corpus = len(documents.hashes)
         if corpus is not None and not n_corpus:
             raise UserError("--corpus holds no text")
-        for query, positive, *_ in chain(first, pairs):
+        for query, positive, *negatives in chain(first, pairs):
+            counts[OWN_NEGATIVES] += bool(negatives)
             if not query.strip() or not positive.strip():
                 counts["blank pairs"] += 1
                 continue

@@ -26,7 +26,14 @@ from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_te
 from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.passes import lower_pass
 from llm2vec_ds.errors import UserError, writing
-from llm2vec_ds.mining.corpus import Corpus, DistinctTexts, known_positives, load_corpus, write_corpus
+from llm2vec_ds.mining.corpus import (
+    OWN_NEGATIVES,
+    Corpus,
+    DistinctTexts,
+    known_positives,
+    load_corpus,
+    write_corpus,
+)
 from llm2vec_ds.mining.exact_search import ROUNDING, Limits, Ranked, best_rows
 from llm2vec_ds.mining.options import MiningOptions
 from llm2vec_ds.mining.reranker import Reranker
@@ -170,7 +177,7 @@ class _Mining:
             log.info("--reranker %s reads up to %s texts per pair", self.options.reranker, n_texts)
         options, counts = self.options, Counter[str]()
         columns = PairsConfig(
-            query_column=options.query_column, positive_column=options.positive_column, max_negatives=0
+            query_column=options.query_column, positive_column=options.positive_column, max_negatives=1
         )
         keys = ["--query-column", "--positive-column"]
         pairs = stream_pairs(self.sources[0], columns, counts, keys, options.bad_rows)
@@ -187,6 +194,12 @@ class _Mining:
             )
         log.info("reading %s", " and ".join(map(str, self.sources)))
         write_corpus(self.folder, pairs, texts, counts)
+        if counts[OWN_NEGATIVES]:
+            log.warning(
+                "%s: %s pair(s) have hard negatives of their own, which the output leaves out: to keep them, "
+                "train on both files",
+                *(self.sources[0], counts[OWN_NEGATIVES]),
+            )
         corpus = load_corpus(self.folder)
         n_queries, n_documents = len(corpus.queries), len(corpus.documents)
         sizes = {"pairs": len(corpus.pairs), "queries": n_queries, "candidates": corpus.n_candidates}

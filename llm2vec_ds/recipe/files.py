@@ -59,6 +59,10 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Re
     chosen = next((o.partition("=")[2] for o in reversed(given) if o.startswith("stage=")), None)
     if chosen is not None and chosen not in stages:
         raise UserError(f"recipe {path} has no stage {chosen!r}: it has {', '.join(stages)}")
+    for override in given:
+        section = override.partition("=")[0].partition(".")[0]
+        if section in SECTIONS and section not in stages:
+            raise UserError(f"recipe {path} has no stage {section}: leave {override} out")
     first = chosen or next(iter(stages))
     recipes: list[Recipe] = []
     for name, own in stages.items():
@@ -141,6 +145,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         )
     if not equals or not key:
         raise UserError(f"override {override!r} is not key=value, e.g. optimizer.lr=1e-4")
+    if not text.strip():
+        raise UserError(f"{override} has no value: is a shell variable empty? For no value write {key}=null")
     *parents, last = key.split(".")
     for parent in parents:
         child = values.setdefault(parent, {})

@@ -79,7 +79,8 @@ def section_given_a_value(location: list[str], value: Any, root: type[Section]) 
     """Returns the error message for a single value at `location`, where `root` has a section."""
     key, section = ".".join(location), _section_at(location, root)
     first = f", such as `{key}.{next(iter(section.model_fields))}`" if section else ""
-    return f"`{key}` is a section: set its keys{first} (got {value!r})"
+    none = f", or {key}=null for none" if value == "none" else ""
+    return f"`{key}` is a section: set its keys{first}{none} (got {value!r})"
 
 
 def _section_at(location: list[str], root: type[Section]) -> type[Section] | None:

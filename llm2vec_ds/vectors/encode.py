@@ -24,7 +24,8 @@ import torch
 from llm2vec_ds import __version__
 from llm2vec_ds.data.sources import Source, find_source
 from llm2vec_ds.data.text_rows import TextRows, count_rows
-from llm2vec_ds.encoder.encoder import BadTexts, Encoder
+from llm2vec_ds.encoder.bad_texts import BadText, BadTexts
+from llm2vec_ds.encoder.encoder import Encoder
 from llm2vec_ds.encoder.fingerprint import encoder_fingerprint
 from llm2vec_ds.encoder.passes import CPU_TOKENS, lower_pass
 from llm2vec_ds.errors import UserError, writing
@@ -145,6 +146,11 @@ def encode_file(options: EncodeOptions, target: Target, *, overwrite: bool = Fal
             if note is not None and note.key == key:
                 log.info("%s: already done, nothing to do", file)
                 return file
+            if note is not None and (others := _differences(note, options, source)):
+                raise UserError(
+                    f"--output {file} exists, made with another {', '.join(others)}: choose another, or give "
+                    "--overwrite"
+                )
         check_new_file(file, f"--output {file}", overwrite)
         with work_folder(folder, f"{key} {target.shard}"):
             _run(_Encoding(options, source, target, folder, key))
@@ -184,6 +190,22 @@ def _encode_stdin(options: EncodeOptions, target: Target, folder: Path, overwrit
             shutil.copyfileobj(sys.stdin.buffer, file)
         _run(_Encoding(options, Source((spooled,)), target, folder, key=f"stdin {os.getpid()}"))
     return target.path
+
+
+def _differences(note: VectorNote, options: EncodeOptions, source: Source) -> list[str]:
+    """Names the options that the note of an earlier encoding does not share."""
+    both = {
+        "model": (note.model, _absolute(options.model)),
+        "state of the model": (note.model_key, encoder_fingerprint(options.model)),
+        "input": (note.input, _absolute(options.input)),
+        "state of the input": (note.input_key, json_sha256(source.identity())),
+        "text column": (note.text_column, options.text_column),
+        "instruction": (note.instruction, options.instruction),
+        "normalize": (note.normalize, options.normalize),
+        "store": (note.stored, options.stored),
+    }
+    found = [name for name, (before, now) in both.items() if before is not None and before != now]
+    return [name for name in found if name.removeprefix("state of the ") not in found or " " not in name]
 
 
 def _check_note(file: Path) -> None:
@@ -231,17 +253,30 @@ class _Encoding:
         options = self.options
         n_rows = count_rows(self.source, options.text_column, bad_rows=options.bad_rows)
         if not n_rows:
-            raise UserError(f"--input {options.input} is empty")
+            raise UserError(f"--input {options.input} is empty: give a file with at least one text")
         start, stop = self.target.shard.rows(n_rows)
         encoder = Encoder.from_pretrained(
             options.model, attention=options.attention, precision=options.precision
         )
         dimensions = options.truncate_dim or encoder.dimensions
-        with enough_memory(lower_pass(options.micro_batch_tokens)):
-            self._encode(encoder, start, stop, dimensions)
+        try:
+            with enough_memory(lower_pass(options.micro_batch_tokens)):
+                self._encode(encoder, start, stop, dimensions)
+        except BadText as bad:
+            raise UserError(self._named(bad)) from None
         if self.target.suffix != ".npy":
             write_rows(self.rows, self._blocks(start, stop), dimensions)
         self._finish(start, stop, n_rows, dimensions)
+
+    def _named(self, bad: BadText) -> str:
+        """Says where a bad text stands, and what to do."""
+        place = self._rows(bad.row, bad.row + 1).place()
+        if place is None:
+            return (
+                f"{self.source}, row {bad.row + 1} is no text in UTF-8: convert the file, such as by iconv "
+                "-f latin1 -t utf8 FILE > NEW, or give --bad-texts nan"
+            )
+        return f"{place}: the text {bad.what}: correct or remove it, or give --bad-texts nan"
 
     def _encode(self, encoder: Encoder, start: int, stop: int, dimensions: int) -> None:
         stored = self.options.stored

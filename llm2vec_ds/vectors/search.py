@@ -162,9 +162,9 @@ def _texts(files: list[Path], note: VectorNote, given: str | None, wanted: set[i
         )
     texts = TextRows(source, note.text_column, 0, max(wanted) + 1, bad_rows="skip")
     found = {row: text for row, text in enumerate(texts) if row in wanted}
-    if missing := wanted - set(found):
+    if missing := [row for row in sorted(wanted) if not found.get(row)]:
         raise UserError(
-            f"{source} has no row {min(missing)}, so these are not the texts that were encoded: give those "
-            "with --texts"
+            f"{source} has no text in row {missing[0]}, so these are not the texts that were encoded: give "
+            "those with --texts"
         )
     return found

@@ -148,7 +148,7 @@ COMMANDS: dict[str, tuple[str, list[str], bytes]] = {
     "random pairs": ("a.jsonl, line 1: not valid JSON: …", ["mine", "--pairs", "F"], RANDOM),
     "random corpus": ("a.parquet is not a Parquet file: …", ["encode", "--input", "F"], RANDOM),
     "bytes as text": (
-        "text 0 (counted from 0) is not text: remove it, or pass bad_texts=nan (--bad-texts nan)",
+        "a.txt, row 1 is no text in UTF-8: convert the file, …",
         ["encode", "--input", "F"],
         b"\xff\x00\n\xfe\x00\n",
     ),

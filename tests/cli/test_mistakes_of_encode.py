@@ -21,9 +21,9 @@ MISTAKES = {
         "data file owner/name@test not found (…): for a data set of the hub write hub:owner/name@test",
         ("encode", "--model", "MODEL", "--input", "owner/name@test", "--output", "TMP/v.npy"),
     ),
-    "empty input": Mistake("--input TMP/a.txt is empty", encode(input="a.txt"), files={"a.txt": b""}),
+    "empty input": Mistake("--input TMP/a.txt is empty: give …", encode(input="a.txt"), files={"a.txt": b""}),
     "binary input": Mistake(
-        "text 1 (counted from 0) is not text: remove it, or pass bad_texts=nan (--bad-texts nan)",
+        "TMP/a.txt, row 2 is no text in UTF-8: convert the file, such as by iconv …",
         encode(input="a.txt"),
         files={"a.txt": b"one\n\xff\0\n"},
     ),
@@ -38,9 +38,19 @@ MISTAKES = {
         files=PAIRS,
     ),
     "blank line": Mistake(
-        "text 1 (counted from 0) is empty: remove it, or pass bad_texts=nan (--bad-texts nan)",
+        "TMP/a.txt, line 2: the text is empty: correct or remove it, or give --bad-texts nan",
         encode(input="a.txt"),
         files={"a.txt": b"one\n\ntwo\n"},
+    ),
+    "blank cell": Mistake(
+        "TMP/a.csv, line 4: the text is empty: correct or remove it, or give --bad-texts nan",
+        encode(input="a.csv"),
+        files={"a.csv": b'text,n\n"one\nmore",1\n,2\n'},
+    ),
+    "a column twice": Mistake(
+        "TMP/a.csv has the column 'text' twice: rename one of them",
+        encode(input="a.csv"),
+        files={"a.csv": b"text,text\nfirst,second\n"},
     ),
     "unknown kind of bad texts": Mistake(
         "--bad-texts 'skip' is unknown: choose raise or nan", encode("--bad-texts", "skip")

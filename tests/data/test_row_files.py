@@ -52,7 +52,7 @@ def test_the_delimiter_is_found_and_said(
     ("name", "content", "mistake"),
     [
         ("a.csv", "text\nplain\nhello, my name is Ann\nrain\n", "line 3: 2 fields, but the header has 1"),
-        ("a.csv", "text,b\nplain,1\n1\nrain,1\n", "line 3: 1 fields, but the header has 2"),
+        ("a.csv", "text,b\nplain,1\n1\nrain,1\n", "line 3: 1 field, but the header has 2: is the row cut"),
         ("a.csv", 'text\nplain\n"x" y\nrain\n', "after line 3: not a row of CSV"),
         ("a.csv", "text\nplain\na\0b\nrain\n", "line 3: it contains a NUL byte"),
         ("a.tsv", "text\tb\nplain\t1\na\tb\tc\nrain\t2\n", "line 3: 3 fields, but the header has 2"),

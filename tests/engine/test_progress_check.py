@@ -73,7 +73,10 @@ def test_a_gradient_that_ends_later_is_said_once(
 @pytest.mark.parametrize(
     ("losses", "said"),
     [
-        ([1.0, 0.9, 1.1, 1.0, 3.0, 9.0, 9.0, 9.0], ["the loss has risen from 0.95 to 9"]),
+        (
+            [1.0, 0.9, 1.1, 1.0, 3.0, 9.0, 9.0, 9.0],
+            ["the loss has risen from 0.95 to 9 (means of 2 step(s)): if it is no chance"],
+        ),
         ([1.0, 9.0, 9.0, 0.5, 0.5, 0.5, 0.5, 0.5], []),
         ([0.1], []),
     ],

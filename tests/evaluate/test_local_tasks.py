@@ -19,17 +19,20 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_pairs_are_a_corpus_and_its_queries(tmp_path: Path) -> None:
-    """A text is one document wherever it stands; a query of two rows has two right ones."""
+def test_pairs_are_a_corpus_and_its_queries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A text is one document wherever it stands; a query of two rows has two right ones; blank ones none."""
     rows = [
         {"query": "when?", "positive": "at nine", "negative": ["at sea", "in may"]},
         {"query": "where?", "positive": "at sea"},
         {"query": "when?", "positive": "in may"},
+        {"query": "why?", "positive": " "},
+        {"query": "", "positive": "at nine"},
     ]
     found = corpus_of_pairs(write(tmp_path / "pairs.jsonl", rows))
     assert [text for _, text in found.corpus.values()] == ["at nine", "at sea", "in may"]
     assert list(found.queries.values()) == ["when?", "where?"]
     assert found.relevant == {"q0": {"d0": 1, "d2": 1}, "q1": {"d1": 1}}
+    assert "2 pair(s) with a blank query or positive are left out" in caplog.text
     (task,) = tasks_for([f"retrieval:{tmp_path / 'pairs.jsonl'}"])
     assert task.metadata.name == "Retrieval-pairs"
 

@@ -140,6 +140,18 @@ def test_counts(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert f"{counts['pairs with none']} pairs with none" in caplog.text
 
 
+def test_negatives_that_pairs_have_are_not_lost_in_silence(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"query": q, "positive": p} for q, p in GOOD[:3]]
+    rows[1] |= {"negative": "my own"}
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = mine(make(pairs=str(pairs), corpus=None), tmp_path / "out.jsonl")
+    assert counts["pairs whose own negatives are left out"] == 1
+    assert "1 pair(s) have hard negatives of their own, which the output leaves out" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_reranker(tmp_path_factory.mktemp("reranker"))

@@ -98,6 +98,7 @@ def test_a_file_of_several_stages(tmp_path: Path) -> None:
     [
         ({}, [], "has the stages mntp, simcse: name one, e.g. stage=mntp"),
         ({}, ["stage=supervised"], "has no stage 'supervised': it has mntp, simcse"),
+        ({}, ["distil.teacher=t"], "has no stage distil: leave distil.teacher=t out"),
         ({"stages": {"first": {}}}, [], "the keys of `stages` must be among mntp, simcse, supervised"),
         ({"sede": 1}, [], "stage mntp: unknown key `sede`"),
     ],
@@ -132,6 +133,8 @@ def test_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
         ("step_timeout_s=.inf", "`step_timeout_s`"),
         ("simcse.scale=20", "section `simcse` has no effect in stage `mntp`"),
         ("seed", "is not key=value"),
+        ("model.path=", "model.path= has no value: is a shell variable empty?"),
+        ("adapter=none", "`adapter` is a section: set its keys, such as `adapter.variant`, or adapter=null"),
         ("seed.x=1", "`seed` is a single value"),
     ],
 )

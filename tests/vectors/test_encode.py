@@ -76,7 +76,7 @@ def test_the_micro_batch_size_is_no_part_of_what_vectors_are(
 def test_half_of_a_surrogate_pair_is_a_bad_text(options: EncodeOptions, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "the river"}\n{"text": "cut \\ud83d"}\n{"text": "rain"}\n')
     own = replace(options, input=str(tmp_path / "in.jsonl"))
-    with pytest.raises(UserError, match="text 1 .counted from 0. is not text"):
+    with pytest.raises(UserError, match="in.jsonl, row 2 is no text in UTF-8"):
         encode(own, tmp_path / "v.npy")
     vectors = load_vectors(encode(replace(own, bad_texts="nan"), tmp_path / "v.npy"))
     assert np.isnan(vectors).any(axis=1).tolist() == [False, True, False]
@@ -148,7 +148,7 @@ def test_a_finished_shard_is_left_alone(options: EncodeOptions, tmp_path: Path) 
     assert encode(options, tmp_path / "v", "1/3") == file
     assert file.stat().st_mtime_ns == before.st_mtime_ns
     other = EncodeOptions(options.model, options.input, normalize=True)
-    with pytest.raises(UserError, match="exists: choose another"):
+    with pytest.raises(UserError, match="exists, made with another normalize: choose another"):
         encode(other, tmp_path / "v", "1/3")
     encode(other, tmp_path / "v", "1/3", overwrite=True)
     np.testing.assert_allclose(np.linalg.norm(np.load(file), axis=1), 1, atol=1e-6)
@@ -221,11 +221,13 @@ def test_search_does_not_show_texts_of_another_input(options: EncodeOptions, tmp
     old, source = tmp_path / "old.txt", Path(options.input)
     source.rename(old)
     source.write_text("a new first line\n" + old.read_text())
+    with pytest.raises(UserError, match="exists, made with another state of the input: choose another"):
+        encode(options, file)
     with pytest.raises(UserError, match="has changed since it was encoded, so its rows may be other texts"):
         search(file, TEXTS[7])
     assert search(file, TEXTS[7], top=1, texts=str(old))[0].text == TEXTS[7]
     old.write_text("\n".join(TEXTS[:7]) + "\n")
-    with pytest.raises(UserError, match="has no row 7, so these are not the texts that were encoded"):
+    with pytest.raises(UserError, match="has no text in row 7, so these are not the texts that were encoded"):
         search(file, TEXTS[7], top=1, texts=str(old))
 
 

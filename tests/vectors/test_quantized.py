@@ -130,7 +130,7 @@ def test_what_was_stored_otherwise_is_another_output(
     arguments = ("encode", "--model", tiny_model_dir, "--input", input_file, "--output", tmp_path / "v.npy")
     assert run(monkeypatch, *arguments) == 0
     assert run(monkeypatch, *arguments, "--store", "int8") == 2
-    assert "exists: choose another, or give --overwrite" in error_line(capsys)
+    assert "exists, made with another store: choose another, or give --overwrite" in error_line(capsys)
     (tmp_path / "v.npy.json").write_text((tmp_path / "v.npy.json").read_text().replace('"float32"', '"int8"'))
     assert run(monkeypatch, "search", tmp_path / "v.npy", "a train") == 2
     assert "it does not hold one int8 vector per row" in error_line(capsys)
