@@ -50,16 +50,21 @@ submit() { # NAME SBATCH-OPTION … SCRIPT ARGUMENT …: runs after the job `bef
   say "$name: job $before"
 }
 
+output_dir_of() { # a recipe; without Python, which the login node may lack
+  sed -n "s/^output_dir: *//p" "$1" | sed -E "s/^\"([^\"]*)\".*/\1/; t; s/^'([^']*)'.*/\1/; t; s/ +#.*//; s/ +$//"
+}
+
 main() {
   local stage before='' output_dir
   stages=(mntp simcse supervised)
   read_arguments "$@"
   command -v sbatch >/dev/null || exit_code=2 fail "no sbatch here: run this on a login node of the cluster"
+  output_dir=$(output_dir_of "${recipes}supervised.yaml")
+  [ -n "$output_dir" ] || exit_code=2 fail "${recipes}supervised.yaml has no line 'output_dir: FOLDER': add it"
   submit prepare slurm/prepare.sh "${recipe_files[@]}" "${overrides[@]}"
   for stage in "${stages[@]}"; do
     submit "$stage" "${options[@]}" slurm/train_7b.sh "$recipes$stage.yaml" "${overrides[@]}"
   done
-  output_dir=$(sed -n 's/^output_dir: *//p' "${recipes}supervised.yaml")
   submit evaluate slurm/evaluate.sh "$output_dir/encoder" "$output_dir/evaluation" "${evaluation[@]}"
 }
 

@@ -21,8 +21,6 @@ and has the same tokenizer.
 TEXT
 }
 
-read_model='import sys; from llm2vec_ds.recipe.files import load_recipe; print(load_recipe(sys.argv[1], sys.argv[2:]).model.path)'
-
 main() {
   local argument recipe model recipes=() overrides=()
   for argument in "$@"; do
@@ -38,7 +36,7 @@ main() {
   step_options
   export_defaults
   mark_log
-  model=$(on_first_node "$python" -c "$read_model" "${recipes[0]}" "${overrides[@]}" | tail -n 1) ||
+  model=$(on_first_node "$python" slurm/recipe_model.py "${recipes[0]}" "${overrides[@]}" | tail -n 1) ||
     exit_code=2 fail "${recipes[0]} cannot be read: $(last_error || true)"
   for recipe in "${recipes[@]}"; do
     say "$recipe with the tokenizer of $model"

@@ -43,13 +43,34 @@ def test_shell_syntax(script: Path) -> None:
 
 
 def test_prepare_reads_the_model_of_a_recipe() -> None:
-    (line,) = [
-        x for x in (ROOT / "slurm" / "prepare.sh").read_text().splitlines() if x.startswith("read_model=")
-    ]
-    code = line.removeprefix("read_model=").strip("'")
-    command = [sys.executable, "-c", code, "recipes/smoke_mntp.yaml", "model.path=my/llm"]
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    def model_of(recipe: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "slurm/recipe_model.py", recipe, "model.path=my/llm"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    outcome = model_of("recipes/smoke_mntp.yaml")
     assert outcome.stdout == "my/llm\n", outcome.stderr
+    outcome = model_of("none.yaml")
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith("llm2vec-ds: error: recipe none.yaml cannot be read")
+    assert len(outcome.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "folder"),
+    [
+        ("output_dir: runs/a_b", "runs/a_b"),
+        ("output_dir: runs/a  # where it goes", "runs/a"),
+        ('output_dir: "runs/my run"   # where it goes', "runs/my run"),
+        ("output_dir: 'runs/#1'", "runs/#1"),
+        ("seed: 1", ""),
+    ],
+)
+def test_the_pipeline_reads_the_folder_of_a_recipe(line: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"stage: simcse\n{line}\nmax_steps: 2\n")
+    script = (ROOT / "slurm" / "pipeline_7b.sh").read_text()
+    function = script[script.index("output_dir_of()") : script.index("main() {")]
+    outcome = run("-c", f"{function}\noutput_dir_of {tmp_path}/r.yaml")
+    assert outcome.stdout.removesuffix("\n") == folder, outcome.stderr
 
 
 @pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.name)
