@@ -206,6 +206,11 @@ def _without_score(item: Any) -> Any:
 def _files(path: Path) -> list[Path]:
     """Returns the file, or the files of a folder in a known format. The log names the files left out."""
     if not path.is_dir():
+        if path.exists() and not path.is_file():
+            raise UserError(
+                f"data file {path} is a pipe or a device: write it to a file first. "
+                "`encode` reads standard input with --input -"
+            )
         if not path.is_file():
             hint = ""
             if re.fullmatch(LIKE_A_HUB_NAME, str(path)) and format_or_none(path) is None:
@@ -250,7 +255,8 @@ def _rows(
 def _value(row: dict[str, Any], column: str, place: str, key: str) -> Any:
     if column not in row:
         names = [str(name) for name in row]
-        found = ", ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…" for name in names)
+        shown = (name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…" for name in names)
+        found = ", ".join(repr(name) if name != name.strip() else name for name in shown)
         fix = f"set {key} to one of" if key else "give this name to one of"
         header = "; is the header line missing?" if max(map(len, names), default=0) > LONGEST_NAME else ""
         raise UserError(f"{place}: no column {column!r}: {fix} {found}{header}")

@@ -83,7 +83,10 @@ def _config_file(recipe: Recipe, recipe_file: Path | None) -> Path | None:
     own = Path(_base(recipe)) / "config.json"
     named = Path(recipe.model.config_file) if recipe.model.config_file else None
     if named is not None and not named.is_file():
-        raise UserError(f"model.config_file {named} not found: give the path of the model's config.json")
+        raise UserError(
+            f"model.config_file {named} not found (relative paths start at {Path.cwd()}): give the path of "
+            "the model's config.json"
+        )
     return next((path for path in (own, named, beside) if path is not None and path.is_file()), None)
 
 

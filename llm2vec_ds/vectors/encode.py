@@ -111,6 +111,8 @@ class Target:
         if suffix not in VECTOR_FORMATS:
             known = ", ".join(f[1:] for f in VECTOR_FORMATS)
             raise UserError(f"--format {suffix[1:]!r} is unknown: choose one of {known}")
+        if str(output) == STDIN:
+            raise UserError("--output - is no file: vectors cannot go to standard output")
         parsed = Shard.parse(shard) if shard is not None else Shard()
         if output.suffix in VECTOR_FORMATS and not output.is_dir():
             if shard is not None:

@@ -42,6 +42,20 @@ MISTAKES = {
         encode(input="a.txt"),
         files={"a.txt": b"one\n\ntwo\n"},
     ),
+    "a pipe": Mistake(
+        "data file /dev/null is a pipe or a device: write it to a file first. `encode` reads …",
+        ("encode", "--model", "MODEL", "--input", "/dev/null", "--output", "TMP/v.npy"),
+    ),
+    "to standard output": Mistake(
+        "--output - is no file: vectors cannot go to standard output",
+        ("encode", "--model", "MODEL", "--input", "TMP/a.txt", "--output", "-"),
+        files={"a.txt": b"one\n"},
+    ),
+    "a blank in a column's name": Mistake(
+        "TMP/a.csv, line 2: no column 'text': set --text-column to one of id, ' text'",
+        encode(input="a.csv"),
+        files={"a.csv": b"id, text\n1,one\n"},
+    ),
     "blank cell": Mistake(
         "TMP/a.csv, line 4: the text is empty: correct or remove it, or give --bad-texts nan",
         encode(input="a.csv"),
