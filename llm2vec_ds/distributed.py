@@ -87,7 +87,7 @@ def barrier() -> None:
 
 
 @contextmanager
-def meeting(ranks: Ranks) -> Iterator[None]:
+def explain_failed_rendezvous(ranks: Ranks) -> Iterator[None]:
     """Explains torch's error when the ranks cannot connect to each other.
 
     Raises:
@@ -106,14 +106,14 @@ def meeting(ranks: Ranks) -> Iterator[None]:
         ) from None
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Destroys the process group. Without this, torch prints a warning when the process ends."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
-def contact(doing: str) -> Iterator[None]:
+def explain_lost_rank(doing: str) -> Iterator[None]:
     """Explains the error of a failed collective.
 
     Args:
@@ -273,7 +273,7 @@ def all_gather_counts(value: int, device: torch.device) -> list[int]:
     return [int(count) for count in counts.flatten().tolist()]
 
 
-def rotate(x: torch.Tensor) -> torch.Tensor:
+def ring_shift(x: torch.Tensor) -> torch.Tensor:
     """Sends this rank's tensor to the next rank and returns the tensor of the previous rank.
 
     All ranks need the same shape. There is no gradient.

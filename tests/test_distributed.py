@@ -12,10 +12,10 @@ from llm2vec_ds import distributed
 from llm2vec_ds.distributed import (
     Ranks,
     agreed,
-    contact,
+    explain_failed_rendezvous,
+    explain_lost_rank,
     export_ranks,
     gather_rows,
-    meeting,
     on_first_rank,
     ranks_from_environment,
 )
@@ -120,7 +120,7 @@ def test_a_failed_collective_in_words(
 ) -> None:
     """NCCL's as its sources word it; gloo's are seen in tests/faults."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(UserError) as raised, contact("step 3"):
+    with pytest.raises(UserError) as raised, explain_lost_rank("step 3"):
         raise error
     assert str(raised.value).startswith(expected)
 
@@ -130,12 +130,12 @@ def test_a_peer_that_dies_while_ranks_meet_in_words(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MASTER_PORT", "20000")
     with (
         pytest.raises(UserError, match=r"rank 1 of 2 cannot connect to the others at n1:20000 \(gloo: cl"),
-        meeting(Ranks(1, 2, 1)),
+        explain_failed_rendezvous(Ranks(1, 2, 1)),
     ):
         raise RuntimeError("gloo: closed")
 
 
-@pytest.mark.parametrize("context", [contact("step 3"), meeting(Ranks(1, 2, 1))])
+@pytest.mark.parametrize("context", [explain_lost_rank("step 3"), explain_failed_rendezvous(Ranks(1, 2, 1))])
 def test_other_errors_keep_their_traceback(context: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="^a shape$"), context:  # type: ignore[attr-defined]

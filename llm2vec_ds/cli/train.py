@@ -49,17 +49,17 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     resolved = load_stages(recipe, overrides)
     quiet_libraries()
-    from llm2vec_ds.distributed import leave
+    from llm2vec_ds.distributed import destroy_process_group
     from llm2vec_ds.encoder.of_run import ENCODER
     from llm2vec_ds.engine.run_stages import train_stages
 
     with kept("checkpoints and prepared texts are kept; run the same command with resume=true to go on"):
         try:
             folder = train_stages(resolved, evaluation_of)
-        except Stopped:  # All ranks stop here. After an error only some ranks do, and `leave` could hang.
-            leave()
+        except Stopped:  # All ranks stop here. After an error only some do, and the next line could hang.
+            destroy_process_group()
             raise
-    leave()
+    destroy_process_group()
     logging.getLogger("llm2vec_ds").info("done: %s", folder / ENCODER)
 
 
@@ -78,8 +78,8 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from llm2vec_ds.data.pairs import prepare_all
     from llm2vec_ds.data.prepared_folder import read_manifest
     from llm2vec_ds.encoder.of_run import with_encoders_of_runs
-    from llm2vec_ds.model.imported import tokenizer_place
     from llm2vec_ds.model.loading import load_tokenizer
+    from llm2vec_ds.model.peft_adapters import tokenizer_place
     from llm2vec_ds.objectives.registry import objective_of
 
     # Later stages use the first stage's tokenizer. Their own models do not exist yet.

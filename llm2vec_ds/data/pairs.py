@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Given:
+class SourceEntry:
     """What the file of instructions says about a source.
 
     Attributes:
@@ -46,7 +46,7 @@ class PairSource:
 
     name: str
     path: str
-    given: Given
+    given: SourceEntry
 
     @property
     def instructions(self) -> Instructions:
@@ -68,7 +68,7 @@ def find_pair_sources(data: DataConfig, path: str | list[str]) -> list[PairSourc
     pairs = data.pairs
     if pairs is None or pairs.instructions is None:
         own = Instructions(data.instruction)
-        return [PairSource(name, place, Given(name, own)) for name, place in sorted(places.items())]
+        return [PairSource(name, place, SourceEntry(name, own)) for name, place in sorted(places.items())]
     given = _read_instructions(Path(pairs.instructions))
     if missing := sorted(set(places) - set(given)):
         raise UserError(
@@ -216,16 +216,16 @@ def _name(file: Path) -> str:
     return Path(file.stem).stem if compressed else file.stem
 
 
-def _read_instructions(path: Path) -> dict[str, Given]:
+def _read_instructions(path: Path) -> dict[str, SourceEntry]:
     """Reads the file of instructions. Returns its entries by source."""
     what, remedy = f"data.pairs.instructions {path}", "give a YAML file of instructions by source"
     values = read_yaml_mapping(path, what, "sources to instructions", remedy)
     return {name: _given(path, name, value) for name, value in values.items()}
 
 
-def _given(path: Path, name: str, value: Any) -> Given:
+def _given(path: Path, name: str, value: Any) -> SourceEntry:
     if value is None or isinstance(value, str):
-        return Given(name, Instructions(value))
+        return SourceEntry(name, Instructions(value))
     known = {"query", "document", "group", "in_batch_negatives"}
     if not isinstance(value, dict) or not set(value) <= known:
         raise UserError(
@@ -239,4 +239,4 @@ def _given(path: Path, name: str, value: Any) -> Given:
     if wrong := [key for key, text in texts.items() if not isinstance(text, str | None)]:
         raise UserError(f"{path}: `{name}.{wrong[0]}` must be a text")
     instructions = Instructions(texts.get("query"), texts.get("document"))
-    return Given(texts.get("group") or name, instructions, in_batch)
+    return SourceEntry(texts.get("group") or name, instructions, in_batch)

@@ -45,8 +45,8 @@ from llm2vec_ds.model.attention import register_for
 from llm2vec_ds.model.bidirectional import is_causal
 from llm2vec_ds.model.damage import check_ids, check_vocabulary, why_not_finite
 from llm2vec_ds.model.hidden_states import trunk_hidden_states
-from llm2vec_ds.model.imported import merge_adapters, resolve, tokenizer_place
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
+from llm2vec_ds.model.peft_adapters import merge_adapters, resolve, tokenizer_place
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.network import give_up_on_unreachable_hub
 from llm2vec_ds.process.progress import Progress

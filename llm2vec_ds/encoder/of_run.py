@@ -33,7 +33,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Described:
+class RunFile:
     """The content of run.json."""
 
     format_version: int
@@ -115,7 +115,7 @@ def identity_stored_in(folder: Path) -> dict[str, Any] | None:
     if not (folder / RUN).is_file():
         return None
     remedy = "restore it, choose another output_dir, or start again with overwrite=true"
-    return asdict(read_json(folder / RUN, Described, remedy).identity)
+    return asdict(read_json(folder / RUN, RunFile, remedy).identity)
 
 
 def check_is_of_finished_run(model: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field, StrictBool, TypeAdapter, ValidationError
 from llm2vec_ds import __version__
 from llm2vec_ds.data.prompts import PLAIN, TEXT_SPANS, check_form
 from llm2vec_ds.errors import UserError
-from llm2vec_ds.model.imported import file_of, upstream_settings
+from llm2vec_ds.model.peft_adapters import file_of, upstream_settings
 from llm2vec_ds.model.pooling import POOLINGS
 from llm2vec_ds.storage.reading import explain, read_json
 

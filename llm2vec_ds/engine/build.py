@@ -21,7 +21,6 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.damage import check_ids, check_vocabulary
-from llm2vec_ds.model.imported import merge_adapters, tokenizer_place
 from llm2vec_ds.model.loading import (
     Partition,
     TrunkOptions,
@@ -29,6 +28,7 @@ from llm2vec_ds.model.loading import (
     load_trunk,
     load_trunk_and_head,
 )
+from llm2vec_ds.model.peft_adapters import merge_adapters, tokenizer_place
 from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.objectives.base import Parts, Stage
 from llm2vec_ds.objectives.registry import objective_of

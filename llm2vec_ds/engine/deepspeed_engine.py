@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from llm2vec_ds.distributed import Ranks, meeting
+from llm2vec_ds.distributed import Ranks, explain_failed_rendezvous
 from llm2vec_ds.engine.combinations import check_combination
 from llm2vec_ds.engine.comm_bytes import count_deepspeed_traffic
 from llm2vec_ds.engine.flat_parameter import FlatParameter
@@ -63,7 +63,7 @@ def start_process_group(ranks: Ranks) -> torch.device:
         torch.distributed.init_process_group(
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1
         )
-    with meeting(ranks):
+    with explain_failed_rendezvous(ranks):
         deepspeed.init_distributed(backend, verbose=False)
     # DeepSpeed calls these functions by their old names at each step.
     renamed = "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"

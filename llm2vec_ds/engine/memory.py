@@ -48,7 +48,7 @@ def explains_full_memory(train: Callable[..., Path]) -> Callable[..., Path]:
 
 
 @contextmanager
-def watched(recipe: Recipe, stage: Stage, engine: Engine, folder: Path) -> Iterator[None]:
+def memory_report(recipe: Recipe, stage: Stage, engine: Engine, folder: Path) -> Iterator[None]:
     """Plans the memory before training, and writes `memory.json` with planned and measured peak after it.
 
     If the recipe allows it, the token budget shrinks until it fits.

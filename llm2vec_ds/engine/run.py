@@ -11,7 +11,7 @@ import torch
 
 from llm2vec_ds.distributed import (
     Ranks,
-    contact,
+    explain_lost_rank,
     export_ranks,
     on_first_rank,
     ranks_from_environment,
@@ -26,7 +26,7 @@ from llm2vec_ds.engine.deepspeed_engine import (
     start_process_group,
 )
 from llm2vec_ds.engine.identity import identity_of
-from llm2vec_ds.engine.memory import explains_full_memory, watched
+from llm2vec_ds.engine.memory import explains_full_memory, memory_report
 from llm2vec_ds.engine.monitors import wandb_run
 from llm2vec_ds.engine.resume import checkpoint_to_resume, is_done
 from llm2vec_ds.engine.run_folder import LOCK, begin, check_run_folder, clear_unfinished
@@ -63,7 +63,7 @@ def train(recipe: Recipe, evaluation: Evaluation | None = None, *, more_follow: 
     # Every rank checks, before any waits for another. If rank 0 alone failed here, the others would wait.
     check_run_folder(recipe, folder)
     stop = StopRequest(folder)
-    with stop.listening(recipe.checkpoint.signals), contact("before or after the steps"):
+    with stop.listening(recipe.checkpoint.signals), explain_lost_rank("before or after the steps"):
         export_ranks(ranks)
         device = start_process_group(ranks)
         if recipe.deterministic:
@@ -135,7 +135,7 @@ def _train(
             evaluation=evaluation,
         )
         heap = freed_memory_is_kept() if device.type == "cpu" else nullcontext()
-        with heap, watched(recipe, stage, engine, folder), stop.stepping():
+        with heap, memory_report(recipe, stage, engine, folder), stop.stepping():
             return trainer.run(checkpoint)
 
 

@@ -28,8 +28,8 @@ from llm2vec_ds.encoder.of_run import (
     METRICS,
     RECIPE,
     RUN,
-    Described,
     Identity,
+    RunFile,
     check_is_of_finished_run,
     identity_stored_in,
     is_run,
@@ -101,7 +101,7 @@ def begin(recipe: Recipe, folder: Path, identity: Mapping[str, Any], *, fresh: b
         if fresh:
             for path in _left_by_a_run(folder):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        described = Described(FORMAT_VERSION, __version__, Identity(**identity))
+        described = RunFile(FORMAT_VERSION, __version__, Identity(**identity))
         replace_json(folder / RUN, asdict(described))
         dump_recipe(recipe, folder / RECIPE)
 

@@ -19,7 +19,7 @@ from llm2vec_ds.distributed import (
     TRAFFIC,
     all_reduce_sum,
     barrier,
-    contact,
+    explain_lost_rank,
     on_first_rank,
     rank,
     world_size,
@@ -152,7 +152,7 @@ class Trainer:
         In the last step it does not stop, but returns whether any rank was asked to.
         """
         self.watchdog.begin(f"step {step + 1}")
-        with contact(f"step {step + 1}"):
+        with explain_lost_rank(f"step {step + 1}"):
             metrics, asked = self._step(step)
         log_rows.step(metrics)
         numbers = {k: v for k, v in metrics.items() if k != "step" and not isinstance(v, dict)}
@@ -234,7 +234,7 @@ class Trainer:
         # The mode changes only if something is measured: a change walks over all modules.
         if held_out_due or evaluation_due:
             averaged = self.average.in_place() if self.average is not None else nullcontext()
-            with contact("the measurement"), averaged:
+            with explain_lost_rank("the measurement"), averaged:
                 self.engine.train(False)
                 if self.evaluation is not None or self.recipe.data.held_out_path is not None:
                     log_rows.measuring(step)
@@ -265,7 +265,7 @@ class Trainer:
         score_of = None if score is None else self.recipe.checkpoint.best_by
         manifest = Manifest(step, self.identity, self.made_by, score, score_of)
         started = time.perf_counter()
-        with contact(f"the checkpoint of step {step}"):
+        with explain_lost_rank(f"the checkpoint of step {step}"):
             folder = self.store.save(manifest, self._write_state)
         if self._is_best(score):
             self._best_score = score
@@ -277,7 +277,7 @@ class Trainer:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.watchdog.begin("loading the checkpoint")
-        with contact("loading the checkpoint"):
+        with explain_lost_rank("loading the checkpoint"):
             self._make_moments()
             try:
                 if self.average is not None:

@@ -45,7 +45,7 @@ NOTHING_MORE = CardOptions()
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Where an encoder comes from: the base model, its stages from first to last (recipe and run folder), and
     the demo's scores."""
 
@@ -71,7 +71,7 @@ class Origin:
         return found
 
 
-def origin(source: Path) -> Origin:
+def origin(source: Path) -> Provenance:
     """Follows the recipes from a run, demo or encoder folder back to the base model."""
     stages: list[tuple[Recipe, Path]] = []
     base: str | None = None
@@ -82,7 +82,7 @@ def origin(source: Path) -> Origin:
         base = _found(recipe.model.path, folder)
         before = _run_folder(Path(base)) if Path(base).is_dir() else None
         folder = before if before not in [seen for _, seen in stages] else None
-    return Origin(base, tuple(stages), _scores_of_demo(source))
+    return Provenance(base, tuple(stages), _scores_of_demo(source))
 
 
 def _recipe(file: Path) -> Recipe:
@@ -166,7 +166,7 @@ def copy_licence_files(base: str | None, folder: Path) -> list[str]:
 def write_card(
     folder: Path,
     encoder: Encoder,
-    origin: Origin,
+    origin: Provenance,
     licence: str | None,
     limits: list[str],
     format: str,
@@ -196,7 +196,7 @@ def write_card(
 
 
 def _front(
-    origin: Origin, licence: str | None, format: str, scores: list[Score], options: CardOptions
+    origin: Provenance, licence: str | None, format: str, scores: list[Score], options: CardOptions
 ) -> dict[str, Any]:
     library = LIBRARIES.get(Path(format).suffix, format)
     tags = {"transformers.js": ["onnx"], "llama.cpp": ["gguf"]}
@@ -233,7 +233,7 @@ def _bidirectional(encoder: Encoder) -> bool:
     return is_causal(encoder.trunk.config) is False
 
 
-def _stages(origin: Origin) -> str:
+def _stages(origin: Provenance) -> str:
     if not origin.stages:
         return f"Made from {origin.base_name}. No recipe was found with the encoder."
     rows = []
@@ -269,7 +269,7 @@ def _measured(folder: Path) -> tuple[str, str]:
     return f"{totals.trained_tokens:,}", "–" if tokens_per_s is None else f"{tokens_per_s:,.0f}"
 
 
-def _licence_words(origin: Origin, licence: str | None) -> str:
+def _licence_words(origin: Provenance, licence: str | None) -> str:
     if licence is None:
         return (
             f"The licence of {origin.base_name} applies. It was not found at export: look it up before you "

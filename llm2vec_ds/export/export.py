@@ -27,7 +27,7 @@ from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.export.card import (
     NOTHING_MORE,
     CardOptions,
-    Origin,
+    Provenance,
     copy_licence_files,
     licence,
     origin,
@@ -114,7 +114,7 @@ def load_for_export(folder: Path, options: ExportOptions) -> Encoder:
     return encoder
 
 
-def say(licence_name: str | None, found: Origin, copied: list[str], notes: list[str]) -> None:
+def say(licence_name: str | None, found: Provenance, copied: list[str], notes: list[str]) -> None:
     """Logs the licence, the licence files that were `copied`, and the limits of readers."""
     if licence_name is None:
         log.warning("licence: none found for %s: look it up and give it with --licence", found.base_name)

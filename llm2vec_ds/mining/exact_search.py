@@ -16,7 +16,7 @@ ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
-class Limits:
+class Exclusions:
     """Says which documents are no candidates of a query.
 
     Attributes:
@@ -43,7 +43,7 @@ class Ranked:
 
 
 def best_rows(
-    queries_BD: torch.Tensor, documents_ND: np.ndarray, k: int, limits: Limits, *, rows_per_tile: int
+    queries_BD: torch.Tensor, documents_ND: np.ndarray, k: int, exclusions: Exclusions, *, rows_per_tile: int
 ) -> Ranked:
     """Finds each query's k best candidates by inner products in fp32.
 
@@ -59,7 +59,7 @@ def best_rows(
     for start in range(0, len(documents_ND), rows_per_tile):
         tile_TD = torch.from_numpy(np.array(documents_ND[start : start + rows_per_tile])).to(device)
         scores_BT = product(queries_BD, tile_TD)
-        n_near_B += _exclude(scores_BT, start, limits)
+        n_near_B += _exclude(scores_BT, start, exclusions)
         score, row = scores_BT.topk(min(k, len(tile_TD)))
         row = torch.where(score > -torch.inf, row + start, -1)
         # The k best of this tile and of all earlier tiles are the k best so far.
@@ -68,10 +68,10 @@ def best_rows(
     return Ranked(rows_BK.cpu().numpy(), n_near_B.cpu().numpy())
 
 
-def _exclude(scores_BT: torch.Tensor, start: int, limits: Limits) -> torch.Tensor:
+def _exclude(scores_BT: torch.Tensor, start: int, exclusions: Exclusions) -> torch.Tensor:
     """Sets scores of non-candidates to −inf, in place. Returns how many score too high, `[B]`."""
-    here = (limits.document_X >= start) & (limits.document_X < start + scores_BT.shape[1])
-    scores_BT[limits.query_X[here], limits.document_X[here] - start] = -torch.inf
-    near_BT = scores_BT >= limits.below_B[:, None] - ROUNDING
+    here = (exclusions.document_X >= start) & (exclusions.document_X < start + scores_BT.shape[1])
+    scores_BT[exclusions.query_X[here], exclusions.document_X[here] - start] = -torch.inf
+    near_BT = scores_BT >= exclusions.below_B[:, None] - ROUNDING
     scores_BT.masked_fill_(near_BT, -torch.inf)
     return near_BT.sum(1)

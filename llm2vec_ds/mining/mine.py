@@ -34,7 +34,7 @@ from llm2vec_ds.mining.corpus import (
     load_corpus,
     write_corpus,
 )
-from llm2vec_ds.mining.exact_search import ROUNDING, Limits, Ranked, best_rows
+from llm2vec_ds.mining.exact_search import ROUNDING, Exclusions, Ranked, best_rows
 from llm2vec_ds.mining.options import MiningOptions
 from llm2vec_ds.mining.reranker import Reranker
 from llm2vec_ds.process.full_memory import enough_memory
@@ -249,14 +249,14 @@ class _Mining:
                 query_BD = torch.from_numpy(queries[query]).to(device)
                 positive_BD = torch.from_numpy(documents[positive]).to(device)
                 place, document = known.of(query)
-                limits = Limits(
+                exclusions = Exclusions(
                     below((query_BD * positive_BD).sum(dim=1), self.options.ratio, self.options.margin),
                     *(torch.from_numpy(found).to(device) for found in (place, document)),
                 )
                 candidates_ND = documents[: corpus.n_candidates]
                 last_rank = min(self.options.last_rank, corpus.n_candidates)
                 ranked = best_rows(
-                    query_BD, candidates_ND, last_rank, limits, rows_per_tile=DOCUMENTS_PER_TILE
+                    query_BD, candidates_ND, last_rank, exclusions, rows_per_tile=DOCUMENTS_PER_TILE
                 )
                 others = (document < corpus.n_candidates) & (document != positive[place])
                 skipped = {OTHERS: int(np.count_nonzero(others)), NEAR: int(ranked.n_near_B.sum())}

@@ -20,7 +20,7 @@ from torch import nn
 
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapters import TRAINED, GatherParameters, adapter_names, add_lora, check_whole
-from llm2vec_ds.model.imported import WEIGHTS, lora_settings, resolve
+from llm2vec_ds.model.peft_adapters import WEIGHTS, lora_settings, resolve
 from llm2vec_ds.recipe.sections import AdapterConfig
 from llm2vec_ds.storage.reading import read_json
 

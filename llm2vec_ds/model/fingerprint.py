@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from llm2vec_ds.model.imported import Stack, resolve
+from llm2vec_ds.model.peft_adapters import ModelSource, resolve
 
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 2**16
 
@@ -19,7 +19,7 @@ def model_fingerprint(path: str) -> str | None:
     all bytes would. Reading everything could mean a hundred gigabytes at each start.
     """
     digest = hashlib.sha256()
-    stack = resolve(path) if Path(path).is_dir() else Stack(path, ())
+    stack = resolve(path) if Path(path).is_dir() else ModelSource(path, ())
     files = [file for place in (stack.base, *map(str, stack.adapters)) for file in _model_files(place)]
     if not any(file.suffix != ".json" for file in files) and not Path(path).is_dir():
         return None

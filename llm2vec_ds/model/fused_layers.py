@@ -111,7 +111,7 @@ def _fused_class(kept: Any, kind: str) -> Any:
     members = {
         "forward": changed,
         "fused_kind": kind,
-        "is_made_again": False,
+        "is_recomputed": False,
         "__reduce_ex__": reduced,
         "__module__": kept.__module__,
     }
@@ -142,7 +142,7 @@ def _gemmas_rms_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 def _normed(norm: Any, x: torch.Tensor, eps: float, plus_one: bool) -> torch.Tensor:
     weight = norm.weight
     out: torch.Tensor = rms_norm(x, weight, eps, plus_one)[0]
-    if not norm.is_made_again:
+    if not norm.is_recomputed:
         return out
     # The norm is recomputed in a linear layer's backward. There ZeRO-3 has gathered the weights of that
     # layer, but not the norm's. So a copy is kept.
@@ -158,7 +158,7 @@ def _gated(activation: str) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
         gated = unit(gate, up)
-        if self.is_made_again:
+        if self.is_recomputed:
             note_origin(gated, unit, gate, up)
         out: torch.Tensor = self.down_proj(gated)
         return out
@@ -172,13 +172,13 @@ FORWARDS = {**NORMS, **GATED_UNITS}
 """Maps a kind of layer to the function that replaces its `forward`."""
 
 
-def make_again(trunk: nn.Module) -> Counter[str]:
+def recompute_in_backward(trunk: nn.Module) -> Counter[str]:
     """Lets backward recompute norms and gated units (`origins.py`). Returns the number of each kind."""
     found: Counter[str] = Counter()
     for module in trunk.modules():
         kind = getattr(module, "fused_kind", None)
         if kind in FORWARDS:
-            module.is_made_again = True  # type: ignore[assignment]
+            module.is_recomputed = True  # type: ignore[assignment]
             found[kind] += 1
     return found
 

@@ -15,7 +15,7 @@ import torch
 Make = Callable[..., torch.Tensor]
 
 
-class Again:
+class Recompute:
     """Recomputes a tensor, once for all layers that need it. In backward they run one after the other."""
 
     def __init__(self, make: Make) -> None:
@@ -23,7 +23,7 @@ class Again:
         self._n_left = 0
         self._value: torch.Tensor | None = None
 
-    def kept(self) -> Again:
+    def kept(self) -> Recompute:
         """Counts one more layer that will ask for the tensor. The value is dropped after the last one."""
         self._n_left += 1
         return self
@@ -38,14 +38,14 @@ class Again:
 class Origin(NamedTuple):
     """How to recompute a tensor, and from which inputs."""
 
-    again: Again
+    recompute: Recompute
     inputs: tuple[torch.Tensor, ...]
 
 
 def note_origin(out: torch.Tensor, make: Make, *inputs: torch.Tensor) -> torch.Tensor:
     """Notes that `make(*inputs)` equals `out` to the bit. Returns `out`."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        out.llm2vec_origin = Origin(Again(make), inputs)  # type: ignore[attr-defined]
+        out.llm2vec_origin = Origin(Recompute(make), inputs)  # type: ignore[attr-defined]
     return out
 
 
@@ -58,12 +58,12 @@ def note_drop(dropped: torch.Tensor, x: torch.Tensor, drop: Make, mask: torch.Te
 def how_to_keep(x: torch.Tensor) -> tuple[Make, tuple[torch.Tensor, ...]]:
     """Returns a function that recomputes x, to be called once, and the tensors to save for it."""
     origin: Origin | None = getattr(x, "llm2vec_origin", None)
-    return (_itself, (x,)) if origin is None else (origin.again.kept(), origin.inputs)
+    return (_itself, (x,)) if origin is None else (origin.recompute.kept(), origin.inputs)
 
 
 def _origin(x: torch.Tensor) -> tuple[Make, tuple[torch.Tensor, ...]]:
     origin: Origin | None = getattr(x, "llm2vec_origin", None)
-    return (_itself, (x,)) if origin is None else (origin.again.make, origin.inputs)
+    return (_itself, (x,)) if origin is None else (origin.recompute.make, origin.inputs)
 
 
 def _itself(x: torch.Tensor, *_: Any) -> torch.Tensor:

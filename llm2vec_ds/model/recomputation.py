@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from llm2vec_ds.model.fused_layers import GATED_UNITS, NORMS, make_again
+from llm2vec_ds.model.fused_layers import GATED_UNITS, NORMS, recompute_in_backward
 from llm2vec_ds.model.input_dropout import InputDropout
 from llm2vec_ds.model.lora_linear import LoraLinear
 
@@ -36,7 +36,7 @@ def recompute_activations(trunk: Any, which: Recomputation) -> str:
     if which == "none":
         return "none"
     if which == "selective" and layers_keep_origins(trunk):
-        again = make_again(trunk)
+        again = recompute_in_backward(trunk)
         return "selective: backward recomputes " + ", ".join(f"{n} {kind}" for kind, n in again.items())
     dropouts = {layer.dropouts for layer in trunk.modules() if isinstance(layer, LoraLinear)}
     contexts = _keep_and_replay if which == "selective" else lambda: (nullcontext(), nullcontext())

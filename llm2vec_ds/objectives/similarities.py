@@ -16,7 +16,7 @@ ROWS_PER_BLOCK = 1024
 """The cosines of this many rows are held at once. Backward computes them again."""
 
 
-class TaughtTexts(NamedTuple):
+class TaughtVectors(NamedTuple):
     """Student's and teacher's vectors of the same texts, all of length 1, and the texts' ids.
 
     Attributes:
@@ -29,7 +29,9 @@ class TaughtTexts(NamedTuple):
     id_N: torch.Tensor
 
 
-def similarity_loss(rows: TaughtTexts, columns: TaughtTexts, kind: Kind, temperature: float) -> torch.Tensor:
+def similarity_loss(
+    rows: TaughtVectors, columns: TaughtVectors, kind: Kind, temperature: float
+) -> torch.Tensor:
     """Returns one loss for each row, `[Q]` fp32: of its cosines with all columns that have another id.
 
     Args:
@@ -39,13 +41,13 @@ def similarity_loss(rows: TaughtTexts, columns: TaughtTexts, kind: Kind, tempera
     """
     blocks = zip(*(x.split(ROWS_PER_BLOCK) for x in rows), strict=True)
     losses = [
-        checkpoint(_of_block, TaughtTexts(*block), columns, kind, temperature, use_reentrant=False)
+        checkpoint(_of_block, TaughtVectors(*block), columns, kind, temperature, use_reentrant=False)
         for block in blocks
     ]
     return torch.cat(losses)
 
 
-def _of_block(rows: TaughtTexts, columns: TaughtTexts, kind: Kind, temperature: float) -> torch.Tensor:
+def _of_block(rows: TaughtVectors, columns: TaughtVectors, kind: Kind, temperature: float) -> torch.Tensor:
     student_QN, teacher_QN = rows.student_ND @ columns.student_ND.T, rows.teacher_NT @ columns.teacher_NT.T
     is_own = rows.id_N[:, None] == columns.id_N
     if kind == "mse":

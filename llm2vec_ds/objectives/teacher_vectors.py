@@ -43,7 +43,7 @@ TEXTS_PER_BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class Wanted:
+class VectorRequest:
     """Vectors that a recipe needs.
 
     Attributes:
@@ -111,7 +111,7 @@ class TeacherVectors:
         return torch.from_numpy(found)
 
 
-def keep_vectors(wanted: Wanted) -> Path:
+def keep_vectors(wanted: VectorRequest) -> Path:
     """Returns the folder of the vectors. Makes it if it is missing or damaged.
 
     Raises:
@@ -151,7 +151,7 @@ def _files_below(folder: str) -> list[Any]:
 class _Making:
     """Makes one folder. If it was interrupted, it continues after the last block of vectors on disk."""
 
-    def __init__(self, wanted: Wanted, unfinished: Path) -> None:
+    def __init__(self, wanted: VectorRequest, unfinished: Path) -> None:
         self.wanted, self.unfinished = wanted, unfinished
         self.hashes, self.rows = unfinished / HASHES, unfinished / ROWS
         self.vectors = unfinished / "vectors.npy"

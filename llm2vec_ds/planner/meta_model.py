@@ -14,9 +14,9 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.accepted import accepted
 from llm2vec_ds.model.adapters import add_lora
 from llm2vec_ds.model.fused_layers import fuse_layers
-from llm2vec_ds.model.imported import resolve
 from llm2vec_ds.model.loading import TrunkOptions, loading
 from llm2vec_ds.model.lora_linear import LoraLinear
+from llm2vec_ds.model.peft_adapters import resolve
 from llm2vec_ds.model.quantization import quantize_shapes
 from llm2vec_ds.model.recomputation import recompute_activations
 from llm2vec_ds.objectives.registry import objective_of

@@ -20,7 +20,7 @@ from llm2vec_ds.data.sources import find_source, stream_pairs
 from llm2vec_ds.distributed import all_reduce_sum
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.contrastive.info_nce import PairGuide
-from llm2vec_ds.objectives.teacher_vectors import TeacherVectors, Wanted, limit_of, vectors_root
+from llm2vec_ds.objectives.teacher_vectors import TeacherVectors, VectorRequest, limit_of, vectors_root
 from llm2vec_ds.recipe.objectives import SupervisedConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 QUERIES, DOCUMENTS = "queries", "documents"
 
 
-def wanted_of_guide(recipe: Recipe) -> list[Wanted]:
+def wanted_of_guide(recipe: Recipe) -> list[VectorRequest]:
     """Returns which vectors of the guide the recipe needs: queries', then documents'; [] without a guide."""
     config = recipe.objective
     assert isinstance(config, SupervisedConfig)
@@ -39,7 +39,7 @@ def wanted_of_guide(recipe: Recipe) -> list[Wanted]:
     return [_wanted(recipe, config.guide, role, prompt) for role, prompt in prompts.items()]
 
 
-def _wanted(recipe: Recipe, guide: str, role: str, prompt: str | None) -> Wanted:
+def _wanted(recipe: Recipe, guide: str, role: str, prompt: str | None) -> VectorRequest:
     data, pairs = recipe.data, recipe.data.pairs
     assert pairs is not None
 
@@ -58,7 +58,7 @@ def _wanted(recipe: Recipe, guide: str, role: str, prompt: str | None) -> Wanted
     ]
     columns = pairs.model_dump(exclude={"instructions", "positives", "sampling_temperature"})
     identity = [find_source(data.path).identity(), columns, instructions, role, *limit_of(data)]
-    return Wanted(guide, f"{recipe.stage}.guide", prompt, texts, identity, vectors_root(data))
+    return VectorRequest(guide, f"{recipe.stage}.guide", prompt, texts, identity, vectors_root(data))
 
 
 class GuideVectors:

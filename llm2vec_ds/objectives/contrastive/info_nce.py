@@ -21,7 +21,7 @@ from llm2vec_ds.objectives.contrastive.own_negatives import against_own_negative
 from llm2vec_ds.objectives.contrastive.rounding import Form, rounded
 from llm2vec_ds.objectives.contrastive.same_side import SameSide, same_side
 from llm2vec_ds.objectives.contrastive.texts import Limits, Outcome, Texts, positive_scores
-from llm2vec_ds.objectives.similarities import TaughtTexts, similarity_loss
+from llm2vec_ds.objectives.similarities import TaughtVectors, similarity_loss
 from llm2vec_ds.recipe.objectives import ContrastiveConfig, SupervisedConfig
 
 
@@ -282,9 +282,9 @@ def guided_share(vectors: PairVectors, config: SupervisedConfig, n_global: float
     documents = positives + negatives
     assert queries.guide_NG is not None
     assert documents.guide_NG is not None
-    rows = TaughtTexts(queries.vector_ND, queries.guide_NG, queries.id_N)
-    own = TaughtTexts(documents.vector_ND, documents.guide_NG, documents.id_N)
-    columns = TaughtTexts(*map(gather_rows, own))
+    rows = TaughtVectors(queries.vector_ND, queries.guide_NG, queries.id_N)
+    own = TaughtVectors(documents.vector_ND, documents.guide_NG, documents.id_N)
+    columns = TaughtVectors(*map(gather_rows, own))
     return similarity_loss(rows, columns, config.guide_loss, config.guide_temperature).sum() / n_global
 
 

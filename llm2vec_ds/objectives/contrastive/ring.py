@@ -24,7 +24,7 @@ from llm2vec_kernels.info_nce.log_sum_exp import LogSumExp
 from llm2vec_kernels.info_nce.tiles import Guide, Precision
 from torch.autograd.function import once_differentiable
 
-from llm2vec_ds.distributed import all_gather_counts, rank, rotate, world_size
+from llm2vec_ds.distributed import all_gather_counts, rank, ring_shift, world_size
 from llm2vec_ds.objectives.contrastive.texts import Outcome
 
 NOT_HERE = -1
@@ -87,7 +87,7 @@ def _blocks(counts: list[int], *of_documents: torch.Tensor) -> Iterator[tuple[in
         owner = (rank() - turn) % world_size()
         yield owner, [x[: counts[owner]] for x in travelling]
         if turn + 1 < world_size():
-            travelling = [rotate(x) for x in travelling]
+            travelling = [ring_shift(x) for x in travelling]
 
 
 def _padded(x: torch.Tensor, n_rows: int) -> torch.Tensor:
@@ -144,13 +144,13 @@ class _Ring(torch.autograd.Function):
             d_query_QD += own.d_query_QD
             d_scale += own.d_scale
             # Gradient and block have made the same turns, so the gradient that arrives belongs to this block.
-            arrived = rotate(travelling) if travelling is not None else None
+            arrived = ring_shift(travelling) if travelling is not None else None
             travelling = _padded(own.d_document_ND, max(ctx.counts))
             if arrived is not None:
                 travelling += arrived
         assert travelling is not None
         # One more turn brings each sum back to the owner of its block.
-        d_document_RD = rotate(travelling)[: len(of_documents[0])]
+        d_document_RD = ring_shift(travelling)[: len(of_documents[0])]
         return d_query_QD, d_document_RD, d_scale, None
 
 

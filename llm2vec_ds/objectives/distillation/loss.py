@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from llm2vec_ds.distributed import all_gather_counts, gather_rows, rank
-from llm2vec_ds.objectives.similarities import TaughtTexts, similarity_loss
+from llm2vec_ds.objectives.similarities import TaughtVectors, similarity_loss
 from llm2vec_ds.recipe.objectives import DistilConfig
 
 Number = TypeVar("Number", float, torch.Tensor)
@@ -62,6 +62,6 @@ class DistillationLoss:
         counts = all_gather_counts(len(student_QD), student_QD.device)
         place_N = torch.arange(sum(counts), device=student_QD.device)
         own_Q = place_N[sum(counts[: rank()]) :][: len(student_QD)]
-        rows = TaughtTexts(student_QD, teacher_QT, own_Q)
-        columns = TaughtTexts(gather_rows(student_QD), gather_rows(teacher_QT), place_N)
+        rows = TaughtVectors(student_QD, teacher_QT, own_Q)
+        columns = TaughtVectors(gather_rows(student_QD), gather_rows(teacher_QT), place_N)
         return similarity_loss(rows, columns, self.config.similarity_loss, self.config.temperature)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llm2vec_ds.data.prompts import Prompt
 from llm2vec_ds.data.sources import find_source, stream_texts
-from llm2vec_ds.objectives.teacher_vectors import Wanted, keep_vectors, limit_of, vectors_root
+from llm2vec_ds.objectives.teacher_vectors import VectorRequest, keep_vectors, limit_of, vectors_root
 from llm2vec_ds.recipe.objectives import DistilConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -33,7 +33,7 @@ def section_of(recipe: Recipe) -> DistilConfig:
     return recipe.objective
 
 
-def _wanted(recipe: Recipe, path: str | list[str]) -> Wanted:
+def _wanted(recipe: Recipe, path: str | list[str]) -> VectorRequest:
     config, data = section_of(recipe), recipe.data
 
     def texts() -> Iterator[tuple[int, str]]:
@@ -44,7 +44,7 @@ def _wanted(recipe: Recipe, path: str | list[str]) -> Wanted:
             if text.strip():
                 yield Prompt(data.instruction, text).hash(), text
 
-    return Wanted(
+    return VectorRequest(
         config.teacher,
         "distil.teacher",
         config.teacher_prompt,

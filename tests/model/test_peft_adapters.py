@@ -17,8 +17,8 @@ from llm2vec_ds.engine.run import train
 from llm2vec_ds.model.adapter_stack import put_stack_in, read_stack
 from llm2vec_ds.model.adapters import merged_state_dict
 from llm2vec_ds.model.fingerprint import model_fingerprint
-from llm2vec_ds.model.imported import resolve, tokenizer_place
 from llm2vec_ds.model.loading import TrunkOptions, load_trunk
+from llm2vec_ds.model.peft_adapters import resolve, tokenizer_place
 from llm2vec_ds.recipe.recipe import parse_recipe
 from tests.support.runs import NO_DROPOUT, recipe, trained
 

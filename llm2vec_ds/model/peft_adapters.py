@@ -51,7 +51,7 @@ UPSTREAM_POOLINGS = {
 
 
 @dataclass(frozen=True)
-class Stack:
+class ModelSource:
     """A base model, and the folders of the adapters on it, first to last."""
 
     base: str
@@ -68,7 +68,7 @@ class UpstreamSettings:
     skip_instruction: bool = True
 
 
-def resolve(path: str, adapters: Sequence[str | Path] = ()) -> Stack:
+def resolve(path: str, adapters: Sequence[str | Path] = ()) -> ModelSource:
     """Finds the base model of `path` and all adapters on it.
 
     A folder or hub id that holds only an adapter stands for the model that it names, with that adapter on it.
@@ -96,7 +96,7 @@ def resolve(path: str, adapters: Sequence[str | Path] = ()) -> Stack:
                 f"{folder / CONFIG} names no base model: use Encoder.from_pretrained(MODEL, adapters=[…])"
             )
         base = str(named)
-    return Stack(base, tuple(stack))
+    return ModelSource(base, tuple(stack))
 
 
 def tokenizer_place(path: str) -> str:
