@@ -52,6 +52,14 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "")) in ("", "0")
 
 
+def chain_of(error: BaseException) -> list[BaseException]:
+    """Returns the error, then the one that led to it, and so on."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    return chain
+
+
 def reason(error: OSError) -> str:
     """Returns cause and fix of a system error, in a few words."""
     cause = error.strerror or " ".join(str(error).split())

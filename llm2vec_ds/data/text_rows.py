@@ -19,7 +19,6 @@ class TextRows:
     The log does not name such lines. `count_rows` has done it.
 
     Attributes:
-        key: where the user sets the column, for messages.
         bad_rows: `raise` an error for a row that breaks its format, or `skip` it: it becomes None.
     """
 
@@ -27,7 +26,6 @@ class TextRows:
     column: str
     start: int
     stop: int
-    key: str = "--text-column"
     bad_rows: str = "raise"
 
     def __len__(self) -> int:
@@ -41,20 +39,20 @@ class TextRows:
         return next(islice((place for _, place in self._placed()), self.start, self.stop), None)
 
     def _placed(self) -> Iterator[tuple[str | None, str | None]]:
-        return _rows(self.source, self.column, self.key, self.bad_rows, quiet=True)
+        return _rows(self.source, self.column, self.bad_rows, quiet=True)
 
 
-def count_rows(source: Source, column: str, key: str = "--text-column", bad_rows: str = "raise") -> int:
+def count_rows(source: Source, column: str, bad_rows: str = "raise") -> int:
     """Returns how many rows `source` has. Reads all of it.
 
     Raises:
         UserError: as `stream_texts`.
     """
-    return sum(1 for _ in _rows(source, column, key, bad_rows, quiet=False))
+    return sum(1 for _ in _rows(source, column, bad_rows, quiet=False))
 
 
 def _rows(
-    source: Source, column: str, key: str, bad_rows: str, *, quiet: bool
+    source: Source, column: str, bad_rows: str, *, quiet: bool
 ) -> Iterator[tuple[str | None, str | None]]:
     """Yields each row's text and place. Both are None for an unreadable one."""
     counts: Counter[str] = Counter()
@@ -67,7 +65,7 @@ def _rows(
         n_yielded = n_found
 
     bad = BadRows(bad_rows, counts, quiet)
-    for placed in placed_texts(source, column, bad, whole=False, key=key):
+    for placed in placed_texts(source, column, bad, whole=False, key="--text-column"):
         yield from unreadable()
         yield placed
     yield from unreadable()

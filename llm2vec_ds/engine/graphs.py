@@ -43,9 +43,8 @@ def use_graphs(recipe: Recipe, stage: Stage, engine: Engine) -> GraphedTrunk | N
         encoder.run_trunk = partial(seeded_hidden_states, encoder.trunk)
     if asked == "off":
         return None
-    reason = _obstacle(recipe, stage, engine)
-    failed = reason is None
-    if reason is None:
+    obstacle = reason = _obstacle(recipe, stage, engine)
+    if obstacle is None:
         graphed = GraphedTrunk(
             encoder.trunk,
             CudaRecorder(encoder.device),
@@ -59,8 +58,7 @@ def use_graphs(recipe: Recipe, stage: Stage, engine: Engine) -> GraphedTrunk | N
             return graphed
     if asked == "on":
         raise UserError(f"model.cuda_graphs is on, but {reason}: set it to off or auto")
-    without_gpu = stage.encoder.device.type != "cuda"
-    level = logging.WARNING if failed else logging.DEBUG if without_gpu else logging.INFO
+    level = logging.WARNING if obstacle is None else logging.INFO if on_cuda else logging.DEBUG
     log.log(level, "CUDA graphs: not used, %s", reason)
     return None
 

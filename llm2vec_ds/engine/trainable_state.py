@@ -206,7 +206,7 @@ class TrainableState:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         moments = {key: safe_get_full_optimizer_state(parameter, key) for key in self._moments}
-        step = torch.tensor(float(next(self._flat_states())["step"]))
+        step = torch.tensor(float(next(self._deepspeed_states())["step"]))
         return {"value": self._read_value(parameter), **moments, "step": step}
 
     def _write(self, parameter: nn.Parameter, whole: Tensors) -> None:
@@ -216,7 +216,7 @@ class TrainableState:
             for key in self._moments:
                 state[key] = whole[key].to(parameter.device, copy=True)
         else:
-            for state in self._flat_states():
+            for state in self._deepspeed_states():
                 n_steps = float(whole["step"])
                 state["step"] = torch.tensor(n_steps) if torch.is_tensor(state["step"]) else int(n_steps)
             self._write_working_copy(parameter, whole["value"])
@@ -264,6 +264,6 @@ class TrainableState:
         padded = nn.functional.pad(flat, (0, n_own * world_size() - flat.numel()))
         return padded[rank() * n_own :][:n_own]
 
-    def _flat_states(self) -> Iterator[dict[str, Any]]:
+    def _deepspeed_states(self) -> Iterator[dict[str, Any]]:
         """Yields Adam's states of DeepSpeed's flat tensors. All have the same step count."""
         return (state for state in self._base_optimizer.state.values() if "step" in state)

@@ -64,9 +64,9 @@ def word_features(
         cache: a folder only for this encoder and these sentences. It is made if it is missing.
     """
     texts, places = zip(*(_tokens_of_words(encoder, s.words) for s in sentences), strict=True)
-    n_words = [[i for i, tokens in enumerate(words) if tokens] for words in places]
-    labels = [s.labels[i] for s, kept in zip(sentences, n_words, strict=True) for i in kept]
-    sentence = np.repeat(np.arange(len(sentences)), [len(kept) for kept in n_words])
+    scored = [[i for i, tokens in enumerate(words) if tokens] for words in places]
+    labels = [s.labels[i] for s, kept in zip(sentences, scored, strict=True) for i in kept]
+    sentence = np.repeat(np.arange(len(sentences)), [len(kept) for kept in scored])
     n_unscored = sum(len(s.words) for s in sentences) - len(labels)
     kept_places = [[tokens for tokens in words if tokens] for words in places]
     vectors = _cached(cache)

@@ -16,6 +16,7 @@ from llm2vec_ds.export.merged_folder import check_merged_folder, save_merged
 
 log = logging.getLogger(__name__)
 
+N_POINTS = 11
 METHODS = ("linear", "slerp")
 Tensors = dict[str, torch.Tensor]
 Measure = Callable[[Encoder], tuple[str, float]]
@@ -39,7 +40,6 @@ def mix(
     weights: Sequence[float] | None = None,
     method: str = "linear",
     measure: Measure | None = None,
-    n_points: int = 11,
     overwrite: bool = False,
 ) -> list[Point]:
     """Writes the mixed encoder to `output`, in fp32. The first source gives pooling, template and tokenizer.
@@ -48,9 +48,8 @@ def mix(
         sources: folders of encoders or runs, or untrained LLMs (folder or hub id).
         weights: one for each source, 1 in total. None: equal weights, or with `measure` the best of the
             curve.
-        measure: measures the mixture. Without `weights`, it measures the curve of two sources, from only the
-            first to only the second.
-        n_points: number of points of the curve.
+        measure: measures the mixture. Without `weights`, it measures N_POINTS mixtures of two sources, from
+            only the first to only the second.
 
     Returns:
         The curve, or the one point that was measured; [] without `measure`. `output/merge.json` has it, too.
@@ -67,7 +66,7 @@ def mix(
         _check_shapes(sources[0], states[0], source, state)
     chosen = [list(weights)] if weights else []
     if not chosen and measure is not None:
-        chosen = [[1 - i / (n_points - 1), i / (n_points - 1)] for i in range(n_points)]
+        chosen = [[1 - share, share] for share in (i / (N_POINTS - 1) for i in range(N_POINTS))]
     points, measured = [], None
     for own in chosen:
         if measure is None:

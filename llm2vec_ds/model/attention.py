@@ -13,9 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from llm2vec_kernels.attention import ATTENTION_NAMES, AttentionOptions, attention
+from llm2vec_kernels.attention.api import choose_attention_backend
+from llm2vec_kernels.attention.backends import AttentionNeeds
 from llm2vec_kernels.seeds import Seeds
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from llm2vec_ds.model.bidirectional import is_causal
 
 NAME = "llm2vec"
 
@@ -52,7 +56,46 @@ def register_for(trunk: Any) -> None:
     """Registers the implementation of a trunk that came from another process, if it is one of ours."""
     name = trunk.config._attn_implementation
     if name is not None and name.partition("_")[0] == NAME:
-        register(name.removeprefix(NAME).removeprefix("_") or "auto")
+        register(_asked_backend(name))
+
+
+def _asked_backend(implementation: str) -> str:
+    """Returns the backend that the name of an attention implementation asks for."""
+    return implementation.removeprefix(NAME).removeprefix("_") or "auto"
+
+
+def attention_needs(
+    config: Any, *, causal: bool, device: torch.device, dtype: torch.dtype, dropout_p: float = 0.0
+) -> AttentionNeeds:
+    """Returns what the attention of a text model needs from a backend.
+
+    Args:
+        config: of a text model.
+    """
+    options = AttentionOptions(
+        softmax_scale=1.0,  # each layer names its own
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        dropout_p=dropout_p,
+        causal=causal,
+    )
+    return AttentionNeeds(device, dtype, head_dim_of(config), options=options)
+
+
+def backend_of(trunk: Any) -> str:
+    """Returns the name of the attention backend that a trunk with our attention uses."""
+    config = trunk.config.get_text_config()
+    device = next(trunk.parameters()).device
+    needs = attention_needs(config, causal=bool(is_causal(config)), device=device, dtype=trunk.dtype)
+    return choose_attention_backend(_asked_backend(config._attn_implementation), needs).name
+
+
+def head_dim_of(config: Any) -> int | None:
+    """Returns the width of a head in most layers. None if the config does not say it.
+
+    Reads the dictionary: in Gemma 4 some layers have another width, and reading the attribute is an error.
+    """
+    value: int | None = config.to_dict().get("head_dim")
+    return value
 
 
 def _padding_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> torch.Tensor | None:

@@ -34,15 +34,14 @@ def trunk_hidden_states(trunk: Any, batch: PackedBatch, seeds: Seeds | None = No
     return hidden
 
 
-def seeded_hidden_states(trunk: Any, batch: PackedBatch, seed: int | None = None) -> torch.Tensor:
-    """Returns the same, with dropout that follows from one seed. By default torch's generator draws the seed.
+def seeded_hidden_states(trunk: Any, batch: PackedBatch) -> torch.Tensor:
+    """Returns the same, with dropout that follows from one seed. torch's generator draws the seed.
 
     A recorded pass draws its seed in the same way. So a run does not depend on recordings.
     """
     if not trunk.training:
         return trunk_hidden_states(trunk, batch)
-    first = drawn_dropout_seed() if seed is None else seed
-    seeds = Seeds(torch.full((), first, dtype=torch.int64, device=batch.input_ids.device))
+    seeds = Seeds(torch.full((), drawn_dropout_seed(), dtype=torch.int64, device=batch.input_ids.device))
     return trunk_hidden_states(trunk, batch, seeds)
 
 

@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from llm2vec_kernels.attention import (
     AttentionBackend,
-    AttentionNeeds,
-    AttentionOptions,
     choose_attention_backend,
 )
 from llm2vec_kernels.devices import triton_refusal
 from llm2vec_kernels.row_ops.api import runs_on
 from torch import nn
 
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, chain_of
 from llm2vec_ds.model.accepted import accepted
-from llm2vec_ds.model.attention import register
+from llm2vec_ds.model.attention import attention_needs, register
 from llm2vec_ds.model.bidirectional import check_can_be_bidirectional, is_causal
 from llm2vec_ds.model.cpu_linear import use_fast_products
 from llm2vec_ds.model.damage import damaged_file
@@ -105,7 +103,7 @@ def load_trunk(path: str, options: TrunkOptions) -> Any:
     from transformers import AutoModel
 
     loaded = _load(AutoModel, path, options)
-    _check(loaded, loaded.trunk, options)
+    _prepare(loaded, loaded.trunk, options)
     return loaded.trunk
 
 
@@ -124,7 +122,7 @@ def load_trunk_and_head(path: str, options: TrunkOptions) -> tuple[Any, nn.Linea
             f"{path}: {type(model).__name__} has no linear language head over a trunk, and MNTP needs one"
         )
     check_head(trunk.config, trust_remote_code=options.trust_remote_code)
-    _check(loaded, nn.ModuleList([trunk, head]), options)
+    _prepare(loaded, nn.ModuleList([trunk, head]), options)
     return trunk, head
 
 
@@ -137,8 +135,12 @@ class _Loaded:
     shown: bool
 
 
-def _check(loaded: _Loaded, kept: nn.Module, options: TrunkOptions) -> None:
-    """Checks the loaded trunk and prepares it. `kept` is the part of the model that is used."""
+def _prepare(loaded: _Loaded, kept: nn.Module, options: TrunkOptions) -> None:
+    """Checks the trunk, moves it to its device, and puts our layers into it.
+
+    Args:
+        kept: the part of the model that is used.
+    """
     trunk = loaded.trunk
     if not is_causal(trunk.config):
         check_can_be_bidirectional(trunk)
@@ -236,27 +238,17 @@ def _as_wanted(model: Any, path: str, bits: int | None, options: TrunkOptions) -
 
 def _attention_backend(config: Any, causal: bool, options: TrunkOptions) -> AttentionBackend:
     """Returns the backend that will run. Refuses an impossible one before any weight is read."""
-    text_config = config.get_text_config()
     try:
-        known = AttentionOptions(
-            softmax_scale=1.0,  # each layer names its own
-            softcap=getattr(text_config, "attn_logit_softcapping", None),
-            dropout_p=options.attention_dropout or 0.0,
+        needs = attention_needs(
+            config.get_text_config(),
             causal=causal,
+            device=options.device,
+            dtype=options.dtype,
+            dropout_p=options.attention_dropout or 0.0,
         )
-        needs = AttentionNeeds(options.device, options.dtype, head_dim_of(text_config), options=known)
         return choose_attention_backend(options.attention, needs)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def head_dim_of(config: Any) -> int | None:
-    """Returns the width of a head in most layers. None if the config does not say it.
-
-    Reads the dictionary: in Gemma 4 some layers have another width, and reading the attribute is an error.
-    """
-    value: int | None = config.to_dict().get("head_dim")
-    return value
 
 
 def _from_pretrained(auto_class: Any, path: str, *, trust_remote_code: bool, **options: Any) -> Any:
@@ -287,9 +279,7 @@ def _cause(path: str, error: BaseException) -> str:
     from huggingface_hub import errors as hub
     from huggingface_hub import is_offline_mode
 
-    chain = [error]
-    while (link := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(link)
+    chain = chain_of(error)
 
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from llm2vec_ds.model.adapter_stack import read_stack
+from llm2vec_ds.model.attention import head_dim_of
 from llm2vec_ds.model.graphs.suitable import is_busy
-from llm2vec_ds.model.loading import TrunkOptions, head_dim_of
+from llm2vec_ds.model.loading import TrunkOptions
 from llm2vec_ds.model.quantization import weight_storages
 from llm2vec_ds.planner.meta_model import (
     MetaModel,

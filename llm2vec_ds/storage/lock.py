@@ -16,7 +16,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -59,14 +59,14 @@ class Holder:
     cluster: str | None = None
 
     @classmethod
-    def this_process(cls, environment: Mapping[str, str] = os.environ) -> Holder:
+    def this_process(cls) -> Holder:
         return cls(
             socket.gethostname(),
             os.getpid(),
             datetime.now(UTC).isoformat(timespec="seconds"),
-            environment.get("SLURM_JOB_ID"),
-            int(environment.get("SLURM_RESTART_COUNT") or 0),
-            environment.get("SLURM_CLUSTER_NAME"),
+            os.environ.get("SLURM_JOB_ID"),
+            int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            os.environ.get("SLURM_CLUSTER_NAME"),
         )
 
     @classmethod

@@ -40,8 +40,8 @@ from llm2vec_kernels.info_nce.tiles import (
     computed_in,
     document_chunks,
     documents_of_a_tile,
-    operand,
     product,
+    round_operand,
     score_tiles,
     slices,
 )
@@ -196,8 +196,8 @@ def _block(
     positive_Q, query_id_Q, document_id_N, score_limit_Q = others
     assert positive_Q is not None
     return Block(
-        operand(query_QD, precision),
-        operand(document_ND, precision),
+        round_operand(query_QD, precision),
+        round_operand(document_ND, precision),
         float(scale),
         positive_Q,
         query_id_Q,

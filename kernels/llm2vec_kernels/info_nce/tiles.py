@@ -145,8 +145,8 @@ Precision = Literal["fp32", "tf32", "bf16"]
 """The format that products of fp32 vectors round operands to. Sums are fp32. tf32 only acts on a GPU."""
 
 
-def operand(x: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """Returns vectors in the form that products read."""
+def round_operand(x: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """Rounds fp32 vectors to bf16 if `precision` is `bf16`. Returns others unchanged."""
     return x.bfloat16() if precision == "bf16" and x.dtype == torch.float32 else x
 
 

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm2vec_kernels.attention.api import choose_attention_backend
-from llm2vec_kernels.attention.backends import AttentionNeeds
-from llm2vec_kernels.attention.options import AttentionOptions
 from peft.tuners.lora import LoraLayer
 
-from llm2vec_ds.model.attention import NAME
-from llm2vec_ds.model.bidirectional import is_causal
-from llm2vec_ds.model.loading import head_dim_of
+from llm2vec_ds.model.attention import backend_of
 from llm2vec_ds.model.lora_linear import LoraLinear
 from llm2vec_ds.model.probe.small_config import EXPERTS
 from llm2vec_ds.model.recomputation import runs_layers_twice
@@ -51,17 +46,7 @@ def cannot_be_recorded(trunk: Any) -> str | None:
     adapted = [layer for layer in trunk.modules() if isinstance(layer, LoraLayer)]
     if not all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in adapted):
         return "its adapters are not plain LoRA, and draw their dropout in another way"
-    backend = _attention_backend(trunk)
+    backend = backend_of(trunk)
     if backend != "triton":
         return f"attention {backend!r} depends on the number of texts, and only Triton's does not"
     return None
-
-
-def _attention_backend(trunk: Any) -> str:
-    config = trunk.config.get_text_config()
-    asked = config._attn_implementation.removeprefix(NAME).removeprefix("_") or "auto"
-    weight = next(trunk.parameters())
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    options = AttentionOptions(1.0, softcap=softcap, causal=bool(is_causal(config)))
-    needs = AttentionNeeds(weight.device, trunk.dtype, head_dim_of(config), options=options)
-    return choose_attention_backend(asked, needs).name

@@ -19,7 +19,7 @@ from llm2vec_kernels.seeds import Seeds
 from torch import nn
 
 from llm2vec_ds.batch import PackedBatch
-from llm2vec_ds.errors import UserError
+from llm2vec_ds.errors import UserError, chain_of
 from llm2vec_ds.model.graphs.lengths import length_for, lengths_up_to
 from llm2vec_ds.model.graphs.recorder import Recorder, Replay
 from llm2vec_ds.model.graphs.static_inputs import StaticInputs
@@ -204,9 +204,7 @@ class GraphedTrunk:
         Raises:
             UserError: it failed for another reason.
         """
-        chain = [error]
-        while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
-            chain.append(before)  # the last error is the one that CUDA raised; the first is a consequence
+        chain = chain_of(error)  # the last error is the one that CUDA raised; the first is a consequence
         if any(full_memory(link) for link in chain):
             log.warning("memory is full at %s tokens: from here on passes are not recorded", length)
             self.is_full = True

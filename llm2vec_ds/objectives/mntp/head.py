@@ -69,8 +69,8 @@ class _HeadLoss(torch.autograd.Function):
             hits.append(hit)
             if ctx.needs_input_grad[0]:
                 d_hidden.copy_(product(d_logits, weight_VD.T))
-        kept_MD = d_hidden_MD if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(hidden_MD, label_M, weight_VD, bias_V, kept_MD)
+        saved_MD = d_hidden_MD if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(hidden_MD, label_M, weight_VD, bias_V, saved_MD)
         ctx.options = options
         hit_M = torch.cat(hits)
         ctx.mark_non_differentiable(hit_M)
@@ -79,8 +79,9 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weight_M: torch.Tensor, unused: None) -> tuple[torch.Tensor | None, ...]:
-        hidden_MD, label_M, weight_VD, bias_V, d_loss_MD = ctx.saved_tensors
-        d_hidden_MD = None if d_loss_MD is None else (d_loss_MD * weight_M[:, None]).to(hidden_MD.dtype)
+        hidden_MD, label_M, weight_VD, bias_V, d_hidden_MD = ctx.saved_tensors
+        if d_hidden_MD is not None:
+            d_hidden_MD = (d_hidden_MD * weight_M[:, None]).to(hidden_MD.dtype)
         d_weight_VD: torch.Tensor | None = None
         d_bias_V: torch.Tensor | None = None
         if any(ctx.needs_input_grad[2:4]):
