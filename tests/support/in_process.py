@@ -25,7 +25,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The exit code of `llm2vec-ds ARGUMENTS`."""
     # DeepSpeed remembers a group that was left, and no later run of this process could train.
-    monkeypatch.setattr("llm2vec_ds.distributed.leave", lambda: None)
+    monkeypatch.setattr("llm2vec_ds.distributed.destroy_process_group", lambda: None)
     monkeypatch.setattr("sys.argv", ["llm2vec-ds", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         main()
