@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from llm2vec_ds.data.batches import GlobalBatches, QueryBatches, SourceBatches
-from llm2vec_ds.data.prepare import Instructions, PreparedTexts, load_prepared, prepare
+from llm2vec_ds.data.prepare import Instructions, prepare
 from llm2vec_ds.data.prepared_folder import QUERY
+from llm2vec_ds.data.prepared_texts import PreparedTexts, load_prepared
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.data.row_files import COMPRESSIONS
 from llm2vec_ds.data.sources import find_source
@@ -94,6 +95,11 @@ class PreparedPairs:
 
     def __len__(self) -> int:
         return int(self._first_example[-1])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(texts.longest for texts in self._texts)
 
     @property
     def n_without_negatives(self) -> list[int]:

@@ -12,13 +12,11 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from llm2vec_ds.data.prepared_folder import (
     FORMAT_VERSION,
@@ -64,28 +62,6 @@ CHARACTERS_PER_PART = 2**26
 
 Item = tuple[str, ...]
 """One text, or the texts of one example: query, positive, negatives."""
-
-
-@dataclass(frozen=True)
-class PreparedTexts:
-    """Tokenised texts on disk.
-
-    Attributes:
-        fingerprint: SHA-256 of their content.
-    """
-
-    rows: Any
-    fingerprint: str
-    lengths: np.ndarray
-    counts: dict[str, int]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> list[TokenizedText]:
-        block = self.rows[[int(i) for i in indices]]
-        columns = (block[name] for name in ("input_ids", "pool_start", "pool_end", "text_hash"))
-        return [TokenizedText(*values) for values in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -146,24 +122,6 @@ def _check_bad_rows(data: DataConfig, source: Source, folder: Path) -> None:
             f"{source} has {n_bad} row(s) that cannot be read, which an earlier run left out: correct them, "
             "or leave them out with data.bad_rows=skip"
         )
-
-
-def load_prepared(folder: Path) -> PreparedTexts:
-    """Opens a folder that `prepare` made. Only the lengths are read into memory.
-
-    Raises:
-        UserError: it is damaged, and this shows without reading all of it.
-    """
-    import pyarrow as pa
-
-    manifest = read_manifest(folder)
-    try:
-        rows = _memory_mapped(folder, manifest.parts)
-        lengths = rows.data.column("n_tokens").to_numpy()
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        cause = " ".join(str(error).split())[:160]
-        raise UserError(f"prepared texts in {folder} are damaged ({cause}): prepare them again") from None
-    return PreparedTexts(rows, manifest.fingerprint, lengths, manifest.counts)
 
 
 @dataclass
@@ -372,12 +330,6 @@ def _block(items: Iterator[Item]) -> list[Item]:
 
 def _n_characters(item: Item) -> int:
     return sum(map(len, item))
-
-
-def _memory_mapped(folder: Path, parts: list[str]) -> Any:
-    import datasets
-
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(folder / name)) for name in parts])
 
 
 def _key(

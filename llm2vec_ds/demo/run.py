@@ -42,6 +42,7 @@ from llm2vec_ds.storage.reading import read_json_lines
 log = logging.getLogger(__name__)
 
 
+PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 WRITTEN = (
     *("paragraphs.txt", "held_out.txt", "sentences.txt", "mntp.yaml", "simcse.yaml", "distil.yaml"),
     *("simcse", "distil", "encoder", "stages.png"),
@@ -77,8 +78,7 @@ def run_demo(
     material = training_text(text)
     retrieval = held_out_retrieval()
     with writing(f"--output {output}"):
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "mntp").mkdir(exist_ok=True)
+        (output / "mntp").mkdir(parents=True, exist_ok=True)
     base = model or str(demo_model_dir())
     started = time.monotonic()
     last, quantization = last_stage(base, teacher, simcse), "nf4" if qlora else None
@@ -106,7 +106,7 @@ def run_demo(
         **_files(sts, text),
         "elapsed_s": round(time.monotonic() - started, 1),
         "python": platform.python_version(),
-        **versions_of(("torch", "transformers", "deepspeed", "peft")),
+        **versions_of(PACKAGES),
     }
     _publish(output, last.stage, metrics, f"{Path(base).name}, {budget} budget{', NF4' if qlora else ''}")
     return metrics

@@ -43,7 +43,7 @@ from llm2vec_ds.errors import UserError, writing
 from llm2vec_ds.model.adapter_stack import AdapterStack, adapter_state, write_stack
 from llm2vec_ds.model.attention import register_for
 from llm2vec_ds.model.bidirectional import is_causal
-from llm2vec_ds.model.damage import check_ids, check_vocabulary, why_not_finite
+from llm2vec_ds.model.damage import check_ids, check_length, check_vocabulary, why_not_finite
 from llm2vec_ds.model.hidden_states import trunk_hidden_states
 from llm2vec_ds.model.loading import TrunkOptions, load_tokenizer, load_trunk
 from llm2vec_ds.model.peft_adapters import merge_adapters, resolve, tokenizer_place
@@ -332,6 +332,7 @@ class Encoder(nn.Module):
         texts, rows = list(tokenized.values()), np.fromiter(tokenized, dtype=np.int64)
         check_ids(max((max(text.input_ids) for text in texts), default=0), self.trunk)
         lengths = [len(text) for text in texts]
+        check_length(max(lengths, default=0), self.trunk)
         budget = tokens_of_a_pass(self.device, micro_batch_tokens)
         groups = plan_micro_batches(lengths, max(budget, *lengths, 0))
         was_training = self.training

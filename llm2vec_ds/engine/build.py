@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_all
-from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
 from llm2vec_ds.data.prepared_folder import largest_id_in
+from llm2vec_ds.data.prepared_texts import PreparedTexts, load_prepared
 from llm2vec_ds.data.prompts import template_for
 from llm2vec_ds.distributed import agreed, on_first_rank, world_size
 from llm2vec_ds.encoder.encoder import Encoder
@@ -20,7 +20,7 @@ from llm2vec_ds.encoder.settings import EncoderSettings
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.adapter_stack import AdapterStack, put_stack_in, read_stack
 from llm2vec_ds.model.adapters import add_lora
-from llm2vec_ds.model.damage import check_ids, check_vocabulary
+from llm2vec_ds.model.damage import check_ids, check_length, check_vocabulary
 from llm2vec_ds.model.loading import (
     Partition,
     TrunkOptions,
@@ -64,6 +64,7 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     trunk, language_head = agreed(lambda: _load(stack, options, head=objective.uses_language_head))
     check_vocabulary(tokenizer, trunk)
     check_ids(_largest_id(prepared), trunk)
+    check_length(training.longest, trunk)
     _make_trainable(recipe, trunk, stack)
     encoder = _encoder(recipe, trunk, tokenizer, stack)
     return objective.build(Parts(recipe, encoder, language_head, training, held_out[0] if held_out else None))

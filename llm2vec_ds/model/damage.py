@@ -95,3 +95,22 @@ def check_ids(largest: int, model: Any) -> None:
             f"token id {largest} is beyond the model's vocabulary of {n_ids}: use the tokenizer that "
             "belongs to the model"
         )
+
+
+def check_length(longest: int, model: Any) -> None:
+    """Refuses a text that is longer than the model's table of learned positions (GPT-2).
+
+    Raises:
+        UserError: the text has more tokens than the table has rows.
+    """
+    config = model.config.get_text_config()
+    n_positions = getattr(config, "max_position_embeddings", None)
+    if n_positions is None or longest <= n_positions:
+        return
+    words = model.get_input_embeddings()
+    tables = [part for part in model.modules() if isinstance(part, nn.Embedding) and part is not words]
+    if any(table.num_embeddings == n_positions for table in tables):
+        raise UserError(
+            f"a text of {longest} tokens is longer than the {n_positions} positions that the model has "
+            f"learned: set max_tokens to at most {n_positions}"
+        )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm2vec_ds import Encoder, UserError
 from llm2vec_ds.data.tagged import TaggedSentence
@@ -207,3 +208,18 @@ def test_a_block_without_a_text(tiny_model_dir: Path) -> None:
     with pytest.raises(UserError, match=r"text 0 \(counted from 0\) is not text"):
         encoder.encode(pair)
     assert np.isnan(encoder.encode([None, *pair], bad_texts="nan")).all()
+
+
+def test_a_text_beyond_the_learned_positions(tmp_path: Path) -> None:
+    """GPT-2 has a row for each position. Models with RoPE compute theirs."""
+    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    long = " ".join(["river"] * 80)
+    with pytest.raises(
+        UserError, match=r"8\d tokens is longer than the 64 positions .*: set max_tokens to at"
+    ):
+        Encoder.from_pretrained(tmp_path).encode([long])
+    assert Encoder.from_pretrained(tmp_path, settings={"max_tokens": 64}).encode([long]).shape == (1, 32)
+    llama = Encoder.from_pretrained(save_tiny_llama(tmp_path / "llama", max_position_embeddings=64))
+    assert np.isfinite(llama.encode([long])).all()
