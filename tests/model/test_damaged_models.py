@@ -216,9 +216,7 @@ def test_a_text_beyond_the_learned_positions(tmp_path: Path) -> None:
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     long = " ".join(["river"] * 80)
-    with pytest.raises(
-        UserError, match=r"8\d tokens is longer than the 64 positions .*: set max_tokens to at"
-    ):
+    with pytest.raises(UserError, match=r"8\d tokens is longer than the 64 positions .*: set max_tokens"):
         Encoder.from_pretrained(tmp_path).encode([long])
     assert Encoder.from_pretrained(tmp_path, settings={"max_tokens": 64}).encode([long]).shape == (1, 32)
     llama = Encoder.from_pretrained(save_tiny_llama(tmp_path / "llama", max_position_embeddings=64))
