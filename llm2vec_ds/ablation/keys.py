@@ -10,7 +10,7 @@ from llm2vec_ds.data.sources import HUB_PREFIX, find_source
 from llm2vec_ds.encoder.of_run import CONFIG, encoder_of
 from llm2vec_ds.evaluate.identity import encoder_key, result_key, weights_key
 from llm2vec_ds.recipe.recipe import Recipe
-from llm2vec_ds.storage.fingerprint import file_sha256
+from llm2vec_ds.storage.fingerprint import file_sha256, stat_of
 
 
 def training_key(recipe: Recipe) -> str:
@@ -53,4 +53,4 @@ def _other_model(place: str) -> Any:
     if not model.exists() or (model / CONFIG).is_file():
         return encoder_key(str(model))
     files = sorted(model.rglob("*")) if model.is_dir() else [model]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [stat_of(file, str(file)) for file in files]

@@ -29,6 +29,7 @@ from llm2vec_ds.data.prepared_folder import (
     fingerprint,
     largest_id,
     n_duplicates,
+    prepared_root,
     read_manifest,
 )
 from llm2vec_ds.data.prompts import (
@@ -45,7 +46,6 @@ from llm2vec_ds.data.sources import Source, find_source, stream_pairs, stream_te
 from llm2vec_ds.errors import UserError, reason
 from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.recipe.sections import DataConfig
-from llm2vec_ds.storage.cache_folder import cache_root
 from llm2vec_ds.storage.durable import put_folder, replace_json
 from llm2vec_ds.storage.fingerprint import key_of
 from llm2vec_ds.storage.lock import held
@@ -95,7 +95,7 @@ def prepare(
     source = find_source(path)
     template = template_for(data.template, tokenizer)
     instructions = instructions or Instructions(data.instruction)
-    root = Path(data.prepared_dir) if data.prepared_dir else cache_root() / "prepared"
+    root = prepared_root(data)
     folder = root / _key(data, source, tokenizer, end_with_eos, instructions)
     if folder.is_dir() and not damage_of(folder):
         _check_bad_rows(data, source, folder)

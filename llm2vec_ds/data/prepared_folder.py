@@ -11,6 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.recipe.sections import DataConfig
+from llm2vec_ds.storage.cache_folder import cache_root
 from llm2vec_ds.storage.fingerprint import files_sha256
 from llm2vec_ds.storage.reading import read_json
 
@@ -37,6 +39,11 @@ class Manifest:
     parts: list[str]
     counts: dict[str, int]
     largest_id: int | None = None
+
+
+def prepared_root(data: DataConfig) -> Path:
+    """Returns the parent of the folders that are prepared for these data."""
+    return Path(data.prepared_dir) if data.prepared_dir else cache_root() / "prepared"
 
 
 def read_manifest(folder: Path) -> Manifest:

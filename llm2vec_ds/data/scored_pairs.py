@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm2vec_ds.data.row_files import BadRows
-from llm2vec_ds.data.sources import LONGEST_TEXT_CHARACTERS, Source, _rows, _text, _value
+from llm2vec_ds.data.sources import LONGEST_TEXT_CHARACTERS, Source, as_text, source_rows, value_of
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.sections import PairsConfig
 
@@ -49,7 +49,7 @@ def stream_scored_rows(
     """
     columns = [pairs.query_column, pairs.positive_column, *([score_column] if score_column else [])]
     bad = BadRows(bad_rows)
-    for row, place in _rows(source, columns, bad, [pairs.negative_column]):
+    for row, place in source_rows(source, columns, bad, [pairs.negative_column]):
         try:
             query, positive, *negatives = _texts_of(row, pairs, place)
         except UserError as error:
@@ -69,15 +69,15 @@ def _texts_of(row: dict[str, Any], pairs: PairsConfig, place: str) -> list[str]:
     negative = row.get(pairs.negative_column)
     listed = negative if isinstance(negative, list) else [] if negative is None else [negative]
     named = (
-        (pairs.query_column, _value(row, pairs.query_column, place, "the column of queries")),
-        (pairs.positive_column, _value(row, pairs.positive_column, place, "the column of positives")),
+        (pairs.query_column, value_of(row, pairs.query_column, place, "the column of queries")),
+        (pairs.positive_column, value_of(row, pairs.positive_column, place, "the column of positives")),
         *((pairs.negative_column, value) for value in listed),
     )
-    return [_text(value, column, place)[:LONGEST_TEXT_CHARACTERS] for column, value in named]
+    return [as_text(value, column, place)[:LONGEST_TEXT_CHARACTERS] for column, value in named]
 
 
 def _scores(row: dict[str, Any], column: str, place: str, key: str) -> list[float]:
-    value = _value(row, column, place, key)
+    value = value_of(row, column, place, key)
     if isinstance(value, str):  # a .csv file
         try:
             value = json.loads(value)

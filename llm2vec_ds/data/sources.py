@@ -24,6 +24,7 @@ from llm2vec_ds.data.prompts import is_text
 from llm2vec_ds.data.row_files import FORMATS, BadRows, Row, format_of, format_or_none, rows_of
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.sections import PairsConfig
+from llm2vec_ds.storage.fingerprint import stat_of
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,7 @@ class Source:
 
     def identity(self) -> list[Any]:
         """Returns path, size and time of each file. This changes if the texts may have changed."""
-        stats = [(str(file.resolve()), file.stat()) for file in self.files]
-        return [self.hub, *([path, stat.st_size, stat.st_mtime_ns] for path, stat in stats)]
+        return [self.hub, *(stat_of(file, str(file.resolve())) for file in self.files)]
 
     def __str__(self) -> str:
         shown = [str(file) for file in self.files[:3]]
@@ -104,9 +104,9 @@ def placed_texts(
     source: Source, text_column: str, bad: BadRows, *, whole: bool, key: str
 ) -> Iterator[tuple[str, str]]:
     """Yields what `stream_texts` yields, each text with its place for messages."""
-    for row, place in _rows(source, [text_column], bad):
+    for row, place in source_rows(source, [text_column], bad):
         try:
-            text = _text(_value(row, text_column, place, key), text_column, place)
+            text = as_text(value_of(row, text_column, place, key), text_column, place)
         except UserError as error:
             bad.found(str(error))
             continue
@@ -148,12 +148,12 @@ def stream_pairs(
     optional = [pairs.negative_column] if pairs.max_negatives else []
     bad = BadRows(bad_rows, counts)
     n_rows = n_with_negatives = 0
-    for row, place in _rows(source, columns, bad, optional):
+    for row, place in source_rows(source, columns, bad, optional):
         try:
             query, positive = (
-                _value(row, column, place, key) for column, key in zip(columns, keys, strict=False)
+                value_of(row, column, place, key) for column, key in zip(columns, keys, strict=False)
             )
-            query = _text(query, columns[0], place)
+            query = as_text(query, columns[0], place)
             positives = _texts(positive, columns[1], place)
             named = _negative_columns(row, pairs.negative_column) if optional else []
             negatives = [text for name in named for text in _texts(row[name], name, place) if text.strip()]
@@ -192,9 +192,9 @@ def _negative_columns(row: dict[str, Any], column: str) -> list[str]:
 def _texts(value: Any, column: str, place: str) -> list[str]:
     """Returns the text, or the texts of a list without blank ones. If all are blank, one blank text."""
     if not isinstance(value, list):
-        return [_text(value, column, place)]
+        return [as_text(value, column, place)]
     scored = (_without_score(item) for item in value)
-    return [text for item in scored if (text := _text(item, column, place)).strip()] or [""]
+    return [text for item in scored if (text := as_text(item, column, place)).strip()] or [""]
 
 
 def _without_score(item: Any) -> Any:
@@ -241,7 +241,7 @@ def _files(path: Path) -> list[Path]:
     return sorted(taken)
 
 
-def _rows(
+def source_rows(
     source: Source, columns: Sequence[str], bad: BadRows, optional: Sequence[str] = ()
 ) -> Iterator[Row]:
     """Yields the rows of all files, or of the hub data set, as `rows_of` does."""
@@ -252,7 +252,7 @@ def _rows(
         yield from rows_of(file, columns, bad, optional)
 
 
-def _value(row: dict[str, Any], column: str, place: str, key: str) -> Any:
+def value_of(row: dict[str, Any], column: str, place: str, key: str) -> Any:
     if column not in row:
         names = [str(name) for name in row]
         shown = (name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…" for name in names)
@@ -263,7 +263,7 @@ def _value(row: dict[str, Any], column: str, place: str, key: str) -> Any:
     return row[column]
 
 
-def _text(value: Any, column: str, place: str) -> str:
+def as_text(value: Any, column: str, place: str) -> str:
     """Returns the value as a text. A missing value (null, NaN) becomes empty, a number becomes its digits.
 
     Raises:

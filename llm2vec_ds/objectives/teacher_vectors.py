@@ -27,9 +27,8 @@ from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.teacher_model import Encode, load_teacher
 from llm2vec_ds.process.progress import Progress
 from llm2vec_ds.recipe.sections import DataConfig
-from llm2vec_ds.storage.cache_folder import cache_root
 from llm2vec_ds.storage.durable import replace_json
-from llm2vec_ds.storage.fingerprint import json_sha256, key_of
+from llm2vec_ds.storage.fingerprint import json_sha256, key_of, stat_of
 from llm2vec_ds.storage.growing_files import create_array, fill_rows
 from llm2vec_ds.storage.kept_folder import keep, read_kept
 from llm2vec_ds.storage.reading import read_json
@@ -130,11 +129,6 @@ def limit_of(data: DataConfig) -> list[int]:
     return [data.max_texts] if data.max_texts is not None else []
 
 
-def vectors_root(data: DataConfig) -> Path:
-    """Returns the parent of the folders of vectors for these data."""
-    return Path(data.prepared_dir) if data.prepared_dir else cache_root() / "prepared"
-
-
 def _are_vectors(teacher: str) -> bool:
     path = Path(teacher)
     return path.suffix in VECTOR_FORMATS or (path.is_dir() and any(path.glob("shard-*")))
@@ -145,7 +139,7 @@ def _files_below(folder: str) -> list[Any]:
     files = (
         sorted(file for file in Path(folder).rglob("*") if file.is_file()) if Path(folder).is_dir() else []
     )
-    return [[str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return [stat_of(file, str(file.relative_to(folder))) for file in files]
 
 
 class _Making:

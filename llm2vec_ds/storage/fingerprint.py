@@ -42,9 +42,12 @@ def files_sha256(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def files_in(folder: Path) -> list[tuple[str, int, int]]:
-    """Returns name, size and time of change of each file in a folder. Empty if there is no folder."""
-    if not folder.is_dir():
-        return []
-    stats = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+def stat_of(file: Path, name: str) -> list[Any]:
+    """Returns a name for the file, its size and its time of change. They tell if it may have changed."""
+    stat = file.stat()
+    return [name, stat.st_size, stat.st_mtime_ns]
+
+
+def files_in(folder: Path) -> list[list[Any]]:
+    """Returns `stat_of` each file in a folder, by its name. Empty if there is no folder."""
+    return [stat_of(file, file.name) for file in sorted(folder.iterdir())] if folder.is_dir() else []

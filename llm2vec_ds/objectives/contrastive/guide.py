@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from llm2vec_ds.data.pairs import PreparedPairs, find_pair_sources
+from llm2vec_ds.data.prepared_folder import prepared_root
 from llm2vec_ds.data.prompts import Prompt, TokenizedText
 from llm2vec_ds.data.sources import find_source, stream_pairs
 from llm2vec_ds.distributed import all_reduce_sum
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.contrastive.info_nce import PairGuide
-from llm2vec_ds.objectives.teacher_vectors import TeacherVectors, VectorRequest, limit_of, vectors_root
+from llm2vec_ds.objectives.teacher_vectors import TeacherVectors, VectorRequest, limit_of
 from llm2vec_ds.recipe.objectives import SupervisedConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -58,7 +59,7 @@ def _wanted(recipe: Recipe, guide: str, role: str, prompt: str | None) -> Vector
     ]
     columns = pairs.model_dump(exclude={"instructions", "positives", "sampling_temperature"})
     identity = [find_source(data.path).identity(), columns, instructions, role, *limit_of(data)]
-    return VectorRequest(guide, f"{recipe.stage}.guide", prompt, texts, identity, vectors_root(data))
+    return VectorRequest(guide, f"{recipe.stage}.guide", prompt, texts, identity, prepared_root(data))
 
 
 class GuideVectors:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from llm2vec_ds.data.prepared_folder import prepared_root
 from llm2vec_ds.data.prompts import Prompt
 from llm2vec_ds.data.sources import find_source, stream_texts
-from llm2vec_ds.objectives.teacher_vectors import VectorRequest, keep_vectors, limit_of, vectors_root
+from llm2vec_ds.objectives.teacher_vectors import VectorRequest, keep_vectors, limit_of
 from llm2vec_ds.recipe.objectives import DistilConfig
 from llm2vec_ds.recipe.recipe import Recipe
 
@@ -50,7 +51,7 @@ def _wanted(recipe: Recipe, path: str | list[str]) -> VectorRequest:
         config.teacher_prompt,
         texts,
         [find_source(path).identity(), data.text_column, data.instruction, *limit_of(data)],
-        vectors_root(data),
+        prepared_root(data),
         n_trained=None if recipe.epochs else recipe.max_steps * recipe.batch.global_batch_size,
         layer=config.teacher_layer,
     )

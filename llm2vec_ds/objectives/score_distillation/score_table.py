@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from llm2vec_ds.data.pairs import find_pair_sources
-from llm2vec_ds.data.prepare import cache_root
+from llm2vec_ds.data.prepared_folder import prepared_root
 from llm2vec_ds.data.prompts import Prompt, is_text
 from llm2vec_ds.data.scored_pairs import stream_scored_rows
 from llm2vec_ds.data.sources import find_source
@@ -78,7 +78,7 @@ def score_folder(recipe: Recipe, path: str | list[str]) -> Path:
     """Returns the folder that holds, or will hold, the scores in the pairs of `path`."""
     data = recipe.data
     assert data.pairs is not None
-    root = Path(data.prepared_dir) if data.prepared_dir else cache_root() / "prepared"
+    root = prepared_root(data)
     pairs = data.pairs.model_dump(include={"query_column", "positive_column", "negative_column"})
     instructions = [
         [source.name, source.instructions.query, source.instructions.document]
