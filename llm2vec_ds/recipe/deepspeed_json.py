@@ -53,7 +53,8 @@ def _check_sections(path: str | Path, config: dict[str, Any]) -> None:
     for key, section in {"zero_optimization": zero, **inner}.items():
         if not isinstance(section, dict):
             raise UserError(f"DeepSpeed config {path}: `{key}` must be an object, not {section!r}")
-    if (stage := zero.get("stage", 0)) not in (0, 1, 2, 3) or not isinstance(stage, int):
+    stage = zero.get("stage", 0)  # "auto" has an answer of its own
+    if stage != "auto" and (stage not in (0, 1, 2, 3) or not isinstance(stage, int)):
         raise UserError(
             f"DeepSpeed config {path}: `zero_optimization.stage` is {stage!r}: write 0, 1, 2 or 3"
         )

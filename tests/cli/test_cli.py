@@ -113,7 +113,7 @@ def test_an_error_is_one_write() -> None:
         ours.settimeout(10)
         said = ours.recv(4096).decode()  # what one write wrote
     assert outcome.returncode == 2
-    assert said.startswith("llm2vec-ds: error: recipe none.yaml not found")
+    assert said.startswith("llm2vec-ds: error: recipe none.yaml cannot be read")
     assert said.endswith("\n")
 
 
@@ -244,4 +244,4 @@ def test_launchers_put_local_rank_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "--local_rank=0", "train", "none.yaml") == 2
-    assert "none.yaml not found" in capsys.readouterr().err
+    assert "none.yaml cannot be read" in capsys.readouterr().err

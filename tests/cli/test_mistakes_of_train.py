@@ -141,7 +141,7 @@ MISTAKES = {
         files={"ds.json": b'{"zero_optimization": {"stage": "auto"}}'},
     ),
     "unknown ZeRO stage": Mistake(
-        "DeepSpeed refuses a section (DeepSpeedZeroConfig) of the JSON that `deepspeed` names: `stage`: …",
+        "DeepSpeed config TMP/ds.json: `zero_optimization.stage` is 9: write 0, 1, 2 or 3",
         changes=DEEPSPEED,
         files={"ds.json": b'{"zero_optimization": {"stage": 9}}'},
     ),

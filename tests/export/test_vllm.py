@@ -71,10 +71,9 @@ def test_the_card_has_no_line_for_vllm_where_it_gives_other_vectors(tmp_path: Pa
 
 @pytest.mark.parametrize("dims", [None, [8, 16]])
 def test_trained_lengths_of_vectors_are_written(dims: list[int] | None, tmp_path: Path) -> None:
-    tiny_encoder("llama").save(tmp_path / "encoder")
+    tiny_encoder("llama").save(tmp_path / "run" / "encoder")
     recipe = {"stage": "simcse", "model": {"path": "base"}, "data": {"path": "x.txt"}, "max_steps": 1}
     recipe |= {"batch": {"global_batch_size": 4}, "simcse": {"matryoshka_dims": dims}, "output_dir": "simcse"}
-    (tmp_path / "simcse").mkdir()
-    (tmp_path / "simcse" / "recipe.yaml").write_text(json.dumps(recipe))
-    export(tmp_path, tmp_path / "out", ExportOptions())
+    (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(recipe))
+    export(tmp_path / "run", tmp_path / "out", ExportOptions())
     assert json.loads((tmp_path / "out" / "config.json").read_text()).get("matryoshka_dimensions") == dims
