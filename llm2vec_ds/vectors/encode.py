@@ -195,19 +195,22 @@ def _encode_stdin(options: EncodeOptions, target: Target, folder: Path, overwrit
 
 
 def _differences(note: VectorNote, options: EncodeOptions, source: Source) -> list[str]:
-    """Names the options that the note of an earlier encoding does not share."""
+    """Names what an earlier encoding, which has this note, was made of and this one is not."""
+    model, texts = (_absolute(options.model), _absolute(options.input))
     both = {
-        "model": (note.model, _absolute(options.model)),
-        "state of the model": (note.model_key, encoder_fingerprint(options.model)),
-        "input": (note.input, _absolute(options.input)),
-        "state of the input": (note.input_key, json_sha256(source.identity())),
+        "model": (note.model, model),
+        "input": (note.input, texts),
         "text column": (note.text_column, options.text_column),
         "instruction": (note.instruction, options.instruction),
         "normalize": (note.normalize, options.normalize),
         "store": (note.stored, options.stored),
     }
-    found = [name for name, (before, now) in both.items() if before is not None and before != now]
-    return [name for name in found if name.removeprefix("state of the ") not in found or " " not in name]
+    found = [name for name, (before, now) in both.items() if before != now]
+    if note.model == model and note.model_key not in (None, encoder_fingerprint(options.model)):
+        found.append("state of the model")
+    if note.input == texts and note.input_key not in (None, json_sha256(source.identity())):
+        found.append("state of the input")
+    return found
 
 
 def _check_note(file: Path) -> None:

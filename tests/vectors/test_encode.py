@@ -150,6 +150,8 @@ def test_a_finished_shard_is_left_alone(options: EncodeOptions, tmp_path: Path) 
     other = EncodeOptions(options.model, options.input, normalize=True)
     with pytest.raises(UserError, match="exists, made with another normalize: choose another"):
         encode(other, tmp_path / "v", "1/3")
+    with pytest.raises(UserError, match="exists, made with another instruction, normalize: choose another"):
+        encode(replace(other, instruction="Find:"), tmp_path / "v", "1/3")
     encode(other, tmp_path / "v", "1/3", overwrite=True)
     np.testing.assert_allclose(np.linalg.norm(np.load(file), axis=1), 1, atol=1e-6)
 
