@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llm2vec_ds.data.prepare import cache_root
 from llm2vec_ds.distributed import Ranks, export_ranks, ranks_from_environment
 from llm2vec_ds.network import interface_towards
+from llm2vec_ds.storage.cache_folder import cache_root
 
 MIN_FREE_GIB = float(os.environ.get("LLM2VEC_DS_MIN_FREE_GIB", "50"))
 """Required on the disk of the run's folder. A 7B model has 14 GB, a checkpoint of adapters less than 1 GB."""

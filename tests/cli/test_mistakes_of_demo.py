@@ -49,7 +49,7 @@ MISTAKES = {
         files={"run/recipe.yaml": b"", "run/metrics.jsonl": b""},
     ),
     "demo output is a file": Mistake(
-        "--output TMP/texts.txt cannot be written: File exists: choose a path that you can write to",
+        "--output TMP/texts.txt cannot be written: Not a directory: choose a path that you can write to",
         ("demo", "--output", "TMP/texts.txt", "--model", "MODEL"),
     ),
 }
