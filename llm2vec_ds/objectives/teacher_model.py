@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from llm2vec_ds.encoder.settings import SETTINGS_FILE
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.model.first_layers import keep_first_layers
 from llm2vec_ds.model.from_sentence_transformers import load_sentence_transformer
+from llm2vec_ds.model.peft_adapters import file_of
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def load_teacher(
     Raises:
         UserError: there is no such model or layer, or it cannot be loaded.
     """
-    if layer is not None or (Path(path) / SETTINGS_FILE).is_file():
+    if layer is not None or file_of(path, SETTINGS_FILE) is not None:
         encoder = Encoder.from_pretrained(path, device=device)
         if layer is not None:
             try:

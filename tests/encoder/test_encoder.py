@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModel, AutoTokenizer
 
 from llm2vec_ds import Encoder, EncoderSettings
@@ -19,6 +20,7 @@ from llm2vec_ds.encoder.arguments import KNOWN, check_arguments
 from llm2vec_ds.encoder.fingerprint import encoder_fingerprint
 from llm2vec_ds.encoder.replicas import text_blocks
 from llm2vec_ds.errors import UserError
+from llm2vec_ds.objectives.teacher_model import load_teacher
 from tests.support.tiny import sentences
 
 
@@ -230,6 +232,8 @@ def test_an_encoder_of_the_hub_has_its_settings(
     texts = sentences(4)
     expected = own.encode(texts, prompt_name="query")
     np.testing.assert_allclose(found.encode(texts, prompt_name="query"), expected, atol=1e-6)
+    teach = load_teacher("team/small", "distil.teacher", "Find bread:", torch.device("cpu"))
+    np.testing.assert_allclose(teach(texts), expected, atol=1e-6)
     assert encoder_fingerprint("team/small") == encoder_fingerprint(str(repository / "snapshots" / "abc"))
 
 
