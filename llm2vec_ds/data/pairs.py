@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from llm2vec_ds.data.batches import GlobalBatches, QueryBatches, SourceBatches
-from llm2vec_ds.data.prepare import Instructions, prepare
+from llm2vec_ds.data.prepare import Instructions, PreparedTexts, load_prepared, prepare
 from llm2vec_ds.data.prepared_folder import QUERY
-from llm2vec_ds.data.prepared_texts import PreparedTexts, load_prepared
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.data.row_files import COMPRESSIONS
 from llm2vec_ds.data.sources import find_source

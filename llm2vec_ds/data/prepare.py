@@ -12,11 +12,13 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llm2vec_ds.data.prepared_folder import (
     FORMAT_VERSION,
@@ -25,6 +27,7 @@ from llm2vec_ds.data.prepared_folder import (
     QUERY,
     Manifest,
     batches,
+    check_bad_rows,
     damage_of,
     fingerprint,
     largest_id,
@@ -65,6 +68,33 @@ Item = tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class PreparedTexts:
+    """Tokenised texts on disk.
+
+    Attributes:
+        fingerprint: SHA-256 of their content.
+    """
+
+    rows: Any
+    fingerprint: str
+    lengths: np.ndarray
+    counts: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return int(self.lengths.max())
+
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> list[TokenizedText]:
+        block = self.rows[[int(i) for i in indices]]
+        columns = (block[name] for name in ("input_ids", "pool_start", "pool_end", "text_hash"))
+        return [TokenizedText(*values) for values in zip(*columns, strict=True)]
+
+
+@dataclass(frozen=True)
 class Instructions:
     """The instructions before queries and before documents. Texts without pairs use the one for queries."""
 
@@ -98,7 +128,7 @@ def prepare(
     root = prepared_root(data)
     folder = root / _key(data, source, tokenizer, end_with_eos, instructions)
     if folder.is_dir() and not damage_of(folder):
-        _check_bad_rows(data, source, folder)
+        check_bad_rows(folder, str(source), data.bad_rows)
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -114,14 +144,22 @@ def prepare(
     return folder
 
 
-def _check_bad_rows(data: DataConfig, source: Source, folder: Path) -> None:
-    """Refuses texts whose bad rows an earlier run has skipped, if this one shall not skip them."""
-    n_bad = read_manifest(folder).counts.get("bad rows", 0)
-    if n_bad and data.bad_rows == "raise":
-        raise UserError(
-            f"{source} has {n_bad} row(s) that cannot be read, which an earlier run left out: correct them, "
-            "or leave them out with data.bad_rows=skip"
-        )
+def load_prepared(folder: Path) -> PreparedTexts:
+    """Opens a folder that `prepare` made. Only the lengths are read into memory.
+
+    Raises:
+        UserError: it is damaged, and this shows without reading all of it.
+    """
+    import pyarrow as pa
+
+    manifest = read_manifest(folder)
+    try:
+        rows = _memory_mapped(folder, manifest.parts)
+        lengths = rows.data.column("n_tokens").to_numpy()
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        cause = " ".join(str(error).split())[:160]
+        raise UserError(f"prepared texts in {folder} are damaged ({cause}): prepare them again") from None
+    return PreparedTexts(rows, manifest.fingerprint, lengths, manifest.counts)
 
 
 @dataclass
@@ -330,6 +368,12 @@ def _block(items: Iterator[Item]) -> list[Item]:
 
 def _n_characters(item: Item) -> int:
     return sum(map(len, item))
+
+
+def _memory_mapped(folder: Path, parts: list[str]) -> Any:
+    import datasets
+
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(folder / name)) for name in parts])
 
 
 def _key(

@@ -55,6 +55,20 @@ def read_manifest(folder: Path) -> Manifest:
     return read_json(folder / MANIFEST, Manifest, f"remove {folder}, then prepare again")
 
 
+def check_bad_rows(folder: Path, source: str, policy: str) -> None:
+    """Refuses texts whose bad rows an earlier run left out, if the policy is `raise`.
+
+    Raises:
+        UserError: the folder lacks rows that could not be read.
+    """
+    n_bad = read_manifest(folder).counts.get("bad rows", 0)
+    if n_bad and policy == "raise":
+        raise UserError(
+            f"{source} has {n_bad} row(s) that cannot be read, which an earlier run left out: correct them, "
+            "or leave them out with data.bad_rows=skip"
+        )
+
+
 def damage_of(folder: Path) -> str | None:
     """Returns what is wrong with a folder that `prepare` made, or None. Reads all of it."""
     try:

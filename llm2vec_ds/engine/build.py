@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from llm2vec_ds.data.pairs import PreparedPairs, load_prepared_pairs, prepare_all
+from llm2vec_ds.data.prepare import PreparedTexts, load_prepared
 from llm2vec_ds.data.prepared_folder import largest_id_in
-from llm2vec_ds.data.prepared_texts import PreparedTexts, load_prepared
 from llm2vec_ds.data.prompts import template_for
 from llm2vec_ds.distributed import agreed, on_first_rank, world_size
 from llm2vec_ds.encoder.encoder import Encoder

@@ -14,7 +14,7 @@ from torch import nn
 from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.batches import GlobalBatches
 from llm2vec_ds.data.pairs import PreparedPairs
-from llm2vec_ds.data.prepared_texts import PreparedTexts
+from llm2vec_ds.data.prepare import PreparedTexts
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.distributed import all_reduce_max_int
 from llm2vec_ds.encoder.encoder import Encoder

@@ -10,9 +10,8 @@ import pytest
 
 from llm2vec_ds import UserError
 from llm2vec_ds.data import prepare as prepare_module
-from llm2vec_ds.data.prepare import prepare
+from llm2vec_ds.data.prepare import load_prepared, prepare
 from llm2vec_ds.data.prepared_folder import read_manifest
-from llm2vec_ds.data.prepared_texts import load_prepared
 from llm2vec_ds.demo.model import demo_model_dir
 from llm2vec_ds.evaluate.sts import load_graded_pairs
 from llm2vec_ds.recipe.sections import DataConfig

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from llm2vec_ds.data import prepare as prepare_module
-from llm2vec_ds.data.prepare import prepare
-from llm2vec_ds.data.prepared_texts import load_prepared
+from llm2vec_ds.data.prepare import load_prepared, prepare
 from llm2vec_ds.data.prompts import tokenize
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.recipe.sections import DataConfig

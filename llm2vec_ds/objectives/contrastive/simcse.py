@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llm2vec_ds.data.batches import EpochBatches
-from llm2vec_ds.data.prepared_texts import PreparedTexts
+from llm2vec_ds.data.prepare import PreparedTexts
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.objectives.base import Parts
 from llm2vec_ds.objectives.contrastive.objective import (

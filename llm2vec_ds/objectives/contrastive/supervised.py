@@ -7,7 +7,7 @@ import logging
 import numpy as np
 
 from llm2vec_ds.data.pairs import PreparedPairs, find_pair_sources
-from llm2vec_ds.data.prepared_texts import PreparedTexts
+from llm2vec_ds.data.prepare import PreparedTexts
 from llm2vec_ds.errors import UserError
 from llm2vec_ds.objectives.base import Parts, Rows
 from llm2vec_ds.objectives.contrastive.guide import GuideVectors, wanted_of_guide

@@ -13,7 +13,7 @@ from llm2vec_ds.batch import PackedBatch
 from llm2vec_ds.data.batches import EpochBatches, rank_slice
 from llm2vec_ds.data.packing import pack, plan_micro_batches
 from llm2vec_ds.data.pairs import PreparedPairs
-from llm2vec_ds.data.prepared_texts import PreparedTexts
+from llm2vec_ds.data.prepare import PreparedTexts
 from llm2vec_ds.data.prompts import TokenizedText
 from llm2vec_ds.distributed import all_reduce_sum, rank, world_size
 from llm2vec_ds.model.damage import check_ids
