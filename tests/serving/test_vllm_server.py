@@ -57,8 +57,7 @@ def test_the_documents_lines_give_the_vectors(vllm: Path, tmp_path: Path) -> Non
     encoder = tiny_encoder("llama")
     recipe = {"stage": "simcse", "model": {"path": "base"}, "data": {"path": "x.txt"}, "max_steps": 1}
     recipe |= {"batch": {"global_batch_size": 4}, "simcse": {"matryoshka_dims": [32, 64, 128]}}
-    (tmp_path / "simcse").mkdir()
-    (tmp_path / "simcse" / "recipe.yaml").write_text(json.dumps({**recipe, "output_dir": "simcse"}))
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "output_dir": "simcse"}))
     folder = exported(encoder, tmp_path)
     with served(vllm, folder) as embed:
         assert difference(np.array(embed(TEXTS)), encoder.encode(TEXTS)).largest < ROUNDING
