@@ -88,9 +88,11 @@ class PreparedPairs:
         self._first_example = np.cumsum([0, *(len(starts) for starts in self._starts)])
         counts = iter(len(starts) for starts in self._starts)
         self.group_sizes = {name: sum(next(counts) for _ in group) for name, group in groups.items()}
-        # Groups decide which examples share a batch. If each source is its own group, they add nothing.
+        # Groups decide which examples share a batch. Sources that each are their own group keep the form that
+        # version 0.1 gave them. Otherwise `_` ends each group.
         of_groups = ["-".join(texts.fingerprint[:16] for texts in group) for group in groups.values()]
-        self.fingerprint = ("-" if len(groups) == len(self._texts) else "_").join(of_groups)
+        grouped = len(groups) < len(self._texts)
+        self.fingerprint = "".join(f"{own}_" for own in of_groups) if grouped else "-".join(of_groups)
 
     def __len__(self) -> int:
         return int(self._first_example[-1])

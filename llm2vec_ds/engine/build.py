@@ -64,7 +64,7 @@ def build_stage(recipe: Recipe, device: torch.device, partition: Partition = nul
     trunk, language_head = agreed(lambda: _load(stack, options, head=objective.uses_language_head))
     check_vocabulary(tokenizer, trunk)
     check_ids(_largest_id(prepared), trunk)
-    check_length(training.longest, trunk)
+    check_length(max(rows.longest for rows in (training, *held_out)), trunk)
     _make_trainable(recipe, trunk, stack)
     encoder = _encoder(recipe, trunk, tokenizer, stack)
     return objective.build(Parts(recipe, encoder, language_head, training, held_out[0] if held_out else None))

@@ -81,8 +81,8 @@ class ProgressCheck:
         before, after = mean(self._first[:window]), mean(islice(reversed(self._last), window))
         if after > 2 * before:
             log.warning(
-                "the loss has risen from %.4g to %.4g (means of %s step(s)): if it is no chance, lower "
-                "optimizer.lr",
+                "the loss has risen from %.4g to %.4g (means of %s step(s)). This may be chance. If not, "
+                "lower optimizer.lr",
                 before,
                 after,
                 window,

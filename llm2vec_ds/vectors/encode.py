@@ -275,10 +275,12 @@ class _Encoding:
 
     def _named(self, bad: BadText) -> str:
         """Says where a bad text stands, and what to do."""
-        place = self._rows(bad.row, bad.row + 1).place()
+        place, source = self._rows(bad.row, bad.row + 1).place(), str(self.source)
+        if self.options.input == STDIN:  # it is read from a copy in the work folder
+            place, source = place and place.replace(source, "standard input"), "standard input"
         if place is None:
             return (
-                f"{self.source}, row {bad.row + 1} is no text in UTF-8: convert the file, such as by iconv "
+                f"{source}, row {bad.row + 1} is no text in UTF-8: convert the file, such as by iconv "
                 "-f latin1 -t utf8 FILE > NEW, or give --bad-texts nan"
             )
         return f"{place}: the text {bad.what}: correct or remove it, or give --bad-texts nan"

@@ -154,11 +154,13 @@ def test_sources_instructions_and_groups(tmp_path: Path) -> None:
     assert words(web)[0] == "the river"
     pooled = TOKENIZER.decode(fourth[1].input_ids[fourth[1].pool_start : fourth[1].pool_end])
     assert pooled.strip() == "runs past an old mill"
-    apart = tmp_path / "apart.yaml"
+    apart, one = tmp_path / "apart.yaml", tmp_path / "one.yaml"
     apart.write_text(instructions.read_text().replace(", group: nli", ""))
-    others = load(folder, instructions=str(apart))
-    assert others.source_sizes == pairs.source_sizes
-    assert others.fingerprint != pairs.fingerprint  # other groups give other batches
+    one.write_text(instructions.read_text().replace("web: null", "web: {group: nli}"))
+    others = [load(folder, instructions=str(file)) for file in (apart, one)]
+    assert [other.source_sizes for other in others] == [pairs.source_sizes] * 2
+    assert [len(other.group_sizes) for other in others] == [3, 1]
+    assert len({found.fingerprint for found in (pairs, *others)}) == 3  # other groups give other batches
     # Equal documents of one source are recognised across examples, whatever else differs.
     assert first[1].text_hash == web[1].text_hash != fourth[1].text_hash
 

@@ -75,7 +75,7 @@ def test_a_gradient_that_ends_later_is_said_once(
     [
         (
             [1.0, 0.9, 1.1, 1.0, 3.0, 9.0, 9.0, 9.0],
-            ["the loss has risen from 0.95 to 9 (means of 2 step(s)): if it is no chance"],
+            ["the loss has risen from 0.95 to 9 (means of 2 step(s)). This may be chance. If not"],
         ),
         ([1.0, 9.0, 9.0, 0.5, 0.5, 0.5, 0.5, 0.5], []),
         ([0.1], []),

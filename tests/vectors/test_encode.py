@@ -258,6 +258,9 @@ def test_standard_input_is_a_file_too(
     file = encode(EncodeOptions(options.model, "-"), tmp_path / "v.jsonl")
     np.testing.assert_allclose(load_vectors(file), expected, atol=1e-5)
     assert search(file, TEXTS[2], top=1)[0].text == TEXTS[2]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"one\n\ntwo\n")))
+    with pytest.raises(UserError, match=r"^standard input, line 2: the text is empty: correct"):
+        encode(EncodeOptions(options.model, "-"), tmp_path / "w.jsonl")
 
 
 def test_shards_of_different_encodings_are_not_joined(options: EncodeOptions, tmp_path: Path) -> None:
